@@ -1,0 +1,65 @@
+/* zo_kernels.h - the C ABI of the compiled kernels.
+ *
+ * Belongs here: plain structs and functions over raw pointers, 64-bit sizes and scalars. Does not belong here: torch,
+ * Python, C++ types, anything that allocates. A function returns 0, or an error code that zo_error_string() explains.
+ *
+ * One operation, docs/numerics.md:  dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i))
+ */
+#ifndef ZO_KERNELS_H
+#define ZO_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum zo_dtype { ZO_F32 = 0, ZO_F16 = 1, ZO_BF16 = 2 };
+enum zo_kind { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1 };
+enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
+
+/* One tensor of the list: 11 words of 8 bytes, so that a table of them is also an int64 matrix [n, 11].
+ * Local element e is element i of the unsharded tensor:  rows == NULL:  i = offset + e
+ *                                                        rows != NULL:  i = rows[e / row_len] * row_len + e % row_len */
+typedef struct zo_tensor {
+  const void *src;     /* weights read */
+  void *dst;           /* weights written; == src for an in-place pass; otherwise the two do not overlap */
+  int64_t numel;       /* local elements */
+  int64_t offset;      /* index i of local element 0 (ignored if rows is set) */
+  const uint8_t *mask; /* NULL, or ceil(numel / 8) bytes: LOCAL element e is kept if bit e & 7 of byte e >> 3 is set */
+  const float *scale;  /* NULL, or scales: element e takes scale[i / scale_block - offset / scale_block] */
+  int64_t scale_block; /* B >= 1; 1 if there is no scale */
+  const int64_t *rows; /* NULL, or the row of the full tensor that each local row holds */
+  int64_t row_len;     /* elements per row if rows is set, else 0 */
+  uint32_t stream;
+  uint32_t keep; /* 0: no random mask; otherwise its threshold T */
+  uint32_t mask_tag;
+  uint32_t reserved; /* 0 */
+} zo_tensor;
+
+#define ZO_INLINE_TERMS 8
+
+/* What is the same for the whole list. Terms lie in the struct (tags == NULL) or in the memory of the tensors' device. */
+typedef struct zo_pass {
+  uint64_t seed;
+  int32_t dtype, kind, rounding; /* enums above */
+  int32_t has_decay;             /* 0: theta itself */
+  int64_t n_terms;
+  const int64_t *tags;    /* n_terms values, the low 32 bits count; or NULL: inline_tags */
+  const float *coefs;     /* n_terms values; NULL iff tags is NULL */
+  const float *decay_ptr; /* one value in the tensors' device memory; or NULL: decay below */
+  float decay;
+  uint32_t inline_tags[ZO_INLINE_TERMS];
+  float inline_coefs[ZO_INLINE_TERMS];
+} zo_pass;
+
+const char *zo_error_string(int code);
+
+/* isa: 0 best available, 1 portable, 2 AVX2, 3 AVX-512. Host pointers throughout. */
+int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa);
+int zo_cpu_best_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

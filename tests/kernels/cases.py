@@ -1,0 +1,195 @@
+"""The cases in which every backend must equal the reference, bit for bit.
+
+Belongs here: builders of argument lists for `perturb_`, and the comparison. Does not belong here: anything that knows a
+backend; each backend's test file runs `CASES` with its name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zo_kernels as zk
+from zo_kernels import ops, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Around every boundary of the contract: octets (8), groups (16, 32), Rademacher calls (128), SIMD blocks and launch tiles.
+SIZES = (0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 257, 511, 513, 1000, 2047, 4097, 10007)
+SEED = 0x0123456789ABCDEF
+GUARD = 64  # sentinel elements around every buffer
+
+
+def weights(n: int, dtype: torch.dtype, salt: int = 0, special: bool = True) -> Tensor:
+    """Weights of many magnitudes, with both zeros, subnormals, the largest finite value and infinity among them."""
+    g = torch.Generator().manual_seed(1000 * salt + n)
+    x = torch.randn(n, generator=g) * torch.exp(4 * torch.randn(n, generator=g) - 4)
+    x = x.to(dtype)
+    if special and n >= 32:
+        info = torch.finfo(dtype)
+        some = torch.tensor(
+            [0.0, -0.0, info.tiny, -info.tiny / 2, info.smallest_normal / 4, info.max, -info.max, float("inf")], dtype=torch.float64
+        ).to(dtype)
+        x[torch.randperm(n, generator=g)[:8]] = some
+    return x
+
+
+@dataclass
+class Case:
+    """One call of `perturb_`. `make()` gives (params, keyword arguments) on the CPU, fresh each time."""
+
+    name: str
+    make: Callable[[], tuple[list[Tensor], dict[str, Any]]]
+    out_of_place: bool = False
+    misalign: int = 0  # elements by which every buffer is shifted from its allocation's alignment
+    numel: int = field(default=0)
+
+
+def terms(k: int) -> list[tuple[int, float]]:
+    coefs = [1e-3, -2e-5, 3.3e-4, -1e-4, 7e-5, -0.5, 1e-2, 2.0**-90]
+    return [((0xFFFFFFF0 + 5 * j) & 0xFFFFFFFF, coefs[j % 8]) for j in range(k)]
+
+
+def build(sizes: tuple[int, ...], dtype: torch.dtype, **kw: Any) -> Callable[[], tuple[list[Tensor], dict[str, Any]]]:
+    """A case over tensors of these sizes; a callable keyword is called with (index, tensor) to make each tensor's entry."""
+
+    def make() -> tuple[list[Tensor], dict[str, Any]]:
+        params = [weights(n, dtype, salt=j) for j, n in enumerate(sizes)]
+        args: dict[str, Any] = {"seed": SEED, "streams": [(0xDEADBEEF + 7 * j) & 0xFFFFFFFF for j in range(len(sizes))], "terms": terms(1)}
+        for key, value in kw.items():
+            args[key] = [value(j, p) for j, p in enumerate(params)] if callable(value) else value
+        return params, args
+
+    return make
+
+
+def random_bits(j: int, p: Tensor) -> Tensor:
+    return torch.rand(p.shape, generator=torch.Generator().manual_seed(j)) < 0.4
+
+
+def block_scales(block: int) -> Callable[[int, Tensor], Any]:
+    def scale(j: int, p: Tensor) -> Any:
+        n = max(1, -(-p.numel() // block))
+        return torch.rand(n, generator=torch.Generator().manual_seed(j)) * 3 - 0.5, block
+
+    return scale
+
+
+def cases() -> Iterator[Case]:
+    short = (0, 1, 33, 257, 4097)
+    for dtype, kind in itertools.product(DTYPES, ("gaussian", "rademacher")):
+        tag = f"{str(dtype)[6:]}-{kind}"
+
+        def case(name: str, sizes: tuple[int, ...] = short, out: bool = False, misalign: int = 0, **kw: Any) -> Case:
+            return Case(f"{tag}-{name}", build(sizes, dtype, kind=kind, **kw), out, misalign)  # noqa: B023
+
+        for k in (0, 1, 2, 3, 8, 21):
+            yield case(f"K{k}", sizes=SIZES if k in (1, 3) else short, terms=terms(k))
+        yield case("out-of-place", sizes=SIZES, out=True, terms=terms(2))
+        for shift in (1, 3, 8):
+            yield case(f"misaligned{shift}", misalign=shift)
+        yield case("misaligned-out", misalign=5, out=True)
+        yield case("stochastic", sizes=SIZES, rounding="stochastic")
+        yield case("stochastic-K3-decay", rounding="stochastic", terms=terms(3), decay=0.99)
+        yield case("stochastic-K0", rounding="stochastic", terms=[], decay=0.7)
+        yield case("decay", sizes=SIZES, decay=0.999)
+        yield case("decay-only", terms=[], decay=0.5)
+        yield case("zero-coefficient", terms=[(3, 0.0)])
+        yield case("dead-terms", terms=[(3, 0.0), (4, 1e-40), (5, 2e-3), (6, 2.0**-101)])
+        yield case("overflow", terms=[(1, 3e38), (2, 6e4)])
+        yield case("subnormal", terms=[(1, 2.0**-99), (2, 1e-7)])
+        yield case("bitmask", sizes=SIZES, masks=random_bits)
+        yield case("bitmask-decay-out", out=True, masks=random_bits, decay=0.9, terms=terms(2))
+        yield case("random-mask", sizes=SIZES, masks=lambda j, p: zk.RandomMask(0.3, tag=9 + j))
+        yield case("random-mask-rare", sizes=(100003,), masks=lambda j, p: zk.RandomMask(1e-4, tag=5))
+        yield case("scale-number", scales=lambda j, p: 0.5 + j)
+        for block in (1, 3, 8, 24, 32, 1000):
+            yield case(f"scale-block{block}", scales=block_scales(block))
+        yield case("everything", scales=block_scales(40), masks=random_bits, decay=0.99, rounding="stochastic", terms=terms(3))
+        yield case("everything-random", scales=block_scales(7), masks=lambda j, p: zk.RandomMask(0.6, tag=j), decay=1.01,
+                   rounding="stochastic", terms=terms(2), out=True)  # fmt: skip
+        # Shards: at group boundaries, off them, and across q = 2^32 (i = 2^36; Rademacher i = 2^39; octets i = 2^35).
+        for at in (1 << 36, 1 << 39, 1 << 35):
+            yield case(f"offset-2^{at.bit_length() - 1}", sizes=(1000, 4097), offsets=lambda j, p, at=at: at - 512, rounding="stochastic",
+                       masks=lambda j, p: zk.RandomMask(0.5, tag=j), terms=terms(2))  # fmt: skip
+        yield case("offset-odd", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, terms=terms(2))
+        yield case("offset-odd-everything", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, masks=random_bits, rounding="stochastic",
+                   scales=lambda j, p: (torch.linspace(-1, 2, 200), 11), decay=0.9)  # fmt: skip
+        yield case("offset-8", sizes=(1000, 257), offsets=lambda j, p: 8 * (1 + j), terms=terms(2))
+        yield case("many", sizes=tuple(1 + (37 * j) % 301 for j in range(300)), terms=terms(2))
+
+
+CASES = list(cases())
+
+
+def guarded(t: Tensor, misalign: int, device: str) -> tuple[Tensor, Tensor]:
+    """A copy of t inside a buffer of NaN sentinels: (whole buffer, view of the copy)."""
+    buffer = torch.full((t.numel() + 2 * GUARD + misalign,), float("nan"), dtype=t.dtype, device=device)
+    view = buffer[GUARD + misalign : GUARD + misalign + t.numel()]
+    view.copy_(t)
+    return buffer, view
+
+
+def bits(t: Tensor) -> Tensor:
+    t = t.detach().cpu().contiguous()
+    return t.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal on every bit; a NaN equals any NaN (its payload is not part of the contract)."""
+    nan = a.isnan().cpu() & b.isnan().cpu()
+    return bool(((bits(a) == bits(b)) | nan).all())
+
+
+def to_device(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+        return (value[0].to(device), *value[1:])
+    return value
+
+
+def call(backend: str, case: Case, device: str) -> list[Tensor]:
+    """Run a case; check that sentinels and sources are untouched; return the results on the CPU."""
+    params, args = case.make()
+    args = dict(args)
+    for key in ("masks", "scales"):
+        if key in args:
+            args[key] = [to_device(v, device) for v in args[key]]
+    sources = [guarded(p, case.misalign, device) for p in params]
+    targets = [guarded(torch.zeros_like(p), case.misalign, device) for p in params] if case.out_of_place else sources
+    if case.out_of_place:
+        args["out"] = [view for _, view in targets]
+    all_terms = args.pop("terms")
+    zk.perturb_([view for _, view in sources], all_terms, backend=backend, **args)
+    for p, (buffer, view) in zip(params, targets, strict=True):
+        start = view.data_ptr() - buffer.data_ptr()
+        k = start // p.element_size()
+        assert buffer[:k].isnan().all() and buffer[k + p.numel() :].isnan().all(), f"{case.name}: wrote outside the tensor"
+    if case.out_of_place:
+        for p, (_, view) in zip(params, sources, strict=True):
+            assert same_bits(p, view.cpu()), f"{case.name}: changed its source"
+    return [view.cpu() for _, view in targets]
+
+
+_expected: dict[str, list[Tensor]] = {}
+
+
+def check(backend: str, case: Case, device: str = "cpu") -> None:
+    if case.name not in _expected:
+        _expected[case.name] = call("reference", case, "cpu")
+    for k, (got, want) in enumerate(zip(call(backend, case, device), _expected[case.name], strict=True)):
+        if not same_bits(got, want):
+            differing = ((bits(got) != bits(want)) & ~(got.isnan() & want.isnan())).nonzero().flatten()
+            e = int(differing[0])
+            raise AssertionError(
+                f"{case.name}: {backend} on {device} differs from the reference at {len(differing)} of {got.numel()} elements of tensor {k}, "
+                f"first at {e}: {got[e].item()!r} instead of {want[e].item()!r}"
+            )
+
+
+__all__ = ["CASES", "Case", "bits", "check", "ops", "reference", "same_bits", "weights"]

@@ -1,0 +1,58 @@
+"""The backends behind one small interface, and the choice between them.
+
+(The folder has an underscore because `zo_kernels.backends` is the public function.)
+
+A backend is a module here with three functions:
+
+    status() -> str | None            None if it can run in this process, otherwise the reason why not, in one line
+    supports(device) -> str | None    None if it can work on tensors of this device, otherwise the reason why not
+    perturb(plan, p) -> None          one pass over one plan (`ops.Plan`, `ops.Pass`), on the device's current stream
+
+Belongs here: the registry. Does not belong here: checks of a user's arguments (ops.py), arithmetic (each backend's own file).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+# In order of preference for a device that several of them support.
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r} must be one of {', '.join(map(repr, NAMES))}, or None for the best one")
+    return importlib.import_module(f"zo_kernels._backends.{name}")
+
+
+@functools.cache
+def _pick(device_type: str, index: int | None, name: str | None) -> ModuleType:
+    device = torch.device(device_type, index) if index is not None else torch.device(device_type)
+    if name is not None:
+        module = load(name)
+        reason = module.status() or module.supports(device)
+        if reason:
+            raise RuntimeError(f"backend={name!r} was asked for and cannot serve {device}: {reason}")
+        return module
+    for candidate in NAMES:
+        module = load(candidate)
+        if not (module.status() or module.supports(device)):
+            return module
+    raise RuntimeError(f"no backend can serve device {device}; see `python -m zo_kernels`")
+
+
+def pick(device: torch.device, name: str | None = None) -> ModuleType:
+    """The backend for `device`. An explicit request (argument, else `ZO_KERNELS_BACKEND`) is obeyed or refused with the
+    reason, never silently replaced."""
+    return _pick(device.type, device.index, name or os.environ.get("ZO_KERNELS_BACKEND") or None)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None if it is available in this process, or the reason why it is not."""
+    return {name: load(name).status() for name in NAMES}

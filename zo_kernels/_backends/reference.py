@@ -1,0 +1,15 @@
+"""The reference as a backend: `zo_kernels.reference` on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from zo_kernels.reference import perturb as perturb  # the interface's third function
+
+
+def status() -> str | None:
+    return None
+
+
+def supports(device: torch.device) -> str | None:
+    return None

@@ -1,0 +1,433 @@
+"""The one operation on weights: its checks, its torch.library registration and its dispatch to a backend.
+
+    theta <- round(decay * theta + scale * mask * sum_k c_k z(seed, stream, tag_k))          docs/numerics.md
+
+Belongs here: `perturb_`, `normal`, and the two records that a backend receives: a `Plan` (which tensors) and a `Pass` (what
+is done to them). Does not belong here: arithmetic (reference.py, _backends/), models and optimizers (parameters.py, optim/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_kernels import _backends as backends
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the codes of zo_kernels.h
+KINDS = {"gaussian": 0, "rademacher": 1}
+ROUNDINGS = {"nearest": 0, "stochastic": 1}
+MAX_INDEX = 1 << 56  # an element's index i is below this (docs/numerics.md, section 1)
+
+Terms = Sequence[tuple[int, float]] | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """A random sparse mask that is never stored: element i is kept with probability `keep`, by its own counter.
+
+    `keep` is rounded to a multiple of 2^-32 and must lie in (0, 1]; `tag` (0 .. 2^32 - 1) names the draw: the same tag gives
+    the same mask. See docs/numerics.md, section 4.
+    """
+
+    keep: float
+    tag: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.keep, (int, float)) and 2.0**-33 < self.keep <= 1):
+            raise ValueError(f"RandomMask: keep={self.keep!r} must be a probability in (0, 1], at least 2^-32")
+        check_word("RandomMask: tag", self.tag)
+
+    @property
+    def threshold(self) -> int:
+        """T of section 4; 0 stands for 'keep all'."""
+        return 0 if (t := round(self.keep * 2**32)) >= 2**32 else t
+
+
+Mask = Tensor | RandomMask | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a plan; the fields are those of `zo_tensor` in csrc/zo_kernels.h."""
+
+    src: Tensor
+    dst: Tensor
+    stream: int
+    offset: int = 0
+    mask: Tensor | None = None
+    keep: int = 0
+    mask_tag: int = 0
+    scale: Tensor | None = None
+    scale_block: int = 1
+    rows: Tensor | None = None
+    row_len: int = 0
+
+    def record(self) -> tuple[int, ...]:
+        """The 11 words of the C struct, as unsigned 64-bit integers."""
+        return (
+            self.src.data_ptr(),
+            self.dst.data_ptr(),
+            self.src.numel(),
+            self.offset,
+            0 if self.mask is None else self.mask.data_ptr(),
+            0 if self.scale is None else self.scale.data_ptr(),
+            self.scale_block,
+            0 if self.rows is None else self.rows.data_ptr(),
+            self.row_len,
+            self.stream | self.keep << 32,
+            self.mask_tag,
+        )
+
+
+@dataclass
+class Plan:
+    """Tensors of one device and one dtype, checked, in the form in which a backend takes them: one pass, one launch.
+
+    `cache` belongs to the backends (a table in device memory, a map of tiles), keyed by backend name. A plan stays valid while no
+    tensor's storage moves: `moved()` tells.
+    """
+
+    entries: tuple[Entry, ...]
+    device: torch.device
+    dtype: torch.dtype
+    table: np.ndarray = field(init=False)  # uint64 [n, 11]: the C structs, in host memory
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, 11)
+
+    @property
+    def in_place(self) -> bool:
+        return bool((self.table[:, 0] == self.table[:, 1]).all())
+
+    @property
+    def plain(self) -> bool:
+        """No mask, no scale, no rows: the lean kernels serve."""
+        return not (self.table[:, 4:6].any() or self.table[:, 7].any() or (self.table[:, 9] >> np.uint64(32)).any())
+
+    def moved(self) -> bool:
+        """Whether a tensor's storage is no longer where the table says."""
+        t = self.table
+        return any(
+            e.src.data_ptr() != t[k, 0] or e.dst.data_ptr() != t[k, 1] for k, e in enumerate(self.entries)
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is done to a plan's tensors.
+
+    `tags`/`coefs`: two lists of numbers known on the host (already checked), or two 1-d tensors (int64, fp32) on the plan's
+    device. `decay`: None, a float, or a one-element fp32 tensor on the plan's device.
+    """
+
+    seed: int
+    tags: Sequence[int] | Tensor
+    coefs: Sequence[float] | Tensor
+    decay: float | Tensor | None = None
+    kind: str = "gaussian"
+    rounding: str = "nearest"
+
+    def terms_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(tags int64 [K], coefs fp32 [K], decay fp32 [] or None) as tensors on `device`."""
+        tags = torch.as_tensor(self.tags, dtype=torch.int64, device=device)
+        coefs = torch.as_tensor(self.coefs, dtype=torch.float32, device=device)
+        decay = self.decay
+        return tags, coefs, None if decay is None else torch.as_tensor(decay, dtype=torch.float32, device=device)
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_word(name: str, value: Any, bits: int = 32) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << bits:
+        raise ValueError(f"{name}={value!r} must be an integer in 0 .. 2^{bits} - 1")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_fp32(name: str, value: Any) -> float:
+    """A number that is finite when it is rounded to fp32."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} must be a number") from None
+    if not abs(number) <= 3.4028235e38:
+        raise ValueError(f"{name}={value!r} must be finite in fp32; a step with a non-finite loss must be skipped")
+    return number
+
+
+def check_tensor(name: str, t: Any) -> Tensor:
+    """A tensor that a pass can read and write through a raw pointer."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}, not a tensor")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {t.dtype}; supported are float32, float16 and bfloat16: convert it, or freeze it")
+    if t.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load its weights first")
+    if t.layout != torch.strided or not t.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {tuple(t.shape)} is not contiguous (strides {t.stride() if t.layout == torch.strided else t.layout}); "
+            "the noise is indexed by the contiguous tensor: pass t.contiguous(), or set t.data = t.data.contiguous() first"
+        )
+    return t
+
+
+def byte_range(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
+
+
+def check_overlap(named: list[tuple[str, Tensor]], what: str) -> None:
+    """No two of the tensors share memory."""
+    spans = sorted((*byte_range(t), str(t.device), name) for name, t in named if t.numel())
+    spans.sort(key=lambda s: s[2])  # stable: by device, then by address
+    for (_, end, dev, a), (start, _, dev2, b) in zip(spans, spans[1:], strict=False):
+        if dev == dev2 and start < end:
+            raise ValueError(f"{a} and {b} share memory; {what}: pass a tied tensor once")
+
+
+def check_length(name: str, values: Sequence[Any] | None, n: int) -> Sequence[Any]:
+    if values is None:
+        return [None] * n
+    if not isinstance(values, Sequence) or len(values) != n:
+        length = len(values) if isinstance(values, Sequence) else type(values).__name__
+        raise ValueError(f"{name} has length {length}, params has length {n}: give one entry for each tensor")
+    return values
+
+
+def check_mask(name: str, mask: Any, t: Tensor) -> tuple[Tensor | None, int, int]:
+    """(bit mask, threshold, tag) of one entry of `masks`."""
+    if mask is None:
+        return None, 0, 0
+    if isinstance(mask, RandomMask):
+        return None, mask.threshold, mask.tag
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.uint8, torch.bool):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} is {got}: give None, a RandomMask, a bool tensor of the weight's shape or pack_mask(...) of one")
+    if mask.dtype == torch.bool:
+        if mask.shape != t.shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}, its tensor {tuple(t.shape)}")
+        mask = pack_mask(mask)
+    if mask.ndim != 1 or mask.numel() != (t.numel() + 7) // 8 or not mask.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}; a bit mask of {t.numel()} elements has shape ({(t.numel() + 7) // 8},), contiguous"
+        )
+    if mask.device != t.device:
+        raise ValueError(f"{name} is on {mask.device}, its tensor on {t.device}: move it there")
+    return mask, 0, 0
+
+
+def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor | None, int]:
+    """(scales, block) of one entry of `scales`: None, a number, a tensor per row, or (tensor, block)."""
+    if scale is None:
+        return None, 1
+    if isinstance(scale, (int, float)):
+        scale = torch.full((1,), check_fp32(name, scale), dtype=torch.float32, device=t.device)
+    block: Any
+    if isinstance(scale, Tensor):
+        if scale.numel() == 1:
+            block = max(1, MAX_INDEX - 1)  # one block holds every element, whatever the offset
+        elif t.ndim and scale.numel() == t.shape[0]:
+            block = t.numel() // t.shape[0]
+        else:
+            raise ValueError(f"{name} has {scale.numel()} values: give 1, one per row ({t.shape[0] if t.ndim else 1}), or (values, block)")
+    else:
+        try:
+            scale, block = scale
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}={scale!r} must be None, a number, a tensor, or (tensor, block)") from None
+    if not isinstance(block, (int, np.integer)) or block < 1:
+        raise ValueError(f"{name}: block={block!r} must be a positive integer")
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.device != t.device or not scale.is_contiguous():
+        raise TypeError(f"{name} must be a contiguous float32 tensor on {t.device}")
+    block = int(max(block, 1))
+    need = (offset + t.numel() - 1) // block - offset // block + 1 if t.numel() else 0
+    if scale.numel() < need:
+        raise ValueError(f"{name} has {scale.numel()} values; {t.numel()} elements from {offset} in blocks of {block} need {need}")
+    return scale.view(-1), block
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """A bool tensor of any shape as a bit mask: uint8 [ceil(numel / 8)], element i in bit i & 7 of byte i >> 3."""
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep has dtype {keep.dtype}; give a bool tensor, True where the weight takes part")
+    flat = keep.reshape(-1)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def make_plans(
+    params: Sequence[Tensor],
+    streams: Sequence[int],
+    *,
+    out: Sequence[Tensor] | None = None,
+    masks: Sequence[Mask] | None = None,
+    scales: Sequence[Any] | None = None,
+    offsets: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Plan]:
+    """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments."""
+    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors")
+    n = len(params)
+    names = names or [f"params[{k}]" for k in range(n)]
+    for name, t in zip(names, params, strict=True):
+        check_tensor(name, t)
+    if streams is None:
+        raise ValueError("streams is None: give one stream (0 .. 2^32 - 1) for each tensor")
+    streams = [check_word(f"streams[{k}]", s) for k, s in enumerate(check_length("streams", streams, n))]
+    masks, scales = check_length("masks", masks, n), check_length("scales", scales, n)
+    offsets = [check_word(f"offsets[{k}]", o or 0, 56) for k, o in enumerate(check_length("offsets", offsets, n))]
+    targets = list(params if out is None else check_length("out", out, n))
+    check_overlap(list(zip(names, params, strict=True)), "a pass reads and writes each weight once") if out is None else None
+    if out is not None:
+        out_names = [f"out[{k}]" for k in range(n)]
+        for name, o, source, t in zip(out_names, targets, names, params, strict=True):
+            check_tensor(name, o)
+            if o.shape != t.shape or o.dtype != t.dtype or o.device != t.device:
+                raise ValueError(
+                    f"{name} is {o.dtype} {tuple(o.shape)} on {o.device}; its source {source} is {t.dtype} {tuple(t.shape)} on {t.device}"
+                )
+        distinct = {(t.data_ptr(), t.numel()): (s, t) for s, t in zip(names, params, strict=True)}  # reading twice is fine
+        check_overlap([*zip(out_names, targets, strict=True), *distinct.values()], "out must lie apart from params")
+    groups: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+    for k, (t, o) in enumerate(zip(params, targets, strict=True)):
+        if offsets[k] + t.numel() > MAX_INDEX:
+            raise ValueError(f"offsets[{k}]={offsets[k]} with {t.numel()} elements exceeds 2^56, the contract's largest index")
+        mask, keep, mask_tag = check_mask(f"masks[{k}]", masks[k], t)
+        scale, block = check_scale(f"scales[{k}]", scales[k], t, offsets[k])
+        entry = Entry(t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block)
+        groups.setdefault((t.device, t.dtype), []).append(entry)
+    return [Plan(tuple(entries), device, dtype) for (device, dtype), entries in groups.items()]
+
+
+def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
+    """(tags, coefs) of `terms`: two lists, or two tensors."""
+    if isinstance(terms, tuple) and len(terms) == 2 and all(isinstance(t, Tensor) for t in terms):
+        tags, coefs = terms
+        if tags.ndim != 1 or tags.dtype != torch.int64:
+            raise TypeError(f"terms: the tags are {tags.dtype} of shape {tuple(tags.shape)}; give a 1-d int64 tensor")
+        if coefs.shape != tags.shape or coefs.dtype != torch.float32:
+            raise TypeError(f"terms: the coefficients are {coefs.dtype} {tuple(coefs.shape)}; give float32 {tuple(tags.shape)}")
+        return tags.contiguous(), coefs.contiguous()
+    try:
+        pairs = [(tag, coef) for tag, coef in terms]
+    except (TypeError, ValueError):
+        raise TypeError(f"terms={terms!r} must be a list of (tag, coefficient), or a pair of tensors (tags, coefficients)") from None
+    return (
+        [check_word(f"terms[{k}]: tag", tag) for k, (tag, _) in enumerate(pairs)],
+        [check_fp32(f"terms[{k}]: coefficient", coef) for k, (_, coef) in enumerate(pairs)],
+    )
+
+
+# ---- dispatch ---------------------------------------------------------------------------------------------------------
+
+
+def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
+    """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
+    for plan in plans:
+        tags, coefs, decay = p.tags, p.coefs, p.decay
+        if isinstance(tags, Tensor) and isinstance(coefs, Tensor):
+            tags, coefs = tags.to(plan.device, non_blocking=True), coefs.to(plan.device, non_blocking=True)
+        if isinstance(decay, Tensor):
+            decay = decay.to(plan.device, non_blocking=True)
+        on_device = Pass(p.seed, tags, coefs, decay, p.kind, p.rounding)
+        backends.pick(plan.device, backend).perturb(plan, on_device)
+        # Backends write through raw pointers; autograd must still see that a saved tensor changed.
+        changed = [e.dst for e in plan.entries if not e.dst.is_inference()]
+        torch.autograd.graph.increment_version(changed)
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    terms: Terms,
+    *,
+    seed: int,
+    streams: Sequence[int],
+    decay: float | Tensor = 1.0,
+    rounding: str = "nearest",
+    out: Sequence[Tensor] | None = None,
+    masks: Sequence[Mask] | None = None,
+    scales: Sequence[Any] | None = None,
+    offsets: Sequence[int] | None = None,
+    kind: str = "gaussian",
+    backend: str | None = None,
+) -> None:
+    """``theta <- round(decay * theta + scale * mask * sum_k c_k z(seed, stream, tag_k))`` for a list of tensors.
+
+    One launch per device and dtype for the whole list; every backend writes the same bits (docs/numerics.md).
+
+    Args:
+        params: contiguous tensors of dtype float32, float16 or bfloat16, of any shape, that do not overlap. Written in place
+            unless `out` is given.
+        terms: a list of ``(tag, coefficient)``, or a pair of tensors ``(tags int64 [K], coefficients float32 [K])``, on any
+            device, of which nothing is read back: there a non-finite coefficient skips its term, here it is an error.
+        seed: 0 .. 2^64 - 1.
+        streams: one 32-bit stream for each tensor, its name for the noise (`zo_kernels.stream_of`).
+        decay: factor of theta, a float or a one-element float32 tensor (where a non-finite one counts as 1).
+        rounding: of the result to a 16-bit type: "nearest" (even) or "stochastic" (unbiased, replayable).
+        out: tensors of the same shapes, dtypes and devices that take the results; `params` is then only read.
+        masks: for each tensor None, a `RandomMask`, a bool tensor of its shape, or `pack_mask` of one (1 bit per element).
+        scales: for each tensor None, a number, a float32 tensor with one value per row (first dimension), or ``(values, B)``
+            with one value per B consecutive elements.
+        offsets: for each tensor the index of its first element in the unsharded tensor (default 0).
+        kind: "gaussian" or "rademacher".
+        backend: "reference", "cpu", "triton" or "cuda"; default: the best for the device, or ``ZO_KERNELS_BACKEND``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; names it, its value and the remedy. Nothing has been changed.
+        RuntimeError: the backend asked for is not available; says why.
+    """
+    tags, coefs = make_terms(terms)
+    check_word("seed", seed, 64)
+    check_choice("kind", kind, KINDS)
+    check_choice("rounding", rounding, ROUNDINGS)
+    if isinstance(decay, Tensor):
+        if decay.numel() != 1 or decay.dtype != torch.float32:
+            raise TypeError(f"decay is {decay.dtype} {tuple(decay.shape)}; give a float or a one-element float32 tensor")
+    elif check_fp32("decay", decay) == 1.0:
+        decay = None  # type: ignore[assignment]
+    plans = make_plans(params, streams, out=out, masks=masks, scales=scales, offsets=offsets)
+    for plan in plans:
+        backends.pick(plan.device, backend)  # refuse before anything is changed
+    run(plans, Pass(seed, tags, coefs, decay, kind, rounding), backend)
+
+
+def normal(
+    shape: Sequence[int] | int,
+    *,
+    seed: int,
+    stream: int,
+    tag: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kind: str = "gaussian",
+    offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """The direction z itself, as a tensor of `shape`: for tests and study, since no step ever materialises it.
+
+    Args:
+        shape: of the result; element i in contiguous order is z(seed, stream, tag, offset + i).
+        seed, stream, tag: 0 .. 2^64 - 1, 0 .. 2^32 - 1, 0 .. 2^32 - 1.
+        dtype: float32 (exact), or float16 / bfloat16 (rounded to nearest even).
+        kind: "gaussian" or "rademacher".
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(not isinstance(s, int) or s < 0 for s in shape):
+        raise ValueError(f"shape={shape} must be non-negative integers")
+    if math.prod(shape) > MAX_INDEX:
+        raise ValueError(f"shape={shape} has more than 2^56 elements")
+    z = torch.zeros(shape, dtype=dtype, device=device)
+    perturb_([z], [(tag, 1.0)], seed=seed, streams=[stream], offsets=[offset], kind=kind, backend=backend)
+    return z
