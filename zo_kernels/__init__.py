@@ -2,5 +2,8 @@
 
 from zo_kernels._backends import backends
 from zo_kernels.ops import RandomMask, normal, pack_mask, perturb_
+from zo_kernels.optim import MeZOStep
+from zo_kernels.parameters import stream_of
 
-__all__ = ["RandomMask", "backends", "normal", "pack_mask", "perturb_"]
+__version__ = "0.1.0"
+__all__ = ["MeZOStep", "RandomMask", "backends", "normal", "pack_mask", "perturb_", "stream_of"]

@@ -1,0 +1,291 @@
+"""MeZO: two forwards at theta ± eps z, one scalar, one update along the same z.
+
+Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023 (arXiv 2305.17333), algorithm 1; the estimator is
+two-sided SPSA (Spall 1992).
+
+Belongs here: the step rule and its life as a `torch.optim.Optimizer`. Does not belong here: how a model sees theta ± eps z
+(perturb.py), the pass over the weights (ops.py).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels import ops, parameters, perturb
+from zo_kernels import _backends as backends
+
+Loss = Tensor | float
+
+
+class _RNG:
+    """The generators of the CPU and of the weights' CUDA devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+
+    def get(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(k) for k in self.cuda)]
+
+    def set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for k, state in zip(self.cuda, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, k)
+
+
+class MeZOStep(torch.optim.Optimizer):
+    """Zeroth-order SGD. ``step(closure)`` is a whole training step: two forwards and one pass over the weights.
+
+        g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)              the projected gradient, a scalar
+        theta <- (1 - lr wd) theta - lr g z
+
+    z is regenerated from (seed, parameter name, step): nothing of the size of the weights is ever stored.
+
+    Args:
+        model_or_params: a module, `model.named_parameters()`, a list of tensors, or parameter groups of either (own ``lr``,
+            ``eps``, ``weight_decay``, and ``mask`` and ``scale``: one value for the group or a dict by parameter name, as in
+            `perturb_`). Frozen parameters of a module are left alone.
+        lr: learning rate, >= 0; any torch LR scheduler may drive it.
+        eps: perturbation scale, > 0. With groups of different eps, g is (L+ - L-) / (2 eps) with the group's own eps.
+        seed: 0 .. 2^64 - 1; the run's noise is a function of it.
+        weight_decay: decoupled; a module's biases and normalization layers (by class) get their own group without it.
+        perturbation: "scratch": the forwards see theta ± eps z through a buffer and the weights change in the update alone, exactly;
+            needs a module. "inplace": the weights really change and come back, three passes, each of which rounds. "auto": scratch
+            if there is a module, otherwise in place.
+        rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
+            in expectation), "auto": stochastic in scratch mode, nearest in place.
+        kind: "gaussian" (the paper) or "rademacher" directions.
+        clip: |g| is clipped to this value; None: not.
+        maximize: ascend, for rewards.
+        model: the module, where the first argument is not one: enables scratch mode for parameter groups.
+        backend: see `perturb_`.
+
+    Attributes:
+        projected_gradient: g of the last step and first group, before clipping: 0-d float64 tensor on the losses' device.
+        skipped: number of steps whose g was not finite; such a step leaves the weights as they were.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        model_or_params: Any,
+        lr: float,
+        eps: float = 1e-3,
+        *,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        perturbation: str = "auto",
+        rounding: str = "auto",
+        kind: str = "gaussian",
+        clip: float | None = None,
+        maximize: bool = False,
+        model: nn.Module | None = None,
+        backend: str | None = None,
+    ) -> None:
+        ops.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
+        ops.check_choice("rounding", rounding, ("auto", *ops.ROUNDINGS))
+        ops.check_choice("kind", kind, ops.KINDS)
+        ops.check_word("seed", seed, 64)
+        if clip is not None and not ops.check_fp32("clip", clip) > 0:
+            raise ValueError(f"clip={clip!r} must be positive, or None for no clipping")
+        named = parameters.read_params(model_or_params, model, weight_decay)
+        if perturbation == "scratch" and named.model is None:
+            raise ValueError(
+                "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
+                "or take perturbation='inplace'"
+            )
+        scratch = named.model is not None and perturbation != "inplace"
+        for number, group in enumerate(named.groups):
+            _check_group(f"params[{number}]: " if len(named.groups) > 1 else "", {"lr": lr, "eps": eps, "weight_decay": weight_decay, **group})
+        for _, p in (pair for g in named.groups for pair in g["params"]):
+            if not p.is_meta:
+                backends.pick(p.device, backend)
+        self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
+        self._scratch, self._clip, self._maximize = scratch, clip, maximize
+        self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
+        self._tag = 0  # of the next direction: one a step
+        self._skipped: Tensor | int = 0
+        self.projected_gradient: Tensor | None = None
+        self._streams = parameters.streams_of(named.all_names)
+        self._view: perturb.View | None = None
+        super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self._refresh()
+        if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
+            warnings.warn(
+                "16-bit weights without a module are perturbed in place, which rounds them anew at every step: the weights drift "
+                "(docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
+                stacklevel=2,
+            )
+
+    # -- the step --
+
+    def _refresh(self) -> perturb.View:
+        """The view of the weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
+        view = self._view
+        if view is None or len(view.groups) != len(self.param_groups) or not all(
+            w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True)
+        ):
+            groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
+            ops.check_overlap(
+                [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)], "a step updates each weight once"
+            )
+            options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
+            if self._scratch and self._model is not None:
+                view = perturb.Scratch(groups, self._model, **options)
+            else:
+                view = perturb.InPlace(groups, **options)
+            self._view = view
+        return view
+
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Loss] | None = None, batches: Sequence[Any] | None = None) -> Tensor:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: evaluates the model and returns the loss: a tensor with one element, or anything float() takes (accuracy, F1, a
+                reward): it is never differentiated. Called twice, both times from the same random state (dropout masks agree);
+                after the step the random state is as after one call. Keep the loss in float32: in 16 bits it is quantised more
+                coarsely than the difference that the step needs.
+            batches: gradient accumulation: the closure is called with each of these micro-batches, and the losses are averaged.
+
+        Returns:
+            The mean of the losses at theta + eps z and theta - eps z, a 0-d float32 tensor on the loss's device.
+
+        Raises:
+            Whatever the closure raises: the weights, the random state and the module are then as before the step (in place: to
+            within the rounding of the passes). TypeError if the closure returns no loss.
+        """
+        if not callable(closure):
+            raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
+        if batches is not None and not len(batches):
+            raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
+        if self._tag >= 1 << 32:
+            raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
+        for number, group in enumerate(self.param_groups):
+            _check_group(f"param_groups[{number}]: ", group)
+        view = self._refresh()
+        tag = self._tag
+        rng = _RNG(plan.device for w in view.groups for plan in w.plans)
+        before = rng.get()
+        try:
+            with view.step():
+                view.see([[(tag, g["eps"])] for g in self.param_groups])
+                plus = _evaluate(closure, batches)
+                after = rng.get()
+                rng.set(before)
+                view.see([[(tag, -g["eps"])] for g in self.param_groups])
+                minus = _evaluate(closure, batches)
+                rng.set(after)
+                view.update(self._updates(tag, plus, minus))
+        except BaseException:
+            rng.set(before)
+            raise
+        self._tag += 1
+        if isinstance(view, perturb.Scratch) and (note := view.news()):
+            warnings.warn(note, stacklevel=2)
+        return ((plus + minus) / 2).float()
+
+    def _updates(self, tag: int, plus: Tensor, minus: Tensor) -> list[perturb.Update]:
+        """The step's terms for each group, from two float64 losses. On the CPU they are numbers; elsewhere they stay tensors, so
+        that the host does not wait for the device."""
+        difference = plus - minus
+        self.projected_gradient = difference / (2 * self.param_groups[0]["eps"])
+        on_host = difference.device.type == "cpu"
+        finite = difference.isfinite()
+        d: Tensor | float
+        if on_host:
+            if not finite:
+                self._skipped = self._skipped + 1
+                return [perturb.Update(())] * len(self.param_groups)
+            d = float(difference)
+        else:
+            self._skipped = self._skipped + (~finite).long()
+            d = torch.where(finite, difference, 0.0)
+        updates = []
+        for group in self.param_groups:
+            g = d / (2 * group["eps"])
+            if self._clip is not None:
+                g = g.clamp(-self._clip, self._clip) if isinstance(g, Tensor) else min(max(g, -self._clip), self._clip)
+            decay: perturb.Coefficient = 1 - group["lr"] * group["weight_decay"]
+            if not on_host and decay != 1.0:
+                decay = torch.where(finite, torch.full_like(difference, decay), 1.0)
+            updates.append(perturb.Update([(tag, (group["lr"] if self._maximize else -group["lr"]) * g)], decay, self._rounding))
+        return updates
+
+    @property
+    def skipped(self) -> int:
+        return int(self._skipped)
+
+    # -- a run that goes on --
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on besides the weights: torch's groups, the seed, the next tag and the streams."""
+        state = super().state_dict()
+        state["zo"] = {"seed": self._seed, "tag": self._tag, "skipped": self.skipped, "kind": self._kind, "streams": dict(self._streams)}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume exactly: the next step's noise is that of the run that was saved.
+
+        Raises:
+            ValueError: not a state of this class, or of a model with other parameters.
+        """
+        if "zo" not in state_dict:
+            raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
+        zo = state_dict["zo"]
+        if zo["kind"] != self._kind:
+            raise ValueError(f"state_dict was saved with kind={zo['kind']!r}, this optimizer has kind={self._kind!r}: make it with the same")
+        mine = [name for g in self.param_groups for name in g["param_names"]]
+        absent = [name for name in mine if name not in zo["streams"]]
+        if absent:
+            raise ValueError(f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
+        self._view = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group's parameters need names (``(name, tensor)`` pairs) that the model had at the start or new ones."""
+        super().add_param_group(param_group)
+        names = self.param_groups[-1].get("param_names")
+        if names is None:
+            raise ValueError("param_group: its parameters need names for their noise: give (name, tensor) pairs")
+        missing = [n for n in names if n not in self._streams]
+        if missing:
+            self._streams = parameters.streams_of([*self._streams, *missing])
+
+
+def _check_group(where: str, group: dict[str, Any]) -> None:
+    lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
+    if not (isinstance(lr, (int, float)) and 0 <= lr < math.inf):
+        raise ValueError(f"{where}lr={lr!r} must be a finite number >= 0 (to ascend, use maximize=True)")
+    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
+        raise ValueError(f"{where}eps={eps!r} must be a finite number > 0")
+    if not (isinstance(decay, (int, float)) and 0 <= decay < math.inf):
+        raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
+
+
+def _as_loss(value: Any) -> Tensor:
+    """A closure's result as a 0-d float64 tensor on its own device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"closure returned a tensor of shape {tuple(value.shape)}: return one number, for example its mean()")
+        return value.detach().reshape(()).double()
+    if value is None:
+        raise TypeError("closure returned None: return the loss (a missing `return`?)")
+    try:
+        return torch.tensor(float(value), dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
+
+
+def _evaluate(closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
+    if batches is None:
+        return _as_loss(closure())
+    return torch.stack([_as_loss(closure(batch)) for batch in batches]).mean()

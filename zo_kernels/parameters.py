@@ -1,0 +1,198 @@
+"""From a model's parameters to what a pass needs: names, streams, masks, scales, plans.
+
+Belongs here: canonical names, the stream of a name, reading what a user hands to an optimizer, and `Weights`, one parameter
+group in the form of `ops.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (perturb.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels import ops
+
+# What wrappers put into a parameter's name: DDP/DataParallel, FSDP, torch.compile, activation checkpointing, peft.
+_WRAPPERS = re.compile(r"(^|\.)(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|base_layer)(?=\.)")
+_PEFT_PREFIX = re.compile(r"^base_model\.model\.")
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name in the bare model: without the prefixes of DDP, FSDP, torch.compile, checkpointing and peft.
+
+    >>> canonical_name("module.base_model.model.layers.0.q_proj.base_layer.weight")
+    'layers.0.q_proj.weight'
+    """
+    stripped = re.sub(r"^\.", "", _WRAPPERS.sub("", name))
+    return _PEFT_PREFIX.sub("", stripped) or name
+
+
+def stream_of(name: str) -> int:
+    """The 32-bit stream of a canonical name: the first four bytes, little-endian, of the SHA-256 of its UTF-8."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def streams_of(names: Iterable[str]) -> dict[str, int]:
+    """A stream for every name, none twice. `names` are all names of the model, the frozen ones too, so that freezing cannot
+    change the outcome; a collision (odds n^2 / 2^33) moves the later name in alphabetical order to its next hash."""
+    table: dict[str, int] = {}
+    taken: set[int] = set()
+    for name in sorted(set(names)):
+        stream, again = stream_of(canonical_name(name)), 0
+        while stream in taken:
+            again += 1
+            stream = stream_of(f"{canonical_name(name)}#{again}")
+        table[name] = stream
+        taken.add(stream)
+    return table
+
+
+def no_decay(model: nn.Module) -> set[int]:
+    """ids of the parameters that weight decay skips: biases, and every parameter of a normalization layer, which is
+    recognised by its class (LayerNorm, LlamaRMSNorm, ...) since attribute names differ (`norm`, `ln_1`, `input_layernorm`)."""
+    found = set()
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
+        for attribute, p in module.named_parameters(recurse=False):
+            if is_norm or attribute == "bias" or attribute.endswith("_bias"):
+                found.add(id(p))
+    return found
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The model's trainable parameters by name, tied ones once; an error if there are none, or one has no values."""
+    pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not pairs:
+        raise ValueError(
+            f"model={type(model).__name__} has no trainable parameter (requires_grad is False on all {sum(1 for _ in model.parameters())}): "
+            "unfreeze some, or add an adapter"
+        )
+    return pairs
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a user handed to an optimizer, in one form: parameter groups whose 'params' are (name, tensor) pairs."""
+
+    groups: list[dict[str, Any]]
+    model: nn.Module | None
+    all_names: list[str]
+
+
+def read_params(source: Any, model: nn.Module | None, weight_decay: float) -> Named:
+    """Read a module, (name, tensor) pairs, tensors, or parameter groups of either."""
+    if isinstance(source, nn.Module):
+        pairs = trainable(source)
+        names = [name for name, _ in source.named_parameters()]
+        if not weight_decay:
+            return Named([{"params": pairs}], source, names)
+        skip = no_decay(source)
+        decayed = [(n, p) for n, p in pairs if id(p) not in skip]
+        kept = [(n, p) for n, p in pairs if id(p) in skip]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+        return Named([g for g in groups if g["params"]], source, names)
+    if isinstance(source, (Tensor, str, Mapping)):
+        raise TypeError(f"params is a {type(source).__name__}: give a module, named_parameters(), a list of tensors, or parameter groups")
+    items = list(source)
+    if not items:
+        raise ValueError("params is empty: give a module, named_parameters(), a list of tensors, or parameter groups")
+    groups = [dict(g) for g in items] if isinstance(items[0], dict) else [{"params": items}]
+    by_id = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    position, nameless = 0, False
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(f"params[{number}] is not a parameter group: a group is a dict with the key 'params'")
+        members = group["params"]
+        pairs = []
+        for item in [members] if isinstance(members, Tensor) else list(members):
+            if isinstance(item, tuple):
+                name, p = item
+            else:
+                p = item
+                name = by_id.get(id(p))
+                if name is None:
+                    name, nameless = f"param.{position}", True
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params: {name} is a {type(p).__name__}, not a tensor")
+            if not p.requires_grad:
+                raise ValueError(f"params: {name} is frozen (requires_grad=False): leave it out, or set requires_grad_(True)")
+            pairs.append((name, p))
+            position += 1
+        group["params"] = pairs
+    if nameless:
+        warnings.warn(
+            "parameters without names take their noise stream from their position in the list: adding, freezing or reordering "
+            "parameters then changes the noise. Give a module, or model.named_parameters().",
+            stacklevel=4,
+        )
+    names = [name for g in groups for name, _ in g["params"]]
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"params: the name {twice!r} occurs twice: names give parameters their noise and must be unique")
+    if model is not None:
+        names = sorted({*names, *by_id.values()})
+    return Named(groups, model, names)
+
+
+def _of(option: Any, name: str) -> Any:
+    """A group option that is one value for all of its parameters, or a mapping from names."""
+    return option.get(name) if isinstance(option, Mapping) else option
+
+
+@dataclass
+class Weights:
+    """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes."""
+
+    names: list[str]
+    params: list[Tensor]
+    streams: list[int]
+    masks: list[ops.Mask]
+    scales: list[Any]
+    plans: list[ops.Plan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plans = ops.make_plans(
+            self.params, self.streams, masks=self.masks, scales=self.scales, names=[f"parameter {n}" for n in self.names]
+        )
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], streams: Mapping[str, int]) -> Weights:
+        active = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
+        names = [n for n, _ in active]
+        return cls(
+            names,
+            [p for _, p in active],
+            [streams[n] for n in names],
+            [_of(group.get("mask"), n) for n in names],
+            [_of(group.get("scale"), n) for n in names],
+        )
+
+    def entries(self) -> dict[int, ops.Entry]:
+        """The entry of each parameter, by id(parameter)."""
+        by_pointer = {(e.src.data_ptr(), e.src.numel()): e for plan in self.plans for e in plan.entries}
+        return {id(p): by_pointer[p.data_ptr(), p.numel()] for p in self.params}
+
+    def current(self, group: Mapping[str, Any]) -> bool:
+        """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced or moved."""
+        active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
+        return (
+            len(active) == len(self.params)
+            and all(a is b for a, b in zip(active, self.params, strict=True))
+            and all(e.src.dtype == p.dtype for e, p in self._pairs())
+            and not any(e.src.data_ptr() != p.data_ptr() for e, p in self._pairs())
+        )
+
+    def _pairs(self) -> Iterable[tuple[ops.Entry, Tensor]]:
+        """Entries beside their parameters. Plans group by device and dtype, each in list order."""
+        entries = [e for plan in self.plans for e in plan.entries]
+        order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self.params:
+            order.setdefault((p.device, p.dtype), []).append(p)
+        params = [p for group in order.values() for p in group]
+        return zip(entries, params, strict=True)
