@@ -1,0 +1,63 @@
+# make demo   fine-tune a real model on real labelled text (sets up .venv first), results in runs/demo
+# make test   set up .venv and run the tests
+# make lint   ruff, mypy, clang-format
+# make bench  the benchmarks that fit this machine, as CSV and figures
+# make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
+# make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
+#
+# Where a recipe sets up: .venv is made from $(BASE) and the pins of constraints.txt. VENV=0 uses $(PYTHON) as it is.
+
+BASE ?= python3
+VENV ?= .venv
+ifeq ($(VENV),0)
+PYTHON ?= python3
+READY :=
+else
+PYTHON ?= $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+PYTEST := $(PYTHON) -m pytest
+OUT ?= benchmarks/results
+
+.PHONY: demo test lint format bench sass gpu-check clean
+
+demo: $(READY)
+	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
+
+test: $(READY)
+	$(PYTEST) -m "not gpu" tests
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(READY)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m clang_format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(READY)
+	$(PYTHON) benchmarks/run.py --out $(OUT)
+
+sass: $(READY)
+	@$(PYTHON) benchmarks/sass.py
+
+gpu-check:
+	benchmarks/gpu_check.sh $(OUT)
+
+# The environment: the interpreter must be able to make virtual environments and compile; both are asked for by name if absent.
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(BASE) must be Python 3.11 or newer: make BASE=python3.12 ..."; exit 1; }
+	@$(BASE) -c 'import venv, ensurepip' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@test -f "$$($(BASE) -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" || { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "a C++ compiler is missing: apt-get install g++"; exit 1; }
+	test -x $(VENV)/bin/python || $(BASE) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel pybind11 ninja
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info zo_kernels/*.so zo_kernels/__pycache__
