@@ -1,0 +1,190 @@
+/* perturb.cpp - the CPU backend's entry: checks, live terms, choice of the instruction set, threads.
+ *
+ * Belongs here: what happens once per call. Does not belong here: anything per element; this file is compiled for the plain
+ * architecture, and is the only one of csrc/cpu that may use the C++ library (see perturb.h).
+ */
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../noise.h"
+#include "perturb.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+enum Isa { BEST = 0, PORTABLE = 1, AVX2 = 2, AVX512 = 3 };
+
+enum Error {
+  OK = 0,
+  BAD_ARGUMENT = -1,
+  UNSUPPORTED_ISA = -2,
+  OUT_OF_MEMORY = -3,
+};
+
+/* Elements that a thread takes at a time: about 0.1 ms of work, and enough to amortise a thread's start (20 us) where a call
+ * has two of them. A call with less runs on the caller's thread: scratch mode makes hundreds of small calls per forward. */
+constexpr int64_t CHUNK = 1 << 18;
+
+Isa detect() {
+#if defined(__x86_64__)
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  __builtin_cpu_init();
+  if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return AVX512;
+  }
+  return AVX2;
+#else
+  return PORTABLE;
+#endif
+}
+
+zo::PerturbRange *kernel(int isa) {
+#if defined(__x86_64__)
+  if (isa == AVX512) return zo::perturb_avx512;
+  if (isa == AVX2) return zo::perturb_avx2;
+#endif
+  return zo::perturb_portable;
+}
+
+/* The contract's arithmetic: subnormals kept, round to nearest even. A caller may have set otherwise
+ * (torch.set_flush_denormal), and a new thread inherits that. */
+class IeeeArithmetic {
+public:
+#if defined(__x86_64__)
+  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  IeeeArithmetic() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+  }
+  ~IeeeArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+private:
+  uint64_t saved_;
+#endif
+  IeeeArithmetic(const IeeeArithmetic &) = delete;
+};
+
+/* The whole list is one row of elements, cut into chunks that threads take from a counter: a list of many small tensors and a
+ * list of one large tensor split alike, and a thread that starts late or loses its core does not hold up the rest. */
+struct Work {
+  const zo::Job &job;
+  const zo_tensor *tensors;
+  int64_t n, total;
+  zo::PerturbRange *range;
+  std::atomic<int64_t> next{0};
+
+  void run() {
+    const IeeeArithmetic ieee;
+    int64_t k = 0, before = 0; /* elements of the tensors before k; chunks of one thread only ever advance */
+    for (int64_t begin; (begin = CHUNK * next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      const int64_t end = begin + CHUNK < total ? begin + CHUNK : total;
+      for (int64_t at = begin; at < end;) {
+        const zo_tensor &t = tensors[k];
+        if (before + t.numel <= at) {
+          before += t.numel;
+          ++k;
+          continue;
+        }
+        const int64_t stop = before + t.numel < end ? before + t.numel : end;
+        range(job, t, at - before, stop - before);
+        at = stop;
+      }
+    }
+  }
+};
+
+bool sound(const zo_tensor &t) {
+  return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
+}
+
+} // namespace
+
+extern "C" const char *zo_error_string(int code) {
+  switch (code) {
+  case OK: return "no error";
+  case BAD_ARGUMENT: return "an argument of the C ABI is out of its range (see csrc/zo_kernels.h)";
+  case UNSUPPORTED_ISA: return "this processor or this build lacks the instruction set asked for";
+  case OUT_OF_MEMORY: return "out of host memory for the terms of the pass";
+  default: return "unknown error code";
+  }
+}
+
+extern "C" int zo_cpu_best_isa(void) {
+  static const Isa best = detect();
+  return best;
+}
+
+extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa) {
+  if (!pass || n < 0 || (n && !tensors) || pass->n_terms < 0 || (!pass->tags && pass->n_terms > ZO_INLINE_TERMS) ||
+      !pass->tags != !pass->coefs || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16 || pass->kind < ZO_GAUSSIAN ||
+      pass->kind > ZO_RADEMACHER || isa < BEST || isa > AVX512) {
+    return BAD_ARGUMENT;
+  }
+  if (isa > zo_cpu_best_isa()) return UNSUPPORTED_ISA;
+  int64_t total = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    if (!sound(tensors[k])) return BAD_ARGUMENT;
+    total += tensors[k].numel;
+  }
+
+  zo::Term few[ZO_INLINE_TERMS], *live = few;
+  std::vector<zo::Term> many;
+  if (pass->n_terms > ZO_INLINE_TERMS) {
+    try {
+      many.resize((size_t)pass->n_terms);
+    } catch (const std::bad_alloc &) { return OUT_OF_MEMORY; }
+    live = many.data();
+  }
+  zo::Job job = {};
+  {
+    const IeeeArithmetic ieee;
+    for (int64_t k = 0; k < pass->n_terms; ++k) {
+      const uint32_t tag = pass->tags ? (uint32_t)pass->tags[k] : pass->inline_tags[k];
+      const float given = pass->coefs ? pass->coefs[k] : pass->inline_coefs[k];
+      const float c = pass->kind == ZO_GAUSSIAN ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
+      if (k == 0) job.rounding_tag = tag;
+      if (c != 0) live[job.n_terms++] = zo::Term{tag, c};
+    }
+  }
+  job.seed = pass->seed;
+  job.terms = live;
+  job.decay = pass->decay_ptr ? *pass->decay_ptr : pass->decay;
+  job.has_decay = pass->has_decay && std::isfinite(job.decay);
+  job.gaussian = pass->kind == ZO_GAUSSIAN;
+  job.dtype = pass->dtype;
+  job.stochastic = pass->rounding == ZO_STOCHASTIC && pass->dtype != ZO_F32;
+
+  Work work{job, tensors, n, total, kernel(isa == BEST ? zo_cpu_best_isa() : isa)};
+  const int64_t chunks = (total + CHUNK - 1) / CHUNK;
+  const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
+  if (helpers < 1) {
+    work.run();
+    return OK;
+  }
+  std::vector<std::thread> pool;
+  try {
+    pool.reserve((size_t)helpers);
+    for (int64_t k = 0; k < helpers; ++k) pool.emplace_back(&Work::run, &work);
+  } catch (const std::exception &) {
+    /* No more threads to be had: those that run, and this one, take the chunks. */
+  }
+  work.run();
+  for (std::thread &t : pool) t.join();
+  return OK;
+}

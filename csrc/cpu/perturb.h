@@ -1,0 +1,41 @@
+/* perturb.h - what the instruction sets share: the work order of one call, and the signature they implement.
+ *
+ * Belongs here: types that perturb.cpp (terms, threads, choice of the instruction set) hands to perturb_<isa>.cpp. Does not
+ * belong here: loops (tile.h), vectors (simd.h), functions with external linkage in a header: these files are compiled with
+ * different -m flags, and the linker would keep one copy of an inline function for all of them.
+ */
+#ifndef ZO_CPU_PERTURB_H
+#define ZO_CPU_PERTURB_H
+
+#include "../zo_kernels.h"
+
+namespace zo {
+
+/* A live term; c is c' for the Gaussian. */
+struct Term {
+  uint32_t tag;
+  float c;
+};
+
+struct Job {
+  uint64_t seed;
+  const Term *terms; /* the live ones, in order */
+  int64_t n_terms;
+  float decay; /* finite; 1 if there is none */
+  bool has_decay;
+  bool gaussian;
+  bool stochastic; /* false for fp32 weights */
+  int dtype;
+  uint32_t rounding_tag; /* of the first term of the call, live or not */
+};
+
+/* Local elements [begin, end) of one tensor. */
+typedef void PerturbRange(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end);
+
+PerturbRange perturb_portable;
+#if defined(__x86_64__)
+PerturbRange perturb_avx2, perturb_avx512;
+#endif
+
+} // namespace zo
+#endif

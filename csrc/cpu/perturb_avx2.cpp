@@ -1,0 +1,119 @@
+/* perturb_avx2.cpp - the vector operations of simd.h in AVX2, FMA and F16C: 8 calls at a time.
+ *
+ * Belongs here: intrinsics. Does not belong here: the contract (simd.h), a check of the processor (perturb.cpp).
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace zo {
+namespace {
+
+struct Avx2 {
+  using U = __m256i;
+  using F = __m256;
+  using M = __m256i; /* all ones or zero in every lane */
+  static constexpr int LANES = 8;
+
+  static inline U set1(uint32_t x) { return _mm256_set1_epi32((int)x); }
+  static inline F set1f(float x) { return _mm256_set1_ps(x); }
+  static inline F as_float(U x) { return _mm256_castsi256_ps(x); }
+  static inline U as_bits(F x) { return _mm256_castps_si256(x); }
+
+  /* q, q + 2, q + 4, q + 6 as 64-bit integers. */
+  static inline U every_second_call(uint64_t q) {
+    return _mm256_add_epi64(_mm256_set1_epi64x((long long)q), _mm256_set_epi64x(6, 4, 2, 0));
+  }
+  static inline U mul_even(U x, U y) { return _mm256_mul_epu32(x, y); }
+  static inline U high(U x) { return _mm256_srli_epi64(x, 32); }
+  static inline U merge(U even, U odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+  static inline U bit_xor3(U x, U y, U z) { return _mm256_xor_si256(x, _mm256_xor_si256(y, z)); }
+  static inline U bit_or(U x, U y) { return _mm256_or_si256(x, y); }
+  static inline U bit_and(U x, U y) { return _mm256_and_si256(x, y); }
+  static inline U plus(U x, U y) { return _mm256_add_epi32(x, y); }
+  template <int N> static inline U left(U x) { return _mm256_slli_epi32(x, N); }
+  template <int N> static inline U right(U x) { return _mm256_srli_epi32(x, N); }
+  static inline U swap_halves(U x) { return _mm256_or_si256(left<16>(x), right<16>(x)); }
+
+  static inline F mul(F x, F y) { return _mm256_mul_ps(x, y); }
+  static inline F add(F x, F y) { return _mm256_add_ps(x, y); }
+  static inline F sub(F x, F y) { return _mm256_sub_ps(x, y); }
+  static inline F fma(F x, F y, F z) { return _mm256_fmadd_ps(x, y, z); }
+  static inline F number(U w) { return as_float(bit_or(bit_and(w, set1(F_MASK)), set1(F_BASE))); }
+
+  /* Lane l is bit `shift` + l of the bytes at p; reads two bytes. */
+  static inline M mask(const uint8_t *p, int shift) {
+    const U bits = set1((uint32_t)(p[0] | p[1] << 8) >> shift);
+    return _mm256_srai_epi32(_mm256_sllv_epi32(bits, _mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31)), 31);
+  }
+  static inline M below(U x, U y) { return _mm256_cmpgt_epi32(y, x); }
+  static inline U zero_unless(M m, U x) { return bit_and(m, x); }
+  static inline U choose(M m, U x, U y) { return _mm256_blendv_epi8(y, x, m); }
+  static inline F add_if(M m, F x, F y) { return _mm256_blendv_ps(x, add(x, y), as_float(m)); }
+  static inline F negate_if(M m, F x) { return as_float(_mm256_xor_si256(as_bits(x), bit_and(m, set1(0x80000000u)))); }
+  static inline U or_if_below(U acc, U x, U y, uint32_t bit) { /* unsigned x < y: not max(x, y) == x */
+    return bit_or(acc, _mm256_andnot_si256(_mm256_cmpeq_epi32(_mm256_max_epu32(x, y), x), set1(bit)));
+  }
+
+  static inline F loadf(const float *p) { return _mm256_loadu_ps(p); }
+  static inline void storef(float *p, F x) { _mm256_storeu_ps(p, x); }
+  static inline F load_half(const Half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+  static inline void store_half(Half *p, F x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline U widen(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+  static inline __m128i narrow(U x) { /* every lane below 2^16 */
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
+  }
+  static inline void store_narrow(uint16_t *p, U x) { _mm_storeu_si128((__m128i *)p, narrow(x)); }
+  static inline void store_low_bytes(U x, uint8_t *p) {
+    const __m128i words = narrow(x);
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+  }
+
+  static inline __m256d pd(F x) { return _mm256_castps_pd(x); }
+  static inline F pd(__m256d x) { return _mm256_castpd_ps(x); }
+
+  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place. */
+  static inline void transpose_places(const F *x, F *y) {
+    const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+    const F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    y[0] = pd(_mm256_unpacklo_pd(pd(a), pd(c))), y[1] = pd(_mm256_unpackhi_pd(pd(a), pd(c)));
+    y[2] = pd(_mm256_unpacklo_pd(pd(b), pd(d))), y[3] = pd(_mm256_unpackhi_pd(pd(b), pd(d)));
+  }
+
+  /* Stores the 128-bit places 0 of a and b one behind the other at p, the places 1 at p + stride. */
+  static inline void store_by_place(F a, F b, float *p, int stride) {
+    storef(p, _mm256_permute2f128_ps(a, b, 0x20));
+    storef(p + stride, _mm256_permute2f128_ps(a, b, 0x31));
+  }
+
+  /* s[a] holds output a of 8 calls; call 2g + h feeds the elements 32 g + 8 h + (0..7) and 16 behind them. */
+  static inline void store_chunks(const F *s, float *p) {
+    for (int half = 0; half < 2; ++half) {
+      F low[4], high[4]; /* low[c], place L: outputs 0..3 of this half of call 4L + c */
+      transpose_places(s + 8 * half, low);
+      transpose_places(s + 8 * half + 4, high);
+      for (int c = 0; c < 4; ++c) store_by_place(low[c], high[c], p + 16 * half + 32 * (c >> 1) + 8 * (c & 1), 64);
+    }
+  }
+
+  /* The words of call 0, then those of call 1, ... */
+  static inline void store_words(const U *w, uint32_t *p) {
+    const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
+    F t[4]; /* t[c], place L: the words of call 4L + c */
+    transpose_places(x, t);
+    store_by_place(t[0], t[1], (float *)p, 16);
+    store_by_place(t[2], t[3], (float *)p + 8, 16);
+  }
+};
+
+} // namespace
+
+void perturb_avx2(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end) {
+  perturb_range<SimdStages<Avx2>>(job, tensor, begin, end);
+}
+
+} // namespace zo
+#endif

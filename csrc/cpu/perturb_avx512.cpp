@@ -1,0 +1,118 @@
+/* perturb_avx512.cpp - the vector operations of simd.h in AVX-512 F, BW, DQ, VL: 16 calls at a time.
+ *
+ * Belongs here: intrinsics. Does not belong here: the contract (simd.h), a check of the processor (perturb.cpp).
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace zo {
+namespace {
+
+struct Avx512 {
+  using U = __m512i;
+  using F = __m512;
+  using M = __mmask16;
+  static constexpr int LANES = 16;
+
+  static inline U set1(uint32_t x) { return _mm512_set1_epi32((int)x); }
+  static inline F set1f(float x) { return _mm512_set1_ps(x); }
+  static inline F as_float(U x) { return _mm512_castsi512_ps(x); }
+  static inline U as_bits(F x) { return _mm512_castps_si512(x); }
+
+  /* q, q + 2, ..., q + 14 as 64-bit integers. */
+  static inline U every_second_call(uint64_t q) {
+    return _mm512_add_epi64(_mm512_set1_epi64((long long)q), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
+  }
+  static inline U mul_even(U x, U y) { return _mm512_mul_epu32(x, y); }
+  static inline U high(U x) { return _mm512_srli_epi64(x, 32); }
+  static inline U merge(U even, U odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0); }
+  static inline U bit_xor3(U x, U y, U z) { return _mm512_ternarylogic_epi32(x, y, z, 0x96); }
+  static inline U bit_or(U x, U y) { return _mm512_or_si512(x, y); }
+  static inline U bit_and(U x, U y) { return _mm512_and_si512(x, y); }
+  static inline U plus(U x, U y) { return _mm512_add_epi32(x, y); }
+  template <int N> static inline U left(U x) { return _mm512_slli_epi32(x, N); }
+  template <int N> static inline U right(U x) { return _mm512_srli_epi32(x, N); }
+  static inline U swap_halves(U x) { return _mm512_rol_epi32(x, 16); }
+
+  static inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static inline F add(F x, F y) { return _mm512_add_ps(x, y); }
+  static inline F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  static inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static inline F number(U w) { /* (w & F_MASK) | F_BASE */
+    return as_float(_mm512_ternarylogic_epi32(w, set1(F_MASK), set1(F_BASE), 0xEA));
+  }
+
+  /* Lane l is bit `shift` + l of the bytes at p; reads three bytes. */
+  static inline M mask(const uint8_t *p, int shift) {
+    uint16_t low;
+    memcpy(&low, p, 2);
+    return (M)((low | (uint32_t)p[2] << 16) >> shift);
+  }
+  static inline M below(U x, U y) { return _mm512_cmplt_epi32_mask(x, y); }
+  static inline U zero_unless(M m, U x) { return _mm512_maskz_mov_epi32(m, x); }
+  static inline U choose(M m, U x, U y) { return _mm512_mask_mov_epi32(y, m, x); }
+  static inline F add_if(M m, F x, F y) { return _mm512_mask_add_ps(x, m, x, y); }
+  static inline F negate_if(M m, F x) { return _mm512_mask_xor_ps(x, m, x, set1f(-0.0f)); }
+  static inline U or_if_below(U acc, U x, U y, uint32_t bit) {
+    return _mm512_mask_or_epi32(acc, _mm512_cmplt_epu32_mask(x, y), acc, set1(bit));
+  }
+
+  static inline F loadf(const float *p) { return _mm512_loadu_ps(p); }
+  static inline void storef(float *p, F x) { _mm512_storeu_ps(p, x); }
+  static inline F load_half(const Half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+  static inline void store_half(Half *p, F x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+  static inline void store_narrow(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
+  static inline void store_low_bytes(U x, uint8_t *p) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
+
+  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place. */
+  static inline void transpose_places(const F *x, F *y) {
+    const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    const F c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    y[0] = pd(_mm512_unpacklo_pd(pd(a), pd(c))), y[1] = pd(_mm512_unpackhi_pd(pd(a), pd(c)));
+    y[2] = pd(_mm512_unpacklo_pd(pd(b), pd(d))), y[3] = pd(_mm512_unpackhi_pd(pd(b), pd(d)));
+  }
+  static inline __m512d pd(F x) { return _mm512_castps_pd(x); }
+  static inline F pd(__m512d x) { return _mm512_castpd_ps(x); }
+
+  /* Stores the 128-bit places 0 of a, b, c, d one behind the other at p, the places 1 at p + stride, and so on. */
+  static inline void store_by_place(F a, F b, F c, F d, float *p, int stride) {
+    const F ab02 = _mm512_shuffle_f32x4(a, b, 0x88), ab13 = _mm512_shuffle_f32x4(a, b, 0xDD); /* a0 a2 b0 b2, a1 a3 b1 b3 */
+    const F cd02 = _mm512_shuffle_f32x4(c, d, 0x88), cd13 = _mm512_shuffle_f32x4(c, d, 0xDD);
+    storef(p, _mm512_shuffle_f32x4(ab02, cd02, 0x88));
+    storef(p + stride, _mm512_shuffle_f32x4(ab13, cd13, 0x88));
+    storef(p + 2 * stride, _mm512_shuffle_f32x4(ab02, cd02, 0xDD));
+    storef(p + 3 * stride, _mm512_shuffle_f32x4(ab13, cd13, 0xDD));
+  }
+
+  /* s[a] holds output a of 16 calls; calls 2g and 2g + 1 feed the 32 elements from 32 g: their outputs 0..7, then 8..15. */
+  static inline void store_chunks(const F *s, float *p) {
+    F t[4][4]; /* t[b][c], place L: outputs 4b .. 4b + 3 of call 4L + c */
+    for (int b = 0; b < 4; ++b) transpose_places(s + 4 * b, t[b]);
+    for (int c = 0; c < 4; c += 2) {
+      store_by_place(t[0][c], t[1][c], t[0][c + 1], t[1][c + 1], p + 16 * c, 64);
+      store_by_place(t[2][c], t[3][c], t[2][c + 1], t[3][c + 1], p + 16 * c + 16, 64);
+    }
+  }
+
+  /* The words of call 0, then those of call 1, ... */
+  static inline void store_words(const U *w, uint32_t *p) {
+    const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
+    F t[4]; /* t[c], place L: the words of call 4L + c */
+    transpose_places(x, t);
+    store_by_place(t[0], t[1], t[2], t[3], (float *)p, 16);
+  }
+};
+
+} // namespace
+
+void perturb_avx512(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end) {
+  perturb_range<SimdStages<Avx512>>(job, tensor, begin, end);
+}
+
+} // namespace zo
+#endif

@@ -1,0 +1,131 @@
+/* module.cpp - the Python module zo_kernels._C: the only file that knows Python.
+ *
+ * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions. Does not belong here:
+ * torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/ops.py), work.
+ *
+ * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n, 11] in host
+ * memory, which the caller keeps alive during the call.
+ */
+#include <pybind11/pybind11.h>
+
+#include <stddef.h>
+#include <string>
+#include <vector>
+
+#include "zo_kernels.h"
+
+namespace py = pybind11;
+
+/* zo_kernels/ops.py (Entry.record) writes these words one by one. */
+static_assert(sizeof(zo_tensor) == 88 && offsetof(zo_tensor, numel) == 16 && offsetof(zo_tensor, scale_block) == 48 &&
+                  offsetof(zo_tensor, row_len) == 64 && offsetof(zo_tensor, stream) == 72 && offsetof(zo_tensor, keep) == 76 &&
+                  offsetof(zo_tensor, mask_tag) == 80,
+              "zo_tensor is not a row of 11 words");
+
+namespace {
+
+/* A zo_pass from Python arguments, with the memory of its terms where it owns them. Used by every backend of this module.
+ *
+ *   tags, coefs   two lists of numbers (n_terms is then their length and the argument is ignored), or two addresses of n_terms
+ *                 int64 and fp32 in the memory of the tensors' device
+ *   decay         None, a float, or (int) the address of one fp32 in that memory
+ *
+ * With lists, the struct points nowhere up to ZO_INLINE_TERMS terms; beyond, at host memory of this object. */
+struct Pass {
+  zo_pass c = {};
+  std::vector<int64_t> tags;
+  std::vector<float> coefs;
+
+  Pass(uint64_t seed, int dtype, int kind, int rounding, py::handle tags_, py::handle coefs_, int64_t n_terms, py::handle decay) {
+    c.seed = seed, c.dtype = dtype, c.kind = kind, c.rounding = rounding, c.n_terms = n_terms;
+    if (PyLong_Check(tags_.ptr())) {
+      c.tags = address<const int64_t>(tags_);
+      c.coefs = address<const float>(coefs_);
+    } else {
+      take_lists(tags_, coefs_);
+    }
+    c.has_decay = !decay.is_none();
+    if (PyLong_Check(decay.ptr())) {
+      c.decay_ptr = address<const float>(decay);
+    } else if (c.has_decay) {
+      c.decay = (float)number(decay);
+    }
+  }
+
+  Pass(const Pass &) = delete; /* c may point into this object */
+
+  template <class T> static T *address(py::handle h) { return (T *)(uintptr_t)h.cast<uint64_t>(); }
+
+private:
+  static double number(py::handle h) {
+    const double x = PyFloat_AsDouble(h.ptr());
+    if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return x;
+  }
+
+  static int64_t tag(py::handle h) {
+    const long long x = PyLong_AsLongLong(h.ptr());
+    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return x;
+  }
+
+  void take_lists(py::handle tags_, py::handle coefs_) {
+    if (!PyList_Check(tags_.ptr()) || !PyList_Check(coefs_.ptr())) {
+      throw py::type_error("tags and coefs must be two lists, or two addresses (ints)");
+    }
+    PyObject *const t = tags_.ptr(), *const f = coefs_.ptr();
+    const int64_t n = PyList_GET_SIZE(t);
+    if (PyList_GET_SIZE(f) != n) throw py::value_error("tags and coefs differ in length");
+    c.n_terms = n;
+    if (n > ZO_INLINE_TERMS) {
+      tags.resize((size_t)n), coefs.resize((size_t)n);
+      c.tags = tags.data(), c.coefs = coefs.data();
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t a = tag(PyList_GET_ITEM(t, k));
+      const float x = (float)number(PyList_GET_ITEM(f, k));
+      if (n > ZO_INLINE_TERMS) {
+        tags[(size_t)k] = a, coefs[(size_t)k] = x;
+      } else {
+        c.inline_tags[k] = (uint32_t)a, c.inline_coefs[k] = x;
+      }
+    }
+  }
+};
+
+void check(int code) {
+  if (code) throw std::runtime_error(std::string("zo_kernels: ") + zo_error_string(code));
+}
+
+void cpu_perturb(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind, int rounding, py::handle tags, py::handle coefs,
+                 int64_t n_terms, py::handle decay, int threads, int isa) {
+  const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, decay);
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = zo_cpu_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, n, threads, isa);
+  }
+  check(code);
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled kernels; use zo_kernels.perturb_, which checks its arguments.";
+  m.attr("TENSOR_WORDS") = sizeof(zo_tensor) / 8;
+  m.attr("INLINE_TERMS") = ZO_INLINE_TERMS;
+
+  /* ---- CPU ---- */
+  m.attr("ISA_NAMES") = py::make_tuple("best", "portable", "avx2", "avx512"); /* in the order of the argument `isa` */
+  m.def("cpu_best_isa", &zo_cpu_best_isa, "Index into ISA_NAMES of the best instruction set of this processor and build.");
+  m.def("cpu_perturb", &cpu_perturb, py::arg("table"), py::arg("n"), py::arg("seed"), py::arg("dtype"), py::arg("kind"),
+        py::arg("rounding"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("decay"), py::arg("threads"),
+        py::arg("isa"), "zo_cpu_perturb of csrc/zo_kernels.h; tags and coefs are two lists, or addresses of n_terms values.");
+
+  /* ---- CUDA ---- */
+#ifdef ZO_WITH_CUDA
+  m.attr("WITH_CUDA") = true;
+#else
+  m.attr("WITH_CUDA") = false;
+#endif
+}
