@@ -1,0 +1,216 @@
+"""What every benchmark shares: the description of the machine, interleaved timing, peak memory, the one CSV writer.
+
+Belongs here: measuring and recording, on any device. Does not belong here: what is measured (one script for each question), and
+assertions about time: nothing here or in the tests ever decides on one.
+
+A row holds what a reader needs to judge a figure (processor, GPU, versions) and nothing that identifies a machine: no host name,
+no path, no user.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RESULTS = Path(__file__).parent / "results"
+MACHINE_COLUMNS = ("cpu", "cores", "gpu", "torch", "triton", "cuda", "zo_kernels")
+
+
+# ---- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    widest = "AVX-512" if " avx512f" in flags else "AVX2" if " avx2" in flags else ""
+    return f"{name} ({widest})" if widest else name
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def machine() -> dict[str, str | int]:
+    """The columns that start every row; empty where there is no such thing."""
+    import zo_kernels
+
+    gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "gpu": torch.cuda.get_device_name() if gpu else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": (torch.version.cuda or "") if gpu else "",
+        "zo_kernels": zo_kernels.__version__,
+    }
+
+
+# ---- timing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call over all rounds. The spread is stated with every median; a mean would hide a disturbed round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def columns(self) -> dict[str, float | int]:
+        return {
+            "rounds": len(self.seconds),
+            "median_s": significant(self.median),
+            "min_s": significant(min(self.seconds)),
+            "max_s": significant(max(self.seconds)),
+        }
+
+
+TIMING_COLUMNS = ("rounds", "median_s", "min_s", "max_s")
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", warmup: int = 1, calls: int = 1
+) -> dict[str, Timing]:
+    """Time every contender once in each round, so that a slow minute of the machine falls on all of them alike.
+
+    Args:
+        contenders: name -> a function without arguments.
+        rounds: timings of each; the order is reversed in every other round.
+        device: synchronised before a clock is read.
+        warmup: untimed calls of each, first.
+        calls: back-to-back calls inside one timing, without a synchronisation between them, as in a training loop.
+    """
+    for function in contenders.values():
+        for _ in range(warmup):
+            function()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                contenders[name]()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def cuda_times(function: Callable[[], Any], *, rounds: int, warmup: int = 3, flush: Tensor | None = None) -> Timing:
+    """Time on the device by CUDA events: one call each, after `flush` (larger than the L2 cache) was overwritten, so that the
+    call finds a cold L2."""
+    for _ in range(warmup):
+        function()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in pairs:
+        if flush is not None:
+            flush.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in pairs))
+
+
+def rewrite_(t: Tensor) -> None:
+    """Read every byte of `t` and write it back: the plainest pass over memory that torch has. Integers, since half-precision
+    arithmetic on a CPU is bound by its conversions, not by memory."""
+    t.view(-1).view(torch.int32).bitwise_xor_(0)
+
+
+def copy_bandwidth(nbytes: int = 1 << 28, *, device: torch.device | str = "cpu", rounds: int = 9) -> dict[str, float]:
+    """Measured bytes a second, reads plus writes: 'copy' (`copy_` between two buffers) and 'rewrite' (in place)."""
+    source = torch.zeros(nbytes // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    timings = interleaved({"copy": lambda: target.copy_(source), "rewrite": lambda: rewrite_(source)}, rounds=rounds, device=device)
+    return {name: 2 * nbytes / timing.median for name, timing in timings.items()}
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """Start a new peak. CPU: the kernel's high-water mark of resident memory (Linux); CUDA: torch's allocator."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def peak_bytes(device: torch.device | str) -> int | None:
+    """The peak since `reset_peak`; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+# ---- results ----------------------------------------------------------------------------------------------------------
+
+
+def significant(x: float, digits: int = 5) -> float:
+    """`x` to so many significant digits: more would be noise in a committed file."""
+    return float(f"{x:.{digits}g}")
+
+
+def write_csv(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], append: bool = False) -> None:
+    """The one writer: `MACHINE_COLUMNS`, then `columns`. A row that lacks a column or has another one is a mistake and refused.
+
+    Raises:
+        ValueError: a row's keys are not `columns`, or `append` to a file with another header. Nothing has been written.
+    """
+    path = Path(path)
+    rows = [dict(row) for row in rows]
+    for row in rows:
+        if set(row) != set(columns):
+            raise ValueError(f"{path.name}: a row differs from the columns in {sorted(set(row) ^ set(columns))}")
+    header = [*MACHINE_COLUMNS, *columns]
+    append = append and path.exists()
+    if append and (found := next(csv.reader(path.open(newline="")), [])) != header:
+        raise ValueError(f"{path.name} has the columns {found}, not {header}: write to another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = machine()
+    with path.open("a" if append else "w", newline="") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        if not append:
+            writer.writeheader()
+        writer.writerows({**described, **row} for row in rows)
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
