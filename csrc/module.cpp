@@ -1,10 +1,10 @@
 /* module.cpp - the Python module zo_kernels._C: the only file that knows Python.
  *
- * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions. Does not belong here:
- * torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/ops.py), work.
+ * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions. Does not
+ * belong here: torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/ops.py), work.
  *
- * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n, 11] in host
- * memory, which the caller keeps alive during the call.
+ * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n,
+ * 11] in host memory, which the caller keeps alive during the call.
  */
 #include <pybind11/pybind11.h>
 
@@ -18,17 +18,18 @@ namespace py = pybind11;
 
 /* zo_kernels/ops.py (Entry.record) writes these words one by one. */
 static_assert(sizeof(zo_tensor) == 88 && offsetof(zo_tensor, numel) == 16 && offsetof(zo_tensor, scale_block) == 48 &&
-                  offsetof(zo_tensor, row_len) == 64 && offsetof(zo_tensor, stream) == 72 && offsetof(zo_tensor, keep) == 76 &&
-                  offsetof(zo_tensor, mask_tag) == 80,
+                  offsetof(zo_tensor, row_len) == 64 && offsetof(zo_tensor, stream) == 72 &&
+                  offsetof(zo_tensor, keep) == 76 && offsetof(zo_tensor, mask_tag) == 80,
               "zo_tensor is not a row of 11 words");
 
 namespace {
 
-/* A zo_pass from Python arguments, with the memory of its terms where it owns them. Used by every backend of this module.
+/* A zo_pass from Python arguments, with the memory of its terms where it owns them. Used by every backend of this
+ * module.
  *
- *   tags, coefs   two lists of numbers (n_terms is then their length and the argument is ignored), or two addresses of n_terms
- *                 int64 and fp32 in the memory of the tensors' device
- *   decay         None, a float, or (int) the address of one fp32 in that memory
+ *   tags, coefs   two lists of numbers (n_terms is then their length and the argument is ignored), or two addresses of
+ * n_terms int64 and fp32 in the memory of the tensors' device decay         None, a float, or (int) the address of one
+ * fp32 in that memory
  *
  * With lists, the struct points nowhere up to ZO_INLINE_TERMS terms; beyond, at host memory of this object. */
 struct Pass {
@@ -36,7 +37,8 @@ struct Pass {
   std::vector<int64_t> tags;
   std::vector<float> coefs;
 
-  Pass(uint64_t seed, int dtype, int kind, int rounding, py::handle tags_, py::handle coefs_, int64_t n_terms, py::handle decay) {
+  Pass(uint64_t seed, int dtype, int kind, int rounding, py::handle tags_, py::handle coefs_, int64_t n_terms,
+       py::handle decay) {
     c.seed = seed, c.dtype = dtype, c.kind = kind, c.rounding = rounding, c.n_terms = n_terms;
     if (PyLong_Check(tags_.ptr())) {
       c.tags = address<const int64_t>(tags_);
@@ -97,8 +99,8 @@ void check(int code) {
   if (code) throw std::runtime_error(std::string("zo_kernels: ") + zo_error_string(code));
 }
 
-void cpu_perturb(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind, int rounding, py::handle tags, py::handle coefs,
-                 int64_t n_terms, py::handle decay, int threads, int isa) {
+void cpu_perturb(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind, int rounding, py::handle tags,
+                 py::handle coefs, int64_t n_terms, py::handle decay, int threads, int isa) {
   const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, decay);
   int code;
   {
@@ -117,10 +119,12 @@ PYBIND11_MODULE(_C, m) {
 
   /* ---- CPU ---- */
   m.attr("ISA_NAMES") = py::make_tuple("best", "portable", "avx2", "avx512"); /* in the order of the argument `isa` */
-  m.def("cpu_best_isa", &zo_cpu_best_isa, "Index into ISA_NAMES of the best instruction set of this processor and build.");
+  m.def("cpu_best_isa", &zo_cpu_best_isa,
+        "Index into ISA_NAMES of the best instruction set of this processor and build.");
   m.def("cpu_perturb", &cpu_perturb, py::arg("table"), py::arg("n"), py::arg("seed"), py::arg("dtype"), py::arg("kind"),
-        py::arg("rounding"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("decay"), py::arg("threads"),
-        py::arg("isa"), "zo_cpu_perturb of csrc/zo_kernels.h; tags and coefs are two lists, or addresses of n_terms values.");
+        py::arg("rounding"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("decay"),
+        py::arg("threads"), py::arg("isa"),
+        "zo_cpu_perturb of csrc/zo_kernels.h; tags and coefs are two lists, or addresses of n_terms values.");
 
   /* ---- CUDA ---- */
 #ifdef ZO_WITH_CUDA

@@ -1,7 +1,7 @@
 /* perturb.cpp - the CPU backend's entry: checks, live terms, choice of the instruction set, threads.
  *
- * Belongs here: what happens once per call. Does not belong here: anything per element; this file is compiled for the plain
- * architecture, and is the only one of csrc/cpu that may use the C++ library (see perturb.h).
+ * Belongs here: what happens once per call. Does not belong here: anything per element; this file is compiled for the
+ * plain architecture, and is the only one of csrc/cpu that may use the C++ library (see perturb.h).
  */
 #include <atomic>
 #include <cmath>
@@ -29,9 +29,13 @@ enum Error {
   OUT_OF_MEMORY = -3,
 };
 
-/* Elements that a thread takes at a time: about 0.1 ms of work, and enough to amortise a thread's start (20 us) where a call
- * has two of them. A call with less runs on the caller's thread: scratch mode makes hundreds of small calls per forward. */
-constexpr int64_t CHUNK = 1 << 18;
+/* Elements that a thread takes at a time: about 0.1 ms of work, several times a thread's start (20 us). A call with
+ * less runs on the caller's thread: scratch mode makes hundreds of small calls per forward. Whole tiles of every
+ * kernel. */
+int64_t chunk_size(int64_t n_terms) {
+  const int64_t size = ((int64_t)1 << 19) / (1 + n_terms) & ~(int64_t)2047;
+  return size < 8192 ? 8192 : size;
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -80,20 +84,21 @@ private:
   IeeeArithmetic(const IeeeArithmetic &) = delete;
 };
 
-/* The whole list is one row of elements, cut into chunks that threads take from a counter: a list of many small tensors and a
- * list of one large tensor split alike, and a thread that starts late or loses its core does not hold up the rest. */
+/* The whole list is one row of elements, cut into chunks that threads take from a counter: a list of many small tensors
+ * and a list of one large tensor split alike, and a thread that starts late or loses its core does not hold up the
+ * rest. */
 struct Work {
   const zo::Job &job;
   const zo_tensor *tensors;
-  int64_t n, total;
+  int64_t total, chunk;
   zo::PerturbRange *range;
   std::atomic<int64_t> next{0};
 
   void run() {
     const IeeeArithmetic ieee;
     int64_t k = 0, before = 0; /* elements of the tensors before k; chunks of one thread only ever advance */
-    for (int64_t begin; (begin = CHUNK * next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      const int64_t end = begin + CHUNK < total ? begin + CHUNK : total;
+    for (int64_t begin; (begin = chunk * next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      const int64_t end = begin + chunk < total ? begin + chunk : total;
       for (int64_t at = begin; at < end;) {
         const zo_tensor &t = tensors[k];
         if (before + t.numel <= at) {
@@ -117,11 +122,16 @@ bool sound(const zo_tensor &t) {
 
 extern "C" const char *zo_error_string(int code) {
   switch (code) {
-  case OK: return "no error";
-  case BAD_ARGUMENT: return "an argument of the C ABI is out of its range (see csrc/zo_kernels.h)";
-  case UNSUPPORTED_ISA: return "this processor or this build lacks the instruction set asked for";
-  case OUT_OF_MEMORY: return "out of host memory for the terms of the pass";
-  default: return "unknown error code";
+  case OK:
+    return "no error";
+  case BAD_ARGUMENT:
+    return "an argument of the C ABI is out of its range (see csrc/zo_kernels.h)";
+  case UNSUPPORTED_ISA:
+    return "this processor or this build lacks the instruction set asked for";
+  case OUT_OF_MEMORY:
+    return "out of host memory for the terms of the pass";
+  default:
+    return "unknown error code";
   }
 }
 
@@ -148,7 +158,9 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   if (pass->n_terms > ZO_INLINE_TERMS) {
     try {
       many.resize((size_t)pass->n_terms);
-    } catch (const std::bad_alloc &) { return OUT_OF_MEMORY; }
+    } catch (const std::bad_alloc &) {
+      return OUT_OF_MEMORY;
+    }
     live = many.data();
   }
   zo::Job job = {};
@@ -170,8 +182,8 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   job.dtype = pass->dtype;
   job.stochastic = pass->rounding == ZO_STOCHASTIC && pass->dtype != ZO_F32;
 
-  Work work{job, tensors, n, total, kernel(isa == BEST ? zo_cpu_best_isa() : isa)};
-  const int64_t chunks = (total + CHUNK - 1) / CHUNK;
+  const int64_t chunk = chunk_size(job.n_terms), chunks = (total + chunk - 1) / chunk;
+  Work work{job, tensors, total, chunk, kernel(isa == BEST ? zo_cpu_best_isa() : isa)};
   const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
   if (helpers < 1) {
     work.run();

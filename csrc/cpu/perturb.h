@@ -1,8 +1,8 @@
 /* perturb.h - what the instruction sets share: the work order of one call, and the signature they implement.
  *
- * Belongs here: types that perturb.cpp (terms, threads, choice of the instruction set) hands to perturb_<isa>.cpp. Does not
- * belong here: loops (tile.h), vectors (simd.h), functions with external linkage in a header: these files are compiled with
- * different -m flags, and the linker would keep one copy of an inline function for all of them.
+ * Belongs here: types that perturb.cpp (terms, threads, choice of the instruction set) hands to perturb_<isa>.cpp. Does
+ * not belong here: loops (tile.h), vectors (simd.h), functions with external linkage in a header: these files are
+ * compiled with different -m flags, and the linker would keep one copy of an inline function for all of them.
  */
 #ifndef ZO_CPU_PERTURB_H
 #define ZO_CPU_PERTURB_H

@@ -75,7 +75,8 @@ struct Avx2 {
   static inline __m256d pd(F x) { return _mm256_castps_pd(x); }
   static inline F pd(__m256d x) { return _mm256_castpd_ps(x); }
 
-  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place. */
+  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place.
+   */
   static inline void transpose_places(const F *x, F *y) {
     const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
     const F c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);

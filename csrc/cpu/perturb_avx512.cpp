@@ -69,7 +69,8 @@ struct Avx512 {
   static inline void store_narrow(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
   static inline void store_low_bytes(U x, uint8_t *p) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 
-  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place. */
+  /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place.
+   */
   static inline void transpose_places(const F *x, F *y) {
     const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
     const F c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
@@ -81,7 +82,8 @@ struct Avx512 {
 
   /* Stores the 128-bit places 0 of a, b, c, d one behind the other at p, the places 1 at p + stride, and so on. */
   static inline void store_by_place(F a, F b, F c, F d, float *p, int stride) {
-    const F ab02 = _mm512_shuffle_f32x4(a, b, 0x88), ab13 = _mm512_shuffle_f32x4(a, b, 0xDD); /* a0 a2 b0 b2, a1 a3 b1 b3 */
+    const F ab02 = _mm512_shuffle_f32x4(a, b, 0x88),
+            ab13 = _mm512_shuffle_f32x4(a, b, 0xDD); /* a0 a2 b0 b2, a1 a3 b1 b3 */
     const F cd02 = _mm512_shuffle_f32x4(c, d, 0x88), cd13 = _mm512_shuffle_f32x4(c, d, 0xDD);
     storef(p, _mm512_shuffle_f32x4(ab02, cd02, 0x88));
     storef(p + stride, _mm512_shuffle_f32x4(ab13, cd13, 0x88));
@@ -89,7 +91,8 @@ struct Avx512 {
     storef(p + 3 * stride, _mm512_shuffle_f32x4(ab13, cd13, 0xDD));
   }
 
-  /* s[a] holds output a of 16 calls; calls 2g and 2g + 1 feed the 32 elements from 32 g: their outputs 0..7, then 8..15. */
+  /* s[a] holds output a of 16 calls; calls 2g and 2g + 1 feed the 32 elements from 32 g: their outputs 0..7,
+   * then 8..15. */
   static inline void store_chunks(const F *s, float *p) {
     F t[4][4]; /* t[b][c], place L: outputs 4b .. 4b + 3 of call 4L + c */
     for (int b = 0; b < 4; ++b) transpose_places(s + 4 * b, t[b]);

@@ -1,7 +1,7 @@
 /* perturb_portable.cpp - the stages of tile.h straight from noise.h, one element after the other, for any processor.
  *
- * Belongs here: loops over the contract's scalar functions, as readable as the contract. Does not belong here: anything clever;
- * this is what the vector kernels are compared with where the reference in Python is too slow.
+ * Belongs here: loops over the contract's scalar functions, as readable as the contract. Does not belong here: anything
+ * clever; this is what the vector kernels are compared with where the reference in Python is too slow.
  */
 #include "tile.h"
 
@@ -30,7 +30,8 @@ struct ScalarStages {
       for (int64_t p = 0; p < len; p += 128) {
         for (int j = 0; j < 128; ++j) out[p + j] = 0;
         for (int64_t k = 0; k < job.n_terms; ++k) {
-          const Words w = call(rademacher_call(start + (uint64_t)p), PURPOSE_RADEMACHER, stream, job.terms[k].tag, job.seed);
+          const Words w =
+              call(rademacher_call(start + (uint64_t)p), PURPOSE_RADEMACHER, stream, job.terms[k].tag, job.seed);
           const uint32_t c = as_bits(job.terms[k].c);
           for (int j = 0; j < 128; ++j) out[p + j] += as_float(c ^ rademacher_sign(w, (uint64_t)j));
         }
@@ -59,7 +60,9 @@ struct ScalarStages {
   static float load(Bfloat x) { return bfloat_to_float(x.bits); }
 
   static void store(float *p, float r, const uint16_t *) { *p = r; }
-  static void store(Half *p, float r, const uint16_t *v) { p->bits = float_to_half(v ? stochastic_half_value(r, *v) : r); }
+  static void store(Half *p, float r, const uint16_t *v) {
+    p->bits = float_to_half(v ? stochastic_half_value(r, *v) : r);
+  }
   static void store(Bfloat *p, float r, const uint16_t *v) {
     p->bits = v ? float_to_bfloat_stochastic(r, *v) : float_to_bfloat(r);
   }

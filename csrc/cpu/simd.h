@@ -1,16 +1,18 @@
 /* simd.h - the stages of tile.h over a vector of Philox calls, written once for every x86 instruction set.
  *
- * A lane is a call: LANES calls run side by side, word m of all of them in one vector, so the contract's 16 outputs are 16
- * vectors, its mix is 32 vector additions and 32 subtractions without a shuffle, and one 16-row transpose brings the 8-element
- * chunks into memory order. Instructions per Gaussian element and term, AVX-512: Philox 0.5 + numbers 0.19; once per
- * element: mix 0.25, transpose 0.25, apply about 0.2.
+ * A lane is a call: LANES calls run side by side, word m of all of them in one vector, so the contract's 16 outputs are
+ * 16 vectors, its mix is 32 vector additions and 32 subtractions without a shuffle, and one 16-row transpose brings the
+ * 8-element chunks into memory order. Instructions per Gaussian element and term, AVX-512: Philox 0.5 + numbers 0.19;
+ * once per element: mix 0.25, transpose 0.25, apply about 0.2.
  *
- * Philox needs 32 x 32 -> 64 bit products, which x86 has for the even 32-bit places only. So a vector of calls is carried as two
- * halves (even calls, odd calls), each word in the low half of a 64-bit place with garbage above it that nothing reads, and
- * merged after the last round. Swapping the places of one full vector in every round costs the same products and more shuffles.
+ * Philox needs 32 x 32 -> 64 bit products, which x86 has for the even 32-bit places only. So a vector of calls is
+ * carried as two halves (even calls, odd calls), each word in the low half of a 64-bit place with garbage above it that
+ * nothing reads, and merged after the last round. Swapping the places of one full vector in every round costs the same
+ * products and more shuffles.
  *
- * A trait class V supplies LANES, the types U (32-bit integers), F (floats), M (one bit per lane), and the operations used
- * below. Belongs here: the contract in vectors. Does not belong here: intrinsics, memory access in units of tensors.
+ * A trait class V supplies LANES, the types U (32-bit integers), F (floats), M (one bit per lane), and the operations
+ * used below. Belongs here: the contract in vectors. Does not belong here: intrinsics, memory access in units of
+ * tensors.
  */
 #ifndef ZO_CPU_SIMD_H
 #define ZO_CPU_SIMD_H
@@ -60,7 +62,8 @@ template <class V> struct SimdStages {
     for (int m = 0; m < 4; ++m) w[m] = V::merge(half[0][m], half[1][m]);
   }
 
-  /* ---- 2. Gaussian ------------------------------------------------------------------------------------------------ */
+  /* ---- 2. Gaussian ------------------------------------------------------------------------------------------------
+   */
 
   template <bool FIRST> static inline void accumulate(const U *w, float coefficient, F *s) {
     const F c = V::set1f(coefficient);
@@ -103,7 +106,8 @@ template <class V> struct SimdStages {
     }
   }
 
-  /* ---- 3. Rademacher ---------------------------------------------------------------------------------------------- */
+  /* ---- 3. Rademacher ----------------------------------------------------------------------------------------------
+   */
 
   static void rademacher(const Job &job, uint32_t stream, uint64_t start, int64_t len, float *out) {
     const Keys keys(job.seed);
@@ -129,7 +133,8 @@ template <class V> struct SimdStages {
     job.gaussian ? gaussian(job, stream, start, len, s) : rademacher(job, stream, start, len, s);
   }
 
-  /* ---- 4. Random mask --------------------------------------------------------------------------------------------- */
+  /* ---- 4. Random mask ---------------------------------------------------------------------------------------------
+   */
 
   static void random_keep(uint64_t seed, const zo_tensor &t, uint64_t start, int64_t len, uint8_t *keep) {
     const Keys keys(seed);
@@ -146,7 +151,8 @@ template <class V> struct SimdStages {
     }
   }
 
-  /* ---- 5. Casts --------------------------------------------------------------------------------------------------- */
+  /* ---- 5. Casts ---------------------------------------------------------------------------------------------------
+   */
 
   static void rounding_bits(const Job &job, uint32_t stream, uint64_t start, int64_t len, uint16_t *v) {
     const Keys keys(job.seed);
@@ -185,7 +191,8 @@ template <class V> struct SimdStages {
     V::store_narrow((uint16_t *)p, V::template right<16>(rounded));
   }
 
-  /* ---- apply ------------------------------------------------------------------------------------------------------ */
+  /* ---- apply ------------------------------------------------------------------------------------------------------
+   */
 
   template <class Weight, bool PLAIN>
   static inline void apply_vector(const Job &job, const Weight *src, Weight *dst, const float *s, const uint8_t *keep,
@@ -205,8 +212,8 @@ template <class V> struct SimdStages {
   }
 
   template <class Weight, bool PLAIN>
-  static void apply_loop(const Job &job, const Weight *src, Weight *dst, const float *s, const uint8_t *keep, int64_t head,
-                         const uint16_t *v, int64_t n) {
+  static void apply_loop(const Job &job, const Weight *src, Weight *dst, const float *s, const uint8_t *keep,
+                         int64_t head, const uint16_t *v, int64_t n) {
     int64_t p = 0;
     for (; p + LANES <= n; p += LANES) {
       apply_vector<Weight, PLAIN>(job, src + p, dst + p, s + p, keep, head + p, v ? v + p : nullptr);

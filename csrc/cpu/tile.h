@@ -1,14 +1,15 @@
 /* tile.h - a range of one tensor, tile by tile: the walk that every instruction set shares.
  *
  * Per tile of at most Stages::TILE consecutive elements, all in L1:
- *   sum      s[a] = sum_k c_k z_k           Stages::sum     K Philox calls per 16 (Gaussian) or 128 (Rademacher) elements
- *   scale    s[a] *= scale[i div B]         only if there is a scale
- *   keep     1 bit per element              only if there is a mask; Stages::random_keep: one call per 8 elements
- *   round    16 bits per element            only if stochastic; Stages::rounding_bits: one call per 8 elements
- *   apply    dst = cast(d + s)              Stages::apply   one read and one write of the weights
+ *   sum      s[a] = sum_k c_k z_k           Stages::sum     K Philox calls per 16 (Gaussian) or 128 (Rademacher)
+ * elements scale    s[a] *= scale[i div B]         only if there is a scale keep     1 bit per element only if there is
+ * a mask; Stages::random_keep: one call per 8 elements round    16 bits per element            only if stochastic;
+ * Stages::rounding_bits: one call per 8 elements apply    dst = cast(d + s)              Stages::apply   one read and
+ * one write of the weights
  *
- * The noise goes through an L1 buffer rather than straight from registers to the weights: that costs one store and one load per
- * vector, which the multiplier-bound Philox hides, and it makes offsets, tails, masks, scales and both casts one path.
+ * The noise goes through an L1 buffer rather than straight from registers to the weights: that costs one store and one
+ * load per vector, which the multiplier-bound Philox hides, and it makes offsets, tails, masks, scales and both casts
+ * one path.
  *
  * Belongs here: memory access in units of tiles. Does not belong here: arithmetic of the contract (noise.h, simd.h).
  * Everything has internal linkage, see perturb.h.
@@ -50,7 +51,7 @@ inline void and_bit_mask(const uint8_t *mask, int64_t from, int64_t n, uint8_t *
     const int in = (int)((from + p) & 7), out = (int)((at + p) & 7);
     const int count = (int)smaller(n - p, 8 - (in > out ? in : out));
     const uint32_t dropped = ~((uint32_t)mask[(from + p) >> 3] >> in) & ((1u << count) - 1);
-    keep[(at + p) >> 3] &= (uint8_t) ~(dropped << out);
+    keep[(at + p) >> 3] &= (uint8_t)~(dropped << out);
     p += count;
   }
 }
@@ -82,7 +83,7 @@ void perturb_run(const Job &job, const zo_tensor &t, int64_t e, int64_t end, uin
     }
     if (job.stochastic) Stages::rounding_bits(job, t.stream, start, len, rounding);
     Stages::template apply<Weight>(job, src + e, dst + e, s + head, masked ? keep : nullptr, head,
-                                    job.stochastic ? rounding + head : nullptr, n);
+                                   job.stochastic ? rounding + head : nullptr, n);
     e += n;
     i += (uint64_t)n;
   }
@@ -107,9 +108,12 @@ struct Bfloat {
 
 template <class Stages> void perturb_range(const Job &job, const zo_tensor &t, int64_t begin, int64_t end) {
   switch (job.dtype) {
-  case ZO_F32: return perturb_tensor<Stages, float>(job, t, begin, end);
-  case ZO_F16: return perturb_tensor<Stages, Half>(job, t, begin, end);
-  default: return perturb_tensor<Stages, Bfloat>(job, t, begin, end);
+  case ZO_F32:
+    return perturb_tensor<Stages, float>(job, t, begin, end);
+  case ZO_F16:
+    return perturb_tensor<Stages, Half>(job, t, begin, end);
+  default:
+    return perturb_tensor<Stages, Bfloat>(job, t, begin, end);
   }
 }
 

@@ -9,8 +9,9 @@ once, at the first use. Threads: as many as `torch.get_num_threads()`, if the pa
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
 def extension() -> ModuleType | str:
     """zo_kernels._C, or the reason why it cannot be imported."""
     try:
-        from zo_kernels import _C
+        return importlib.import_module("zo_kernels._C")
     except ImportError as error:
         return f"the extension zo_kernels._C cannot be imported ({error}); build it with `pip install -e .` in the repository"
-    return _C
 
 
 @functools.cache
@@ -67,26 +67,30 @@ def supports(device: torch.device) -> str | None:
 
 
 def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
-    """One pass over one plan; `isa` (index into `_C.ISA_NAMES`) is for tests."""
-    module = extension()
-    tags, coefs, decay, n_terms = p.tags, p.coefs, p.decay, 0
-    if isinstance(tags, torch.Tensor):
-        n_terms, tags, coefs = tags.numel(), tags.data_ptr(), coefs.data_ptr()  # type: ignore[union-attr,assignment]
-    if isinstance(decay, torch.Tensor):
-        decay = decay.data_ptr()
-    elif decay is not None:
-        decay = float(decay)
-    module.cpu_perturb(  # type: ignore[union-attr]
-        plan.table.ctypes.data,
-        len(plan.entries),
-        p.seed,
-        ops.DTYPES[plan.dtype],
-        ops.KINDS[p.kind],
-        ops.ROUNDINGS[p.rounding],
-        tags,
-        coefs,
-        n_terms,
-        decay,
-        torch.get_num_threads(),
-        chosen_isa() if isa is None else isa,
-    )
+    """One pass over one plan; `isa` (index into `_C.ISA_NAMES`) is for tests.
+
+    Scratch mode calls this for one layer at a time, hundreds of times per forward, so what depends on the plan alone is kept in
+    its cache: numpy takes longer to tell a table's address than the extension to perturb a bias.
+    """
+    try:
+        call, address, n, dtype = plan.cache["cpu"]
+    except KeyError:
+        module = extension()
+        if isinstance(module, str):
+            raise RuntimeError(module) from None
+        call, address, n, dtype = module.cpu_perturb, plan.table.ctypes.data, len(plan.entries), ops.DTYPES[plan.dtype]
+        plan.cache["cpu"] = call, address, n, dtype
+    tags: Any = p.tags
+    coefs: Any = p.coefs
+    n_terms = 0  # the lists know theirs
+    if type(tags) is not list:
+        if isinstance(tags, torch.Tensor):
+            n_terms, tags, coefs = tags.numel(), tags.data_ptr(), coefs.data_ptr()
+        else:
+            tags, coefs = list(tags), list(coefs)
+    decay: Any = p.decay
+    if decay is not None:
+        decay = decay.data_ptr() if isinstance(decay, torch.Tensor) else float(decay)
+    kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
+    isa = chosen_isa() if isa is None else isa
+    call(address, n, p.seed, dtype, kind, rounding, tags, coefs, n_terms, decay, torch.get_num_threads(), isa)
