@@ -1,0 +1,85 @@
+/* sanitize.cpp - runs the CPU kernels over odd sizes in exactly sized allocations; compiled with sanitizers by test_cpu.py.
+ *
+ * Belongs here: calls whose every out-of-range access a sanitizer would see. Does not belong here: expected values (the Python
+ * tests have them); the kernels are only compared with each other.
+ */
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "zo_kernels.h"
+
+namespace {
+
+const int64_t SIZES[] = {0, 1, 7, 8, 15, 17, 31, 33, 127, 129, 255, 257, 2047, 2049, 4097};
+const int64_t OFFSETS[] = {0, 8, 37, ((int64_t)1 << 36) - 129};
+
+/* malloc'ed to the byte, filled with a repeating pattern of finite weights. */
+struct Buffer {
+  explicit Buffer(size_t size) : bytes(size), data(static_cast<uint8_t *>(std::malloc(size ? size : 1))) {
+    for (size_t k = 0; k < size; ++k) data[k] = (uint8_t)(k * 37 % 59);
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer &) = delete;
+  size_t bytes;
+  uint8_t *data;
+};
+
+int runs = 0;
+
+int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int features, int threads) {
+  const size_t size = dtype == ZO_F32 ? 4 : 2;
+  const int64_t block = 5, row_len = 7;
+  Buffer mask((size_t)(n + 7) / 8), scale(4 * (size_t)((offset + n - 1) / block - offset / block + 1));
+  Buffer rows(8 * (size_t)((n + row_len - 1) / row_len));
+  for (size_t k = 0; 8 * k < rows.bytes; ++k) {
+    const int64_t row = (int64_t)(k * 1000003 % 11);
+    std::memcpy(rows.data + 8 * k, &row, 8);
+  }
+  std::vector<uint8_t> expected;
+  for (int isa = 1; isa <= zo_cpu_best_isa(); ++isa) {
+    Buffer src(size * (size_t)n), dst(size * (size_t)n);
+    zo_tensor t = {};
+    t.src = src.data, t.dst = features & 1 ? dst.data : src.data;
+    t.numel = n, t.offset = offset, t.scale_block = 1, t.stream = 5;
+    if (features & 2) t.mask = mask.data;
+    if (features & 4) t.scale = reinterpret_cast<const float *>(scale.data), t.scale_block = block;
+    if (features & 8) t.keep = 1u << 31;
+    if (features & 16) t.rows = reinterpret_cast<const int64_t *>(rows.data), t.row_len = row_len, t.offset = 0, t.scale = nullptr;
+    zo_pass p = {};
+    p.seed = 42, p.dtype = dtype, p.kind = kind, p.rounding = rounding, p.n_terms = 3;
+    p.inline_tags[1] = 1, p.inline_tags[2] = 2;
+    p.inline_coefs[0] = 1e-3f, p.inline_coefs[1] = -2.0f, p.inline_coefs[2] = 0.5f;
+    const int code = zo_cpu_perturb(&p, &t, 1, threads, isa);
+    const uint8_t *out = static_cast<const uint8_t *>(t.dst);
+    if (isa == 1) expected.assign(out, out + size * (size_t)n);
+    if (code || (n && std::memcmp(out, expected.data(), expected.size()))) {
+      std::printf("isa %d dtype %d kind %d rounding %d n %lld offset %lld features %d: code %d, or other bits than portable\n", isa,
+                  dtype, kind, rounding, (long long)n, (long long)offset, features, code);
+      return 1;
+    }
+    ++runs;
+  }
+  return 0;
+}
+
+} // namespace
+
+int main() {
+  int failures = 0;
+  for (int dtype = ZO_F32; dtype <= ZO_BF16; ++dtype) {
+    for (int kind = ZO_GAUSSIAN; kind <= ZO_RADEMACHER; ++kind) {
+      for (int64_t n : SIZES) {
+        for (int64_t offset : OFFSETS) {
+          for (int features = 0; features < 32; features += 3) { /* every feature and every pair of them occurs */
+            failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
+          }
+        }
+      }
+      failures += check(dtype, kind, ZO_STOCHASTIC, 300001, 37, 1, 3);
+    }
+  }
+  std::printf("%d runs, %d failures\n", runs, failures);
+  return failures != 0;
+}
