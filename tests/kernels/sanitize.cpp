@@ -1,7 +1,8 @@
-/* sanitize.cpp - runs the CPU kernels over odd sizes in exactly sized allocations; compiled with sanitizers by test_cpu.py.
+/* sanitize.cpp - runs the CPU kernels over odd sizes in exactly sized allocations; compiled with sanitizers by
+ * test_cpu.py.
  *
- * Belongs here: calls whose every out-of-range access a sanitizer would see. Does not belong here: expected values (the Python
- * tests have them); the kernels are only compared with each other.
+ * Belongs here: calls whose every out-of-range access a sanitizer would see. Does not belong here: expected values (the
+ * Python tests have them); the kernels are only compared with each other.
  */
 #include <cstdio>
 #include <cstdlib>
@@ -46,7 +47,8 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
     if (features & 2) t.mask = mask.data;
     if (features & 4) t.scale = reinterpret_cast<const float *>(scale.data), t.scale_block = block;
     if (features & 8) t.keep = 1u << 31;
-    if (features & 16) t.rows = reinterpret_cast<const int64_t *>(rows.data), t.row_len = row_len, t.offset = 0, t.scale = nullptr;
+    if (features & 16)
+      t.rows = reinterpret_cast<const int64_t *>(rows.data), t.row_len = row_len, t.offset = 0, t.scale = nullptr;
     zo_pass p = {};
     p.seed = 42, p.dtype = dtype, p.kind = kind, p.rounding = rounding, p.n_terms = 3;
     p.inline_tags[1] = 1, p.inline_tags[2] = 2;
@@ -55,8 +57,9 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
     const uint8_t *out = static_cast<const uint8_t *>(t.dst);
     if (isa == 1) expected.assign(out, out + size * (size_t)n);
     if (code || (n && std::memcmp(out, expected.data(), expected.size()))) {
-      std::printf("isa %d dtype %d kind %d rounding %d n %lld offset %lld features %d: code %d, or other bits than portable\n", isa,
-                  dtype, kind, rounding, (long long)n, (long long)offset, features, code);
+      std::printf(
+          "isa %d dtype %d kind %d rounding %d n %lld offset %lld features %d: code %d, or other bits than portable\n",
+          isa, dtype, kind, rounding, (long long)n, (long long)offset, features, code);
       return 1;
     }
     ++runs;
