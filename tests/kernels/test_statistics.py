@@ -1,0 +1,147 @@
+"""The laws that docs/numerics.md states, with the bounds derived. Fixed seeds: a failure is a change, not bad luck.
+
+For a mean of n independent terms of variance v, 5 sqrt(v / n) is exceeded with probability 6e-7.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+import zo_kernels as zk
+from zo_kernels import reference
+
+N = 1 << 22
+SEED = 2024
+
+
+def z_of(tag: int, kind: str = "gaussian", n: int = N) -> torch.Tensor:
+    return zk.normal(n, seed=SEED, stream=77, tag=tag, kind=kind).double()
+
+
+def test_the_sixteen_numbers_have_the_stated_values_and_exact_moments() -> None:
+    """By enumeration: the values of f, and variance and kurtosis of 16 f's mixed, without sampling."""
+    w = torch.tensor([(a << 31) | (b << 23) | (c << 22) | (d << 17) for a, b, c, d in itertools.product((0, 1), range(4), (0, 1), (0, 1))])
+    f = reference.bits_float(((w & 0x82C20000) | 0x3C240000)).double() * 2**13
+    assert sorted({abs(int(v)) for v in f}) == sorted({m * s for m in (82, 83, 114, 115) for s in (1, 2, 16, 32)} & {abs(int(v)) for v in f})
+    exact = [Fraction(m * s * sign, 1 << 13) for m in (82, 83, 114, 115) for s in (1, 2, 16, 32) for sign in (1, -1)]
+    kappa = Fraction(reference.KAPPA)
+    variance = 16 * kappa**2 * sum(v * v for v in exact) / len(exact)
+    assert abs(float(variance) - 1) < 1.5e-5
+    fourth = sum(v**4 for v in exact) / len(exact)
+    second = sum(v * v for v in exact) / len(exact)
+    excess = float((fourth / second**2 - 3) / 16)
+    assert excess == pytest.approx(-0.0019, abs=1e-4)
+
+
+def test_gaussian_moments_and_distribution() -> None:
+    z = z_of(1)
+    assert abs(z.mean()) < 5 / math.sqrt(N)
+    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / N) + 1.5e-5
+    assert abs(z.pow(3).mean()) < 5 * math.sqrt(15 / N)
+    assert abs(z.pow(4).mean() - 3) < 5 * math.sqrt(96 / N) + 0.002
+    assert z.abs().max() <= 8.24
+    # Kolmogorov-Smirnov: P(sup > x / sqrt(N)) = 2 exp(-2 x^2); x = 2.6 gives 3e-6; the law itself is 4.8e-5 off the normal's.
+    u = torch.special.ndtr(z.sort().values)
+    grid = torch.arange(1, N + 1, dtype=torch.float64) / N
+    assert (u - grid).abs().max() < 2.6 / math.sqrt(N) + 4.8e-5 + 1 / N
+    for sigma, ratio in ((3, 0.994), (4, 0.945)):
+        p = 2 * float(torch.special.ndtr(torch.tensor(-float(sigma), dtype=torch.float64))) * ratio
+        assert abs((z.abs() > sigma).double().mean() - p) < 5 * math.sqrt(p / N)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_elements_tags_and_streams_are_uncorrelated(kind: str) -> None:
+    z = z_of(1, kind)
+    bound = 5 / math.sqrt(N)
+    for lag in (1, 2, 7, 8, 15, 16, 17, 24, 31, 32, 64, 127, 128, 1024):
+        assert abs((z[lag:] * z[:-lag]).mean()) < bound * 1.01, lag
+        assert abs((z[lag:].pow(3) * z[:-lag]).mean()) < 5 * math.sqrt(15 / (N - lag)), lag
+    assert abs((z * z_of(2, kind)).mean()) < bound
+    other = zk.normal(N, seed=SEED, stream=78, tag=1, kind=kind).double()
+    assert abs((z * other).mean()) < bound
+    reseeded = zk.normal(N, seed=SEED + 1, stream=77, tag=1, kind=kind).double()
+    assert abs((z * reseeded).mean()) < bound
+
+
+def test_rademacher_is_plus_or_minus_one() -> None:
+    z = z_of(3, "rademacher")
+    assert set(z.unique().tolist()) == {-1.0, 1.0}
+    assert abs(z.mean()) < 5 / math.sqrt(N)
+    per_place = z.view(-1, 128).mean(0)  # every place in a call on its own
+    assert per_place.abs().max() < 6 / math.sqrt(N / 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fraction", [0.03, 0.25, 0.5, 0.9])
+def test_stochastic_rounding_is_unbiased(dtype: torch.dtype, fraction: float) -> None:
+    """theta = 1 plus a shift of a fraction of the spacing above 1. The share rounded up is binomial with that fraction."""
+    spacing = torch.finfo(dtype).eps
+    theta = torch.ones(N, dtype=dtype)
+    zk.perturb_([theta], [], decay=1 + fraction * spacing, rounding="stochastic", seed=SEED, streams=[1])
+    up = (theta.double() - 1) / spacing
+    assert set(up.unique().tolist()) <= {0.0, 1.0}
+    exact = (torch.tensor(1 + fraction * spacing, dtype=torch.float32).double().item() - 1) / spacing
+    assert abs(up.mean() - exact) < 5 * math.sqrt(exact * (1 - exact) / N)
+
+
+def test_stochastic_rounding_is_exact_over_all_its_random_bits() -> None:
+    """Not sampled: all 65,536 values of the random bits, for normal, subnormal and large results. The mean is the value itself
+    (fp16 subnormals: to 2^-38)."""
+    v = torch.arange(1 << 16)
+    info = torch.finfo(torch.float16)
+    for x in (1.0001, -3.14159, 1e-4, info.tiny * 1.3, info.tiny * 0.7, 3.3e-7, -2.0e-8, 1e-9, 60001.7):
+        r = torch.full((1 << 16,), x, dtype=torch.float32)
+        mean = reference.cast_stochastic(r, v, torch.float16).double().mean()
+        tolerance = 2.0**-38 if abs(x) < info.tiny else 0.0
+        assert abs(mean - r[0].double()) <= tolerance + 1e-18, x
+        mean = reference.cast_stochastic(r, v, torch.bfloat16).double().mean()
+        assert mean == r[0].double(), x
+
+
+def test_small_updates_survive_stochastic_rounding() -> None:
+    """bf16 weights of 1 and 1,000 updates of 1e-4: nearest loses them all, stochastic keeps their sum."""
+    total = {}
+    for rounding in ("nearest", "stochastic"):
+        theta = torch.ones(10_000, dtype=torch.bfloat16)
+        for tag in range(1000):
+            # A decay is a deterministic update of theta: 1 - 1e-4.
+            zk.perturb_([theta], [(tag, 0.0)], decay=1 - 1e-4, rounding=rounding, seed=SEED, streams=[2])
+        total[rounding] = theta.double().mean().item()
+    assert total["nearest"] == 1.0
+    assert total["stochastic"] == pytest.approx((1 - 1e-4) ** 1000, rel=2e-3)
+
+
+@pytest.mark.parametrize("keep", [1e-4, 0.01, 0.1, 0.5, 0.999])
+def test_random_masks_keep_the_stated_fraction(keep: float) -> None:
+    theta = torch.zeros(N)
+    zk.perturb_([theta], [(1, 1.0)], seed=SEED, streams=[3], masks=[zk.RandomMask(keep, tag=4)])
+    kept = (theta != 0).double()
+    assert abs(kept.mean() - keep) < 5 * math.sqrt(keep * (1 - keep) / N) + 2.0**-32
+    even, odd = kept[::2].mean(), kept[1::2].mean()
+    assert abs(even - odd) < 5 * math.sqrt(4 * keep * (1 - keep) / N)
+    both = (kept[::2] * kept[1::2]).mean()
+    assert abs(both - keep**2) < 5 * math.sqrt(2 * keep**2 / N) + keep * 2.0**-15 + 2.0**-32
+    again = torch.zeros(N)
+    zk.perturb_([again], [(1, 1.0)], seed=SEED, streams=[3], masks=[zk.RandomMask(keep, tag=5)])
+    overlap = (kept * (again != 0)).mean()
+    assert abs(overlap - keep**2) < 5 * keep / math.sqrt(N) + 1e-9, "another tag is another mask"
+
+
+def test_random_mask_probability_is_exact() -> None:
+    """By counting: over a half-word's 2^16 values and both ties, the number kept is T, not T rounded to 16 bits."""
+    threshold = round(0.3 * 2**32)
+    high, low = threshold >> 16, threshold & 0xFFFF
+    kept = high * (1 << 16) + low  # x < T for x = (u, v): all v where u < high, v < low where u == high
+    assert kept == threshold
+
+
+def test_masked_direction_is_unbiased_with_its_inverse_scale() -> None:
+    """E[mask z / p ...]: a mask on perturbation and update keeps elements' variance 1 where kept and 0 elsewhere."""
+    theta = torch.zeros(N)
+    zk.perturb_([theta], [(1, 1.0)], seed=SEED, streams=[3], masks=[zk.RandomMask(0.25, tag=4)], scales=[2.0])
+    assert abs(theta.double().square().mean() - 1) < 5 * math.sqrt(11 / N)

@@ -1,0 +1,310 @@
+"""The two ways to perturb: the same loss bit for bit, exact restoration, and what happens when a forward fails."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_kernels as zk
+from tests.kernels.cases import same_bits
+from tests.optim.models import FAMILIES, VOCABULARY, Awkward, Captured, loss_of, make, tokens
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MODES = ("inplace", "scratch")
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(same_bits(t, before[name]) for name, t in model.state_dict().items())
+
+
+def clean(model: nn.Module) -> bool:
+    """No shadow is left behind, and no hook was registered."""
+    return not any(
+        type(v).__name__ == "PerturbedWeight" for m in model.modules() for v in m.__dict__.values()
+    ) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def losses(model: nn.Module, mode: str, **options: Any) -> list[float]:
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        loss = loss_of(model, tokens())
+        seen.append(loss.item())
+        return loss
+
+    zk.MeZOStep(model, lr=0.0, eps=1e-2, seed=3, perturbation=mode, **options).step(closure)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_perturbation_gives_the_same_loss(family: str, dtype: torch.dtype) -> None:
+    model = make(family, dtype)
+    other, before = copy.deepcopy(model), snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every parameter is reached through its module's attributes
+        scratch = losses(model, "scratch")
+    in_place = losses(other, "inplace")
+    unperturbed = loss_of(model, tokens()).item()
+    assert scratch[0] == in_place[0] != unperturbed
+    assert scratch[0] != scratch[1] != unperturbed
+    assert unchanged(model, before)
+    assert clean(model)
+
+
+def test_eval_after_each_perturbation_matches_a_perturbed_copy() -> None:
+    """Scratch against the plain meaning: perturb a copy of the model with `perturb_`, run it."""
+    model = make("llama-tied")
+    seen = losses(model, "scratch")
+    for sign, loss in zip((1, -1), seen, strict=True):
+        other = copy.deepcopy(model)
+        pairs = list(other.named_parameters())
+        zk.perturb_(
+            [p for _, p in pairs], [(0, sign * 1e-2)], seed=3, streams=[zk.stream_of(n) for n, _ in pairs], backend="reference"
+        )
+        assert loss_of(other, tokens()).item() == loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_awkward_modules(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Awkward().to(dtype)
+    other = copy.deepcopy(model)
+
+    def run(m: nn.Module, mode: str) -> list[float]:
+        seen: list[float] = []
+
+        def closure() -> Tensor:
+            out = m(tokens()).float()
+            seen.append(nn.functional.cross_entropy(out.flatten(0, 1), tokens().flatten()).item())
+            return torch.tensor(seen[-1])
+
+        zk.MeZOStep(m, lr=0.0, eps=1e-2, seed=3, perturbation=mode).step(closure)
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(model, "scratch")[0] == run(other, "inplace")[0]
+
+
+def test_weights_past_the_attributes_are_held_and_said() -> None:
+    torch.manual_seed(0)
+    model = Captured()
+    other, before = copy.deepcopy(model), snapshot(model)
+
+    def run(m: nn.Module, mode: str, steps: int) -> list[float]:
+        seen: list[float] = []
+        step = zk.MeZOStep(m, lr=0.0, eps=1e-2, seed=3, perturbation=mode)
+
+        def closure() -> Tensor:
+            loss = nn.functional.cross_entropy(m(tokens()).flatten(0, 1), tokens().flatten())
+            seen.append(loss.item())
+            return loss
+
+        for _ in range(steps):
+            step.step(closure)
+        return seen
+
+    with pytest.warns(UserWarning, match=r"2 parameters .*inner\.bias, inner\.weight.*put back, bit for bit, from a copy"):
+        scratch = run(model, "scratch", 2)
+    assert scratch[0] == run(other, "inplace", 1)[0]
+    assert scratch[2] not in scratch[:2], "the second step's direction must reach the held weights too"
+    assert unchanged(model, before)
+
+
+def test_embedding_perturbs_only_the_rows_it_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zo_kernels import ops
+
+    sizes: list[int] = []
+    real = ops.run
+
+    def counting(plans: Any, p: Any, backend: Any = None) -> None:
+        sizes.extend(e.src.numel() for plan in plans for e in plan.entries)
+        real(plans, p, backend)
+
+    monkeypatch.setattr(ops, "run", counting)
+    model = nn.Sequential(nn.Embedding(10_000, 8), nn.Linear(8, 3))
+    ids = torch.tensor([[1, 9_999, 1]])
+    zk.MeZOStep(model, lr=0.0, perturbation="scratch").step(lambda: model(ids).square().mean())
+    assert max(sizes) == 24  # three rows of 8, three rows of the head; never the table
+
+
+def test_scratch_memory_is_one_buffer() -> None:
+    model = make("llama")
+    step = zk.MeZOStep(model, lr=0.0, perturbation="scratch")
+    step.step(lambda: loss_of(model, tokens()))
+    largest = max(p.nbytes for p in model.parameters())
+    assert sum(b.numel() for b in step._view.buffers.values()) <= largest + 512
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("failure", [Boom, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failing_forward_leaves_everything_as_it_was(mode: str, at: int, failure: type[BaseException]) -> None:
+    model = make("llama-tied", torch.bfloat16).train()
+    before, calls = snapshot(model), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        torch.rand(3)
+        loss = loss_of(model, tokens())
+        if calls == at:
+            raise failure
+        calls += 1
+        return loss
+
+    step = zk.MeZOStep(model, lr=1.0, eps=1e-2, perturbation=mode)
+    rng, state = torch.get_rng_state(), step.state_dict()
+    with pytest.raises(failure):
+        step.step(closure)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert step.state_dict() == state
+    assert clean(model)
+    if mode == "scratch":
+        assert unchanged(model, before)
+    else:  # one or two passes out, one back: each rounds by at most half a unit in the last place of a bf16 of |theta| + 8.3 eps
+        for name, t in model.state_dict().items():
+            if t.is_floating_point():
+                bound = (2 + at) * 2.0**-8 * (before[name].float().abs() + 8.3e-2) * 1.01
+                assert ((t.float() - before[name].float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_non_finite_loss_skips_the_step(mode: str, at: int, bad: float) -> None:
+    model = make("gpt2")
+    before, calls = snapshot(model), 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        return bad if calls - 1 == at else loss_of(model, tokens()).item()
+
+    step = zk.MeZOStep(model, lr=1e-2, eps=1e-3, weight_decay=0.5, perturbation=mode)
+    loss = step.step(closure)
+    assert not loss.isfinite()
+    assert step.skipped == 1
+    if mode == "scratch":
+        assert unchanged(model, before)
+    else:
+        for name, t in model.state_dict().items():
+            assert torch.allclose(t, before[name], atol=1e-6)
+    step.step(lambda: loss_of(model, tokens()))
+    assert step.skipped == 1
+    assert not unchanged(model, before)
+
+
+def test_interrupt_signals_never_leave_weights_perturbed() -> None:
+    """Real SIGINTs at random moments of real steps, from another thread."""
+    model = make("llama")
+    before = snapshot(model)
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    hits = 0
+    for k in range(40):
+        timer = threading.Timer(0.0005 + 0.0004 * k, signal.raise_signal, [signal.SIGINT])
+        try:
+            timer.start()
+            end = time.monotonic() + 0.05
+            while time.monotonic() < end:
+                step.step(lambda: loss_of(model, tokens(1, 4)))
+        except KeyboardInterrupt:
+            hits += 1
+        finally:
+            timer.join()
+        assert unchanged(model, before)
+        assert clean(model)
+    assert hits >= 30
+
+
+def test_shadows_survive_metadata_and_saving(tmp_path: Any) -> None:
+    """Inside the closure the model can be asked for shapes, and saved (after the first, watched step): its state is the clean one."""
+    model = make("llama")
+    before = snapshot(model)
+    checked = False
+
+    def closure() -> Tensor:
+        nonlocal checked
+        assert unchanged(model, before)
+        weight = model.model.norm.weight
+        assert weight.shape == (32,)
+        assert weight.dtype == torch.float32
+        assert len(weight) == 32
+        assert not torch.equal(weight, before["model.norm.weight"])
+        torch.save(model.state_dict(), tmp_path / "m.pt")
+        checked = True
+        return loss_of(model, tokens())
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    step.step(lambda: loss_of(model, tokens()))
+    step.step(closure)
+    assert checked
+    assert all(torch.equal(t, before[n]) for n, t in torch.load(tmp_path / "m.pt").items())
+
+
+def test_a_penalty_on_the_parameters_sees_the_perturbation() -> None:
+    """A closure that reads `model.parameters()` itself, past all modules: the weights are held."""
+    seen: dict[str, float] = {}
+    for mode in MODES:
+        model = make("llama")
+
+        def closure(model: nn.Module = model, mode: str = mode) -> Tensor:
+            loss = loss_of(model, tokens()) + sum(p.double().square().sum() for p in model.parameters())
+            seen.setdefault(mode, loss.item())
+            return loss
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation=mode).step(closure)
+    assert seen["scratch"] == seen["inplace"]
+
+
+def test_autocast_sees_each_perturbation() -> None:
+    """Autocast keeps 16-bit copies of weights; a stale one would make both losses equal, g = 0."""
+    for mode in MODES:
+        model = make("llama")
+        seen: list[float] = []
+
+        def closure(model: nn.Module = model, seen: list[float] = seen) -> Tensor:
+            loss = loss_of(model, tokens())
+            seen.append(loss.item())
+            return loss
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            zk.MeZOStep(model, lr=0.0, eps=5e-2, perturbation=mode).step(closure)
+        assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:2] = torch.tensor([0.0, -0.0], dtype=dtype)[:, None]  # signs of zero count as bits
+    before = snapshot(model)
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-3, perturbation="scratch")
+    ids = tokens(1, 4)
+    for _ in range(2000):
+        step.step(lambda: loss_of(model, ids))
+    assert unchanged(model, before)
