@@ -96,7 +96,13 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", warmup: int = 1, calls: int = 1
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+    calls: int = 1,
+    settle: int = 0,
 ) -> dict[str, Timing]:
     """Time every contender once in each round, so that a slow minute of the machine falls on all of them alike.
 
@@ -106,6 +112,7 @@ def interleaved(
         device: synchronised before a clock is read.
         warmup: untimed calls of each, first.
         calls: back-to-back calls inside one timing, without a synchronisation between them, as in a training loop.
+        settle: untimed calls right before each timing, for contenders that must first recover from what another one did.
     """
     for function in contenders.values():
         for _ in range(warmup):
@@ -113,6 +120,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            for _ in range(settle):
+                contenders[name]()
             synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
