@@ -205,6 +205,24 @@ def check_length(name: str, values: Sequence[Any] | None, n: int) -> Sequence[An
     return values
 
 
+def check_list(params: Any, names: Sequence[str] | None = None) -> None:
+    """A list of tensors that passes can work on."""
+    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors")
+    for k, t in enumerate(params):
+        check_tensor(names[k] if names else f"params[{k}]", t)
+
+
+def check_streams(streams: Any, n: int) -> list[int]:
+    if streams is None:
+        raise ValueError("streams is None: give one stream (0 .. 2^32 - 1) for each tensor")
+    return [check_word(f"streams[{k}]", s) for k, s in enumerate(check_length("streams", streams, n))]
+
+
+def check_offsets(offsets: Any, n: int) -> list[int]:
+    return [check_word(f"offsets[{k}]", o or 0, 56) for k, o in enumerate(check_length("offsets", offsets, n))]
+
+
 def check_mask(name: str, mask: Any, t: Tensor) -> tuple[Tensor | None, int, int]:
     """(bit mask, threshold, tag) of one entry of `masks`."""
     if mask is None:
@@ -277,20 +295,16 @@ def make_plans(
     names: Sequence[str] | None = None,
 ) -> list[Plan]:
     """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments."""
-    if isinstance(params, Tensor) or not isinstance(params, Sequence):
-        raise TypeError(f"params is a {type(params).__name__}: give a list of tensors")
     n = len(params)
     names = names or [f"params[{k}]" for k in range(n)]
-    for name, t in zip(names, params, strict=True):
-        check_tensor(name, t)
-    if streams is None:
-        raise ValueError("streams is None: give one stream (0 .. 2^32 - 1) for each tensor")
-    streams = [check_word(f"streams[{k}]", s) for k, s in enumerate(check_length("streams", streams, n))]
+    check_list(params, names)
+    streams = check_streams(streams, n)
     masks, scales = check_length("masks", masks, n), check_length("scales", scales, n)
-    offsets = [check_word(f"offsets[{k}]", o or 0, 56) for k, o in enumerate(check_length("offsets", offsets, n))]
+    offsets = check_offsets(offsets, n)
     targets = list(params if out is None else check_length("out", out, n))
-    check_overlap(list(zip(names, params, strict=True)), "a pass reads and writes each weight once") if out is None else None
-    if out is not None:
+    if out is None:
+        check_overlap(list(zip(names, params, strict=True)), "a pass reads and writes each weight once")
+    else:
         out_names = [f"out[{k}]" for k in range(n)]
         for name, o, source, t in zip(out_names, targets, names, params, strict=True):
             check_tensor(name, o)
@@ -388,19 +402,119 @@ def perturb_(
         TypeError, ValueError: an argument is wrong; names it, its value and the remedy. Nothing has been changed.
         RuntimeError: the backend asked for is not available; says why.
     """
+    args = op_arguments(
+        params, terms, seed=seed, streams=streams, decay=decay, rounding=rounding, out=out, masks=masks, scales=scales, offsets=offsets,
+        kind=kind, backend=backend,
+    )  # fmt: skip
+    if args[0]:  # the dispatcher has nothing to go by without a tensor
+        torch.ops.zo_kernels.perturb_(*args)
+
+
+# ---- registration -----------------------------------------------------------------------------------------------------
+
+# The operation as torch sees it, so that torch.compile keeps it whole and knows what it writes. `src` is empty for a pass in
+# place: a tensor must not be both read as one argument and written as another. `seed` is the same 64 bits as a signed integer.
+_LIBRARY = torch.library.Library("zo_kernels", "DEF")
+_LIBRARY.define(
+    "perturb_(Tensor(a!)[] dst, Tensor[] src, int[] tags, float[] coefs, Tensor? tag_tensor, Tensor? coef_tensor, float? decay, "
+    "Tensor? decay_tensor, int seed, int[] streams, str rounding, Tensor?[] masks, int[] keeps, int[] mask_tags, Tensor?[] scales, "
+    "int[] scale_blocks, int[] offsets, str kind, str? backend) -> ()"
+)
+
+
+def op_arguments(
+    params: Sequence[Tensor],
+    terms: Terms,
+    *,
+    seed: int,
+    streams: Sequence[int],
+    decay: float | Tensor = 1.0,
+    rounding: str = "nearest",
+    out: Sequence[Tensor] | None = None,
+    masks: Sequence[Mask] | None = None,
+    scales: Sequence[Any] | None = None,
+    offsets: Sequence[int] | None = None,
+    kind: str = "gaussian",
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """The arguments of `torch.ops.zo_kernels.perturb_` for those of `perturb_`, with every check that needs no address."""
+    check_list(params)
+    n = len(params)
     tags, coefs = make_terms(terms)
     check_word("seed", seed, 64)
     check_choice("kind", kind, KINDS)
     check_choice("rounding", rounding, ROUNDINGS)
-    if isinstance(decay, Tensor):
-        if decay.numel() != 1 or decay.dtype != torch.float32:
-            raise TypeError(f"decay is {decay.dtype} {tuple(decay.shape)}; give a float or a one-element float32 tensor")
-    elif check_fp32("decay", decay) == 1.0:
-        decay = None  # type: ignore[assignment]
-    plans = make_plans(params, streams, out=out, masks=masks, scales=scales, offsets=offsets)
+    if isinstance(decay, Tensor) and (decay.numel() != 1 or decay.dtype != torch.float32):
+        raise TypeError(f"decay is {decay.dtype} {tuple(decay.shape)}; give a float or a one-element float32 tensor")
+    factor = None if isinstance(decay, Tensor) or check_fp32("decay", decay) == 1.0 else float(decay)
+    streams = check_streams(streams, n)
+    shifts = check_offsets(offsets, n)
+    flat_masks = [check_mask(f"masks[{k}]", m, params[k]) for k, m in enumerate(check_length("masks", masks, n))]
+    flat_scales = [check_scale(f"scales[{k}]", s, params[k], shifts[k]) for k, s in enumerate(check_length("scales", scales, n))]
+    dst = list(params) if out is None else list(check_length("out", out, n))
+    for k, t in enumerate(dst):
+        check_tensor(f"out[{k}]", t)
+    tensors = isinstance(tags, Tensor)
+    return (
+        dst,
+        [] if out is None else list(params),
+        [] if tensors else tags,
+        [] if tensors else coefs,
+        tags if tensors else None,
+        coefs if tensors else None,
+        factor,
+        decay if isinstance(decay, Tensor) else None,
+        seed - (1 << 64) if seed >> 63 else seed,
+        streams,
+        rounding,
+        [m for m, _, _ in flat_masks],
+        [keep for _, keep, _ in flat_masks],
+        [tag for _, _, tag in flat_masks],
+        [s for s, _ in flat_scales],
+        [block for _, block in flat_scales],
+        shifts,
+        kind,
+        backend,
+    )
+
+
+def _perturb(
+    dst: list[Tensor],
+    src: list[Tensor],
+    tags: list[int],
+    coefs: list[float],
+    tag_tensor: Tensor | None,
+    coef_tensor: Tensor | None,
+    decay: float | None,
+    decay_tensor: Tensor | None,
+    seed: int,
+    streams: list[int],
+    rounding: str,
+    masks: list[Tensor | None],
+    keeps: list[int],
+    mask_tags: list[int],
+    scales: list[Tensor | None],
+    scale_blocks: list[int],
+    offsets: list[int],
+    kind: str,
+    backend: str | None,
+) -> None:
+    plans = make_plans(
+        src or dst,
+        streams,
+        out=dst if src else None,
+        masks=[RandomMask(keep / 2**32, tag) if keep else m for m, keep, tag in zip(masks, keeps, mask_tags, strict=True)],
+        scales=[None if s is None else (s, block) for s, block in zip(scales, scale_blocks, strict=True)],
+        offsets=offsets,
+    )
     for plan in plans:
         backends.pick(plan.device, backend)  # refuse before anything is changed
-    run(plans, Pass(seed, tags, coefs, decay, kind, rounding), backend)
+    host_or_device = (tags, coefs) if tag_tensor is None or coef_tensor is None else (tag_tensor, coef_tensor)
+    run(plans, Pass(seed & ((1 << 64) - 1), *host_or_device, decay if decay_tensor is None else decay_tensor, kind, rounding), backend)
+
+
+_LIBRARY.impl("perturb_", _perturb, "CompositeExplicitAutograd")
+torch.library.register_fake("zo_kernels::perturb_", lambda *args: None, lib=_LIBRARY)
 
 
 def normal(

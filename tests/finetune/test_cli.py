@@ -1,0 +1,316 @@
+"""The command end to end, in this process, on tiny models: what it writes, what loads back, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zo_finetune import train as training
+from zo_finetune.cli import build_parser, main
+from zo_finetune.evaluate import auc, standard_error
+
+from tests.finetune.conftest import SHARED, make_rows, write_jsonl
+
+ModelFolder = Callable[[str], Path]
+
+
+@pytest.fixture
+def command(model_folder: ModelFolder, data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def build(
+        *more: str, model: str = "llama", data: Path | str = data_folder, output: Path = tmp_path / "run", task: str = "sst2"
+    ) -> list[str]:
+        source = str(model_folder(model)) if "/" not in model else model
+        fixed = ["train", "--model", source, "--task", task, "--data", str(data), "--output", str(output), "--device", "cpu"]
+        sizes = ["--steps", "3", "--batch-size", "4", "--dev-examples", "8", "--eval-examples", "12"]
+        return [*fixed, *sizes, *more]
+
+    return build
+
+
+def result_of(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_run_and_its_record(command: Callable[..., list[str]], tmp_path: Path, model_folder: ModelFolder, capsys: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = command("--lr", "1e-3", "--eval-every", "2", "--seed", "5")
+    assert main(arguments) == 0
+    assert "accuracy" in capsys.readouterr().out
+    result = result_of(tmp_path)
+    for moment in ("before", "after"):
+        e = result[moment]
+        assert e["examples"] == 12
+        assert 0 <= e["accuracy"] <= 1
+        assert e["accuracy_stderr"] == math.sqrt(e["accuracy"] * (1 - e["accuracy"]) / 12)
+        assert sum(e["predicted"].values()) == pytest.approx(1)
+    assert [h["step"] for h in result["history"]] == [0, 2, 3]
+    assert {h["examples"] for h in result["history"]} == {8}
+    assert result["steps"] == 3
+    assert result["skipped_steps"] == 0
+    assert not result["interrupted"]
+    assert result["seconds_per_step"] > 0
+    assert result["peak_memory_bytes"] > 10**6
+    assert result["command"] == ["zo-finetune", *arguments]
+    assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert result["hyperparameters"] | {"lr": 1e-3, "eps": 1e-3, "batch_size": 4, "seed": 5} == result["hyperparameters"]
+    assert result["weights"]["trainable"] == result["weights"]["total"]
+    with (tmp_path / "run" / "log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert [row["step"] for row in log] == ["1", "2", "3"]
+    assert all(math.isfinite(float(row[k])) for row in log for k in ("loss", "projected_gradient", "lr", "seconds"))
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    old = weights(AutoModelForCausalLM.from_pretrained(model_folder("llama")))
+    new = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model"))
+    assert old.keys() == new.keys()
+    assert all(not torch.equal(old[name], new[name]) for name in old)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(" It was great").input_ids
+
+
+def test_a_run_is_repeatable_and_accumulation_splits_the_batch(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    def losses(*more: str, name: str) -> list[float]:
+        assert main(command("--lr", "1e-3", "--no-save", "--eval-every", "0", *more, output=tmp_path / name)) == 0
+        with (tmp_path / name / "log.csv").open() as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+    whole = losses(name="a")
+    assert losses(name="b") == whole
+    assert losses("--seed", "1", name="c") != whole
+    # two micro-batches of two are the same four examples: equal up to the order of fp32 sums
+    assert losses("--batch-size", "2", "--accumulate", "2", name="d") == pytest.approx(whole, abs=1e-4)
+
+
+def test_it_learns(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Enough steps on an easy task lower the loss on examples that were not trained on."""
+    more = (
+        "--steps",
+        "150",
+        "--batch-size",
+        "16",
+        "--lr",
+        "2e-3",
+        "--clip",
+        "5",
+        "--lr-schedule",
+        "linear",
+        "--eval-examples",
+        "0",
+    )
+    assert main(command(*more, "--eval-every", "0", "--no-save")) == 0
+    result = result_of(tmp_path)
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.1
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("peft", ["lora", "ln", "prefix", "prompt"])
+def test_adapters_train_and_load_back(
+    peft: str, command: Callable[..., list[str]], tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert main(command("--peft", peft, "--lr", "1e-2")) == 0
+    result = result_of(tmp_path)
+    assert 0 < result["weights"]["trainable"] < result["weights"]["total"] / 2
+    assert not (tmp_path / "run" / "model").exists()
+    base = AutoModelForCausalLM.from_pretrained(model_folder("llama")).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: "Unsupported layer type LlamaRMSNorm"
+        plain = base(input_ids=ids).logits[:, -1]
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()(input_ids=ids).logits[:, -1]
+        alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()(input_ids=ids).logits[:, -1]
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    torch.testing.assert_close(adapted, alone)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora", "ln", "prompt"])
+def test_masked_models(peft: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command("--peft", peft, model="roberta")) == 0
+    assert result_of(tmp_path)["hyperparameters"]["form"] == "masked"
+
+
+@pytest.mark.parametrize("peft", ["none", "lora", "ln", "prefix", "prompt"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights(peft: str, dtype: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command("--peft", peft, "--dtype", dtype, "--eval-every", "0", "--no-save")) == 0
+    result = result_of(tmp_path)
+    assert result["weights"]["dtype"] == f"torch.{dtype}"
+    assert math.isfinite(result["after"]["loss"])
+
+
+@pytest.mark.parametrize("perturbation", ["inplace", "scratch"])
+def test_perturbation_and_weight_decay_reach_the_step(perturbation: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    more = (
+        "--perturbation",
+        perturbation,
+        "--weight-decay",
+        "0.1",
+        "--rounding",
+        "nearest",
+        "--backend",
+        "reference",
+        "--lr-schedule",
+        "cosine",
+    )
+    assert main(command(*more)) == 0
+    assert result_of(tmp_path)["hyperparameters"]["perturbation"] == perturbation
+
+
+def test_ln_targets(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    assert main(command("--peft", "ln", "--peft-target", "post_attention_layernorm")) == 0
+    assert result_of(tmp_path)["weights"]["trainable"] == 2 * 32
+    assert main(command("--peft", "ln", "--peft-target", "q_proj", "--overwrite")) == 2
+    assert "--peft-target 'q_proj' is no normalisation module" in capsys.readouterr().err
+
+
+def test_the_schedule_ends_at_zero(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command("--lr", "1e-3", "--lr-schedule", "linear", "--steps", "4")) == 0
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_an_interrupt_saves_what_there_is(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    make = training.make_stepper
+
+    def interrupted_in_step_three(*args: Any) -> Any:
+        stepper = make(*args)
+        step, calls = stepper.step, []
+
+        def counted(closure: Any, batches: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return step(closure, batches)
+
+        stepper.step = counted
+        return stepper
+
+    monkeypatch.setattr(training, "make_stepper", interrupted_in_step_three)
+    assert main(command("--steps", "9")) == 130
+    assert "interrupted after 2 of 9 steps" in capsys.readouterr().err
+    result = result_of(tmp_path)
+    assert result["interrupted"]
+    assert result["steps"] == 2
+    assert result["after"] is None
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "curve.png").is_file()
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
+
+
+def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    assert main(command()) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert sorted(p.name for p in run.iterdir()) == ["adapter", "notes.txt"]
+    assert main(command("--overwrite")) == 0
+    assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "adapter").exists()  # an earlier run's, and not this one's
+    assert (run / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"task": "sst3"}, (), "--task 'sst3' is unknown; known tasks are: sst2"),
+        ({"model": "./absent/model"}, (), "--model ./absent/model is not a model folder"),
+        ({"model": "nobody/nothing"}, (), "--model nobody/nothing could not be loaded"),
+        ({"data": "./absent.jsonl"}, (), "--data ./absent.jsonl does not exist"),
+        ({}, ("--steps", "0"), "--steps 0 must be greater than 0"),
+        ({}, ("--lr", "-1"), "--lr -1.0 must be at least 0"),
+        ({}, ("--eps", "nan"), "--eps nan must be finite"),
+        ({}, ("--device", "abacus"), "--device 'abacus' is not a device"),
+        ({}, ("--gguf-file", "x.gguf"), "--gguf-file 'x.gguf' is not in"),
+        ({}, ("--form", "masked"), "could not be loaded"),
+        ({}, ("--peft", "lora", "--peft-target", "nowhere"), "--peft lora does not fit"),
+        ({"model": "roberta"}, ("--peft", "prefix"), "--peft prefix needs a causal model"),
+        ({}, ("--backend", "cuda"), "backend='cuda'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_writes_nothing(
+    changes: dict[str, Any], more: tuple[str, ...], message: str, command: Callable[..., list[str]], tmp_path: Path, capsys: Any
+) -> None:
+    if more[:1] == ("--backend",) and torch.cuda.is_available():
+        pytest.skip("the backend may be available here")
+    assert main(command(*more, **changes)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("zo-finetune: error: ")
+    assert message in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_label_is_found_before_the_run_begins(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    rows = make_rows(40, 2)
+    rows[24]["label"] = 7
+    assert main(command(data=write_jsonl(tmp_path / "rows.jsonl", rows))) == 2
+    assert "rows.jsonl, row 25: field 'label' is 7; the labels of sst2 are 0 (negative), 1 (positive)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_trainable_weights(command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    load = training.models.load
+
+    def frozen(*args: Any, **kwargs: Any) -> Any:
+        lm = load(*args, **kwargs)
+        lm.model.requires_grad_(False)
+        return lm
+
+    monkeypatch.setattr(training.models, "load", frozen)
+    assert main(command()) == 2
+    assert "has no trainable weights" in capsys.readouterr().err
+
+
+def test_wrong_options_end_with_usage(capsys: Any) -> None:
+    for arguments in ([], ["train"], ["train", "--column", "x"], ["fly"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "usage: zo-finetune" in capsys.readouterr().err
+
+
+def test_every_field_of_a_run_has_an_option() -> None:
+    from dataclasses import fields
+
+    required = ["train", "--model", "m", "--task", "t", "--data", "d", "--output", "o"]
+    assert set(vars(build_parser().parse_args(required))) - {"command"} == {f.name for f in fields(training.Config)}
+
+
+def test_auc_and_standard_error() -> None:
+    margins, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, -1.0]), torch.tensor([0, 1, 0, 1, 0])
+    pairs = [(1.0 if a > b else 0.5 if a == b else 0.0) for a in (0.4, 0.8) for b in (0.1, 0.4, -1.0)]
+    assert auc(margins, labels) == pytest.approx(sum(pairs) / len(pairs))
+    assert auc(margins.float() + 5, labels) == pytest.approx(auc(margins, labels))
+    assert auc(margins, torch.ones(5)) is None
+    assert standard_error(0.5, 100) == 0.05
+
+
+@pytest.mark.skipif(
+    not (SHARED / "models" / "stories15m").is_dir(), reason="needs ../shared/models/stories15m and ../shared/data/sst2"
+)
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_pretrained_model_on_sst2(peft: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """TinyStories' 15 M parameters know something of sentiment: 0.63 on SST-2 without training (0.5 is chance)."""
+    folders = {"model": str(SHARED / "models" / "stories15m"), "data": SHARED / "data" / "sst2"}
+    more = ("--eval-examples", "300", "--dev-examples", "0", "--train-examples", "50", "--peft", peft, "--no-save", "--lr", "1e-6")
+    assert main(command(*more, **folders)) == 0
+    result = result_of(tmp_path)
+    for moment in ("before", "after"):  # three steps at this rate change nothing to speak of
+        assert abs(result[moment]["accuracy"] - 0.630) < 4 * standard_error(0.63, 300)
+        assert abs(result[moment]["auc"] - 0.701) < 0.12

@@ -1,0 +1,180 @@
+"""Scores: the one-forward path against the plain one, against the definition, and against the company an example keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zo_finetune import model as models
+from zo_finetune.errors import UserError
+from zo_finetune.scoring import Encoder, Scorer
+from zo_finetune.tasks import get_task
+from zo_finetune.tasks.base import Candidate, Example
+
+from tests.finetune.conftest import FAMILIES, make_rows
+
+# fp32 over inputs of different shape: matrix kernels sum in another order. Log-probabilities here are about -6, so this is some 20 ulp.
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+ModelFolder = Callable[[str], Path]
+
+
+@pytest.fixture(params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Iterator[tuple[models.LanguageModel, Encoder, Scorer]]:
+    lm = models.load(str(model_folder(request.param)), device="cpu")
+    with Scorer(lm.model, lm.form, lm.pad_id) as scorer:
+        yield lm, Encoder(lm.tokenizer, lm.form, lm.max_length), scorer
+
+
+def examples(form: Any, n: int = 7) -> list[Example]:
+    task = get_task("sst2")
+    return [task.example(row, form) for row in make_rows(n, 3)]
+
+
+def several_tokens(form: Any, n: int = 5) -> list[Example]:
+    """Candidates of one, two and three tokens, and one example with fewer candidates."""
+    out = []
+    for k, e in enumerate(examples(form, n)):
+        context, tail = e.candidates[0].context, e.candidates[0].tail
+        words = (" great", " great great", " terrible great terrible")[: 3 if k else 2]
+        out.append(Example(tuple(Candidate(context, w, tail) for w in words), k % 2))
+    return out
+
+
+@torch.no_grad()
+def by_definition(lm: models.LanguageModel, example: Example) -> torch.Tensor:
+    """Mean log p of each candidate's tokens, one forward of the whole text for each, every logit computed, no padding."""
+    t = lm.tokenizer
+    scores = []
+    for candidate in example.candidates:
+        answer = t(candidate.answer, add_special_tokens=False).input_ids
+        if lm.form == "causal":
+            ids = t(candidate.context).input_ids + answer
+            where = range(len(ids) - len(answer) - 1, len(ids) - 1)
+        else:
+            masks = t.mask_token * len(answer)
+            ids = t(candidate.context + masks + candidate.tail).input_ids
+            where = [k for k, i in enumerate(ids) if i == t.mask_token_id]
+        logits = lm.model(input_ids=torch.tensor([ids])).logits[0].double()
+        log_probs = logits.log_softmax(-1)
+        scores.append(torch.stack([log_probs[p, a] for p, a in zip(where, answer, strict=True)]).mean())
+    return torch.stack(scores).float()
+
+
+def test_one_token_answers_share_one_input(loaded: tuple[models.LanguageModel, Encoder, Scorer]) -> None:
+    lm, encoder, scorer = loaded
+    encoded = [encoder.encode(e) for e in examples(lm.form)]
+    assert all(len(e.inputs) == 1 and len(e.spans) == 2 for e in encoded)
+    batch = scorer.collate(encoded)
+    assert batch.input_ids.shape[0] == batch.point_rows.shape[0] == len(encoded)
+
+
+@pytest.mark.parametrize("make", [examples, several_tokens])
+def test_scores_are_the_definition(
+    loaded: tuple[models.LanguageModel, Encoder, Scorer], make: Callable[..., list[Example]]
+) -> None:
+    lm, encoder, scorer = loaded
+    chosen = make(lm.form)
+    with torch.no_grad():
+        scores = scorer.scores(scorer.collate([encoder.encode(e) for e in chosen]))
+    for example, row in zip(chosen, scores, strict=True):
+        n = len(example.candidates)
+        torch.testing.assert_close(row[:n], by_definition(lm, example), **CLOSE)
+        assert torch.isneginf(row[n:]).all()
+
+
+def test_one_forward_equals_a_forward_per_candidate(loaded: tuple[models.LanguageModel, Encoder, Scorer]) -> None:
+    lm, encoder, scorer = loaded
+    with torch.no_grad():
+        for example in examples(lm.form):
+            together = scorer.scores(scorer.collate([encoder.encode(example)]))[0]
+            apart = [scorer.scores(scorer.collate([encoder.encode(Example((c,), 0))]))[0, 0] for c in example.candidates]
+            torch.testing.assert_close(together, torch.stack(apart), **CLOSE)
+
+
+def test_scores_do_not_depend_on_the_batch(loaded: tuple[models.LanguageModel, Encoder, Scorer]) -> None:
+    lm, encoder, scorer = loaded
+    encoded = [encoder.encode(e) for e in [*examples(lm.form), *several_tokens(lm.form)]]
+    assert len({e.length for e in encoded}) > 3  # so that there is padding to get wrong
+    with torch.no_grad():
+        alone = torch.stack(
+            [
+                torch.nn.functional.pad(s := scorer.scores(scorer.collate([e]))[0], (0, 3 - len(s)), value=-torch.inf)
+                for e in encoded
+            ]
+        )
+        together = scorer.scores(scorer.collate(encoded))
+        backwards = scorer.scores(scorer.collate(encoded[::-1])).flip(0)
+    torch.testing.assert_close(together, alone, **CLOSE)
+    torch.testing.assert_close(backwards, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("peft", ["lora", "ln", "prefix", "prompt"])
+def test_soft_prompts_do_not_shift_the_scored_positions(peft: str, model_folder: ModelFolder) -> None:
+    """The gathered logits are those of the full output at the answer's place, wherever virtual tokens went."""
+    lm = models.load(str(model_folder("llama")), device="cpu", peft=peft)
+    with Scorer(lm.model, lm.form, lm.pad_id) as scorer, torch.no_grad():
+        encoder = Encoder(lm.tokenizer, lm.form, lm.max_length)
+        encoded = [encoder.encode(e) for e in examples("causal")]
+        scores = scorer.scores(scorer.collate(encoded))
+        for e, row in zip(encoded, scores, strict=True):
+            last = lm.model(input_ids=torch.tensor([e.inputs[0]])).logits[0, -1].log_softmax(-1)
+            torch.testing.assert_close(row, torch.stack([last[s.targets[0]] for s in e.spans]), **CLOSE)
+
+
+def test_other_forwards_are_left_alone(model_folder: ModelFolder) -> None:
+    lm = models.load(str(model_folder("llama")), device="cpu")
+    ids = torch.arange(10)[None]
+    plain = lm.model(input_ids=ids).logits
+    with Scorer(lm.model, lm.form, lm.pad_id):
+        assert torch.equal(lm.model(input_ids=ids).logits, plain)
+    assert not lm.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_losses(model_folder: ModelFolder) -> None:
+    lm = models.load(str(model_folder("gpt2")), device="cpu")
+    encoder = Encoder(lm.tokenizer, lm.form, lm.max_length)
+    chosen = several_tokens("causal")
+    with Scorer(lm.model, lm.form, lm.pad_id) as scorer, torch.no_grad():
+        table = [by_definition(lm, e) for e in chosen]
+        classification = -torch.stack([row.log_softmax(0)[e.label] for row, e in zip(table, chosen, strict=True)]).mean()
+        gold = [
+            (row[e.label], e.label + 1) for row, e in zip(table, chosen, strict=True)
+        ]  # candidate k of several_tokens has k + 1 tokens
+        language = -sum(mean * n for mean, n in gold) / sum(n for _, n in gold)
+        batch = scorer.collate([encoder.encode(e) for e in chosen])
+        gold_batch = scorer.collate([encoder.encode(e, gold_only=True) for e in chosen])
+        torch.testing.assert_close(scorer.loss(batch, "classification"), classification, **CLOSE)
+        torch.testing.assert_close(scorer.loss(gold_batch, "language-model"), language, **CLOSE)
+
+
+def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
+    lm = models.load(str(model_folder("llama")), device="cpu", dtype="bfloat16")
+    encoder = Encoder(lm.tokenizer, lm.form, lm.max_length)
+    with Scorer(lm.model, lm.form, lm.pad_id) as scorer, torch.no_grad():
+        loss = scorer.loss(scorer.collate([encoder.encode(e) for e in examples("causal")]), "classification")
+    assert loss.dtype == torch.float32
+    assert loss.bfloat16().float() != loss  # it was not rounded on the way
+
+
+def test_long_prompts_lose_their_beginning(causal_tokenizer: Any, tokenizer: Any) -> None:
+    long = " ".join(f"word{k}" for k in range(50))
+    for encoder in (Encoder(causal_tokenizer, "causal", 20), Encoder(tokenizer, "masked", 20)):
+        candidates = tuple(Candidate(f"{long} It was", w, ".") for w in (" great", " terrible great"))
+        encoded = encoder.encode(Example(candidates, 0))
+        assert all(len(tokens) <= 20 for tokens in encoded.inputs)
+        for tokens, span in zip(encoded.inputs, encoded.spans, strict=True):
+            assert tokens[0] == 0  # <s>
+            text = encoder.tokenizer.decode(tokens[: span.positions[0] + (encoder.form == "causal")])
+            assert text.endswith("49 It was")
+
+
+def test_encoder_errors(causal_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="no mask token"):
+        Encoder(causal_tokenizer, "masked", 20)
+    with pytest.raises(UserError, match="has no token"):
+        Encoder(causal_tokenizer, "causal", 20).encode(Example((Candidate("It was", ""),), 0))
+    with pytest.raises(UserError, match="--max-length 2 leaves no room"):
+        Encoder(causal_tokenizer, "causal", 2).encode(Example((Candidate("It was", " great great great"),), 0))

@@ -1,0 +1,61 @@
+/* cuda_host.cpp - the CUDA kernel's body (csrc/cuda/perturb.cuh) as host code, so that its bits can be tested without a
+ * GPU.
+ *
+ * Belongs here: what the body needs of CUDA, and the loop over blocks and threads. test_cuda_host.py compiles it.
+ *
+ * The body has one barrier, at the end of stage(), and what comes before it only writes shared memory, the same each
+ * time. So every thread of a block runs twice: first up to the barrier, which throws; then from the start to the end.
+ */
+#include <stdint.h>
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+static thread_local struct {
+  uint32_t x, y, z;
+} threadIdx, blockIdx;
+
+namespace {
+struct Barrier {};
+bool at_barrier_throw, any;
+} // namespace
+
+static int __syncthreads_or(int predicate) {
+  any |= predicate != 0;
+  if (at_barrier_throw) throw Barrier();
+  return any;
+}
+
+/* The body calls it with a value that is the same in all lanes. */
+static uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return x; }
+
+#include "../../csrc/cuda/perturb.cuh"
+
+extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles,
+                               int64_t tile, int lean, void *) {
+  using namespace zo::cuda;
+  if (tile <= 0 || tile % SPAN) return 1;
+  const Launch launch = {
+      *pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
+  return dispatch(*pass, lean != 0, [&](auto variant) -> int {
+    using V = decltype(variant);
+    static Shared shared;
+    for (int64_t block = 0; block < tiles; ++block) {
+      blockIdx.x = (uint32_t)block;
+      any = false;
+      for (int round = 0; round < 2; ++round) {
+        at_barrier_throw = round == 0;
+        for (threadIdx.x = 0; threadIdx.x < (uint32_t)THREADS; ++threadIdx.x) {
+          try {
+            perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::LEAN>(launch, shared);
+          } catch (Barrier) {
+          }
+        }
+      }
+    }
+    return 0;
+  });
+}
