@@ -330,7 +330,7 @@ class Scratch(View):
         """theta + c z of each weight, in the buffer (valid until the next call) or, to keep, in memory of their own."""
         key = tuple(id(shadow) for shadow in found)
         if keep:
-            plans, values = self._layout(found, [torch.empty_like(s.param, requires_grad=False) for s in found])
+            plans, values = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
         elif key in self.plans:
             plans, values = self.plans[key]
         else:
