@@ -2,8 +2,8 @@
  *
  * A lane is a call: LANES calls run side by side, word m of all of them in one vector, so the contract's 16 outputs are
  * 16 vectors, its mix is 32 vector additions and 32 subtractions without a shuffle, and one 16-row transpose brings the
- * 8-element chunks into memory order. Instructions per Gaussian element and term, AVX-512: Philox 0.5 + numbers 0.19;
- * once per element: mix 0.25, transpose 0.25, apply about 0.2.
+ * 8-element chunks into memory order. Vector instructions per Gaussian element and term, AVX-512: Philox 0.49 + numbers
+ * 0.17; once per element: mix 0.25, transpose 0.25, apply about 0.2.
  *
  * Philox needs 32 x 32 -> 64 bit products, which x86 has for the even 32-bit places only. So a vector of calls is
  * carried as two halves (even calls, odd calls), each word in the low half of a 64-bit place with garbage above it that

@@ -8,8 +8,7 @@
  * one write of the weights
  *
  * The noise goes through an L1 buffer rather than straight from registers to the weights: that costs one store and one
- * load per vector, which the multiplier-bound Philox hides, and it makes offsets, tails, masks, scales and both casts
- * one path.
+ * load per vector, and makes offsets, tails, rows, masks, scales and both casts one path.
  *
  * Belongs here: memory access in units of tiles. Does not belong here: arithmetic of the contract (noise.h, simd.h).
  * Everything has internal linkage, see perturb.h.
