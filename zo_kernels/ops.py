@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,15 @@ class Pass:
     decay: float | Tensor | None = None
     kind: str = "gaussian"
     rounding: str = "nearest"
+
+    def on(self, device: torch.device) -> Pass:
+        """The same, with what is a tensor on `device`; without waiting for either device."""
+        tensors = {
+            name: value.to(device, non_blocking=True)
+            for name in ("tags", "coefs", "decay")
+            if isinstance(value := getattr(self, name), Tensor) and value.device != device
+        }
+        return replace(self, **tensors) if tensors else self
 
     def terms_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """(tags int64 [K], coefs fp32 [K], decay fp32 [] or None) as tensors on `device`."""
@@ -350,13 +359,7 @@ def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
 def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
     for plan in plans:
-        tags, coefs, decay = p.tags, p.coefs, p.decay
-        if isinstance(tags, Tensor) and isinstance(coefs, Tensor):
-            tags, coefs = tags.to(plan.device, non_blocking=True), coefs.to(plan.device, non_blocking=True)
-        if isinstance(decay, Tensor):
-            decay = decay.to(plan.device, non_blocking=True)
-        on_device = Pass(p.seed, tags, coefs, decay, p.kind, p.rounding)
-        backends.pick(plan.device, backend).perturb(plan, on_device)
+        backends.pick(plan.device, backend).perturb(plan, p.on(plan.device))
         # Backends write through raw pointers; autograd must still see that a saved tensor changed.
         changed = [e.dst for e in plan.entries if not e.dst.is_inference()]
         torch.autograd.graph.increment_version(changed)

@@ -21,12 +21,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zo_kernels import _backends as backends
 from zo_kernels import ops
 from zo_kernels.parameters import Weights
 
@@ -189,55 +191,60 @@ class PerturbedWeight(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        found = _find((args, kwargs))
+        found = _find(args, kwargs)
         return found[0].scratch.call(func, args, kwargs, found)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """C++ code that did not ask `__torch_function__` (scripted functions): the values, in memory of their own."""
-        found = _find((args, kwargs or {}))
-        values = found[0].scratch.values(found, keep=True)
-        return func(*_replace(args, found, values), **_replace(kwargs or {}, found, values))
+        kwargs = kwargs or {}
+        found = _find(args, kwargs)
+        args, kwargs = _replace(args, kwargs, found[0].scratch.values(found, keep=True))
+        return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PerturbedWeight(shape={tuple(self.param.shape)}, dtype={self.param.dtype}, device={self.param.device})"
 
 
-def _find(tree: Any) -> list[PerturbedWeight]:
-    """The perturbed weights in nested arguments, each once, in order."""
-    found: dict[int, PerturbedWeight] = {}
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        if type(node) is PerturbedWeight:
-            found.setdefault(id(node), node)
-        elif isinstance(node, (tuple, list)):
-            stack.extend(reversed(node))
-        elif isinstance(node, dict):
-            stack.extend(reversed(list(node.values())))
-    return list(found.values())
-
-
-def _replace(tree: Any, found: Sequence[PerturbedWeight], values: Sequence[Tensor]) -> Any:
-    if type(tree) is PerturbedWeight:
-        return next(v for f, v in zip(found, values, strict=True) if f is tree)
+def _walk(tree: Any) -> Iterator[Any]:
+    """The leaves of nested arguments, in order."""
     if isinstance(tree, (tuple, list)):
-        items = [_replace(node, found, values) for node in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
-        return {key: _replace(node, found, values) for key, node in tree.items()}
-    return tree
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
         for node in tree:
-            yield from _tensors(node)
+            yield from _walk(node)
     elif isinstance(tree, dict):
         for node in tree.values():
-            yield from _tensors(node)
+            yield from _walk(node)
+    else:
+        yield tree
+
+
+def _find(args: Any, kwargs: Any) -> list[PerturbedWeight]:
+    """The perturbed weights among nested arguments, in order. Hundreds of calls a forward: the usual flat case goes first."""
+    found = [a for a in args if type(a) is PerturbedWeight]
+    if kwargs or any(type(a) in (tuple, list, dict) for a in args):
+        found = [a for a in _walk((args, kwargs)) if type(a) is PerturbedWeight]
+    return found
+
+
+def _replace(args: Any, kwargs: Any, values: Sequence[Tensor]) -> tuple[Any, Any]:
+    """The arguments with `values` in place of what `_find` found, in its order."""
+    supply = iter(values)
+
+    def swap(node: Any) -> Any:
+        if type(node) is PerturbedWeight:
+            return next(supply)
+        if isinstance(node, (tuple, list)):
+            items = [swap(inner) for inner in node]
+            return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+        if isinstance(node, dict):
+            return {key: swap(inner) for key, inner in node.items()}
+        return node
+
+    return [swap(a) for a in args], {key: swap(a) for key, a in kwargs.items()}
+
+
+# The passes that fill the values of one call (group, plan, backend), and those values.
+Layout = tuple[list[tuple[int, ops.Plan, ModuleType]], list[Tensor]]
 
 
 class Scratch(View):
@@ -261,7 +268,8 @@ class Scratch(View):
         ]
         self.passes: list[ops.Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
-        self.plans: dict[tuple[int, ...], tuple[list[tuple[int, ops.Plan]], list[Tensor]]] = {}
+        self.storages: set[int] = set()  # the buffers', by address
+        self.layouts: dict[tuple[int, ...], Layout] = {}  # where in the buffer the weights of a call lie, by the weights' ids
         self.inside = False  # our own reads of clean weights are under way
         # Parameters that code reaches past its module's attributes (a list of captured weights, a scripted module), and a copy of
         # their clean values while a forward runs. `missing` are those that no module owns at all.
@@ -317,42 +325,46 @@ class Scratch(View):
             rows = self._embedding(*args, **kwargs)
             if rows is not None:
                 return rows
-        values = self.values(found)
-        result = func(*_replace(args, found, values), **_replace(kwargs, found, values))
-        storages = {v.untyped_storage().data_ptr() for v in values}
-        if any(t.untyped_storage().data_ptr() in storages for t in _tensors(result) if type(t) is not PerturbedWeight):
-            # A view of the weight outlives the call (`weight.t()`): it needs values that the next call does not overwrite.
-            values = self.values(found, keep=True)
-            result = func(*_replace(args, found, values), **_replace(kwargs, found, values))
+        plain, named = _replace(args, kwargs, self.values(found))
+        result = func(*plain, **named)
+        for t in (result,) if type(result) is Tensor else _walk(result):
+            if isinstance(t, Tensor) and type(t) is not PerturbedWeight and t.untyped_storage().data_ptr() in self.storages:
+                # A view of the weight outlives the call (`weight.t()`): it needs values that the next call does not overwrite.
+                plain, named = _replace(args, kwargs, self.values(found, keep=True))
+                return func(*plain, **named)
         return result
 
     def values(self, found: Sequence[PerturbedWeight], keep: bool = False) -> list[Tensor]:
         """theta + c z of each weight, in the buffer (valid until the next call) or, to keep, in memory of their own."""
-        key = tuple(id(shadow) for shadow in found)
+        key = tuple(map(id, found))
         if keep:
-            plans, values = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
-        elif key in self.plans:
-            plans, values = self.plans[key]
+            layout = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
         else:
-            plans, values = self.plans[key] = self._layout(found, self._room(found))
+            cached = self.layouts.get(key)
+            layout = cached if cached is not None else self.layouts.setdefault(key, self._layout(found, self._room(found)))
+        plans, values = layout
         self.inside = True
         try:
-            for group, plan in plans:
+            for group, plan, backend in plans:
                 if (p := self.passes[group]) is not None:
-                    ops.run((plan,), p, self.backend)
+                    backend.perturb(plan, p)
                 else:
                     for e in plan.entries:
                         e.dst.copy_(e.src)
         finally:
             self.inside = False
-        return values if not self.held else [s.param.detach() if id(s.param) in self.held else v for s, v in zip(found, values, strict=True)]
+        torch.autograd.graph.increment_version(values)  # a graph that saved the buffer must not use what is in it now
+        if self.held:
+            return [s.param.detach() if id(s.param) in self.held else v for s, v in zip(found, values, strict=True)]
+        return values
 
-    def _layout(self, found: Sequence[PerturbedWeight], values: list[Tensor]) -> tuple[list[tuple[int, ops.Plan]], list[Tensor]]:
+    def _layout(self, found: Sequence[PerturbedWeight], values: list[Tensor]) -> Layout:
         groups: dict[tuple[int, torch.device, torch.dtype], list[ops.Entry]] = {}
         for shadow, value in zip(found, values, strict=True):
             key = (shadow.group, value.device, value.dtype)
             groups.setdefault(key, []).append(replace(shadow.entry, dst=value))
-        return [(group, ops.Plan(tuple(e), device, dtype)) for (group, device, dtype), e in groups.items()], values
+        plans = [(k, ops.Plan(tuple(e), device, dtype), backends.pick(device, self.backend)) for (k, device, dtype), e in groups.items()]
+        return plans, values
 
     def _room(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
         """Views of the buffers for these weights together; a buffer grows to the largest call it has seen."""
@@ -364,10 +376,12 @@ class Scratch(View):
         for device, size in ends.items():
             if device not in self.buffers or self.buffers[device].numel() < size:
                 self.buffers.pop(device, None)
-                self.plans.clear()  # they point into the old buffer
+                self.layouts.clear()  # they point into the old buffer
+                self.storages.clear()
                 whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
                 start = -whole.data_ptr() % ALIGNMENT
                 self.buffers[device] = whole[start : start + size]
+        self.storages.update(b.untyped_storage().data_ptr() for b in self.buffers.values())
         return [
             self.buffers[s.param.device][start : start + s.param.nbytes].view(s.param.dtype).view(s.param.shape)
             for s, start in zip(found, starts, strict=True)
@@ -396,7 +410,7 @@ class Scratch(View):
     def hold(self, shadow: PerturbedWeight) -> None:
         """From now on this parameter is perturbed in place around each forward, and put back from a copy: exact, at the price of the copy."""
         self.held[id(shadow.param)] = shadow
-        self.plans.clear()
+        self.layouts.clear()
         self._perturb_held(shadow)
 
     def _perturb_held(self, shadow: PerturbedWeight) -> None:
@@ -451,8 +465,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.scratch.inside and not func.is_view:
-            for t in _tensors((args, kwargs)):
-                if type(t) is PerturbedWeight or t.is_meta:
+            for t in _walk((args, kwargs)):
+                if not isinstance(t, Tensor) or type(t) is PerturbedWeight or t.is_meta:
                     continue
                 for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
                     if id(shadow.param) not in self.scratch.held and _overlap(t, shadow.param):
