@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one go:  benchmarks/gpu_check.sh [RESULTS] [STAGE ...]
+#
+# Stages: build, test, sanitize, bench (default: all). Uses $PYTHON (default: python3) as it is, with no network. A stage that fails
+# does not stop the next; the exit status is that of the worst.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-benchmarks/results}
+shift || true
+stages=${*:-build test sanitize bench}
+python=${PYTHON:-python3}
+export PYTHONPATH=.:python PYTHONUNBUFFERED=1
+mkdir -p "$results"
+worst=0
+
+stage() {
+  local name=$1
+  shift
+  case " $stages " in *" $name "*) ;; *) return 0 ;; esac
+  local start=$SECONDS
+  echo "== $name: $*"
+  "$@" || worst=1
+  echo "== $name took $((SECONDS - start)) s"
+}
+
+stage build env ZO_KERNELS_CUDA=1 "$python" setup.py -q build_ext --inplace
+"$python" -m zo_kernels || worst=1
+stage test "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+if command -v compute-sanitizer >/dev/null; then
+  stage sanitize compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/kernels/sanitize_cuda.py
+  stage sanitize compute-sanitizer --tool racecheck --error-exitcode 9 "$python" tests/kernels/sanitize_cuda.py
+else
+  echo "== compute-sanitizer is not installed: skipped"
+fi
+stage bench "$python" benchmarks/gpu_pass.py --out "$results/gpu_pass.csv"
+stage bench "$python" benchmarks/step.py --out "$results/gpu_step.csv"
+exit $worst
