@@ -1,8 +1,8 @@
 /* noise.h - the noise contract (docs/numerics.md), for host and device, scalar.
  *
  * Belongs here: the pure functions of the contract, in the order of its sections. Does not belong here: memory access,
- * loops over tensors, vector intrinsics, torch, Python. The portable CPU kernel and the CUDA kernel are built on it, and
- * the vector kernels are tested against it.
+ * loops over tensors, vector intrinsics, torch, Python. The portable CPU kernel and the CUDA kernel are built on it,
+ * and the vector kernels are tested against it.
  *
  * Compile with -ffp-contract=off (host) / use of the _rn intrinsics below (device): the products of section 4 round
  * by themselves.
@@ -60,20 +60,46 @@ struct Words {
   uint32_t w[4];
 };
 
-ZO_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+/* The full 64-bit product. On the device by name: nvcc turns the C expression into a product of two 64-bit numbers, and
+ * ptxas then adds a zero high word, one instruction for each of the 20 products. */
+ZO_HD uint64_t mul_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t p;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(p) : "r"(a), "r"(b));
+  return p;
+#else
+  return (uint64_t)a * b;
+#endif
+}
+
+/* The round keys k0, k1 of the ten rounds. */
+struct Keys {
+  uint32_t k[20];
+};
+
+ZO_HD Keys schedule(uint64_t seed) {
+  Keys keys;
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = (uint64_t)0xD2511F53u * c0;
-    const uint64_t p1 = (uint64_t)0xCD9E8D57u * c2;
-    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+    keys.k[2 * round] = (uint32_t)seed + 0x9E3779B9u * (uint32_t)round;
+    keys.k[2 * round + 1] = (uint32_t)(seed >> 32) + 0xBB67AE85u * (uint32_t)round;
+  }
+  return keys;
+}
+
+ZO_HD Words philox_keyed(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const Keys &keys) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = mul_wide(0xD2511F53u, c0);
+    const uint64_t p1 = mul_wide(0xCD9E8D57u, c2);
+    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ keys.k[2 * round];
     c1 = (uint32_t)p1;
-    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ keys.k[2 * round + 1];
     c3 = (uint32_t)p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   Words r;
   r.w[0] = c0;
@@ -83,8 +109,16 @@ ZO_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t 
   return r;
 }
 
+ZO_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed) {
+  return philox_keyed(c0, c1, c2, c3, schedule(seed));
+}
+
 ZO_HD Words call(uint64_t q, uint32_t purpose, uint32_t stream, uint32_t tag, uint64_t seed) {
   return philox((uint32_t)q, purpose << 24 | (uint32_t)(q >> 32), stream, tag, seed);
+}
+
+ZO_HD Words call_keyed(uint64_t q, uint32_t purpose, uint32_t stream, uint32_t tag, const Keys &keys) {
+  return philox_keyed((uint32_t)q, purpose << 24 | (uint32_t)(q >> 32), stream, tag, keys);
 }
 
 /* ---- 2. Gaussian ------------------------------------------------------------------------------------------------ */

@@ -20,7 +20,8 @@ enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
 
 /* One tensor of the list: 11 words of 8 bytes, so that a table of them is also an int64 matrix [n, 11].
  * Local element e is element i of the unsharded tensor:  rows == NULL:  i = offset + e
- *                                                        rows != NULL:  i = rows[e / row_len] * row_len + e % row_len */
+ *                                                        rows != NULL:  i = rows[e / row_len] * row_len + e % row_len
+ */
 typedef struct zo_tensor {
   const void *src;     /* weights read */
   void *dst;           /* weights written; == src for an in-place pass; otherwise the two do not overlap */
@@ -39,7 +40,8 @@ typedef struct zo_tensor {
 
 #define ZO_INLINE_TERMS 8
 
-/* What is the same for the whole list. Terms lie in the struct (tags == NULL) or in the memory of the tensors' device. */
+/* What is the same for the whole list. Terms lie in the struct (tags == NULL) or in the memory of the tensors' device.
+ */
 typedef struct zo_pass {
   uint64_t seed;
   int32_t dtype, kind, rounding; /* enums above */
@@ -58,6 +60,18 @@ const char *zo_error_string(int code);
 /* isa: 0 best available, 1 portable, 2 AVX2, 3 AVX-512. Host pointers throughout. */
 int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa);
 int zo_cpu_best_isa(void);
+
+/* One launch on `stream` (a cudaStream_t) for a whole list of tensors of one dtype; returns without waiting. Everything
+ * but `pass` itself lies in device memory: `table` (the zo_tensor structs), `map`, what they point at, and the terms,
+ * unless they are inline. Entry b of `map`, one for each of the `tiles` blocks, is a pair (tensor, tile of it); a tile
+ * has `tile` elements, a multiple of ZO_CUDA_SPAN. A tensor has ceil((numel + offset % 32) / tile) tiles; one with
+ * `rows` whose row_len is not a multiple of 32 has ceil((row_len + 31) / tile) for each row, row by row. `lean`: no
+ * decay, and no tensor has a mask, a random mask, a scale or rows. Returns 0 or a cudaError_t, which
+ * zo_cuda_error_string explains. */
+#define ZO_CUDA_SPAN 2048
+int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles, int64_t tile,
+                    int lean, void *stream);
+const char *zo_cuda_error_string(int code);
 
 #ifdef __cplusplus
 }

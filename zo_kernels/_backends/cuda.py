@@ -1,3 +1,164 @@
-"""Being built."""
-def status(): return "not built yet"
-def supports(device): return "not built yet"
+"""The CUDA kernel for tensors on an NVIDIA GPU of compute capability 8.0 or newer (csrc/cuda).
+
+Belongs here: from a plan and a pass to one launch on the device's current stream. Does not belong here: arithmetic, checks of a
+user's arguments.
+
+Nothing is read back and nothing waits for the device. Terms that are numbers travel as kernel arguments (up to 8) or through a
+pinned buffer; terms in device memory are read by the kernel. What depends on the plan alone (its table and its work map, in device
+memory) is uploaded at the plan's first pass and kept in its cache.
+
+CUDA graphs: a pass can be captured once its plan has run once outside the capture. The graph then reads device terms and a device
+decay anew at each replay; numbers are frozen into it, and more than 8 of them are refused during a capture. As for every graph,
+the plan and the term tensors must outlive it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zo_kernels import ops
+from zo_kernels._backends.cpu import extension
+
+if TYPE_CHECKING:
+    from zo_kernels.ops import Pass, Plan
+
+SPAN = 2048  # ZO_CUDA_SPAN: elements that a block works on at a time
+BLOCKS = 6  # of 128 threads that a multiprocessor holds (perturb.cu)
+
+
+def status() -> str | None:
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if not module.WITH_CUDA:
+        return "the extension was built without CUDA; with nvcc at hand, rebuild with ZO_KERNELS_CUDA=1"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def supports(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it works on cuda tensors, not on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernel is compiled for compute capability 8.0 and newer, this device has {major}.{minor}"
+    return None
+
+
+# ---- the work map -----------------------------------------------------------------------------------------------------
+
+
+def tile_size(elements: int, multiprocessors: int) -> int:
+    """Elements of a tile: at least 8 rounds of blocks, so that the last, unfinished round is short beside the whole, and at most
+    16 spans, after which a tile's preparations no longer count."""
+    return SPAN * min(16, max(1, elements // (8 * BLOCKS * multiprocessors * SPAN)))
+
+
+def work_map(table: np.ndarray, tile: int) -> np.ndarray:
+    """uint32 [tiles, 2]: (tensor, tile of that tensor) for every block of the launch; see zo_cuda_perturb in zo_kernels.h."""
+    numel, offset, row_len = (table[:, k].astype(np.int64) for k in (2, 3, 8))
+    rows = table[:, 7] != 0
+    counts = -(-(numel + np.where(rows, 0, offset % 32)) // tile)
+    odd = rows & (row_len % 32 != 0)
+    counts[odd] = numel[odd] // row_len[odd] * -(-(row_len[odd] + 31) // tile)
+    counts[numel == 0] = 0
+    result = np.empty((int(counts.sum()), 2), dtype=np.uint32)
+    result[:, 0] = np.repeat(np.arange(len(table)), counts)
+    result[:, 1] = np.arange(len(result)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return result
+
+
+@dataclass
+class Resident:
+    """What a plan keeps in device memory. `ready`: recorded after the upload, on `stream`; None once it is known to be over."""
+
+    table: Tensor
+    map: Tensor
+    tiles: int
+    tile: int
+    lean: bool
+    stream: torch.cuda.Stream
+    ready: torch.cuda.Event | None
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for (torch keeps the pinned buffer until it is over)."""
+    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+
+
+def make_resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
+    tile = tile_size(int(plan.table[:, 2].sum()), torch.cuda.get_device_properties(plan.device).multi_processor_count)
+    blocks = work_map(plan.table, tile)
+    table, blocks_there = upload(plan.table.view(np.int64), plan.device), upload(blocks.view(np.int32), plan.device)
+    ready = torch.cuda.Event()
+    ready.record(stream)
+    return Resident(table, blocks_there, len(blocks), tile, plan.plain, stream, ready)
+
+
+def resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
+    """The plan's tables, uploaded at its first pass and in order before the work that `stream` gets next."""
+    r: Resident | None = plan.cache.get("cuda")
+    capturing = torch.cuda.is_current_stream_capturing()
+    if r is None:
+        if capturing:
+            raise RuntimeError("a CUDA graph is being captured and this pass has never run: run it once before the capture")
+        r = plan.cache["cuda"] = make_resident(plan, stream)
+    elif r.stream != stream and not capturing:  # a capture begins with a device synchronisation
+        if r.ready is not None:
+            if r.ready.query():
+                r.ready = None
+            else:
+                stream.wait_event(r.ready)
+        r.table.record_stream(stream)
+        r.map.record_stream(stream)
+    return r
+
+
+# ---- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def staged(values: list, dtype: type, device: torch.device) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two tensors on the device, or fewer terms"
+        )
+    return upload(np.asarray(values, dtype=dtype), device)
+
+
+def perturb(plan: Plan, p: Pass) -> None:
+    """One launch for the plan. Returns before it is over."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    there = plan.device.index in (None, torch.cuda.current_device())
+    with nullcontext() if there else torch.cuda.device(plan.device):
+        stream = torch.cuda.current_stream(plan.device)
+        r = resident(plan, stream)
+        tags, coefs, decay = p.tags, p.coefs, p.decay
+        if not isinstance(tags, Tensor) and len(tags) > module.INLINE_TERMS:
+            tags, coefs = staged(list(tags), np.int64, plan.device), staged(list(coefs), np.float32, plan.device)
+        module.cuda_perturb(
+            r.table.data_ptr(),
+            r.map.data_ptr(),
+            r.tiles,
+            r.tile,
+            r.lean and decay is None,
+            p.seed,
+            ops.DTYPES[plan.dtype],
+            ops.KINDS[p.kind],
+            ops.ROUNDINGS[p.rounding],
+            tags.data_ptr() if isinstance(tags, Tensor) else list(tags),
+            coefs.data_ptr() if isinstance(coefs, Tensor) else list(coefs),
+            len(tags),
+            decay.data_ptr() if isinstance(decay, Tensor) else None if decay is None else float(decay),
+            stream.cuda_stream,
+        )

@@ -1,0 +1,277 @@
+"""Instruction counts of the GPU kernels, read from their machine code (SASS): no GPU needed.
+
+    python benchmarks/sass.py > sass.csv
+
+Belongs here: the CUDA kernels of the built extension, and the CSV of both GPU backends. Does not belong here: Triton's kernels
+(sass_triton.py), bounds (tests/kernels/test_cuda_host.py), timings.
+
+How instructions are counted: a kernel's loop over a tile is walked once on the shortest way that passes the 16-byte loads of a
+whole span, the first term, what the row's feature needs, and the 16-byte stores; everything on the way counts (addresses, bounds,
+branches, the loop), divided by the 16 elements that a thread handles. `instructions_per_element_term` is one turn of the loop over
+the further terms: a pass of K terms costs K - 1 of them more. Work done once for a tile (of 1 to 16 spans) is not counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sass_triton import access_width, opcode, rows_triton, successors
+
+COLUMNS = ("backend", "kernel", "arch", "dtype", "terms", "instructions_per_element", "instructions_per_element_term")
+COLUMNS += ("registers", "spill_bytes", "access_bits")
+ARCHS = (80, 90)
+PER_THREAD = 16
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Code = list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of the extension for one architecture."""
+
+    dtype: str
+    rademacher: bool
+    stochastic: bool
+    lean: bool
+    arch: int
+    code: Code
+    registers: int
+    spill_bytes: int  # stack and local memory
+
+    @property
+    def name(self) -> str:
+        parts = ["rademacher" if self.rademacher else "gaussian", *["stochastic"] * self.stochastic, *["general"] * (not self.lean)]
+        return "-".join(parts)
+
+
+def find_cuobjdump() -> str | None:
+    """The one that Triton bundles, or the toolkit's."""
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+
+
+def unavailable() -> str | None:
+    """Why the extension's CUDA kernels cannot be disassembled here, or None."""
+    from zo_kernels._backends.cpu import extension
+
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if not module.WITH_CUDA:
+        return "the extension was built without CUDA (no nvcc)"
+    return None if find_cuobjdump() else "neither Triton nor the CUDA toolkit offers cuobjdump here"
+
+
+def kernels(arch: int) -> Iterator[Kernel]:
+    """Every kernel of the built extension."""
+    from zo_kernels import _C
+
+    def dump(flag: str) -> str:
+        command = [str(find_cuobjdump()), "-arch", f"sm_{arch}", flag, str(_C.__file__)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    usage = dict(re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", dump("-res-usage")))
+    for part in dump("-sass").split("Function : ")[1:]:
+        symbol = part.split(None, 1)[0]
+        found = re.search(r"(F32|F16|BF16)ELi(\d)ELi(\d)ELb(\d)", symbol)
+        if found is None:
+            continue
+        code = [(int(a, 16), t.strip()) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]+);", part, re.M)]
+        amount = {what: int(n) for what, n in re.findall(r"(\w+):(\d+)", usage[symbol])}
+        yield Kernel(
+            dtype=DTYPES[found[1]],
+            rademacher=found[2] == "1",
+            stochastic=found[3] == "1",
+            lean=found[4] == "1",
+            arch=arch,
+            code=code,
+            registers=amount["REG"],
+            spill_bytes=amount["STACK"] + amount["LOCAL"],
+        )
+
+
+# ---- ways through a kernel -----------------------------------------------------------------------------------------------
+
+
+def way(edges: list[list[int]], start: int, goal: int) -> list[int]:
+    """The shortest way from one instruction to another (or back to itself), without its start."""
+    before: dict[int, int] = {}
+    queue = [(1, n, start) for n in edges[start]]
+    while queue:
+        cost, n, source = heapq.heappop(queue)
+        if n in before:
+            continue
+        before[n] = source
+        if n == goal:
+            found = [n]
+            while (source := before[found[-1]]) != start:
+                found.append(source)
+            return found[::-1]
+        for m in edges[n]:
+            heapq.heappush(queue, (cost + 1, m, n))
+    raise ValueError(f"no way from instruction {start} to {goal}")
+
+
+def round_trip(edges: list[list[int]], stops: list[int]) -> list[int]:
+    """The shortest way that passes all stops in order and ends where it began."""
+    return [n for a, b in zip(stops, [*stops[1:], stops[0]], strict=True) for n in way(edges, a, b)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The places of a kernel that every way passes."""
+
+    edges: list[list[int]]
+    load: int  # first 16-byte load of a whole span
+    term: int  # the load of the first term from shared memory
+    stores: list[int]  # 16-byte stores
+    loop: list[int]  # one turn of the loop over the further terms
+    usual: list[int]  # the way of a whole span with one term and without any feature
+
+
+def shape(kernel: Kernel) -> Shape:
+    code, edges = kernel.code, successors(kernel.code)
+
+    def those(name: str) -> list[int]:
+        return [n for n, (_, text) in enumerate(code) if opcode(text).startswith(name)]
+
+    load, stores = those("LDG.E.128")[0], those("STG.E.128")
+    loops = {}
+    for n in those("LDS.64"):
+        try:
+            loops[n] = way(edges, n, n)
+        except ValueError:  # it is on no loop at all
+            continue
+    (inner,) = [turn for turn in loops.values() if not set(turn) & set(stores)]
+    (term,) = [n for n in loops if n not in inner]
+    return Shape(edges, load, term, stores, inner, round_trip(edges, [load, term, stores[-1]]))
+
+
+def blocks(code: Code, edges: list[list[int]]) -> Iterator[list[int]]:
+    """Maximal runs of instructions that are entered only at their start and left only at their end."""
+    entered = {m for n, after in enumerate(edges) for m in after if m != n + 1}
+    run: list[int] = []
+    for n in range(len(code)):
+        if n in entered and run:
+            yield run
+            run = []
+        run.append(n)
+        if edges[n] != [n + 1]:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def bit_mask_stops(kernel: Kernel, s: Shape) -> list[int]:
+    """The block that loads the two bytes of a whole group."""
+    for run in blocks(kernel.code, s.edges):
+        loads = [n for n in run if opcode(kernel.code[n][1]).startswith("LDG.E.U8")]
+        if len(loads) == 2:
+            return loads
+    raise ValueError("no block loads two mask bytes")
+
+
+def random_mask_stops(kernel: Kernel, s: Shape) -> list[int]:
+    """The two calls of Philox that lie between the loads and the loop over terms but not on the usual way."""
+    between = range(s.load, s.term)
+    stops = [n for n in between if opcode(kernel.code[n][1]).startswith("IMAD.WIDE.U32") and n not in set(s.usual)]
+    if len(stops) < 36:
+        raise ValueError("no random mask before the loop over terms")
+    return [stops[0], stops[-1]]
+
+
+def scale_stops(kernel: Kernel, s: Shape) -> list[int]:
+    """For both chunks, the eight products with one scale."""
+    stops = []
+    for run in blocks(kernel.code, s.edges):
+        products = [n for n in run if opcode(kernel.code[n][1]) == "FMUL" and n not in set(s.usual)]
+        factors = [set(re.findall(r"\bR\d+\b", kernel.code[n][1].split(",", 1)[1])) for n in products]
+        if len(products) >= 8 and set.intersection(*factors[:8]):
+            stops += [products[0], products[7]]
+    if len(stops) != 4:
+        raise ValueError(f"{len(stops) // 2} blocks of eight products with a scale instead of 2")
+    return stops
+
+
+FEATURES: dict[str, tuple[bool, Callable[[Kernel, Shape], list[int]]]] = {  # whether before the loop over terms
+    "bit-mask": (True, bit_mask_stops),
+    "random-mask": (True, random_mask_stops),
+    "scale": (False, scale_stops),
+}
+
+
+def counts(kernel: Kernel) -> dict[str, tuple[int, float, float]]:
+    """name -> (width of the narrowest access to weights, instructions per element, per element and term); the features' names
+    are appended to the kernel's."""
+    s = shape(kernel)
+    ways = {kernel.name: s.usual}
+    if not kernel.lean:
+        for feature, (before, stops) in FEATURES.items():
+            there = stops(kernel, s)
+            middle = [*there, s.term] if before else [s.term, *there]
+            ways[f"{kernel.name}-{feature}"] = round_trip(s.edges, [s.load, *middle, s.stores[-1]])
+    result = {}
+    for name, path in ways.items():
+        texts = [kernel.code[n][1] for n in path]
+        missing = [n for n in s.stores if n not in path]
+        if missing:
+            raise ValueError(f"{name}: the way misses the stores {missing}")
+        stores = [access_width(t) for t in texts if opcode(t).startswith("STG")]
+        loads = [access_width(t) for t in texts if opcode(t).startswith("LDG.E.128")]
+        result[name] = (min(loads + stores), len(path) / PER_THREAD, len(s.loop) / PER_THREAD)
+    return result
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_cuda(archs: tuple[int, ...] = ARCHS) -> Iterator[dict[str, Any]]:
+    for arch in archs:
+        for kernel in kernels(arch):
+            for name, (bits, per_element, per_term) in counts(kernel).items():
+                yield {
+                    "backend": "cuda",
+                    "kernel": name,
+                    "arch": f"sm_{arch}",
+                    "dtype": kernel.dtype,
+                    "terms": 1,
+                    "instructions_per_element": round(per_element, 2),
+                    "instructions_per_element_term": round(per_term, 2),
+                    "registers": kernel.registers,
+                    "spill_bytes": kernel.spill_bytes,
+                    "access_bits": bits,
+                }
+
+
+def main() -> None:
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    reason = unavailable()
+    if reason:
+        print(f"CUDA kernels left out: {reason}", file=sys.stderr)
+    else:
+        writer.writerows(rows_cuda())
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("Triton kernels left out: no triton", file=sys.stderr)
+    else:
+        writer.writerows(rows_triton())
+
+
+if __name__ == "__main__":
+    main()

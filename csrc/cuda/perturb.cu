@@ -1,0 +1,42 @@
+/* perturb.cu - the launch of the CUDA kernel: one for a whole list of tensors.
+ *
+ * Belongs here: what the host does. Does not belong here: arithmetic and memory access (perturb.cuh). Nothing here
+ * allocates, copies or waits, so that a launch can be captured in a CUDA graph.
+ */
+#include <cuda_runtime.h>
+
+#include "perturb.cuh"
+
+namespace zo {
+namespace cuda {
+
+/* Registers: 6 blocks of 128 leave 80 for each thread, 5 leave 96; only the plainest kernel needs no more than 80. Even
+ * 20 warps with 32 bytes each in flight are more than the 7 KB per multiprocessor that cover the latency of memory at 3
+ * TB/s.
+ */
+template <class V> constexpr int BLOCKS = V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST ? 6 : 5;
+
+template <class V>
+__global__ void __launch_bounds__(THREADS, BLOCKS<V>) perturb(const __grid_constant__ Launch launch) {
+  __shared__ Shared shared;
+  perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::LEAN>(launch, shared);
+}
+
+} // namespace cuda
+} // namespace zo
+
+extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles,
+                               int64_t tile, int lean, void *stream) {
+  using namespace zo::cuda;
+  if (tiles == 0) return 0;
+  if (tiles < 0 || tiles > 0x7FFFFFFF || tile <= 0 || tile % SPAN || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16) {
+    return cudaErrorInvalidValue;
+  }
+  Launch launch = {*pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
+  return dispatch(*pass, lean != 0, [&](auto variant) -> int {
+    perturb<decltype(variant)><<<(unsigned)tiles, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+    return cudaGetLastError();
+  });
+}
+
+extern "C" const char *zo_cuda_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -1,0 +1,259 @@
+"""The CUDA kernel without a GPU: its body as host code against the reference, and its machine code against stated bounds.
+
+Belongs here: what can be known of csrc/cuda from a machine with a C++ compiler (bits) or with the built extension and a
+disassembler (instructions). Does not belong here: anything that launches (test_cuda.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import zo_kernels as zk
+from tests.kernels import cases
+from zo_kernels import ops, reference
+from zo_kernels._backends import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))  # sass.py
+INLINE = 8  # ZO_INLINE_TERMS
+
+
+class CPass(ctypes.Structure):
+    """zo_pass of csrc/zo_kernels.h."""
+
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        *[(name, ctypes.c_int32) for name in ("dtype", "kind", "rounding", "has_decay")],
+        ("n_terms", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("tags", "coefs", "decay_ptr")],
+        ("decay", ctypes.c_float),
+        ("inline_tags", ctypes.c_uint32 * INLINE),
+        ("inline_coefs", ctypes.c_float * INLINE),
+    ]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel's body, compiled for this machine."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
+    flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+    source = ROOT / "tests" / "kernels" / "cuda_host.cpp"
+    subprocess.run([compiler, *flags, "-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, device_terms: bool = False) -> None:
+    """What `cuda.perturb` does, with host memory in the place of device memory."""
+    tile = spans * cuda.SPAN
+    blocks = cuda.work_map(plan.table, tile)
+    tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
+    coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
+    decay = None if p.decay is None else np.asarray(float(p.decay), dtype=np.float32)
+    c = CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], decay is not None, len(tags))
+    if device_terms or len(tags) > INLINE:
+        c.tags, c.coefs = tags.ctypes.data, coefs.ctypes.data
+    else:
+        c.inline_tags[: len(tags)], c.inline_coefs[: len(tags)] = tags.tolist(), coefs.tolist()
+    if decay is not None and device_terms:
+        c.decay_ptr = decay.ctypes.data
+    elif decay is not None:
+        c.decay = float(decay)
+    code = library.zo_cuda_perturb(
+        ctypes.byref(c),
+        ctypes.c_void_p(plan.table.ctypes.data),
+        ctypes.c_void_p(blocks.ctypes.data),
+        ctypes.c_int64(len(blocks)),
+        ctypes.c_int64(tile),
+        ctypes.c_int(plan.plain and decay is None),
+        None,
+    )
+    assert code == 0
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case, with tiles of one and of three spans (a tile's whole and partial spans), numbers and device terms."""
+    pick = ops.backends.pick
+    for spans, device_terms in ((1, False), (3, True)):
+
+        def run(plan: ops.Plan, p: ops.Pass, spans: int = spans, device_terms: bool = device_terms) -> None:
+            perturb(library, plan, p, spans, device_terms)
+
+        def pick_body(device: torch.device, name: str | None = None, body: object = SimpleNamespace(perturb=run)) -> object:  # noqa: B008
+            return body if name == "body" else pick(device, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops.backends, "pick", pick_body)
+            cases.check("body", case)
+
+
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("terms", [64, 1023, 1024, 1025, 1500])
+def test_many_terms(terms: int, kind: str, library: ctypes.CDLL) -> None:
+    """On both sides of what shared memory holds."""
+    want, got = cases.weights(700, torch.float16), cases.weights(700, torch.float16)
+    p = ops.Pass(cases.SEED, list(range(5, 5 + terms)), [1e-3 * (-1) ** k / (k + 1) for k in range(terms)], kind=kind)
+    reference.perturb(ops.make_plans([want], [3])[0], p)
+    perturb(library, ops.make_plans([got], [3])[0], p)
+    assert cases.same_bits(got, want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0, 2.0**-101])
+@pytest.mark.parametrize("kind", ops.KINDS)
+def test_dead_device_terms(kind: str, bad: float, library: ctypes.CDLL) -> None:
+    """A coefficient in device memory that is not finite or too small skips its term, whichever it is; a pass without a live term
+    changes nothing in place and copies out of place, negative zeros and NaNs included."""
+    start = cases.weights(500, torch.bfloat16)
+    start[7], start[8] = float("nan"), -0.0
+    for coefs in ([bad], [bad, 2e-3], [2e-3, bad, 1e-3]):
+        tags = [4, 5, 6][: len(coefs)]
+        p = ops.Pass(cases.SEED, tags, coefs, kind=kind)
+        kept = [(tag, c) for tag, c in zip(tags, coefs, strict=True) if c is not bad]
+        live = ops.Pass(cases.SEED, [tag for tag, _ in kept], [c for _, c in kept], kind=kind)
+        want, got, out = start.clone(), start.clone(), torch.zeros_like(start)
+        reference.perturb(ops.make_plans([want], [3])[0], live)
+        perturb(library, ops.make_plans([got], [3])[0], p, device_terms=True)
+        perturb(library, ops.make_plans([start], [3], out=[out])[0], p, device_terms=True)
+        assert cases.same_bits(got, want)
+        assert cases.same_bits(out, want)
+
+
+@pytest.mark.parametrize("decay", [float("nan"), float("inf"), 0.9])
+@pytest.mark.parametrize("coefs", [[], [1e-3]])
+def test_device_decay(decay: float, coefs: list[float], library: ctypes.CDLL) -> None:
+    """A non-finite decay in device memory counts as 1."""
+    want, got = cases.weights(500, torch.float16), cases.weights(500, torch.float16)
+    p = ops.Pass(cases.SEED, list(range(len(coefs))), coefs, decay=torch.tensor(decay))
+    reference.perturb(ops.make_plans([want], [3])[0], p)
+    perturb(library, ops.make_plans([got], [3])[0], p, device_terms=True)
+    assert cases.same_bits(got, want)
+
+
+@pytest.mark.parametrize("row_len", [32, 96, 1024, 1, 7, 40, 2100, 4096])
+@pytest.mark.parametrize("feature", ["plain", "bitmask", "random-mask", "scale"])
+def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
+    """Gathered rows are the rows of the full tensor, in any order and repeatedly; lengths with and without whole groups."""
+    rows = torch.tensor([5, 0, 5, 2, 11, 10])
+    full = cases.weights(12 * row_len, torch.bfloat16).view(12, row_len)
+    source, got, want = full[rows].contiguous(), torch.zeros(6, row_len).bfloat16(), torch.zeros(6, row_len).bfloat16()
+    more: dict = {}
+    if feature == "bitmask":
+        more["mask"] = zk.pack_mask(torch.rand(source.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+    elif feature == "random-mask":
+        more |= {"keep": 1 << 31, "mask_tag": 3}
+    elif feature == "scale":
+        more |= {"scale": torch.linspace(-1, 2, 12), "scale_block": row_len}
+    p = ops.Pass(cases.SEED, [1, 2], [1e-2, 3e-3], rounding="stochastic")
+    for target, run in ((want, reference.perturb), (got, lambda plan, p: perturb(library, plan, p))):
+        entry = ops.Entry(source.view(-1), target.view(-1), 77, rows=rows, row_len=row_len, **more)
+        run(ops.Plan((entry,), source.device, source.dtype), p)
+    assert cases.same_bits(got, want)
+
+
+def test_work_map_covers_every_element_once() -> None:
+    """Brute force over the definition in zo_kernels.h."""
+    tensors = [(0, 5), (1, 0), (5000, 31), (4096, 0), (4065, 32 * 7 + 31), (2048, 1 << 40)]
+    table = np.zeros((len(tensors), 11), dtype=np.uint64)
+    table[:, 2:4] = tensors
+    tile = cuda.SPAN
+    covered = [np.zeros(n, dtype=int) for n, _ in tensors]
+    for tensor, part in cuda.work_map(table, tile):
+        numel, offset = tensors[tensor]
+        first = int(part) * tile - offset % 32
+        assert first < numel, "a block without work"
+        covered[tensor][max(first, 0) : first + tile] += 1
+    assert all((c == 1).all() for c in covered)
+
+
+def test_tile_size() -> None:
+    """A multiple of a span, at most 16 of them, small enough for eight rounds of blocks wherever a span is."""
+    for elements in (0, 1, 10**6, 10**8, 1 << 27, 1 << 31, 10**12):
+        tile = cuda.tile_size(elements, 132)
+        assert tile % cuda.SPAN == 0
+        assert cuda.SPAN <= tile <= 16 * cuda.SPAN
+        assert tile == cuda.SPAN or elements / tile >= 8 * cuda.BLOCKS * 132
+
+
+def test_constants_match_the_header() -> None:
+    header = (ROOT / "csrc" / "zo_kernels.h").read_text()
+    assert int(re.findall(r"ZO_CUDA_SPAN (\d+)", header)[0]) == cuda.SPAN
+    assert int(re.findall(r"ZO_INLINE_TERMS (\d+)", header)[0]) == INLINE
+    assert ctypes.sizeof(CPass) == 128
+
+
+# ---- machine code -----------------------------------------------------------------------------------------------------
+
+# Instructions per element of one pass with one term, per element and further term (how they are counted: benchmarks/sass.py).
+# The first row is the issue's: an H100 issues 2.9e13 a second and moves 3e12 bytes, so that 4 bytes of traffic leave room for 38.
+BOUNDS = {
+    "gaussian": (14.0, 5.5),
+    "gaussian-stochastic": (30.0, 5.5),
+    "gaussian-general": (18.5, 5.5),
+    "gaussian-general-bit-mask": (19.5, 5.5),
+    "gaussian-general-random-mask": (29.0, 5.5),
+    "gaussian-general-scale": (22.5, 5.5),
+    "gaussian-stochastic-general": (34.5, 5.5),
+    "gaussian-stochastic-general-random-mask": (44.0, 5.5),  # the only way that may bind on instructions instead of memory
+    "rademacher": (10.5, 6.0),
+    "rademacher-stochastic": (26.0, 6.0),
+    "rademacher-general": (15.0, 6.0),
+    "rademacher-stochastic-general": (31.0, 6.0),
+}
+
+
+@cache
+def disassembled(arch: int) -> list:
+    import sass
+
+    reason = sass.unavailable()
+    if reason:
+        pytest.skip(reason)
+    return list(sass.kernels(arch))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_machine_code(arch: int) -> None:
+    """No spills, no local memory, 16-byte accesses, and no more instructions than stated, for every kernel."""
+    import sass
+
+    kernels = disassembled(arch)
+    assert len(kernels) == 20  # 2 kinds x (2 types x 2 roundings + fp32) x lean and general
+    for kernel in kernels:
+        label = f"sm_{arch} {kernel.dtype} {kernel.name}"
+        assert kernel.spill_bytes == 0, label
+        opcodes = {sass.opcode(text).split(".")[0] for _, text in kernel.code}
+        assert not opcodes & {"LDL", "STL", "LD", "ST"}, label
+        for name, (bits, per_element, per_term) in sass.counts(kernel).items():
+            assert bits == 128, f"{label}: {name} accesses {bits} bits"
+            if name in BOUNDS:
+                assert per_element <= BOUNDS[name][0], f"{label}: {name} takes {per_element} instructions per element"
+                assert per_term <= BOUNDS[name][1], f"{label}: {name} takes {per_term} per element and term"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_accesses_of_a_group(arch: int) -> None:
+    """A group of 16 is two 16-byte loads and stores with 16-bit weights, four with 32-bit ones, and no narrower ones."""
+    import sass
+
+    for kernel in disassembled(arch):
+        shape = sass.shape(kernel)
+        names = [sass.opcode(kernel.code[n][1]) for n in shape.usual]
+        wanted = 4 if kernel.dtype == "float32" else 2
+        assert sum(name.startswith("STG") for name in names) == wanted
+        assert sum(name.startswith("STG.E.128") for name in names) == wanted
+        assert sum(name.startswith("LDG.E.128") for name in names) == wanted
+        assert kernel.registers <= 96
