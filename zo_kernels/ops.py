@@ -114,9 +114,7 @@ class Plan:
     def moved(self) -> bool:
         """Whether a tensor's storage is no longer where the table says."""
         t = self.table
-        return any(
-            e.src.data_ptr() != t[k, 0] or e.dst.data_ptr() != t[k, 1] for k, e in enumerate(self.entries)
-        )
+        return any(e.src.data_ptr() != t[k, 0] or e.dst.data_ptr() != t[k, 1] for k, e in enumerate(self.entries))
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,11 @@ class Pass:
 
     def on(self, device: torch.device) -> Pass:
         """The same, with what is a tensor on `device`; without waiting for either device."""
-        tensors = {
-            name: value.to(device, non_blocking=True)
-            for name in ("tags", "coefs", "decay")
-            if isinstance(value := getattr(self, name), Tensor) and value.device != device
-        }
-        return replace(self, **tensors) if tensors else self
+        values: list[Any] = [self.tags, self.coefs, self.decay]
+        if all(not isinstance(v, Tensor) or v.device == device for v in values):
+            return self
+        tags, coefs, decay = (v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values)
+        return replace(self, tags=tags, coefs=coefs, decay=decay)
 
     def terms_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """(tags int64 [K], coefs fp32 [K], decay fp32 [] or None) as tensors on `device`."""
@@ -267,7 +264,9 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
         elif t.ndim and scale.numel() == t.shape[0]:
             block = t.numel() // t.shape[0]
         else:
-            raise ValueError(f"{name} has {scale.numel()} values: give 1, one per row ({t.shape[0] if t.ndim else 1}), or (values, block)")
+            raise ValueError(
+                f"{name} has {scale.numel()} values: give 1, one per row ({t.shape[0] if t.ndim else 1}), or (values, block)"
+            )
     else:
         try:
             scale, block = scale
@@ -346,7 +345,9 @@ def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
     try:
         pairs = [(tag, coef) for tag, coef in terms]
     except (TypeError, ValueError):
-        raise TypeError(f"terms={terms!r} must be a list of (tag, coefficient), or a pair of tensors (tags, coefficients)") from None
+        raise TypeError(
+            f"terms={terms!r} must be a list of (tag, coefficient), or a pair of tensors (tags, coefficients)"
+        ) from None
     return (
         [check_word(f"terms[{k}]: tag", tag) for k, (tag, _) in enumerate(pairs)],
         [check_fp32(f"terms[{k}]: coefficient", coef) for k, (_, coef) in enumerate(pairs)],
@@ -512,8 +513,15 @@ def _perturb(
     )
     for plan in plans:
         backends.pick(plan.device, backend)  # refuse before anything is changed
-    host_or_device = (tags, coefs) if tag_tensor is None or coef_tensor is None else (tag_tensor, coef_tensor)
-    run(plans, Pass(seed & ((1 << 64) - 1), *host_or_device, decay if decay_tensor is None else decay_tensor, kind, rounding), backend)
+    p = Pass(
+        seed & ((1 << 64) - 1),
+        tags if tag_tensor is None else tag_tensor,
+        coefs if coef_tensor is None else coef_tensor,
+        decay if decay_tensor is None else decay_tensor,
+        kind,
+        rounding,
+    )
+    run(plans, p, backend)
 
 
 _LIBRARY.impl("perturb_", _perturb, "CompositeExplicitAutograd")

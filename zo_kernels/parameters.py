@@ -88,7 +88,7 @@ class Named:
 def read_params(source: Any, model: nn.Module | None, weight_decay: float) -> Named:
     """Read a module, (name, tensor) pairs, tensors, or parameter groups of either."""
     if isinstance(source, nn.Module):
-        pairs = trainable(source)
+        pairs: list[tuple[str, Tensor]] = [*trainable(source)]
         names = [name for name, _ in source.named_parameters()]
         if not weight_decay:
             return Named([{"params": pairs}], source, names)
@@ -98,7 +98,9 @@ def read_params(source: Any, model: nn.Module | None, weight_decay: float) -> Na
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
         return Named([g for g in groups if g["params"]], source, names)
     if isinstance(source, (Tensor, str, Mapping)):
-        raise TypeError(f"params is a {type(source).__name__}: give a module, named_parameters(), a list of tensors, or parameter groups")
+        raise TypeError(
+            f"params is a {type(source).__name__}: give a module, named_parameters(), a list of tensors, or parameter groups"
+        )
     items = list(source)
     if not items:
         raise ValueError("params is empty: give a module, named_parameters(), a list of tensors, or parameter groups")

@@ -96,7 +96,9 @@ class View:
             # Tags are written by a fill kernel and coefficients stay where the losses are: no copy from the host, no wait.
             device = tensors[0].device
             consecutive = tags == list(range(tags[0], tags[0] + len(tags))) if tags else False
-            on_device = torch.arange(tags[0], tags[0] + len(tags), device=device) if consecutive else torch.tensor(tags, device=device)
+            on_device = (
+                torch.arange(tags[0], tags[0] + len(tags), device=device) if consecutive else torch.tensor(tags, device=device)
+            )
             values = torch.stack([torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]).float()
             factor = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
             p = ops.Pass(self.seed, on_device, values, factor, self.kind, rounding)
@@ -104,7 +106,9 @@ class View:
             live = [(tag, float(c)) for tag, c in terms if c]
             if not live and decay == 1.0:
                 return
-            p = ops.Pass(self.seed, [t for t, _ in live], [c for _, c in live], None if decay == 1.0 else float(decay), self.kind, rounding)
+            p = ops.Pass(
+                self.seed, [t for t, _ in live], [c for _, c in live], None if decay == 1.0 else float(decay), self.kind, rounding
+            )
         ops.run(self.groups[group].plans, p, self.backend)
 
     def update(self, updates: Sequence[Update]) -> None:
@@ -159,11 +163,17 @@ class InPlace(View):
 # What may be asked of a weight without its values.
 _METADATA = {
     getattr(Tensor, name).__get__
-    for name in "shape dtype device layout ndim requires_grad is_cuda is_cpu is_meta is_sparse is_quantized is_leaf grad_fn itemsize nbytes".split()
+    for name in (
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad_fn"),
+        *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"),
+    )
 } | {
     getattr(Tensor, name)
-    for name in "size dim ndimension numel nelement stride element_size is_floating_point is_complex is_contiguous get_device __len__ __hash__".split()
-}  # fmt: skip
+    for name in (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__", "__hash__"),
+        *("is_floating_point", "is_complex", "is_contiguous"),
+    )
+}
 
 
 class PerturbedWeight(Tensor):
@@ -195,7 +205,7 @@ class PerturbedWeight(Tensor):
         return found[0].scratch.call(func, args, kwargs, found)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """C++ code that did not ask `__torch_function__` (scripted functions): the values, in memory of their own."""
         kwargs = kwargs or {}
         found = _find(args, kwargs)
@@ -363,7 +373,9 @@ class Scratch(View):
         for shadow, value in zip(found, values, strict=True):
             key = (shadow.group, value.device, value.dtype)
             groups.setdefault(key, []).append(replace(shadow.entry, dst=value))
-        plans = [(k, ops.Plan(tuple(e), device, dtype), backends.pick(device, self.backend)) for (k, device, dtype), e in groups.items()]
+        plans = [
+            (k, ops.Plan(tuple(e), device, dtype), backends.pick(device, self.backend)) for (k, device, dtype), e in groups.items()
+        ]
         return plans, values
 
     def _room(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
@@ -387,7 +399,9 @@ class Scratch(View):
             for s, start in zip(found, starts, strict=True)
         ]
 
-    def _embedding(self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **more: Any) -> Tensor | None:
+    def _embedding(
+        self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **more: Any
+    ) -> Tensor | None:
         """theta + c z in the gathered rows only; None where the whole table is the better or the only way."""
         if type(weight) is not PerturbedWeight or type(input) is PerturbedWeight or max_norm is not None:
             return None
@@ -408,7 +422,7 @@ class Scratch(View):
     # -- parameters that shadows do not reach --
 
     def hold(self, shadow: PerturbedWeight) -> None:
-        """From now on this parameter is perturbed in place around each forward, and put back from a copy: exact, at the price of the copy."""
+        """From now on this parameter is perturbed in place around each forward and put back from a copy: exact, for the copy's memory."""
         self.held[id(shadow.param)] = shadow
         self.layouts.clear()
         self._perturb_held(shadow)
@@ -436,15 +450,15 @@ class Scratch(View):
             self.inside = False
 
     def news(self) -> str | None:
-        """Which parameters are perturbed in place, and the memory that this costs, in one line; None if nothing is new since the last call."""
+        """Which parameters are perturbed in place and the memory that this costs, in one line; None if nothing is new."""
         if len(self.held) == self.told:
             return None
         self.told = len(self.held)
         size = sum(s.param.nbytes for s in self.held.values())
         names = ", ".join(sorted(self.names[i] for i in self.held))
         return (
-            f"scratch mode: {len(self.held)} parameters are read in ways that their modules' attributes do not show ({names}); they are "
-            f"perturbed in place around each forward and put back, bit for bit, from a copy of {size / 2**20:.1f} MiB"
+            f"scratch mode: {len(self.held)} parameters are read in ways that their modules' attributes do not show ({names}); "
+            f"they are perturbed in place around each forward and put back, bit for bit, from a copy of {size / 2**20:.1f} MiB"
         )
 
 

@@ -59,7 +59,11 @@ def build(sizes: tuple[int, ...], dtype: torch.dtype, **kw: Any) -> Callable[[],
 
     def make() -> tuple[list[Tensor], dict[str, Any]]:
         params = [weights(n, dtype, salt=j) for j, n in enumerate(sizes)]
-        args: dict[str, Any] = {"seed": SEED, "streams": [(0xDEADBEEF + 7 * j) & 0xFFFFFFFF for j in range(len(sizes))], "terms": terms(1)}
+        args: dict[str, Any] = {
+            "seed": SEED,
+            "streams": [(0xDEADBEEF + 7 * j) & 0xFFFFFFFF for j in range(len(sizes))],
+            "terms": terms(1),
+        }
         for key, value in kw.items():
             args[key] = [value(j, p) for j, p in enumerate(params)] if callable(value) else value
         return params, args

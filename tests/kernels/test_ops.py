@@ -80,7 +80,9 @@ def test_refused(call: Any, error: type[Exception], match: str) -> None:
 
 
 def test_lists_of_mixed_dtypes_and_empty_lists() -> None:
-    params = [weights(n, d, special=False) for n, d in ((5, torch.float32), (33, torch.float16), (0, torch.bfloat16), (70, torch.float32))]
+    params = [
+        weights(n, d, special=False) for n, d in ((5, torch.float32), (33, torch.float16), (0, torch.bfloat16), (70, torch.float32))
+    ]
     one_by_one = [p.clone() for p in params]
     zk.perturb_(params, [(1, 0.1)], seed=3, streams=[1, 2, 3, 4])
     for p, q, s in zip(params, one_by_one, (1, 2, 3, 4), strict=True):
@@ -190,7 +192,12 @@ def test_report() -> None:
 def test_the_environment_variable_is_obeyed_or_refused() -> None:
     code = "import torch, zo_kernels as zk; zk.normal(3, seed=0, stream=0, tag=0); print('fine')"
     for value, ok in (("reference", True), ("cuda", False), ("nonsense", False)):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "ZO_KERNELS_BACKEND": value})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**__import__("os").environ, "ZO_KERNELS_BACKEND": value},
+        )
         assert (done.returncode == 0) == ok, done.stderr
         if not ok:
             assert value in done.stderr

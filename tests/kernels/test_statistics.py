@@ -25,9 +25,13 @@ def z_of(tag: int, kind: str = "gaussian", n: int = N) -> torch.Tensor:
 
 def test_the_sixteen_numbers_have_the_stated_values_and_exact_moments() -> None:
     """By enumeration: the values of f, and variance and kurtosis of 16 f's mixed, without sampling."""
-    w = torch.tensor([(a << 31) | (b << 23) | (c << 22) | (d << 17) for a, b, c, d in itertools.product((0, 1), range(4), (0, 1), (0, 1))])
-    f = reference.bits_float(((w & 0x82C20000) | 0x3C240000)).double() * 2**13
-    assert sorted({abs(int(v)) for v in f}) == sorted({m * s for m in (82, 83, 114, 115) for s in (1, 2, 16, 32)} & {abs(int(v)) for v in f})
+    w = torch.tensor(
+        [(a << 31) | (b << 23) | (c << 22) | (d << 17) for a, b, c, d in itertools.product((0, 1), range(4), (0, 1), (0, 1))]
+    )
+    f = reference.bits_float((w & 0x82C20000) | 0x3C240000).double() * 2**13
+    assert sorted({abs(int(v)) for v in f}) == sorted(
+        {m * s for m in (82, 83, 114, 115) for s in (1, 2, 16, 32)} & {abs(int(v)) for v in f}
+    )
     exact = [Fraction(m * s * sign, 1 << 13) for m in (82, 83, 114, 115) for s in (1, 2, 16, 32) for sign in (1, -1)]
     kappa = Fraction(reference.KAPPA)
     variance = 16 * kappa**2 * sum(v * v for v in exact) / len(exact)

@@ -35,7 +35,9 @@ class Cubic(nn.Module):
         return nn.functional.layer_norm(h, (5,), self.norm.weight.double(), self.norm.bias.double()).pow(3).mean()
 
 
-def reference_step(theta: dict[str, Tensor], loss: Any, tag: int, seed: int, lr: float, eps: float, decay: dict[str, float]) -> float:
+def reference_step(
+    theta: dict[str, Tensor], loss: Any, tag: int, seed: int, lr: float, eps: float, decay: dict[str, float]
+) -> float:
     """Algorithm 1 of the MeZO paper in float64, with z from `zo_kernels.normal`."""
     z = {n: zk.normal(t.shape, seed=seed, stream=zk.stream_of(n), tag=tag, backend="reference").double() for n, t in theta.items()}
     plus = loss({n: t + eps * z[n] for n, t in theta.items()})
@@ -96,7 +98,11 @@ def test_groups_have_their_own_lr_eps_and_decay() -> None:
     step.step(closure)
     z = {n: zk.normal(p.shape, seed=9, stream=zk.stream_of(n), tag=0) for n, p in pairs.items()}
     d = (losses[0] - losses[1]).item()
-    for n, (lr, eps, wd) in {"linear.weight": (0.1, 1e-2, 0.5), "linear.bias": (0.0, 1e-3, 0.0), "norm.weight": (0.01, 5e-2, 0.0)}.items():
+    for n, (lr, eps, wd) in {
+        "linear.weight": (0.1, 1e-2, 0.5),
+        "linear.bias": (0.0, 1e-3, 0.0),
+        "norm.weight": (0.01, 5e-2, 0.0),
+    }.items():
         assert torch.allclose(shifted[0][n], before[n] + eps * z[n], atol=1e-6)
         move = -lr * d / (2 * eps) * z[n]
         want = (1 - lr * wd) * before[n] + move
@@ -172,7 +178,12 @@ def test_half_precision_losses_are_differenced_in_float64() -> None:
 
 def test_maximize_clip_and_kind() -> None:
     moved = {}
-    for name, options in {"plain": {}, "maximize": {"maximize": True}, "clip": {"clip": 1e-3}, "rademacher": {"kind": "rademacher"}}.items():
+    for name, options in {
+        "plain": {},
+        "maximize": {"maximize": True},
+        "clip": {"clip": 1e-3},
+        "rademacher": {"kind": "rademacher"},
+    }.items():
         model = Cubic()
         before = model.linear.weight.detach().clone()
         step = zk.MeZOStep(model, lr=1e-2, eps=1e-2, seed=4, perturbation="scratch", **options)

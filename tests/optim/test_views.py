@@ -31,9 +31,9 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 def clean(model: nn.Module) -> bool:
     """No shadow is left behind, and no hook was registered."""
-    return not any(
-        type(v).__name__ == "PerturbedWeight" for m in model.modules() for v in m.__dict__.values()
-    ) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not any(type(v).__name__ == "PerturbedWeight" for m in model.modules() for v in m.__dict__.values()) and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
 
 
 def losses(model: nn.Module, mode: str, **options: Any) -> list[float]:
@@ -297,7 +297,12 @@ def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).to(dtype).eval()
     with torch.no_grad():

@@ -80,7 +80,9 @@ def main() -> None:
         v = {"seed": "0123456789abcdef", "stream": 5, **feature}
         v["out"] = {name: result(v, name, "reference") for name in feature.get("only", DTYPES)}
         vectors.append(v)
-    (HERE / "features_v1.json").write_text(json.dumps({"contract": "noise v1", "theta": "as noise_v1.json", "vectors": vectors}) + "\n")
+    (HERE / "features_v1.json").write_text(
+        json.dumps({"contract": "noise v1", "theta": "as noise_v1.json", "vectors": vectors}) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import ops, parameters, perturb
 from zo_kernels import _backends as backends
+from zo_kernels import ops, parameters, perturb
 
 Loss = Tensor | float
 
@@ -103,7 +103,10 @@ class MeZOStep(torch.optim.Optimizer):
             )
         scratch = named.model is not None and perturbation != "inplace"
         for number, group in enumerate(named.groups):
-            _check_group(f"params[{number}]: " if len(named.groups) > 1 else "", {"lr": lr, "eps": eps, "weight_decay": weight_decay, **group})
+            _check_group(
+                f"params[{number}]: " if len(named.groups) > 1 else "",
+                {"lr": lr, "eps": eps, "weight_decay": weight_decay, **group},
+            )
         for _, p in (pair for g in named.groups for pair in g["params"]):
             if not p.is_meta:
                 backends.pick(p.device, backend)
@@ -129,12 +132,15 @@ class MeZOStep(torch.optim.Optimizer):
     def _refresh(self) -> perturb.View:
         """The view of the weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
         view = self._view
-        if view is None or len(view.groups) != len(self.param_groups) or not all(
-            w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True)
+        if (
+            view is None
+            or len(view.groups) != len(self.param_groups)
+            or not all(w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True))
         ):
             groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
             ops.check_overlap(
-                [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)], "a step updates each weight once"
+                [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
+                "a step updates each weight once",
             )
             options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
             if self._scratch and self._model is not None:
@@ -213,9 +219,10 @@ class MeZOStep(torch.optim.Optimizer):
             g = d / (2 * group["eps"])
             if self._clip is not None:
                 g = g.clamp(-self._clip, self._clip) if isinstance(g, Tensor) else min(max(g, -self._clip), self._clip)
-            decay: perturb.Coefficient = 1 - group["lr"] * group["weight_decay"]
-            if not on_host and decay != 1.0:
-                decay = torch.where(finite, torch.full_like(difference, decay), 1.0)
+            factor = 1 - group["lr"] * group["weight_decay"]
+            decay: perturb.Coefficient = factor
+            if not on_host and factor != 1.0:
+                decay = torch.where(finite, torch.full_like(difference, factor), 1.0)
             updates.append(perturb.Update([(tag, (group["lr"] if self._maximize else -group["lr"]) * g)], decay, self._rounding))
         return updates
 
@@ -228,7 +235,13 @@ class MeZOStep(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on besides the weights: torch's groups, the seed, the next tag and the streams."""
         state = super().state_dict()
-        state["zo"] = {"seed": self._seed, "tag": self._tag, "skipped": self.skipped, "kind": self._kind, "streams": dict(self._streams)}
+        state["zo"] = {
+            "seed": self._seed,
+            "tag": self._tag,
+            "skipped": self.skipped,
+            "kind": self._kind,
+            "streams": dict(self._streams),
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,11 +254,15 @@ class MeZOStep(torch.optim.Optimizer):
             raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
         zo = state_dict["zo"]
         if zo["kind"] != self._kind:
-            raise ValueError(f"state_dict was saved with kind={zo['kind']!r}, this optimizer has kind={self._kind!r}: make it with the same")
+            raise ValueError(
+                f"state_dict was saved with kind={zo['kind']!r}, this optimizer has kind={self._kind!r}: make it with the same"
+            )
         mine = [name for g in self.param_groups for name in g["param_names"]]
         absent = [name for name in mine if name not in zo["streams"]]
         if absent:
-            raise ValueError(f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model")
+            raise ValueError(
+                f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
         self._view = None

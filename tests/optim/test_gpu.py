@@ -1,0 +1,140 @@
+"""What MeZOStep promises on a CUDA device. Run by `make gpu-check`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import zo_kernels as zk
+from tests.kernels.cases import same_bits
+from tests.optim.models import FAMILIES, loss_of, make, tokens
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_perturbation_gives_the_same_loss(family: str, dtype: torch.dtype, backend: str) -> None:
+    model = make(family, dtype).cuda()
+    ids = tokens().cuda()
+    before = copy.deepcopy(model.state_dict())
+    seen: dict[str, list[Tensor]] = {"scratch": [], "inplace": []}
+    for mode, losses in seen.items():
+
+        def closure(losses: list[Tensor] = losses) -> Tensor:
+            losses.append(loss_of(model, ids))
+            return losses[-1]
+
+        zk.MeZOStep(model, lr=0.0, eps=1e-2, seed=3, perturbation=mode, backend=backend).step(closure)
+        if mode == "scratch":
+            assert all(same_bits(t, before[n]) for n, t in model.state_dict().items())
+    assert seen["scratch"][0] == seen["inplace"][0]
+    assert seen["scratch"][0] != seen["scratch"][1]
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_run_has_the_same_bits_on_cpu_and_gpu(dtype: torch.dtype, mode: str, backend: str) -> None:
+    """Given the same losses, as host numbers or as device tensors, every step writes the same bits."""
+    values = [(0.7, 0.69), (0.71, 0.70), (float("nan"), 0.7), (0.6, 0.65)]
+    finals = []
+    for device, as_tensor in (("cpu", False), ("cuda", False), ("cuda", True)):
+        model = make("llama-tied", dtype).to(device)
+        step = zk.MeZOStep(
+            model,
+            lr=1e-2,
+            eps=1e-2,
+            seed=9,
+            weight_decay=0.1,
+            clip=3.0,
+            perturbation=mode,
+            backend=backend if device == "cuda" else None,
+        )
+        feed = itertools.chain.from_iterable(values)
+        for _ in values:
+            step.step(lambda: torch.tensor(next(feed), device=device, dtype=torch.float64) if as_tensor else next(feed))  # noqa: B023
+        assert step.skipped == 1
+        finals.append([p.detach().cpu() for p in model.parameters()])
+    for other in finals[1:]:
+        assert all(same_bits(a, b) for a, b in zip(finals[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_a_step_never_waits_for_the_device(mode: str, backend: str) -> None:
+    model = make("llama", torch.float16).cuda()
+    ids = tokens().cuda()
+    step = zk.MeZOStep(model, lr=1e-5, eps=1e-3, weight_decay=0.1, perturbation=mode, backend=backend)
+    for _ in range(2):  # compile, upload tables, watch
+        step.step(lambda: loss_of(model, ids))
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step.step(lambda: loss_of(model, ids))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert step.skipped == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
+    model = make("llama-tied", dtype).cuda()
+    ids = tokens(1, 4).cuda()
+    before = copy.deepcopy(model.state_dict())
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-3)
+    for _ in range(2000):
+        step.step(lambda: loss_of(model, ids))
+    assert all(same_bits(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_scratch_memory_over_inference() -> None:
+    """One buffer, of the largest layer, and nothing of the size of the model."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(vocab_size=50272, hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = OPTForCausalLM(config).half().cuda().eval()
+    ids = torch.randint(0, 50272, (4, 32), device="cuda")
+    with torch.no_grad():
+        loss_of(model, ids)
+        torch.cuda.reset_peak_memory_stats()
+        loss_of(model, ids)
+        inference = torch.cuda.max_memory_allocated()
+    step = zk.MeZOStep(model, lr=1e-6)
+    step.step(lambda: loss_of(model, ids))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step.step(lambda: loss_of(model, ids))
+    extra = torch.cuda.max_memory_allocated() - inference
+    largest = max(p.nbytes for p in model.parameters())
+    assert extra <= largest + 4 * 2**20
+
+
+def test_the_generators_of_the_device_are_kept() -> None:
+    model = make("llama").cuda()
+    step = zk.MeZOStep(model, lr=0.0)
+    draws: list[float] = []
+
+    def closure() -> Tensor:
+        draws.append(torch.rand((), device="cuda").item())
+        return loss_of(model, tokens().cuda())
+
+    torch.cuda.manual_seed(3)
+    step.step(closure)
+    after = torch.rand((), device="cuda").item()
+    torch.cuda.manual_seed(3)
+    assert draws == [torch.rand((), device="cuda").item()] * 2
+    assert after == torch.rand((), device="cuda").item()
