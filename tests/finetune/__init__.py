@@ -1,1 +1,1 @@
-"""Tests of the application. They build tiny random models, a tokenizer and data themselves; neither network nor ../shared is needed."""
+"""Tests of the application. They build tiny random models, a tokenizer and data themselves: no network, no ../shared needed."""

@@ -88,6 +88,11 @@ def test_a_folder_has_its_own_evaluation_rows(data_folder: Path) -> None:
     assert got.origin["train"].endswith("train.jsonl")
 
 
+def test_small_files_need_no_numbers(tmp_path: Path) -> None:
+    got = load_splits(str(write_jsonl(tmp_path / "a.jsonl", make_rows(25, 5))), TASK, "causal", seed=0)
+    assert [len(p) for p in (got.train, got.dev, got.eval)] == [16, 4, 5]
+
+
 def test_columns_can_be_renamed(tmp_path: Path) -> None:
     rows = [{"text": r["sentence"], "polarity": ["negative", "Positive"][r["label"]]} for r in make_rows(20, 5)]
     path = write_csv(tmp_path / "a.csv", rows)
@@ -115,7 +120,7 @@ def test_a_label_outside_the_task_names_file_row_value_and_remedy(tmp_path: Path
 
 def test_an_empty_sentence_is_refused() -> None:
     for bad in ("", "  ", None, 3):
-        with pytest.raises(ValueError, match="field 'sentence' is .*needs a text"):
+        with pytest.raises(ValueError, match=r"field 'sentence' is .*needs a text"):
             TASK.example({"sentence": bad, "label": 1}, "causal")
 
 
@@ -148,9 +153,9 @@ def test_missing_data(tmp_path: Path) -> None:
 
 def test_too_few_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_rows(6, 5))
-    with pytest.raises(UserError, match=r"has 6 rows; none are left to train on after --eval-examples 6"):
+    with pytest.raises(UserError, match=r"has 6 rows: 0 are left to train on, 6 to evaluate on, 0 for dev"):
         splits(path)
-    with pytest.raises(UserError, match=r"--eval-examples 0 means all validation rows, and .* has none"):
+    with pytest.raises(UserError, match=r"--eval-examples 0 means all validation rows; .* has none"):
         splits(path, eval_examples=0)
 
 

@@ -207,7 +207,7 @@ def test_the_demo_is_a_training_run(
 ) -> None:
     """With a tiny model and made-up ratings in place of the downloads, shortened to three steps."""
     ratings = tmp_path / "ratings.txt"
-    ratings.write_text("".join(f"{k}\t{4 * r['label'] - 2}\t{r['sentence']}\n" for k, r in enumerate(make_rows(1300, 0))))
+    ratings.write_text("".join(f"{k}\t{4 * r['label'] - 2}\t{r['sentence']}\n" for k, r in enumerate(make_rows(2500, 0))))
     monkeypatch.setattr(demo, "fetch", lambda item: model_folder("llama") if item is demo.MODEL else ratings)
     real = demo.config
 

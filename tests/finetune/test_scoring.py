@@ -16,7 +16,7 @@ from zo_finetune.tasks.base import Candidate, Example
 
 from tests.finetune.conftest import FAMILIES, make_rows
 
-# fp32 over inputs of different shape: matrix kernels sum in another order. Log-probabilities here are about -6, so this is some 20 ulp.
+# fp32 over inputs of different shape: matrix kernels sum in another order. Log-probabilities here are about -6: some 20 ulp.
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
 ModelFolder = Callable[[str], Path]
 

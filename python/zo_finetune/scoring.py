@@ -1,0 +1,235 @@
+"""Scores of candidate answers: tokens, batches, one forward pass for each distinct input, mean log-probability of the answer's
+tokens.
+
+    score(candidate) = 1/n sum_t log p(answer_t | what stands before it)          (MeZO, Malladi et al. 2023, appendix E)
+
+Cost of a batch: one row of the forward pass per distinct input, and the vocabulary head at the scored positions only. A causal
+model needs the answer's tokens but the last as input, so all one-token answers to one prompt share one row; a masked model
+reads masks in place of the answer, so all answers of one length do.
+
+Belongs here: everything between an `Example` and its scores or its loss. Does not belong here: accuracy (evaluate.py), files,
+optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_finetune.errors import UserError
+from zo_finetune.tasks.base import Candidate, Example, Form, Objective
+
+
+@dataclass(frozen=True)
+class Span:
+    """A candidate's answer: the token `targets[k]` is predicted at position `positions[k]` of input number `row`."""
+
+    row: int
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens: its distinct inputs, a span for each candidate, and the right candidate's index."""
+
+    inputs: tuple[tuple[int, ...], ...]
+    spans: tuple[Span, ...]
+    label: int
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.inputs))
+
+
+class Encoder:
+    """Examples to tokens, for one tokenizer and one form of model.
+
+    Args:
+        tokenizer: of transformers.
+        form: "causal" or "masked".
+        max_length: the longest input in tokens; a longer context loses its beginning, since the question stands at its end.
+
+    Raises:
+        UserError: a masked model's tokenizer has no mask token, or (`encode`) an answer has no token or does not fit.
+    """
+
+    def __init__(self, tokenizer: Any, form: Form, max_length: int) -> None:
+        self.tokenizer, self.form, self.max_length = tokenizer, form, max_length
+        if form == "masked" and tokenizer.mask_token_id is None:
+            raise UserError(
+                "the tokenizer has no mask token, which a masked language model needs: choose another --model or --form causal"
+            )
+        plain = self._ids("a")
+        marked = list(tokenizer("a").input_ids)
+        start = next((k for k in range(len(marked)) if marked[k : k + len(plain)] == plain), 0)
+        self.before, self.after = (
+            marked[:start],
+            marked[start + len(plain) :],
+        )  # the special tokens the tokenizer puts around a text
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+    def _causal(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
+        """(input, positions, targets). The text is tokenized as one piece, as the model met such text in training; the answer
+        begins where the tokens part from those of the context alone."""
+        context, full = self._ids(candidate.context), self._ids(candidate.context + candidate.answer)
+        start = next((k for k, (a, b) in enumerate(zip(context, full, strict=False)) if a != b), min(len(context), len(full)))
+        targets = full[start:]
+        body = self._fit(full[:start], self.max_length - len(self.before) - len(targets) + 1, candidate)
+        tokens = [*self.before, *body, *targets[:-1]]
+        if len(self.before) + len(body) == 0:
+            raise UserError(
+                f"the prompt {candidate.context!r} has no token for the answer to follow: the tokenizer adds no start token"
+            )
+        first = len(self.before) + len(body) - 1
+        return tokens, list(range(first, first + len(targets))), targets
+
+    def _masked(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
+        targets, tail = self._ids(candidate.answer), self._ids(candidate.tail)
+        room = self.max_length - len(self.before) - len(self.after) - len(tail) - len(targets)
+        head = [*self.before, *self._fit(self._ids(candidate.context), room, candidate)]
+        tokens = [*head, *[self.tokenizer.mask_token_id] * len(targets), *tail, *self.after]
+        return tokens, list(range(len(head), len(head) + len(targets))), targets
+
+    def _fit(self, context: list[int], room: int, candidate: Candidate) -> list[int]:
+        if room < 1:
+            raise UserError(
+                f"--max-length {self.max_length} leaves no room for a prompt beside the answer {candidate.answer!r}: raise it"
+            )
+        return context[-room:]
+
+    def encode(self, example: Example, gold_only: bool = False) -> Encoded:
+        """An example in tokens. `gold_only` keeps the right candidate alone, which is all that the language-model objective
+        trains on."""
+        chosen = (example.candidates[example.label],) if gold_only else example.candidates
+        rows: dict[tuple[int, ...], int] = {}
+        spans = []
+        for candidate in chosen:
+            tokens, positions, targets = self._causal(candidate) if self.form == "causal" else self._masked(candidate)
+            if not targets:
+                raise UserError(f"the answer {candidate.answer!r} has no token: a candidate needs text to be scored on")
+            spans.append(Span(rows.setdefault(tuple(tokens), len(rows)), tuple(positions), tuple(targets)))
+        return Encoded(tuple(rows), tuple(spans), 0 if gold_only else example.label)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side, on the model's device. B examples, C candidates (the most of any), R rows, L tokens, P scored
+    positions, T the longest answer."""
+
+    input_ids: Tensor  # [R, L], padded on the right
+    attention_mask: Tensor | None  # [R, L]; None for a causal model, whose tokens never see what follows them
+    point_rows: Tensor  # [P]
+    point_columns: Tensor  # [P], counted from the end of the padded row: a soft prompt put before the tokens does not shift them
+    points: Tensor  # [B, C, T], index into P
+    targets: Tensor  # [B, C, T], token ids
+    present: Tensor  # [B, C, T], fp32: 1 where the candidate has a t-th answer token
+    labels: Tensor  # [B]
+
+
+def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.device) -> Batch:
+    """The batch of some encoded examples."""
+    inputs: list[tuple[int, ...]] = []
+    points: dict[tuple[int, int], int] = {}
+    shape = (len(examples), max(len(e.spans) for e in examples), max(len(s.targets) for e in examples for s in e.spans))
+    where, targets, present = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    for b, example in enumerate(examples):
+        for c, span in enumerate(example.spans):
+            for t, (position, target) in enumerate(zip(span.positions, span.targets, strict=True)):
+                where[b, c, t] = points.setdefault((len(inputs) + span.row, position), len(points))
+                targets[b, c, t], present[b, c, t] = target, 1.0
+        inputs.extend(example.inputs)
+    width = max(map(len, inputs))
+    input_ids = torch.full((len(inputs), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(inputs), width), dtype=torch.long)
+    for r, tokens in enumerate(inputs):
+        input_ids[r, : len(tokens)] = torch.tensor(tokens)
+        mask[r, : len(tokens)] = 1
+    spots = torch.tensor(list(points))
+    fields = (spots[:, 0], spots[:, 1] - width, where, targets, present, torch.tensor([e.label for e in examples]))
+    return Batch(input_ids.to(device), mask.to(device) if form == "masked" else None, *(f.to(device) for f in fields))
+
+
+class Scorer:
+    """A model's scores of candidate answers.
+
+    While it lives, a pre-hook on the output embedding hands that layer the scored positions alone; it works for every
+    architecture with an output embedding, wherever padding or a soft prompt moves the positions, which transformers'
+    `logits_to_keep` (one set of positions for all rows, causal models only) does not. Forward passes that are not this class's
+    own are left as they are. `close`, or use as a context manager, removes the hook.
+
+    Args:
+        model: a causal or masked language model of transformers, perhaps inside a peft model.
+        form: "causal" or "masked".
+        pad_id: a token for the padding.
+    """
+
+    def __init__(self, model: torch.nn.Module, form: Form, pad_id: int) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise UserError(f"{type(model).__name__} has no output embedding: choose a causal or masked language model")
+        self.model, self.form, self.pad_id = model, form, pad_id
+        self.device = next(model.parameters()).device
+        self._points: tuple[Tensor, Tensor] | None = None
+        self._hook = head.register_forward_pre_hook(self._keep_points)
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _keep_points(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._points is None:
+            return None
+        rows, columns = self._points
+        hidden = args[0]
+        return (hidden[rows, hidden.shape[1] + columns], *args[1:])
+
+    def collate(self, examples: Sequence[Encoded]) -> Batch:
+        return collate(examples, self.form, self.pad_id, self.device)
+
+    def token_log_probs(self, batch: Batch) -> Tensor:
+        """log p of every answer token, fp32 [B, C, T]; 0 where there is none.
+
+        The logits go to fp32 before the logarithm: SPSA divides a difference of two losses by 2 eps, and a loss of 0.7 rounded
+        to fp16 would come in steps of 0.24 at eps = 1e-3."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if batch.attention_mask is not None:
+            inputs["attention_mask"] = batch.attention_mask
+        else:
+            inputs["use_cache"] = False
+        self._points = batch.point_rows, batch.point_columns
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            self._points = None
+        if logits.ndim != 2 or logits.shape[0] != batch.point_rows.shape[0]:
+            raise UserError(
+                f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} "
+                f"for {batch.point_rows.shape[0]} positions: its output embedding does not make its logits; choose another --model"
+            )
+        logits = logits.float()
+        log_probs = logits[batch.points, batch.targets] - torch.logsumexp(logits, -1)[batch.points]
+        return torch.where(batch.present > 0, log_probs, 0.0)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Mean log-probability of every candidate's answer, fp32 [B, C]; -inf where an example has fewer candidates."""
+        counts = batch.present.sum(-1)
+        return torch.where(counts > 0, self.token_log_probs(batch).sum(-1) / counts, -torch.inf)
+
+    def loss(self, batch: Batch, objective: Objective) -> Tensor:
+        """The training loss, a 0-d fp32 tensor: cross-entropy over the scores, or the mean -log p of the right answers' tokens
+        (then the examples must have been encoded with `gold_only`)."""
+        if objective == "classification":
+            return torch.nn.functional.cross_entropy(self.scores(batch), batch.labels)
+        return -self.token_log_probs(batch).sum() / batch.present.sum()

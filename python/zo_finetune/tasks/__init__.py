@@ -1,0 +1,17 @@
+"""The tasks by name. A new task is a file beside this one and one line here; what it has to say is in base.py."""
+
+from __future__ import annotations
+
+from zo_finetune.errors import UserError
+from zo_finetune.tasks.base import Task
+from zo_finetune.tasks.sst2 import SST2
+
+TASKS: dict[str, Task] = {task.name: task for task in (SST2(),)}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`; an unknown one is a `UserError` that lists the known ones."""
+    try:
+        return TASKS[name]
+    except KeyError:
+        raise UserError(f"--task {name!r} is unknown; known tasks are: {', '.join(TASKS)}") from None

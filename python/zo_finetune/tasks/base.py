@@ -1,0 +1,127 @@
+"""What a task is: how a row of data becomes a prompt for each candidate answer.
+
+Belongs here: the record types and the two base classes. Does not belong here: any particular task (one file each, beside this one),
+tokens (scoring.py), files (data.py). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
+
+To add a task, write a file with a subclass, and name it in tasks/__init__.py:
+
+    fixed answers (SST-2, SST-5, RTE, CB, BoolQ, WSC, WIC, MultiRC, SNLI, MNLI, TREC)
+        a `ClassificationTask`: `labels`, `words`, `prompt`, and `masked_prompt` if a masked language model can do it
+    answers that differ from row to row (COPA, ReCoRD, WinoGrande)
+        a `Task` with its own `example`: one `Candidate` each; `objective = "language-model"` where MeZO trains that
+    free answers (SQuAD, DROP)
+        `objective = "language-model"`, one candidate, the reference answer
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+Row = Mapping[str, Any]
+Form = Literal["causal", "masked"]
+Objective = Literal["classification", "language-model"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One possible answer, in its place.
+
+    A causal model reads `context` and is scored on `answer` (the tail is not read). A masked model reads `context`, as many
+    mask tokens as `answer` has tokens, then `tail`. Whatever separates the words belongs to the strings: the answer usually
+    starts with a space. Where candidates differ in the context and share the answer (WinoGrande), the scores compare how well
+    the same answer follows."""
+
+    context: str
+    answer: str
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row, ready to be scored: the answer is the candidate with the highest mean log-probability; `label` is the right one's
+    index."""
+
+    candidates: tuple[Candidate, ...]
+    label: int
+
+
+class RowError(ValueError):
+    """A row that a task cannot use. Whoever knows the file and the row number adds them (data.py)."""
+
+    def __init__(self, field: str, value: Any, remedy: str) -> None:
+        super().__init__(f"field {field!r} is {value!r}; {remedy}")
+
+
+class Task(ABC):
+    """Rows to examples. Subclasses are stateless: one instance serves every split."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for `--help`
+    fields: ClassVar[tuple[str, ...]]  # the columns a row must have
+    objective: ClassVar[Objective] = "classification"
+    forms: ClassVar[tuple[Form, ...]] = ("causal",)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the candidates if they are the same for every row, else None."""
+        return None
+
+    @abstractmethod
+    def example(self, row: Row, form: Form) -> Example:
+        """The example of one row.
+
+        Args:
+            row: the columns named in `fields`, perhaps among others.
+            form: whose prompt to make; one of `forms`.
+
+        Raises:
+            RowError: a value does not belong to the task.
+        """
+
+    def text(self, row: Row, field: str) -> str:
+        """A text column with its surrounding white space removed; an empty or non-text value is a `RowError`."""
+        value = row[field]
+        if not isinstance(value, str) or not value.strip():
+            raise RowError(field, value, f"{self.name} needs a text there: correct the row or remove it")
+        return value.strip()
+
+
+class ClassificationTask(Task):
+    """A task with the same few answers for every row. Trained by cross-entropy over the answers' scores (MeZO, appendix E)."""
+
+    labels: ClassVar[tuple[str, ...]]  # what the labels 0, 1, ... mean
+    words: ClassVar[tuple[str, ...]]  # the answer that stands for each label
+    label_field: ClassVar[str] = "label"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.labels
+
+    @abstractmethod
+    def prompt(self, row: Row) -> str:
+        """The text that a causal model continues with one of `words`."""
+
+    def masked_prompt(self, row: Row) -> tuple[str, str]:
+        """The text before and after the mask, for a masked model; only asked of a task that has "masked" among its `forms`."""
+        raise NotImplementedError(f"task {self.name} names the form 'masked' without a prompt for it")
+
+    def label(self, row: Row) -> int:
+        """The label as an index. It may be given as that number, as its decimal string, or by name in any case."""
+        value = row[self.label_field]
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.labels):
+            return value
+        if isinstance(value, str):
+            known = {name.lower(): k for k, name in enumerate(self.labels)} | {str(k): k for k in range(len(self.labels))}
+            if (key := value.strip().lower()) in known:
+                return known[key]
+        meaning = ", ".join(f"{k} ({name})" for k, name in enumerate(self.labels))
+        raise RowError(
+            self.label_field, value, f"the labels of {self.name} are {meaning}: correct the row, or choose another --task"
+        )
+
+    def example(self, row: Row, form: Form) -> Example:
+        context, tail = (self.prompt(row), "") if form == "causal" else self.masked_prompt(row)
+        return Example(tuple(Candidate(context, word, tail) for word in self.words), self.label(row))
