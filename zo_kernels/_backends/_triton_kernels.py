@@ -24,8 +24,11 @@ RADEMACHER: tl.constexpr = tl.constexpr(1)
 ROUNDING: tl.constexpr = tl.constexpr(2)
 MASK: tl.constexpr = tl.constexpr(3)
 
+KAPPA: tl.constexpr = tl.constexpr(float.fromhex("0x1.251fbep+0"))
+
 TILE_BITS = 40  # a span is tensor << TILE_BITS | first tile
 SPAN_TILE_BITS: tl.constexpr = tl.constexpr(TILE_BITS)
+SPAN_TILE_MASK: tl.constexpr = tl.constexpr((1 << TILE_BITS) - 1)
 BLOCK_LIMIT: tl.constexpr = tl.constexpr(1 << 30)  # scale blocks are clamped to this; spans are far shorter
 
 
@@ -68,22 +71,20 @@ def call(start, step, PURPOSE: tl.constexpr, stream, tag, k0, k1, ROWS: tl.const
 
 
 @triton.jit
-def live_or_zero(t, rounded):
-    """`rounded` (bits) as fp32 where |t| >= 2^-100 and both are finite, else 0: the term is skipped."""
-    a = t.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    live = (a >= 0x0D800000) & (a < 0x7F800000) & ((rounded & 0x7F800000) != 0x7F800000)
-    return tl.where(live, rounded, 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def coefficient(c, KIND: tl.constexpr):
-    """c' of section 2, or c itself (section 3); 0 for a term that is not live. `c` is an fp32 scalar."""
+    """c' of section 2, or c itself (section 3); 0 for a term that is not live. `c` is fp32, a scalar or a tensor."""
     if KIND == GAUSSIAN:
-        t = c * 1.1450114250183105  # KAPPA, 0x1.251fbep+0
+        t = c * KAPPA
         b = t.to(tl.uint32, bitcast=True)
-        return live_or_zero(t, (b + 0x3F + ((b >> 7) & 1)) & 0xFFFFFF80)
+        result = (b + 0x3F + ((b >> 7) & 1)) & 0xFFFFFF80
+        limit = 0x7F7FFFC0  # from here on the rounding overflows to infinity
     else:
-        return live_or_zero(c, c.to(tl.uint32, bitcast=True))
+        b = c.to(tl.uint32, bitcast=True)
+        result = b
+        limit = 0x7F800000
+    # 2^-100 <= |t| and c' finite, in one comparison: what is below 2^-100 wraps to a large number, infinity and NaN lie above the limit.
+    live = ((b << 1) - 0x1B000000) < 2 * (limit - 0x0D800000)
+    return tl.where(live, result, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -182,12 +183,31 @@ def add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND: tl.constexpr, FI
 @triton.jit
 def chunk(x, AT: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
     """[P, W] from W tensors [P] of the tuple x, beginning at AT. A join adds the fastest dimension, so it goes last."""
-    if W == 8:
+    if W == 1:
+        return x[AT][:, None]
+    elif W == 8:
         even = tl.join(tl.join(x[AT], x[AT + 4]), tl.join(x[AT + 2], x[AT + 6]))
         odd = tl.join(tl.join(x[AT + 1], x[AT + 5]), tl.join(x[AT + 3], x[AT + 7]))
         return tl.reshape(tl.join(even, odd), (P, 8))
     else:
         return tl.reshape(tl.join(tl.join(x[AT], x[AT + 2]), tl.join(x[AT + 1], x[AT + 3])), (P, 4))
+
+
+@triton.jit
+def octet(i_tile, step, PURPOSE: tl.constexpr, stream, tag, k0, k1, ROWS: tl.constexpr):
+    """What purposes 2 (16 random bits) and 3 (a word to compare) give to the 8 elements of each lane's call."""
+    w0, w1, w2, w3 = call(i_tile >> 3, step, PURPOSE, stream, tag, k0, k1, ROWS)
+    if PURPOSE == MASK:
+        return (w0 << 16 | w0 >> 16, w0, w1 << 16 | w1 >> 16, w1, w2 << 16 | w2 >> 16, w2, w3 << 16 | w3 >> 16, w3)
+    else:
+        return w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16
+
+
+@triton.jit
+def octets(i_tile, at, PURPOSE: tl.constexpr, stream, tag, k0, k1, ROWS: tl.constexpr):
+    """The same for the 16 elements of a lane."""
+    first = octet(i_tile, at >> 3, PURPOSE, stream, tag, k0, k1, ROWS)
+    return first + octet(i_tile, (at >> 3) + 2, PURPOSE, stream, tag, k0, k1, ROWS)
 
 
 @triton.jit
@@ -208,6 +228,15 @@ def round_stochastic(r, v, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """To fp32. bf16 as bits: the interpreter's own cast flushes subnormals."""
+    if DTYPE == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def round_nearest(r, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     if DTYPE == tl.bfloat16 and INTERPRETED:  # the interpreter's own cast truncates
         b = r.to(tl.uint32, bitcast=True)
@@ -215,3 +244,286 @@ def round_nearest(r, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
         return tl.where((b & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return r.to(DTYPE)
+
+
+# ---- a tile -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def perturb_tile(
+    tensor, i_tile, at, e_tile, off, low, high, start, c0, c1, live, n_terms, tag0, tag1, terms, decay, k0, k1, base,
+    DTYPE: tl.constexpr, KIND: tl.constexpr, TERMS: tl.constexpr, DECAY: tl.constexpr, BIT_MASK: tl.constexpr,
+    RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr,
+    NARROW: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile. The lane's first element has index i_tile + at in the full tensor and e_tile + off in memory.
+
+    WHOLE: every element of the tile exists, every chunk is aligned to 16 bytes and to 8 elements. Otherwise a lane's element
+    number j (0 .. 7, 16 .. 23) exists if low <= j < high. `start`: place of the tile's first element in the first scale block of
+    the span (see `perturb_kernel`).
+    """
+    W: tl.constexpr = 128 // DTYPE.primitive_bitwidth if WHOLE or not NARROW else 1
+    CHUNKS: tl.constexpr = 16 // W
+    src, dst, mask, scales, block, k_span, stream, keep_below, mask_tag = tensor
+    j = tl.arange(0, W)[None, :]
+
+    # All loads first: they are in flight while the noise is computed. (The other path would pay for that with twice the registers.)
+    x = ()
+    if WHOLE:
+        for n in tl.static_range(CHUNKS):
+            shift = 16 * (n * W // 8) + n * W % 8
+            x = x + (tl.load(tl.multiple_of(src + e_tile + off[:, None] + (shift + j), (1, 16))),)
+
+    zero = tl.zeros([P], tl.float32)
+    s = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    if TERMS > 0:
+        s = add_term(s, i_tile, at, stream, tag0, c0, k0, k1, base, KIND, True, ROWS)
+        if TERMS > 1:
+            s = add_term(s, i_tile, at, stream, tag1, c1, k0, k1, base, KIND, False, ROWS)
+    else:
+        for k in tl.range(0, n_terms, loop_unroll_factor=2):
+            term = tl.load(terms + k)
+            c = (term >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+            live = live | ((term >> 32) != 0)
+            s = add_term(s, i_tile, at, stream, term.to(tl.uint32), c, k0, k1, base, KIND, False, ROWS)
+    if KIND == GAUSSIAN:
+        s = mix(s)
+
+    if RANDOM_MASK:
+        lots = octets(i_tile, at, MASK, stream, mask_tag, k0, k1, ROWS)
+    if STOCHASTIC:
+        dice = octets(i_tile, at, ROUNDING, stream, tag0, k0, k1, ROWS)
+    for n in tl.static_range(CHUNKS):
+        shift = 16 * (n * W // 8) + n * W % 8
+        here = off[:, None] + (shift + j)
+        if WHOLE:
+            d = widen(x[n], DTYPE)
+        else:
+            inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
+            d = widen(tl.load(src + e_tile + here, mask=inside), DTYPE)
+        if DECAY:
+            d = d * decay
+        u = chunk(s, n * W, P, W)
+        if SCALE > 0:
+            has_scale = scales.to(tl.int64) != 0  # other tensors of the list have none: their factor is 1, which is exact
+            if ROWS:
+                i = i_tile + at + shift
+                at_k = (i[:, None] + j) // block - k_span
+            else:
+                place = start + (at + shift).to(tl.uint32)
+                k = place // block
+                place = place - k * block
+                k = k.to(tl.int64) + k_span
+            if SCALE == 1 and WHOLE and not ROWS:  # blocks of 8 and more: a chunk lies in one or in two of them
+                first = tl.load(scales + k, mask=has_scale, other=1.0)
+                second = tl.load(scales + k + 1, mask=has_scale & (place + (W - 1) >= block), other=1.0)
+                factor = tl.where(place[:, None] + j.to(tl.uint32) >= block, second[:, None], first[:, None])
+            else:
+                if not ROWS:
+                    at_k = k[:, None] + ((place[:, None] + j.to(tl.uint32)) // block).to(tl.int64)
+                if WHOLE:
+                    factor = tl.load(scales + at_k, mask=has_scale, other=1.0)
+                else:
+                    factor = tl.load(scales + at_k, mask=has_scale & inside, other=1.0)
+            u = u * factor
+        r = d + u
+
+        keep = live
+        if BIT_MASK:
+            has_mask = mask.to(tl.int64) != 0
+            if WHOLE:
+                byte = tl.load(mask + (e_tile >> 3) + ((off + shift) >> 3), mask=has_mask, other=255)
+                bit = (byte.to(tl.int32)[:, None] >> ((shift & 7) + j)) & 1
+            else:
+                e = e_tile + here
+                byte = tl.load(mask + (e >> 3), mask=has_mask & inside, other=255)
+                bit = (byte.to(tl.int32) >> (e & 7).to(tl.int32)) & 1
+            keep = keep & (bit != 0)
+        if RANDOM_MASK:
+            keep = keep & ((chunk(lots, n * W, P, W) < keep_below) | (keep_below == 0))
+        if TERMS == 0 or BIT_MASK or RANDOM_MASK or not WHOLE:  # otherwise `perturb_kernel` has looked whether a term is live
+            r = tl.where(keep, r, d)
+
+        if STOCHASTIC:
+            y = round_stochastic(r, chunk(dice, n * W, P, W), DTYPE)
+        else:
+            y = round_nearest(r, DTYPE, INTERPRETED)
+        if WHOLE:
+            tl.store(tl.multiple_of(dst + e_tile + here, (1, 16)), y)
+        else:
+            tl.store(dst + e_tile + here, y, mask=inside)
+
+
+# ---- the launch -------------------------------------------------------------------------------------------------------
+
+
+# Nothing that changes from step to step may be specialised on: a new value would compile a new kernel.
+@triton.jit(
+    do_not_specialize=["seed_low", "seed_high", "n_terms", "tag0", "tag1", "coef0", "coef1", "decay_bits", "base", "tiles", "tags", "coefs", "terms", "decay_ptr"]
+)
+def perturb_kernel(
+    table,  # int64 [n, 11]: the records of zo_tensor in csrc/zo_kernels.h
+    spans,  # int64 [programs]: tensor << TILE_BITS | first tile
+    tiles,  # tiles of a span
+    seed_low, seed_high, tag0, tag1, coef0, coef1, decay_bits,  # bits of uint32 and fp32 values, as int32
+    n_terms, tags, coefs,  # int32 [K, 2] (low word, high word), fp32 [K], in device memory; None if HOST_TERMS
+    terms,  # int64 [K], scratch: what the kernel makes of tags and coefs; None if TERMS > 0
+    decay_ptr,  # fp32 [1]; None unless DECAY == 2
+    base,  # 0x3C240000
+    DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
+    KIND: tl.constexpr,  # GAUSSIAN or RADEMACHER
+    TERMS: tl.constexpr,  # 1 or 2: that many, without a loop; 0: n_terms of them
+    HOST_TERMS: tl.constexpr,  # TERMS of them are tag0, coef0, tag1, coef1; with TERMS == 0 there is none at all
+    DECAY: tl.constexpr,  # 0: none; 1: decay_bits; 2: decay_ptr
+    BIT_MASK: tl.constexpr,  # some tensor of the list has one
+    RANDOM_MASK: tl.constexpr,
+    SCALE: tl.constexpr,  # 0: none; 1: all blocks hold at least 8 elements; 2: any
+    ROWS: tl.constexpr,  # every tensor of the list is gathered rows; otherwise none is
+    STOCHASTIC: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    P: tl.constexpr,
+    NARROW: tl.constexpr,  # masked accesses by columns [P, 1]; as [P, W] they would go through shared memory
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A program takes one span: `tiles` consecutive tiles of one tensor, or what is left of it."""
+    span = tl.load(spans + tl.program_id(0))
+    record = table + (span >> SPAN_TILE_BITS) * 11
+    tile = span & SPAN_TILE_MASK
+    src = tl.load(record)
+    dst = tl.load(record + 1)
+    numel = tl.load(record + 2)
+    offset = tl.load(record + 3)
+    scale_block = tl.load(record + 6)
+    row_len = tl.load(record + 8)
+    word9 = tl.load(record + 9)
+    stream = word9.to(tl.uint32)
+    keep_below = (word9 >> 32).to(tl.uint32)
+    mask_tag = tl.load(record + 10).to(tl.uint32)
+    rows = tl.load(record + 7).to(tl.pointer_type(tl.int64))
+    k0 = seed_low.to(tl.uint32)
+    k1 = seed_high.to(tl.uint32)
+
+    # The terms that fit into registers.
+    t0 = tag0.to(tl.uint32)
+    t1 = tag1.to(tl.uint32)
+    c0 = 0.0
+    c1 = 0.0
+    live = n_terms < 0  # False
+    if TERMS > 0:
+        if HOST_TERMS:
+            c0 = coefficient(coef0.to(tl.float32, bitcast=True), KIND)
+        else:
+            t0 = tl.load(tags).to(tl.uint32)
+            c0 = coefficient(tl.load(coefs), KIND)
+        live = c0.to(tl.uint32, bitcast=True) != 0  # of bits: the interpreter cannot broadcast a comparison of floats
+        if TERMS > 1:
+            if HOST_TERMS:
+                c1 = coefficient(coef1.to(tl.float32, bitcast=True), KIND)
+            else:
+                t1 = tl.load(tags + 2).to(tl.uint32)
+                c1 = coefficient(tl.load(coefs + 1), KIND)
+            live = live | (c1.to(tl.uint32, bitcast=True) != 0)
+    elif not HOST_TERMS:
+        # (tag, c') of all terms, so that the loop over them spends nothing on c'. Every program writes the same words to the same place and
+        # reads only what it has written itself: no other order is needed than the barrier's.
+        for k in range(0, n_terms, P):
+            some = k + tl.arange(0, P)
+            exists = some < n_terms
+            tag = tl.load(tags + 2 * some, mask=exists, other=0).to(tl.uint32).to(tl.int64)
+            c = coefficient(tl.load(coefs + some, mask=exists, other=0.0), KIND).to(tl.uint32, bitcast=True).to(tl.int64)
+            tl.store(terms + some, tag | (c << 32), mask=exists)
+        tl.debug_barrier()
+        if STOCHASTIC:
+            t0 = tl.load(tags, mask=n_terms > 0, other=0).to(tl.uint32)
+    decay = 1.0
+    if DECAY > 0:
+        if DECAY == 1:
+            decay = decay_bits.to(tl.float32, bitcast=True)
+        else:
+            decay = tl.load(decay_ptr)
+        decay = tl.where((decay.to(tl.uint32, bitcast=True) & 0x7F800000) == 0x7F800000, 1.0, decay)
+
+    # A tile's first element in the full tensor, and how many tiles the tensor has.
+    TILE: tl.constexpr = 16 * P
+    lane = tl.arange(0, P)
+    if ROWS:
+        # A row starts anywhere in a group of 32, so it takes the groups that it can touch at worst. Two calls to a group.
+        whole_groups = (row_len & 31) == 0
+        row_calls = 2 * tl.where(whole_groups, row_len >> 5, (row_len + 62) >> 5)
+        calls = numel // row_len * row_calls
+        count = (calls + (P - 1)) // P
+        origin = offset * 0
+        aligned = (((src | dst) & 15) == 0) & whole_groups
+    else:
+        origin = offset & -TILE
+        count = (offset - origin + numel + (TILE - 1)) // TILE
+        aligned = (((src | dst) & 15) == 0) & ((offset & 7) == 0)
+    last = tl.minimum(tile + tiles, count)
+
+    # Scale: element i takes value i div B - offset div B. Without rows, `start` is where the span's first element lies in its block, so that
+    # the tiles need 32-bit divisions only. Beyond 2^30 elements of a block only the distance to its end matters.
+    block = scale_block
+    k_span = offset * 0
+    start = offset * 0
+    if SCALE > 0:
+        k_span = offset // scale_block
+        if not ROWS:
+            i_span = origin + tile * TILE
+            k = i_span // scale_block
+            left = (k + 1) * scale_block - i_span
+            block = tl.minimum(scale_block, BLOCK_LIMIT)
+            start = block - tl.minimum(left, block)
+            k_span = k - k_span
+            block = block.to(tl.uint32)
+
+    # The high byte of an index is 0, but the compiler cannot know it: `opaque` stays in a register.
+    tensor = (
+        src.to(tl.pointer_type(DTYPE)),
+        dst.to(tl.pointer_type(DTYPE)),
+        tl.load(record + 4).to(tl.pointer_type(tl.uint8)),
+        tl.load(record + 5).to(tl.pointer_type(tl.float32)),
+        block,
+        k_span,
+        stream,
+        keep_below,
+        mask_tag,
+    )
+    if TERMS > 0 and DECAY == 0 and IN_PLACE:
+        last = tl.where(live, last, tile)  # nothing to do: both roundings keep every bit
+    for t in range(tile, last):
+        if ROWS:
+            i_tile = origin
+            e_tile = origin
+            row0 = t * P // row_calls
+            step = ((t * P - row0 * row_calls).to(tl.uint32) + lane.to(tl.uint32))
+            ahead = step // row_calls.to(tl.uint32)
+            row = row0 + ahead.to(tl.int64)
+            step = (step - ahead * row_calls.to(tl.uint32)).to(tl.int64)
+            exists = row * row_len < numel
+            row_start = tl.load(rows + row, mask=exists, other=0) * row_len
+            at = (row_start & -32) + 32 * (step >> 1) + 8 * (step & 1)
+            off = at - row_start + row * row_len
+            low = tl.minimum(tl.maximum(row_start - at, 0), 32).to(tl.int32)
+            high = tl.where(exists, tl.minimum(tl.maximum(row_start + row_len - at, 0), 32), 0).to(tl.int32)
+            inside = (t + 1) * P <= calls
+            opaque = base.to(tl.uint32) | (at >> 56).to(tl.uint32)
+        else:
+            i_tile = origin + t * TILE
+            e_tile = i_tile - offset
+            at = 32 * (lane >> 1) + 8 * (lane & 1)
+            off = at
+            low = tl.maximum(-e_tile, 0).to(tl.int32) - at
+            high = tl.minimum(numel - e_tile, TILE).to(tl.int32) - at
+            inside = (e_tile >= 0) & (e_tile + TILE <= numel)
+            opaque = base.to(tl.uint32) | ((i_tile + at) >> 56).to(tl.uint32)
+        first = (start + (t - tile) * TILE).to(tl.uint32)
+        if aligned & inside & (live | (TERMS == 0)):
+            perturb_tile(
+                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, k0, k1, opaque,
+                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, NARROW, INTERPRETED, True,
+            )  # fmt: skip
+        else:
+            perturb_tile(
+                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, k0, k1, opaque,
+                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, NARROW, INTERPRETED, False,
+            )  # fmt: skip

@@ -1,0 +1,273 @@
+"""Static counts of the Triton kernels: compiled ahead of time for sm_80 and sm_90, no GPU needed, read from their SASS.
+
+Belongs here: compiling the variants and reading Triton's bundled cuobjdump. Does not belong here: bounds (tests/kernels/
+test_triton_aot.py), timings.
+
+How instructions are counted: a kernel's tile loop has a path for whole tiles, the one with the 128-bit stores. The count is the shortest way
+round that loop through those stores, everything included (addresses, bounds, loop), divided by the elements that a thread handles
+on the way. Work done once per span of up to 16 tiles is outside the loop and not counted. With a run-time number of terms the
+loop over them lies on that way; it is counted by itself, per element and term, and left out of the other number.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90)
+PLAIN: dict[str, Any] = {
+    "KIND": 0,
+    "TERMS": 1,
+    "HOST_TERMS": True,
+    "DECAY": 0,
+    "BIT_MASK": False,
+    "RANDOM_MASK": False,
+    "SCALE": 0,
+    "ROWS": False,
+    "STOCHASTIC": False,
+    "IN_PLACE": True,
+}
+LOOP = {"TERMS": 0, "HOST_TERMS": False}
+# name -> (terms column, flags); every feature alone, then the heaviest mixtures.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("1", {}),
+    "two-terms": ("2", {"TERMS": 2}),
+    "device-terms": ("1", {"HOST_TERMS": False}),
+    "many-terms": ("K", LOOP),
+    "rademacher": ("1", {"KIND": 1}),
+    "rademacher-many-terms": ("K", {"KIND": 1, **LOOP}),
+    "out-of-place": ("1", {"IN_PLACE": False}),
+    "decay": ("1", {"DECAY": 1}),
+    "stochastic": ("1", {"STOCHASTIC": True}),
+    "bit-mask": ("1", {"BIT_MASK": True}),
+    "random-mask": ("1", {"RANDOM_MASK": True}),
+    "scale": ("1", {"SCALE": 1}),
+    "rows": ("1", {"ROWS": True, "IN_PLACE": False}),
+    "everything": (
+        "K",
+        {**LOOP, "DECAY": 2, "STOCHASTIC": True, "BIT_MASK": True, "RANDOM_MASK": True, "SCALE": 2, "IN_PLACE": False},
+    ),
+    "everything-rows": (
+        "K",
+        {
+            **LOOP,
+            "DECAY": 2,
+            "STOCHASTIC": True,
+            "BIT_MASK": True,
+            "RANDOM_MASK": True,
+            "SCALE": 2,
+            "ROWS": True,
+            "IN_PLACE": False,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the SASS of one kernel says."""
+
+    per_element: float
+    per_element_term: float | None
+    registers: int
+    spill_bytes: int  # stack: spills and local arrays
+    shared_bytes: int
+    access_bits: int  # of the weights' loads and stores on the way of a whole tile, the narrowest
+    opcodes: frozenset[str]  # all of the kernel
+    ptx: str
+
+
+def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
+    """`perturb_kernel` as `zo_kernels._backends.triton` would launch it, compiled for `arch`. Not in an interpreter process."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zo_kernels._backends import _triton_kernels as kernels
+    from zo_kernels._backends.triton import GPU
+
+    constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": GPU.groups, "NARROW": GPU.narrow, "INTERPRETED": False}
+    pointers = {"table": "*i64", "spans": "*i64"}
+    if constants["HOST_TERMS"]:
+        constants |= {"tags": None, "coefs": None, "terms": None}
+    else:
+        pointers |= {"tags": "*i32", "coefs": "*fp32"}
+        if constants["TERMS"]:
+            constants["terms"] = None
+        else:
+            pointers["terms"] = "*i64"
+    if constants["DECAY"] == 2:
+        pointers["decay_ptr"] = "*fp32"
+    else:
+        constants["decay_ptr"] = None
+    names = kernels.perturb_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
+    source = ASTSource(kernels.perturb_kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": GPU.warps, "enable_fp_fusion": False})
+
+
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), flag, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def instructions(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, text) in order; the text keeps its predicate."""
+    return [
+        (int(a, 16), t.strip()) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]+);", cuobjdump(cubin, "-sass"), re.M)
+    ]
+
+
+def opcode(text: str) -> str:
+    return text.split()[1 if text.startswith("@") else 0]
+
+
+def successors(code: list[tuple[int, str]]) -> list[list[int]]:
+    """For each instruction the ones that may run next."""
+    place = {address: n for n, (address, _) in enumerate(code)}
+    result = []
+    for n, (_, text) in enumerate(code):
+        name, after = opcode(text).split(".")[0], [n + 1] if n + 1 < len(code) else []
+        if name == "BRA":
+            target = place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]
+            always = not text.startswith("@") and not re.search(r"BRA(\.\S+)?\s+!?U?P\d", text)
+            result.append([target] if always else [*after, target])
+        elif name in ("EXIT", "RET") and not text.startswith("@"):
+            result.append([])
+        else:
+            result.append(after)
+    return result
+
+
+def shortest_cycle(edges: list[list[int]], start: int) -> list[int]:
+    """The shortest way from an instruction back to itself, as indices."""
+    best: dict[int, tuple[int, int]] = {}
+    queue = [(1, n, start) for n in edges[start]]
+    while queue:
+        cost, n, source = heapq.heappop(queue)
+        if n in best:
+            continue
+        best[n] = (cost, source)
+        if n == start:
+            break
+        for m in edges[n]:
+            heapq.heappush(queue, (cost + 1, m, n))
+    else:
+        raise ValueError(f"instruction {start} lies on no loop")
+    way = [start]
+    while (source := best[way[-1]][1]) != start:
+        way.append(source)
+    return way[::-1]
+
+
+def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[int], gaussian: bool, per_thread: int) -> float:
+    """Instructions per element and term of the innermost loop before the whole tile's stores."""
+    products = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("IMAD.WIDE.U32")]
+    first_store = min(n for n in whole if opcode(code[n][1]).startswith("STG"))
+    loops = []
+    for n in products:
+        try:
+            way = shortest_cycle(edges, n)
+        except ValueError:
+            continue
+        if not any(opcode(code[m][1]).startswith("STG") for m in way):
+            loops.append((abs(first_store - n), way))
+    if not loops:
+        raise ValueError("no loop over terms")
+    way = min(loops)[1]
+    sums = sum(opcode(code[m][1]).split(".")[0] == ("FFMA" if gaussian else "FADD") for m in way)
+    return len(way) / sums  # one sum for each element and term, however often the loop was unrolled
+
+
+def count(kernel: Any, flags: dict[str, Any]) -> Counts:
+    from zo_kernels._backends.triton import GPU
+
+    cubin = kernel.asm["cubin"]
+    code = instructions(cubin)
+    edges = successors(code)
+    stores = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("STG")]
+    widest = max(access_width(code[n][1]) for n in stores)
+    wide = [n for n in stores if access_width(code[n][1]) == widest]
+    whole = shortest_cycle(edges, wide[0])
+    per_thread = 16 * GPU.groups // (32 * GPU.warps)
+    missing = [n for n in wide if n not in whole]
+    if missing:
+        raise ValueError(f"the way round the loop misses the stores {missing}")
+    term = None
+    if {**PLAIN, **flags}["TERMS"] == 0:
+        term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0, per_thread)
+    usage = cuobjdump(cubin, "-res-usage")
+    registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
+    return Counts(
+        per_element=len(whole) / per_thread,
+        per_element_term=term,
+        registers=registers,
+        spill_bytes=stack + local,
+        shared_bytes=kernel.metadata.shared,
+        access_bits=widest,
+        opcodes=frozenset(opcode(text) for _, text in code),
+        ptx=kernel.asm["ptx"],
+    )
+
+
+def access_width(text: str) -> int:
+    """Bits of a load or store."""
+    for field in opcode(text).split("."):
+        if field in ("64", "128"):
+            return int(field)
+        if re.fullmatch(r"[US](8|16)", field):
+            return int(field[1:])
+    return 32
+
+
+def rows_triton(
+    variants: tuple[str, ...] = tuple(VARIANTS),
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"),
+    archs: tuple[int, ...] = ARCHS,
+) -> Iterator[dict[str, Any]]:
+    """One CSV row for each variant, dtype and architecture; columns as in `benchmarks/sass.py`."""
+    for name in variants:
+        terms, flags = VARIANTS[name]
+        for dtype in dtypes:
+            if dtype == "float32" and flags.get("STOCHASTIC"):
+                flags = {**flags, "STOCHASTIC": False}  # as the launch does: fp32 has nothing to round
+            for arch in archs:
+                c = count(compile_kernel(arch, dtype, flags), flags)
+                yield {
+                    "backend": "triton",
+                    "kernel": name,
+                    "arch": f"sm_{arch}",
+                    "dtype": dtype,
+                    "terms": terms,
+                    "instructions_per_element": round(c.per_element, 2),
+                    "instructions_per_element_term": "" if c.per_element_term is None else round(c.per_element_term, 2),
+                    "registers": c.registers,
+                    "spill_bytes": c.spill_bytes,
+                    "access_bits": c.access_bits,
+                }
+
+
+if __name__ == "__main__":
+    import csv
+    import sys
+
+    writer = None
+    for row in rows_triton():
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, row)
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()
