@@ -93,7 +93,7 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
         def run(plan: ops.Plan, p: ops.Pass, spans: int = spans, device_terms: bool = device_terms) -> None:
             perturb(library, plan, p, spans, device_terms)
 
-        def pick_body(device: torch.device, name: str | None = None, body: object = SimpleNamespace(perturb=run)) -> object:  # noqa: B008
+        def pick_body(device: torch.device, name: str | None = None, body: object = SimpleNamespace(perturb=run)) -> object:
             return body if name == "body" else pick(device, name)
 
         with monkeypatch.context() as patch:

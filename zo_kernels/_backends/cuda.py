@@ -129,7 +129,7 @@ def resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
 def staged(values: list, dtype: type, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two tensors on the device, or fewer terms"
+            f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two device tensors, or fewer terms"
         )
     return upload(np.asarray(values, dtype=dtype), device)
 
