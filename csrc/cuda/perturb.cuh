@@ -2,9 +2,9 @@
  *
  *   dst_i <- cast(decay * src_i + scale * mask_i * sum_k c_k z(seed, stream, tag_k, i))    over a whole list of tensors
  *
- * Cost: 2 * sizeof(weight) bytes of memory traffic per element. Instructions per element on 16-bit weights, in place:
- * about 13 for one Gaussian term, about 5.3 for each further one (tests/kernels/test_cuda_host.py asserts the bounds on
- * the SASS).
+ * Cost: 2 * sizeof(weight) bytes of memory traffic per element. Instructions per element on 16-bit weights: 13.6 for
+ * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding (benchmarks/sass.py prints all of them,
+ * tests/kernels/test_cuda_host.py asserts bounds).
  *
  * Belongs here: device code only. It also compiles as host C++ (tests/kernels/cuda_host.cpp provides threadIdx and the
  * barriers), so nothing here may need a header of the CUDA toolkit. Does not belong here: launches (perturb.cu), the
@@ -358,7 +358,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   int64_t numel = t->numel, offset = t->offset, first = (int64_t)where.y * launch.tile;
   const uint32_t stream = t->stream;
 
-  shared.base = launch.base;
+  if (threadIdx.x == 0) shared.base = launch.base; /* stage() ends with a barrier */
   const bool live = stage<KIND>(pass, shared.terms);
   const uint32_t base = shared.base;
   const uint32_t staged = opaque(pass.n_terms < STAGE ? (uint32_t)pass.n_terms : STAGE);
