@@ -280,6 +280,8 @@ class Scratch(View):
         self.buffers: dict[torch.device, Tensor] = {}
         self.storages: set[int] = set()  # the buffers', by address
         self.layouts: dict[tuple[int, ...], Layout] = {}  # where in the buffer the weights of a call lie, by the weights' ids
+        # An embedding's row numbers, its rows in the buffer, plan and backend, by the table's id and the number of tokens.
+        self.gathers: dict[tuple[int, int], tuple[Tensor, Tensor, ops.Plan, ModuleType]] = {}
         self.inside = False  # our own reads of clean weights are under way
         # Parameters that code reaches past its module's attributes (a list of captured weights, a scripted module), and a copy of
         # their clean values while a forward runs. `missing` are those that no module owns at all.
@@ -351,7 +353,13 @@ class Scratch(View):
             layout = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
         else:
             cached = self.layouts.get(key)
-            layout = cached if cached is not None else self.layouts.setdefault(key, self._layout(found, self._room(found)))
+            layout = (
+                cached
+                if cached is not None
+                else self.layouts.setdefault(
+                    key, self._layout(found, self._room([(s.param.device, s.param.dtype, s.param.shape) for s in found]))
+                )
+            )
         plans, values = layout
         self.inside = True
         try:
@@ -378,46 +386,52 @@ class Scratch(View):
         ]
         return plans, values
 
-    def _room(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
-        """Views of the buffers for these weights together; a buffer grows to the largest call it has seen."""
-        starts, ends = [], dict.fromkeys((s.param.device for s in found), 0)
-        for shadow in found:
-            device = shadow.param.device
+    def _room(self, wanted: Sequence[tuple[torch.device, torch.dtype, torch.Size]]) -> list[Tensor]:
+        """Tensors of the buffer that are in use together; a buffer grows to the largest call it has seen."""
+        starts, ends = [], dict.fromkeys((device for device, _, _ in wanted), 0)
+        sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in wanted]
+        for (device, _, _), size in zip(wanted, sizes, strict=True):
             starts.append(ends[device])
-            ends[device] += -(-shadow.param.nbytes // ALIGNMENT) * ALIGNMENT
+            ends[device] += -(-size // ALIGNMENT) * ALIGNMENT
         for device, size in ends.items():
             if device not in self.buffers or self.buffers[device].numel() < size:
                 self.buffers.pop(device, None)
                 self.layouts.clear()  # they point into the old buffer
-                self.storages.clear()
+                self.gathers.clear()
                 whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
                 start = -whole.data_ptr() % ALIGNMENT
                 self.buffers[device] = whole[start : start + size]
-        self.storages.update(b.untyped_storage().data_ptr() for b in self.buffers.values())
+        self.storages = {b.untyped_storage().data_ptr() for b in self.buffers.values()}
         return [
-            self.buffers[s.param.device][start : start + s.param.nbytes].view(s.param.dtype).view(s.param.shape)
-            for s, start in zip(found, starts, strict=True)
+            self.buffers[device][start : start + size].view(dtype).view(shape)
+            for (device, dtype, shape), start, size in zip(wanted, starts, sizes, strict=True)
         ]
 
     def _embedding(
         self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **more: Any
     ) -> Tensor | None:
         """theta + c z in the gathered rows only; None where the whole table is the better or the only way."""
-        if type(weight) is not PerturbedWeight or type(input) is PerturbedWeight or max_norm is not None:
+        if type(weight) is not PerturbedWeight or not isinstance(input, Tensor) or max_norm is not None:
             return None
-        entry, p = weight.entry, self.passes[weight.group]
-        if p is None or id(weight.param) in self.held or entry.mask is not None or input.numel() >= weight.param.shape[0]:
+        entry, p, n = weight.entry, self.passes[weight.group], input.numel()
+        table = weight.param.detach()
+        if p is None or id(weight.param) in self.held or entry.mask is not None or n >= table.shape[0]:
             return None
+        if (gather := self.gathers.get((id(weight), n))) is None:
+            rows = torch.empty(n, dtype=torch.int64, device=table.device)
+            (gathered,) = self._room([(table.device, table.dtype, torch.Size((n, table.shape[1])))])
+            local = replace(entry, src=gathered, dst=gathered, rows=rows, row_len=table.shape[1])
+            plan = ops.Plan((local,), table.device, table.dtype)
+            gather = self.gathers[id(weight), n] = rows, gathered, plan, backends.pick(table.device, self.backend)
+        rows, gathered, plan, backend = gather
         self.inside = True
         try:
-            gathered = nn.functional.embedding(input, weight.param.detach(), padding_idx, None, *rest, **more)
-            rows = input.reshape(-1).long().contiguous()
-            gathered = gathered.contiguous()
-            local = replace(entry, src=gathered, dst=gathered, rows=rows, row_len=weight.param.shape[1])
-            ops.run((ops.Plan((local,), gathered.device, gathered.dtype),), p, self.backend)
+            rows.copy_(input.reshape(-1))
+            torch.index_select(table, 0, rows, out=gathered)
+            backend.perturb(plan, p)
+            return gathered.clone().view(*input.shape, table.shape[1])
         finally:
             self.inside = False
-        return gathered
 
     # -- parameters that shadows do not reach --
 

@@ -14,9 +14,9 @@ the plan and the term tensors must outlive it.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -79,14 +79,18 @@ def work_map(table: np.ndarray, tile: int) -> np.ndarray:
 
 @dataclass
 class Resident:
-    """What a plan keeps in device memory. `ready`: recorded after the upload, on `stream`; None once it is known to be over."""
+    """What a plan keeps in device memory, and everything of a launch that depends on the plan alone.
+
+    `stream` is the raw stream that the tables were last in order with; `ready` was recorded after the upload, None once it is over.
+    """
 
     table: Tensor
     map: Tensor
-    tiles: int
-    tile: int
+    launch: tuple[int, int, int, int]  # table, map, tiles, tile, as zo_cuda_perturb takes them
     lean: bool
-    stream: torch.cuda.Stream
+    dtype: int
+    index: int
+    stream: int
     ready: torch.cuda.Event | None
 
 
@@ -95,24 +99,25 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
 
 
-def make_resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
-    tile = tile_size(int(plan.table[:, 2].sum()), torch.cuda.get_device_properties(plan.device).multi_processor_count)
+def make_resident(plan: Plan, index: int, raw: int) -> Resident:
+    tile = tile_size(int(plan.table[:, 2].sum()), torch.cuda.get_device_properties(index).multi_processor_count)
     blocks = work_map(plan.table, tile)
     table, blocks_there = upload(plan.table.view(np.int64), plan.device), upload(blocks.view(np.int32), plan.device)
     ready = torch.cuda.Event()
-    ready.record(stream)
-    return Resident(table, blocks_there, len(blocks), tile, plan.plain, stream, ready)
+    ready.record(torch.cuda.current_stream(index))
+    launch = table.data_ptr(), blocks_there.data_ptr(), len(blocks), tile
+    return Resident(table, blocks_there, launch, plan.plain, ops.DTYPES[plan.dtype], index, raw, ready)
 
 
-def resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
-    """The plan's tables, uploaded at its first pass and in order before the work that `stream` gets next."""
-    r: Resident | None = plan.cache.get("cuda")
+def resident(plan: Plan, r: Resident | None, index: int, raw: int) -> Resident:
+    """The plan's tables, in order before the work that stream `raw` gets next: uploaded, or waited for by another stream."""
     capturing = torch.cuda.is_current_stream_capturing()
     if r is None:
         if capturing:
             raise RuntimeError("a CUDA graph is being captured and this pass has never run: run it once before the capture")
-        r = plan.cache["cuda"] = make_resident(plan, stream)
-    elif r.stream != stream and not capturing:  # a capture begins with a device synchronisation
+        r = plan.cache["cuda"] = make_resident(plan, index, raw)
+    elif not capturing:  # a capture begins with a device synchronisation
+        stream = torch.cuda.current_stream(index)
         if r.ready is not None:
             if r.ready.query():
                 r.ready = None
@@ -126,7 +131,7 @@ def resident(plan: Plan, stream: torch.cuda.Stream) -> Resident:
 # ---- the pass ---------------------------------------------------------------------------------------------------------
 
 
-def staged(values: list, dtype: type, device: torch.device) -> Tensor:
+def staged(values: Sequence[Any], dtype: type, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two device tensors, or fewer terms"
@@ -135,30 +140,36 @@ def staged(values: list, dtype: type, device: torch.device) -> Tensor:
 
 
 def perturb(plan: Plan, p: Pass) -> None:
-    """One launch for the plan. Returns before it is over."""
+    """One launch for the plan. Returns before it is over.
+
+    Scratch mode calls this once a layer and forward, so the usual case, the plan's own stream on the current device, asks torch for
+    nothing but that stream's number.
+    """
+    r: Resident | None = plan.cache.get("cuda")
+    current = torch.cuda.current_device() if r is None else torch._C._cuda_getDevice()
+    index = (current if plan.device.index is None else plan.device.index) if r is None else r.index
+    if index != current:
+        with torch.cuda.device(index):
+            return perturb(plan, p)
+    raw = torch._C._cuda_getCurrentRawStream(index)
+    if r is None or r.stream != raw:
+        r = resident(plan, r, index, raw)
     module = extension()
     if isinstance(module, str):
         raise RuntimeError(module)
-    there = plan.device.index in (None, torch.cuda.current_device())
-    with nullcontext() if there else torch.cuda.device(plan.device):
-        stream = torch.cuda.current_stream(plan.device)
-        r = resident(plan, stream)
-        tags, coefs, decay = p.tags, p.coefs, p.decay
-        if not isinstance(tags, Tensor) and len(tags) > module.INLINE_TERMS:
-            tags, coefs = staged(list(tags), np.int64, plan.device), staged(list(coefs), np.float32, plan.device)
-        module.cuda_perturb(
-            r.table.data_ptr(),
-            r.map.data_ptr(),
-            r.tiles,
-            r.tile,
-            r.lean and decay is None,
-            p.seed,
-            ops.DTYPES[plan.dtype],
-            ops.KINDS[p.kind],
-            ops.ROUNDINGS[p.rounding],
-            tags.data_ptr() if isinstance(tags, Tensor) else list(tags),
-            coefs.data_ptr() if isinstance(coefs, Tensor) else list(coefs),
-            len(tags),
-            decay.data_ptr() if isinstance(decay, Tensor) else None if decay is None else float(decay),
-            stream.cuda_stream,
-        )
+    tags: Any = p.tags
+    coefs: Any = p.coefs
+    n_terms = len(tags)
+    if isinstance(tags, Tensor):
+        tags, coefs = tags.data_ptr(), coefs.data_ptr()
+    elif n_terms > module.INLINE_TERMS:
+        on_device = staged(tags, np.int64, plan.device), staged(coefs, np.float32, plan.device)
+        tags, coefs = (t.data_ptr() for t in on_device)
+    elif type(tags) is not list:
+        tags, coefs = list(tags), list(coefs)
+    decay: Any = p.decay
+    if decay is not None:
+        decay = decay.data_ptr() if isinstance(decay, Tensor) else float(decay)
+    lean = r.lean and decay is None
+    kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
+    module.cuda_perturb(*r.launch, lean, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
