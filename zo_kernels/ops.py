@@ -335,7 +335,7 @@ def make_plans(
 
 def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
     """(tags, coefs) of `terms`: two lists, or two tensors."""
-    if isinstance(terms, tuple) and len(terms) == 2 and all(isinstance(t, Tensor) for t in terms):
+    if isinstance(terms, (tuple, list)) and len(terms) == 2 and all(isinstance(t, Tensor) for t in terms):
         tags, coefs = terms
         if tags.ndim != 1 or tags.dtype != torch.int64:
             raise TypeError(f"terms: the tags are {tags.dtype} of shape {tuple(tags.shape)}; give a 1-d int64 tensor")
@@ -348,6 +348,10 @@ def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
         raise TypeError(
             f"terms={terms!r} must be a list of (tag, coefficient), or a pair of tensors (tags, coefficients)"
         ) from None
+    tensors = [c for _, c in pairs if isinstance(c, Tensor)]
+    if tensors:  # coefficients that a device computed: they stay there
+        tags = torch.tensor([check_word(f"terms[{k}]: tag", tag) for k, (tag, _) in enumerate(pairs)], device=tensors[0].device)
+        return tags, torch.stack([torch.as_tensor(c, dtype=torch.float32, device=tags.device).reshape(()) for _, c in pairs])
     return (
         [check_word(f"terms[{k}]: tag", tag) for k, (tag, _) in enumerate(pairs)],
         [check_fp32(f"terms[{k}]: coefficient", coef) for k, (_, coef) in enumerate(pairs)],
@@ -388,8 +392,9 @@ def perturb_(
     Args:
         params: contiguous tensors of dtype float32, float16 or bfloat16, of any shape, that do not overlap. Written in place
             unless `out` is given.
-        terms: a list of ``(tag, coefficient)``, or a pair of tensors ``(tags int64 [K], coefficients float32 [K])``, on any
-            device, of which nothing is read back: there a non-finite coefficient skips its term, here it is an error.
+        terms: a list of ``(tag, coefficient)``, tags 0 .. 2^32 - 1. Coefficients may be one-element tensors, or tags and coefficients
+            a pair of tensors (int64 [K], float32 [K]), on any device: nothing is read back from them, and a non-finite one
+            skips its term, which as a number is an error.
         seed: 0 .. 2^64 - 1.
         streams: one 32-bit stream for each tensor, its name for the noise (`zo_kernels.stream_of`).
         decay: factor of theta, a float or a one-element float32 tensor (where a non-finite one counts as 1).

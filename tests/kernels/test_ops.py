@@ -154,6 +154,13 @@ def test_terms_on_tensors_equal_terms_on_the_host() -> None:
     assert same_bits(a, b)
 
 
+def test_single_coefficients_may_be_tensors() -> None:
+    a, b = W.clone(), W.clone()
+    zk.perturb_([a], [(1, 0.1), (5, -0.2)], seed=5, streams=[1])
+    zk.perturb_([b], [(1, torch.tensor(0.1)), (5, -0.2)], seed=5, streams=[1])
+    assert same_bits(a, b)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_tensor_coefficient_skips_its_term_alone(bad: float) -> None:
     a, b = W.clone(), W.clone()
