@@ -55,7 +55,10 @@ class LanguageModel:
     def save(self, folder: Path) -> Path:
         """Write model or adapter, with the tokenizer, in transformers' or peft's own format; returns the folder's path."""
         target = folder / ("model" if self.peft == "none" else "adapter")
-        self.model.save_pretrained(target)
+        with warnings.catch_warnings():
+            # peft looks for a config.json beside the base model, which a GGUF file does without; the vocabulary is never changed here
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            self.model.save_pretrained(target)
         self.tokenizer.save_pretrained(target)
         return target
 
@@ -128,6 +131,7 @@ def add_adapter(model: Any, tokenizer: Any, peft: str, form: Form, targets: list
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # said of every norm, the layers LN tuning is made for
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft's use of a name that transformers has changed
             # peft would hold 16-bit norms in fp32, and their outputs would no longer fit the 16-bit layers that follow
             adapted = get_peft_model(model, config, autocast_adapter_dtype=peft != "ln")
     except ValueError as error:

@@ -46,13 +46,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """peft reads a property that transformers has renamed; nothing of ours."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"))
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small are slowed down by a second thread."""
