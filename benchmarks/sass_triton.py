@@ -173,7 +173,7 @@ def shortest_cycle(edges: list[list[int]], start: int) -> list[int]:
     return way[::-1]
 
 
-def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[int], gaussian: bool, per_thread: int) -> float:
+def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[int], gaussian: bool) -> float:
     """Instructions per element and term of the innermost loop before the whole tile's stores."""
     products = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("IMAD.WIDE.U32")]
     first_store = min(n for n in whole if opcode(code[n][1]).startswith("STG"))
@@ -208,7 +208,7 @@ def count(kernel: Any, flags: dict[str, Any]) -> Counts:
         raise ValueError(f"the way round the loop misses the stores {missing}")
     term = None
     if {**PLAIN, **flags}["TERMS"] == 0:
-        term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0, per_thread)
+        term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0)
     usage = cuobjdump(cubin, "-res-usage")
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
     return Counts(

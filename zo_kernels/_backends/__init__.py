@@ -20,8 +20,9 @@ from types import ModuleType
 
 import torch
 
-# In order of preference for a device that several of them support.
 NAMES = ("cuda", "triton", "cpu", "reference")
+# In order of preference, by type of device. Triton's interpreter also serves CPU tensors, to those who ask for it: it is a test bench.
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def _pick(device_type: str, index: int | None, name: str | None) -> ModuleType:
         if reason:
             raise RuntimeError(f"backend={name!r} was asked for and cannot serve {device}: {reason}")
         return module
-    for candidate in NAMES:
+    for candidate in PREFERENCE.get(device_type, ("reference",)):
         module = load(candidate)
         if not (module.status() or module.supports(device)):
             return module

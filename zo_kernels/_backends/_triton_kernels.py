@@ -3,8 +3,9 @@
     dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i))                         docs/numerics.md
 
 Cost of an element, in SASS instructions, for one Gaussian term on 16-bit weights: Philox 40 / 16 = 2.5, the sixteen numbers 1.75,
-their products 1, the mix 4, load, convert, add, round and store 3: about 12, and 2 of addresses and loop. A further term costs
-Philox, numbers and products again: 5.25. tests/kernels/test_triton_aot.py counts them.
+their products 1, the mix 4, load, convert, add, round and store 3: about 12, and 3 of addresses and loop. In a loop over terms each
+costs Philox, numbers and products again, less what does not depend on the tag: 5, and 0.3
+for the loop. tests/kernels/test_triton_aot.py counts them.
 
 Belongs here: device code, in the order of the contract's sections. Does not belong here: anything that imports torch, launch
 parameters, checks (triton.py).
@@ -15,6 +16,9 @@ high word of q is the same in all lanes. A *chunk* is the W elements of one 128-
 Chunks are put together by tl.join, whose result keeps a lane's values in its thread: no shared memory, no shuffles. With
 W = 8 for fp32 the loads would be laid out 4 to a thread and every chunk would go through shared memory.
 """
+# The functions are Triton's language in Python's syntax: annotations would mean tl types, and its compiler knows no (*x, y).
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: SIM300, RUF005
 
 import triton
 import triton.language as tl
@@ -169,7 +173,12 @@ def add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND: tl.constexpr, FI
     if KIND == GAUSSIAN:
         step = 2 * (at >> 5) + ((at >> 3) & 1)
         w0, w1, w2, w3 = call(i_tile >> 4, step, GAUSSIAN, stream, tag, k0, k1, ROWS)
-        return four(w0, base, c, s, 0, FIRST) + four(w1, base, c, s, 1, FIRST) + four(w2, base, c, s, 2, FIRST) + four(w3, base, c, s, 3, FIRST)
+        return (
+            four(w0, base, c, s, 0, FIRST)
+            + four(w1, base, c, s, 1, FIRST)
+            + four(w2, base, c, s, 2, FIRST)
+            + four(w3, base, c, s, 3, FIRST)
+        )
     else:
         w0, w1, w2, w3 = call(i_tile >> 7, at >> 7, RADEMACHER, stream, tag, k0, k1, ROWS)
         w = tl.where((at & 64) == 0, tl.where((at & 32) == 0, w0, w1), tl.where((at & 32) == 0, w2, w3))
@@ -358,9 +367,13 @@ def perturb_tile(
 
 
 # Nothing that changes from step to step may be specialised on: a new value would compile a new kernel.
-@triton.jit(
-    do_not_specialize=["seed_low", "seed_high", "n_terms", "tag0", "tag1", "coef0", "coef1", "decay_bits", "base", "tiles", "tags", "coefs", "terms", "decay_ptr"]
-)
+NOT_SPECIALISED = [
+    *("tiles", "seed_low", "seed_high", "tag0", "tag1", "coef0", "coef1", "decay_bits"),
+    *("n_terms", "tags", "coefs", "terms", "decay_ptr", "base"),
+]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def perturb_kernel(
     table,  # int64 [n, 11]: the records of zo_tensor in csrc/zo_kernels.h
     spans,  # int64 [programs]: tensor << TILE_BITS | first tile
@@ -476,7 +489,6 @@ def perturb_kernel(
             k_span = k - k_span
             block = block.to(tl.uint32)
 
-    # The high byte of an index is 0, but the compiler cannot know it: `opaque` stays in a register.
     tensor = (
         src.to(tl.pointer_type(DTYPE)),
         dst.to(tl.pointer_type(DTYPE)),
@@ -490,12 +502,12 @@ def perturb_kernel(
     )
     if TERMS > 0 and DECAY == 0 and IN_PLACE:
         last = tl.where(live, last, tile)  # nothing to do: both roundings keep every bit
-    for t in range(tile, last):
+    for t in range(tile, last):  # `opaque`: an index is below 2^56, which the compiler cannot know, so the base stays in a register
         if ROWS:
             i_tile = origin
             e_tile = origin
             row0 = t * P // row_calls
-            step = ((t * P - row0 * row_calls).to(tl.uint32) + lane.to(tl.uint32))
+            step = (t * P - row0 * row_calls).to(tl.uint32) + lane.to(tl.uint32)
             ahead = step // row_calls.to(tl.uint32)
             row = row0 + ahead.to(tl.int64)
             step = (step - ahead * row_calls.to(tl.uint32)).to(tl.int64)

@@ -9,6 +9,7 @@ slow, and there to test the kernels without a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,8 +37,8 @@ class Launch:
     narrow: bool  # masked accesses element by element, not as chunks
 
 
-GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)  # chosen by static counts; not yet measured on a GPU
-INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 10 ms, whatever its size
+GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)  # chosen by static counts; not yet timed on a GPU
+INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 30 ms, whatever its size
 F_BASE = 0x3C240000
 
 
@@ -166,21 +167,19 @@ def _to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device."""
     n = len(p.tags)
-    arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "n_terms": n}
-    arguments |= {"tags": None, "coefs": None, "terms": None}
-    arguments["TERMS"] = n if n in (1, 2) else 0
-    on_device = isinstance(p.tags, Tensor)
-    arguments["HOST_TERMS"] = n == 0 or (n <= 2 and not on_device)
-    if n > 2 and not on_device:
-        arguments["tags"] = _to_device(p.tags, torch.int64, device).view(torch.int32)
-        arguments["coefs"] = _to_device(p.coefs, torch.float32, device)
-    elif n and on_device:
-        arguments["tags"], arguments["coefs"] = p.tags.view(torch.int32), p.coefs
+    unrolled = n if n in (1, 2) else 0
+    arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
+    arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
+    tags, coefs = p.tags, p.coefs
+    if n > 2 and not isinstance(tags, Tensor):
+        tags, coefs = _to_device(tags, torch.int64, device), _to_device(coefs, torch.float32, device)
+    if n and isinstance(tags, Tensor):
+        arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
+        if not unrolled:
+            arguments["terms"] = torch.empty(n, dtype=torch.int64, device=device)
     else:
         for k in range(n):
-            arguments[f"tag{k}"], arguments[f"coef{k}"] = _signed(p.tags[k]), _float_bits(p.coefs[k])  # type: ignore[arg-type]
-    if arguments["tags"] is not None and n > 2:
-        arguments["terms"] = torch.empty(n, dtype=torch.int64, device=device)
+            arguments |= {f"tag{k}": _signed(int(tags[k])), f"coef{k}": _float_bits(float(coefs[k]))}
     return arguments
 
 
@@ -217,5 +216,5 @@ def perturb(plan: Plan, p: Pass) -> None:
     for batch in _batches(plan, launch):
         grid = (batch.spans.numel(),)
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
-        with torch.cuda.device(plan.device) if plan.device.type == "cuda" else torch.device("cpu"):
+        with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **arguments, **batch.flags, **options)

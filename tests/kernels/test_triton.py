@@ -1,0 +1,252 @@
+"""The Triton backend against the reference, bit for bit: in Triton's interpreter on CPU tensors, and on a GPU where there is one.
+
+Belongs here: what needs Triton to run. Does not belong here: cases (cases.py), what can be read from compiled kernels
+(test_triton_aot.py).
+
+Whether kernels are interpreted is decided when triton is imported, so the interpreter needs a process of its own:
+`test_in_the_interpreter` runs this file again with TRITON_INTERPRET=1, and only then the tests of the second half exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+
+import zo_kernels as zk
+from tests.kernels import cases
+from zo_kernels import _backends, ops, reference
+from zo_kernels._backends import triton as backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A program of the interpreter costs 30 ms whatever its size, so a case with 300 tensors is taken once, and features that come after the
+# sum over the terms (masks, scales, alignment) with the Gaussian only. On a GPU all cases run.
+AFTER_THE_SUM = ("scale", "mask", "bitmask", "misaligned", "stochastic-K0", "decay-only", "random")
+INTERPRETER_CASES = [
+    c
+    for c in cases.CASES
+    if not ("-many" in c.name and c.name != "bfloat16-gaussian-many")
+    and not ("rademacher" in c.name and c.name.split("-", 2)[2].startswith(AFTER_THE_SUM))
+]
+
+
+def both(plans: Callable[[], list[ops.Plan]], p: ops.Pass) -> None:
+    """The same pass by Triton and by the reference over two copies of the plans; same results."""
+    for got, want in zip(plans(), plans(), strict=True):
+        backend.perturb(got, p)
+        reference.perturb(want, p)
+        for k, (a, b) in enumerate(zip(got.entries, want.entries, strict=True)):
+            assert cases.same_bits(a.dst, b.dst), f"tensor {k}: {(cases.bits(a.dst) != cases.bits(b.dst)).nonzero().flatten()[:8]}"
+
+
+def row_plan(dtype: torch.dtype, device: str, row_lens: tuple[int, ...], **fields: Any) -> ops.Plan:
+    """Gathered rows of tensors of 1000 rows, out of place; `fields` go into every entry, callables of (row_len)."""
+    entries = []
+    for k, n in enumerate(row_lens):
+        rows = torch.randint(1000, (5,), generator=torch.Generator().manual_seed(k))
+        source = cases.weights(5 * n, dtype, salt=k).view(5, n).to(device)
+        extra = {key: value(n) if callable(value) else value for key, value in fields.items()}
+        entries.append(ops.Entry(source, torch.zeros_like(source), 17 + k, rows=rows.to(device), row_len=n, **extra))
+    return ops.Plan(tuple(entries), torch.device(device), dtype)
+
+
+def check_rows(device: str, dtype: torch.dtype) -> None:
+    lens = (1, 7, 32, 50, 64, 1000)
+    plain = ops.Pass(cases.SEED, [3, 5], [1e-3, -2e-3])
+    both(lambda: [row_plan(dtype, device, lens)], plain)
+    busy = dataclasses.replace(plain, decay=0.9, rounding="stochastic", kind="rademacher")
+    both(
+        lambda: [
+            row_plan(
+                dtype,
+                device,
+                lens,
+                keep=1 << 31,
+                mask_tag=4,
+                scale=torch.linspace(-1, 2, 1000, device=device),
+                scale_block=lambda n: n,
+                mask=lambda n: (
+                    torch.randint(256, ((5 * n + 7) // 8,), generator=torch.Generator().manual_seed(n)).byte().to(device)
+                ),
+            )
+        ],
+        busy,
+    )
+
+    def mixed() -> list[ops.Plan]:
+        rows = row_plan(dtype, device, (64,)).entries
+        x = cases.weights(300, dtype).to(device)
+        return [ops.Plan((ops.Entry(x, x, 9), *rows, ops.Entry(x + 1, x * 0, 10)), torch.device(device), dtype)]
+
+    both(mixed, plain)
+
+
+# Terms in device memory: every one of them dead, some dead, none; with and without a loop in the kernel.
+COEFFICIENTS = [
+    [float("nan")],
+    [float("inf"), 0.0],
+    [float("nan"), 1e-3],
+    [1e-3, float("-inf")],
+    [2e-3],
+    [1e-40, float("nan"), 0.0],
+    [1e-3, float("nan"), 2.0**-101, -1e-2, float("inf")],
+]
+
+
+def check_device_terms(device: str, dtype: torch.dtype, coefs: list[float], decay: float | None, out: bool) -> None:
+    tags = torch.arange(len(coefs), device=device) + (7 << 32)  # only the low 32 bits count
+    p = ops.Pass(
+        cases.SEED,
+        tags,
+        torch.tensor(coefs, device=device),
+        None if decay is None else torch.tensor(decay, device=device),
+        rounding="stochastic" if out else "nearest",
+    )
+
+    def plans() -> list[ops.Plan]:
+        x = [cases.weights(n, dtype).to(device) for n in (40, 8192)]
+        y = [torch.zeros_like(t) for t in x] if out else x
+        return [ops.Plan(tuple(ops.Entry(a, b, k) for k, (a, b) in enumerate(zip(x, y, strict=True))), torch.device(device), dtype)]
+
+    both(plans, p)
+    if decay is None and not out and torch.tensor(coefs).isfinite().sum() == 0:
+        [plan] = plans()
+        before = [e.dst.clone() for e in plan.entries]
+        backend.perturb(plan, p)
+        assert all(torch.equal(cases.bits(a), cases.bits(e.dst)) for a, e in zip(before, plan.entries, strict=True))
+
+
+if not INTERPRETED:
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)
+    def test_in_the_interpreter() -> None:
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+        passed = re.search(r"(\d+) passed", run.stdout)
+        assert passed and int(passed[1]) > len(INTERPRETER_CASES), run.stdout[-2000:]
+
+    def test_without_a_gpu_it_says_why() -> None:
+        if not torch.cuda.is_available():
+            assert "TRITON_INTERPRET=1" in (backend.status() or "")
+            with pytest.raises(RuntimeError, match="backend='triton' was asked for"):
+                zk.normal(8, seed=1, stream=2, tag=3, backend="triton")
+        assert "CUDA tensors" in (backend.supports(torch.device("cpu")) or "")
+        assert backend.supports(torch.device("cuda")) is None
+
+    gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+    class TestOnTheGPU:
+        pytestmark = gpu
+
+        @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+        def test_case(self, case: cases.Case) -> None:
+            cases.check("triton", case, "cuda")
+
+        @pytest.mark.parametrize("dtype", cases.DTYPES)
+        def test_rows(self, dtype: torch.dtype) -> None:
+            check_rows("cuda", dtype)
+
+        @pytest.mark.parametrize("dtype", cases.DTYPES)
+        @pytest.mark.parametrize("decay", [None, 0.9, float("nan")])
+        @pytest.mark.parametrize("out", [False, True])
+        @pytest.mark.parametrize("coefs", COEFFICIENTS)
+        def test_device_terms(self, dtype: torch.dtype, coefs: list[float], decay: float | None, out: bool) -> None:
+            check_device_terms("cuda", dtype, coefs, decay, out)
+
+        def test_a_new_step_compiles_nothing(self) -> None:
+            """Seeds, tags, coefficients and term counts of every size and sign run the kernel that the first step compiled."""
+            from zo_kernels._backends import _triton_kernels
+
+            x = torch.zeros(10_000, device="cuda", dtype=torch.float16)
+
+            def compiled() -> int:
+                caches = _triton_kernels.perturb_kernel.device_caches
+                return sum(len(cache[0]) for cache in caches.values())
+
+            counts = []
+            for seed, tag, coef in [(0, 0, 1.0), (1, 16, 0.0), (2**64 - 1, 2**32 - 1, -1e-3), (2**31, 2**31, 16.0)]:
+                for k in (1, 2, 3, 16):
+                    zk.perturb_([x], [(tag, coef)] * k, seed=seed, streams=[seed & 0xFFFF], decay=1 - coef / 64, backend="triton")
+                counts.append(compiled())
+            assert counts[1:] == [counts[0]] * 3 or counts[1:] == [counts[1]] * 3, counts  # decay == 1.0 in one of them is none
+
+else:
+
+    def test_it_must_be_asked_for() -> None:
+        assert backend.status() is None
+        assert backend.supports(torch.device("cpu")) is None
+        assert _backends.pick(torch.device("cpu"), "triton") is backend
+        assert _backends.pick(torch.device("cpu")) is not backend
+
+    @pytest.mark.parametrize("case", INTERPRETER_CASES, ids=lambda c: c.name)
+    def test_case(case: cases.Case) -> None:
+        cases.check("triton", case)
+
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
+    def test_ten_million(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """10^7 results a dtype, in tiles of 2^20 elements. Against the CPU backend where it is built (its own tests hold it to the reference,
+        which needs a second for 10^6)."""
+        monkeypatch.setattr(backend, "INTERPRETER", dataclasses.replace(backend.INTERPRETER, groups=1 << 16))
+        compiled = not _backends.load("cpu").status()
+        settings: list[dict[str, Any]] = [
+            {"terms": cases.terms(1)},
+            {"terms": cases.terms(2), "rounding": "stochastic", "decay": 0.999},
+            {"terms": cases.terms(3), "kind": "rademacher", "masks": [zk.RandomMask(0.37, tag=8)], "offsets": [8 * 12345]},
+        ]
+        for n, kw in zip((4_000_000, 3_500_001, 2_500_007), settings, strict=True):
+            got = cases.weights(n, dtype)
+            want = got.clone()
+            for x, name in ((got, "triton"), (want, "cpu" if compiled else "reference")):
+                zk.perturb_([x], seed=cases.SEED, streams=[99], backend=name, **kw)
+            assert cases.same_bits(got, want), kw
+
+    @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
+    def test_results_do_not_depend_on_the_launch(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Small tiles, several to a span, masked accesses by columns: what runs on a GPU, at the smallest size that has all of it."""
+        launch = backend.Launch(groups=16, warps=1, max_tiles=3, programs=2, narrow=True)
+        busy: dict[str, Any] = {
+            "masks": cases.random_bits,
+            "scales": cases.block_scales(24),
+            "decay": 0.9,
+            "rounding": "stochastic",
+        }
+        for kw in ({}, {"offsets": lambda j, t: 8 * (11 + j), **busy}, {"scales": cases.block_scales(3), "terms": cases.terms(3)}):
+            case = cases.Case(f"launch-{dtype}-{kind}-{sorted(kw)}", cases.build((0, 1, 700, 1300), dtype, kind=kind, **kw))
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "INTERPRETER", launch)
+                cases.check("triton", case)
+
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
+    def test_rows(dtype: torch.dtype) -> None:
+        check_rows("cpu", dtype)
+
+    @pytest.mark.parametrize("coefs", COEFFICIENTS)
+    @pytest.mark.parametrize("decay", [None, 0.9, float("nan")])
+    def test_device_terms(coefs: list[float], decay: float | None) -> None:
+        check_device_terms("cpu", torch.float16, coefs, decay, out=False)
+
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
+    def test_dead_terms_out_of_place_copy(dtype: torch.dtype) -> None:
+        for coefs in ([float("nan")], [0.0, float("inf")], [float("nan")] * 3):
+            check_device_terms("cpu", dtype, coefs, None, out=True)
+
+    def test_normal_matches_the_frozen_anchor() -> None:
+        z = zk.normal(8, seed=0x0123456789ABCDEF, stream=5, tag=7, backend="triton")
+        anchor = "0x1.a98494p-2 0x1.bac3c6p-1 0x1.9cb53ep-1 0x1.14b37cp+0 0x1.5e6968p+0 -0x1.dbe614p-2 0x1.e055fp-4 -0x1.54edf8p-3"
+        expected: Tensor = torch.tensor([float.fromhex(x) for x in anchor.split()])
+        assert torch.equal(z, expected)

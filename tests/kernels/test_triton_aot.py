@@ -1,0 +1,103 @@
+"""What the compiled Triton kernels are made of: compiled ahead of time for sm_80 and sm_90, without a GPU.
+
+Belongs here: bounds on what can be counted in the SASS (`benchmarks/sass_triton.py` says how). Does not belong here: results
+(test_triton.py), timings.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process, not compiled", allow_module_level=True)
+
+from benchmarks import sass_triton
+from zo_kernels._backends import _triton_kernels as kernels
+from zo_kernels._backends import triton as backend
+
+# variant -> most instructions per element of a whole tile, and per element and term of the loop over terms. The first two lines are the
+# aims of the design; the others are what was counted, with 5 % or so for other versions of Triton and ptxas.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    "plain": (16, None),
+    "many-terms": (13, 5.5),
+    "two-terms": (21, None),
+    "device-terms": (16, None),
+    "out-of-place": (16, None),
+    "rademacher": (12, None),
+    "rademacher-many-terms": (9, 6.25),
+    "decay": (17, None),
+    "stochastic": (34, None),
+    "bit-mask": (20, None),
+    "random-mask": (27, None),
+    "scale": (23.5, None),
+    "rows": (19, None),
+    "everything": (62, 5.9),
+    "everything-rows": (70, 5.9),
+}
+# Every variant on sm_90 in fp16, the lean ones more widely: a compilation takes 1 to 10 seconds.
+COMPILED = [(v, "float16", 90) for v in BOUNDS]
+COMPILED += [("plain", "float16", 80), ("plain", "float32", 90), ("plain", "bfloat16", 90), ("many-terms", "float16", 80)]
+COMPILED += [("stochastic", "bfloat16", 80)]
+
+
+@pytest.mark.parametrize(("variant", "dtype", "arch"), COMPILED)
+def test_compiled_kernel(variant: str, dtype: str, arch: int) -> None:
+    flags = sass_triton.VARIANTS[variant][1]
+    counts = sass_triton.count(sass_triton.compile_kernel(arch, dtype, flags), flags)
+    bound, term_bound = BOUNDS[variant]
+    assert counts.per_element <= bound
+    if term_bound is not None:
+        assert counts.per_element_term is not None
+        assert counts.per_element_term <= term_bound
+    assert counts.access_bits == 128
+    assert counts.spill_bytes == 0
+    assert counts.shared_bytes == 0
+    assert counts.registers <= (128 if "everything" in variant else 80)
+    names = {opcode.split(".")[0] for opcode in counts.opcodes}
+    assert not names & {"LDL", "STL", "LDS", "STS", "SHFL"}, "local or shared memory, or a shuffle"
+    assert {"LDG", "STG"} <= names
+    assert ".ftz" not in counts.ptx, "subnormals would be flushed"
+    if flags.get("TERMS") != 0 and flags.get("TERMS") != 2 and "SCALE" not in flags:
+        assert "FFMA" not in names, "a product that rounds by itself was contracted with a sum"
+
+
+def test_products_that_round_are_not_contracted() -> None:
+    """decay * theta + scale * s: with one term nothing but a contraction could be an fma."""
+    flags = {"DECAY": 1, "SCALE": 2, "BIT_MASK": True}
+    ptx = sass_triton.compile_kernel(90, "float32", flags).asm["ptx"]
+    assert "fma.rn.f32" not in ptx
+    assert len(re.findall(r"mul\S*\.f32", ptx)) > 16  # c' f, and the two products
+
+
+def test_nothing_of_a_step_is_specialised() -> None:
+    """Seeds, tags, coefficients, counts: a value may not choose a kernel, nor may its type (int32 whatever it is)."""
+    fixed = {"table", "spans"}  # of a plan
+    free = {p.name for p in kernels.perturb_kernel.params if not p.is_constexpr} - fixed
+    assert {p.name for p in kernels.perturb_kernel.params if p.do_not_specialize} == free
+    for word in (0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1):
+        assert -(2**31) <= backend._signed(word) < 2**31
+        assert backend._signed(word) % 2**32 == word
+    for x in (0.0, -0.0, 1e-45, -3.4028235e38, 0.1):
+        assert -(2**31) <= backend._float_bits(x) < 2**31
+
+
+def test_rows_of_the_table() -> None:
+    [row] = sass_triton.rows_triton(variants=("plain",), dtypes=("float16",), archs=(90,))
+    columns = (
+        "backend kernel arch dtype terms instructions_per_element instructions_per_element_term registers spill_bytes access_bits"
+    )
+    assert list(row) == columns.split()
+    assert (row["backend"], row["arch"], row["terms"], row["access_bits"]) == ("triton", "sm_90", "1", 128)
+
+
+def test_shortest_cycle_counts_the_loop() -> None:
+    """0 -> 1 -> 2 -> 0, with a detour 1 -> 3 -> 2; 4 lies on no loop."""
+    edges = [[1], [2, 3], [0, 4], [2], []]
+    assert sorted(sass_triton.shortest_cycle(edges, 2)) == [0, 1, 2]
+    assert sorted(sass_triton.shortest_cycle(edges, 3)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="no loop"):
+        sass_triton.shortest_cycle(edges, 4)
