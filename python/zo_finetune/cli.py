@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zo-finetune: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("zo-finetune: interrupted before training began; nothing was saved", file=sys.stderr)
+        print("zo-finetune: interrupted before there was anything to save", file=sys.stderr)
         return 130
     if result["interrupted"]:
         return 130

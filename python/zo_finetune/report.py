@@ -121,7 +121,8 @@ def draw_curve(path: Path, title: str, losses: Sequence[float], curves: Mapping[
         steps = [p["step"] for p in points]
         values = [p["accuracy"] for p in points]
         errors = [p["accuracy_stderr"] for p in points]
-        (line,) = top.plot(steps, values, marker="o", label=name)
+        # two points are a before and an after: what lies between was not measured
+        (line,) = top.plot(steps, values, marker="o", linestyle=":" if len(points) == 2 else "-", label=name)
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         top.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
     top.set(ylabel="accuracy", title=title)

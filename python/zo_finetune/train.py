@@ -25,8 +25,9 @@ from zo_finetune import report
 from zo_finetune.data import Batches, load_splits
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import evaluate
-from zo_finetune.scoring import Batch, Encoder, Scorer
+from zo_finetune.scoring import Batch, Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
+from zo_finetune.tasks.base import Task
 
 # (lr, eps) where the user gives none. none, lora, prefix: MeZO's for OPT (appendix E). ln: found on SmolLM2-135M, see demo.py.
 # prompt: as prefix, since both are five tokens' worth of activations.
@@ -94,6 +95,24 @@ class Config:
             raise UserError(f"--peft {self.peft!r} must be one of {', '.join(models.PEFTS)}")
 
 
+class Stopwatch:
+    """Seconds spent inside its `with` blocks, the one that is open included."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._total, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+
 class Progress:
     """The bar, and the log behind it. Numbers stay on the device until `every` steps are due, so that a step waits for no
     transfer."""
@@ -142,6 +161,45 @@ def describe(evaluation: dict[str, Any]) -> str:
     return line
 
 
+@dataclass
+class Prepared:
+    """A run up to its first forward pass: everything loaded, encoded and checked, nothing written."""
+
+    config: Config
+    task: Task
+    language_model: models.LanguageModel
+    origin: dict[str, str]
+    train_set: list[Encoded]
+    dev_set: list[Encoded]
+    eval_set: list[Encoded]
+    max_length: int
+    lr: float
+    eps: float
+    stepper: Any
+    seconds: float
+
+    def describe(self) -> str:
+        lm, (trainable, total) = self.language_model, self.language_model.counts()
+        return (
+            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}), {lm.model.dtype} on {lm.device}; "
+            f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
+        )
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    before: dict[str, Any]
+    after: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    interrupted: bool = False
+
+
 def make_stepper(language_model: models.LanguageModel, config: Config, lr: float, eps: float) -> Any:
     """zo_kernels' step rule for this run; what it refuses is the user's to put right."""
     import zo_kernels
@@ -164,6 +222,154 @@ def make_stepper(language_model: models.LanguageModel, config: Config, lr: float
         raise UserError(one_line(error)) from error
 
 
+def prepare(config: Config) -> Prepared:
+    """Load and check everything that `config` names."""
+    started = time.perf_counter()
+    task = get_task(config.task)
+    default_lr, default_eps = DEFAULT_LR_EPS[config.peft]
+    lr = default_lr if config.lr is None else config.lr
+    eps = default_eps if config.eps is None else config.eps
+    torch.manual_seed(config.seed)  # adapters are initialised at random
+    language_model = models.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        peft=config.peft,
+        form=config.form,
+        gguf_file=config.gguf_file,
+        targets=config.targets,
+    )
+    form = language_model.form
+    if form not in task.forms:
+        raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
+    splits = load_splits(
+        config.data,
+        task,
+        form,
+        train_examples=config.train_examples,
+        dev_examples=config.dev_examples,
+        eval_examples=config.eval_examples,
+        seed=config.seed,
+        config=config.data_config,
+        columns=config.columns,
+    )
+    max_length = min(language_model.max_length, config.max_length or language_model.max_length)
+    encoder = Encoder(language_model.tokenizer, form, max_length)
+    return Prepared(
+        config=config,
+        task=task,
+        language_model=language_model,
+        origin=splits.origin,
+        train_set=[encoder.encode(e, gold_only=task.objective == "language-model") for e in splits.train],
+        dev_set=[encoder.encode(e) for e in splits.dev],
+        eval_set=[encoder.encode(e) for e in splits.eval],
+        max_length=max_length,
+        lr=lr,
+        eps=eps,
+        stepper=make_stepper(language_model, config, lr, eps),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def fit(run: Prepared, output: Path) -> Outcome:
+    """Evaluate, train, evaluate. Ctrl-C during training ends it and keeps what there is; before that it ends the run."""
+    config, lm, stepper = run.config, run.language_model, run.stepper
+    factor = SCHEDULES[config.lr_schedule]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: factor(step / config.steps))
+    batches = Batches(run.train_set, config.batch_size * config.accumulate, config.seed)
+    eval_every = max(1, config.steps // 5) if config.eval_every is None else config.eval_every
+    if not run.dev_set:
+        eval_every = 0
+
+    training, evaluating = Stopwatch(), Stopwatch()
+
+    with Scorer(lm.model, lm.form, lm.pad_id) as scorer:
+
+        def closure(batch: Batch) -> Tensor:
+            return scorer.loss(batch, run.task.objective)
+
+        def measure(examples: list[Encoded]) -> dict[str, Any]:
+            with evaluating:
+                return evaluate(scorer, examples, config.eval_batch_size, run.task.class_names)
+
+        def watch(step: int) -> None:
+            with training:  # steps that are still in a GPU's queue are waited for here, and are not the evaluation's time
+                progress.flush()
+            outcome.history.append({"step": step, **measure(run.dev_set)})
+            progress.say(f"step {step}, dev: {describe(outcome.history[-1])}")
+
+        outcome = Outcome(before=measure(run.eval_set))
+        print(f"before: {describe(outcome.before)}", file=sys.stderr)
+        report.open_run_dir(output)
+        progress = Progress(report.Log(output / "log.csv"), config.steps, lm.device)
+        try:
+            for step in range(config.steps):
+                if eval_every and step % eval_every == 0:
+                    watch(step)
+                with training:
+                    examples = batches[step]
+                    micro = [scorer.collate(examples[k :: config.accumulate]) for k in range(config.accumulate)]
+                    loss, lr = stepper.step(closure, micro), stepper.param_groups[0]["lr"]
+                    scheduler.step()
+                    outcome.steps = step + 1
+                    progress.add(outcome.steps, loss, stepper.projected_gradient, lr, training.seconds)
+            if eval_every:
+                watch(config.steps)
+            with training:
+                progress.flush()
+            outcome.after = measure(run.eval_set)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        finally:
+            progress.close()
+        outcome.losses = progress.log.losses
+        outcome.training_seconds, outcome.evaluation_seconds = training.seconds, evaluating.seconds
+        if outcome.after:
+            print(f"after:  {describe(outcome.after)}", file=sys.stderr)
+    return outcome
+
+
+def draw(run: Prepared, outcome: Outcome, path: Path) -> None:
+    ends = [{"step": 0, **outcome.before}]
+    if outcome.after:
+        ends.append({"step": outcome.steps, **outcome.after})
+    what = "all weights" if run.config.peft == "none" else run.config.peft
+    report.draw_curve(
+        path,
+        f"{run.task.name}, {Path(run.config.model).name}: MeZO, {what}",
+        outcome.losses,
+        {f"evaluation ({len(run.eval_set)} examples)": ends, f"dev ({len(run.dev_set)} examples)": outcome.history},
+    )
+
+
+def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequence[str]) -> dict[str, Any]:
+    """The content of result.json."""
+    lm = run.language_model
+    trainable, total = lm.counts()
+    effective = {"lr": run.lr, "eps": run.eps, "form": lm.form, "max_length": run.max_length}
+    return {
+        "task": run.task.name,
+        "before": outcome.before,
+        "after": outcome.after,
+        "history": outcome.history,
+        "interrupted": outcome.interrupted,
+        "steps": outcome.steps,
+        "skipped_steps": run.stepper.skipped,
+        "seconds_per_step": outcome.training_seconds / outcome.steps if outcome.steps else None,
+        "training_seconds": outcome.training_seconds,
+        "evaluation_seconds": outcome.evaluation_seconds,
+        "loading_seconds": run.seconds,
+        "peak_memory_bytes": report.peak_memory_bytes(lm.device),
+        "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
+        "hyperparameters": {**asdict(run.config), **effective},
+        "data": run.origin,
+        "saved": str(saved) if saved else None,
+        "versions": report.versions(),
+        "machine": report.machine(lm.device),
+        "command": list(command),
+    }
+
+
 def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     """Run `config` and return what result.json holds.
 
@@ -175,136 +381,13 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
     config.check()
     output = Path(config.output).expanduser()
     report.check_run_dir(output, config.overwrite)
-    task = get_task(config.task)
-    default_lr, default_eps = DEFAULT_LR_EPS[config.peft]
-    lr = default_lr if config.lr is None else config.lr
-    eps = default_eps if config.eps is None else config.eps
-    torch.manual_seed(config.seed)  # adapters are initialised at random
-
-    started = time.perf_counter()
-    language_model = models.load(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        peft=config.peft,
-        form=config.form,
-        gguf_file=config.gguf_file,
-        targets=config.targets,
-    )
-    if language_model.form not in task.forms:
-        raise UserError(f"task {task.name} has no prompt for a {language_model.form} model, only for: {', '.join(task.forms)}")
-    splits = load_splits(
-        config.data,
-        task,
-        language_model.form,
-        train_examples=config.train_examples,
-        dev_examples=config.dev_examples,
-        eval_examples=config.eval_examples,
-        seed=config.seed,
-        config=config.data_config,
-        columns=config.columns,
-    )
-    limit = min(language_model.max_length, config.max_length or language_model.max_length)
-    encoder = Encoder(language_model.tokenizer, language_model.form, limit)
-    train_set = [encoder.encode(e, gold_only=task.objective == "language-model") for e in splits.train]
-    dev_set, eval_set = ([encoder.encode(e) for e in part] for part in (splits.dev, splits.eval))
-    batches = Batches(train_set, config.batch_size * config.accumulate, config.seed)
-    stepper = make_stepper(language_model, config, lr, eps)
-    factor = SCHEDULES[config.lr_schedule]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: factor(step / config.steps))
-    loading_seconds = time.perf_counter() - started
-
-    trainable, total = language_model.counts()
-    print(
-        f"{config.model}: {total:,} weights, {trainable:,} trained ({config.peft}), {language_model.model.dtype} "
-        f"on {language_model.device}; {len(train_set)} training, {len(dev_set)} dev, {len(eval_set)} evaluation examples",
-        file=sys.stderr,
-    )
-    with Scorer(language_model.model, language_model.form, language_model.pad_id) as scorer:
-
-        def measure(examples: list[Any]) -> dict[str, Any]:
-            return evaluate(scorer, examples, config.eval_batch_size, task.class_names)
-
-        clock = time.perf_counter()
-        before = measure(eval_set)
-        evaluation_seconds = time.perf_counter() - clock
-        print(f"before: {describe(before)}", file=sys.stderr)
-        report.open_run_dir(output)
-        eval_every = max(1, config.steps // 5) if config.eval_every is None else config.eval_every
-        history: list[dict[str, Any]] = []
-        progress = Progress(report.Log(output / "log.csv"), config.steps, language_model.device)
-        steps_done, seconds, interrupted = 0, 0.0, False
-
-        def closure(batch: Batch) -> Tensor:
-            return scorer.loss(batch, task.objective)
-
-        try:
-            for step in range(config.steps):
-                if dev_set and eval_every and step % eval_every == 0:
-                    clock = time.perf_counter()
-                    history.append({"step": step, **measure(dev_set)})
-                    evaluation_seconds += time.perf_counter() - clock
-                    progress.flush()
-                    progress.say(f"step {step}, dev: {describe(history[-1])}")
-                clock = time.perf_counter()
-                examples = batches[step]
-                micro = [scorer.collate(examples[k :: config.accumulate]) for k in range(config.accumulate)]
-                with torch.no_grad():
-                    loss = stepper.step(closure, micro)
-                used_lr = stepper.param_groups[0]["lr"]
-                scheduler.step()
-                seconds += time.perf_counter() - clock
-                steps_done = step + 1
-                progress.add(steps_done, loss, stepper.projected_gradient, used_lr, seconds)
-            clock = time.perf_counter()
-            if language_model.device.type == "cuda":
-                torch.cuda.synchronize(language_model.device)  # the last steps may still be in the queue
-            seconds += time.perf_counter() - clock
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            progress.close()
-
-        after: dict[str, Any] | None = None
-        if not interrupted:
-            clock = time.perf_counter()
-            if dev_set and eval_every:
-                history.append({"step": steps_done, **measure(dev_set)})
-            after = measure(eval_set)
-            evaluation_seconds += time.perf_counter() - clock
-            print(f"after:  {describe(after)}", file=sys.stderr)
-
-    saved = str(language_model.save(output)) if config.save else None
-    ends = [{"step": 0, **before}] + ([{"step": steps_done, **after}] if after else [])
-    report.draw_curve(
-        output / "curve.png",
-        f"{config.task}, {Path(config.model).name}: MeZO, {'all weights' if config.peft == 'none' else config.peft}",
-        progress.log.losses,
-        {f"evaluation ({len(eval_set)} examples)": ends, f"dev ({len(dev_set)} examples)": history},
-    )
-    result = {
-        "task": config.task,
-        "before": before,
-        "after": after,
-        "history": history,
-        "interrupted": interrupted,
-        "steps": steps_done,
-        "skipped_steps": int(stepper.skipped),
-        "seconds_per_step": seconds / steps_done if steps_done else None,
-        "training_seconds": seconds,
-        "evaluation_seconds": evaluation_seconds,
-        "loading_seconds": loading_seconds,
-        "total_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": report.peak_memory_bytes(language_model.device),
-        "weights": {"total": total, "trainable": trainable, "dtype": str(language_model.model.dtype)},
-        "hyperparameters": {**asdict(config), "lr": lr, "eps": eps, "form": language_model.form, "max_length": limit},
-        "data": splits.origin,
-        "saved": saved,
-        "versions": report.versions(),
-        "machine": report.machine(language_model.device),
-        "command": list(sys.argv if command is None else command),
-    }
+    run = prepare(config)
+    print(run.describe(), file=sys.stderr)
+    outcome = fit(run, output)
+    saved = run.language_model.save(output) if config.save else None
+    draw(run, outcome, output / "curve.png")
+    result = record(run, outcome, saved, sys.argv if command is None else command)
     report.write_json(output / "result.json", result)
-    if interrupted:
-        print(f"interrupted after {steps_done} of {config.steps} steps; what there is was saved in {output}", file=sys.stderr)
+    if outcome.interrupted:
+        print(f"interrupted after {outcome.steps} of {config.steps} steps; what there is was saved in {output}", file=sys.stderr)
     return result
