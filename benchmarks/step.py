@@ -1,6 +1,7 @@
 """A whole training step of a randomly initialised model: seconds and peak memory, beside two bare forwards and MeZO's loop.
 
-    python benchmarks/step.py --out step.csv                     on the CPU: llama-15m and llama-110m at 16 x 32 tokens
+    python benchmarks/step.py --out step.csv          with a GPU opt-1.3b in fp16 at 16 x 32 and 16 x 400 tokens, otherwise
+                                                      llama-15m and llama-110m in fp32 at 16 x 32
     python benchmarks/step.py --out step.csv --device cuda --dtype float16 --model-shape opt-1.3b --tokens 16x32 16x400
 
 Belongs here: whole steps, on any device. Does not belong here: single passes (cpu_pass.py, gpu_pass.py), learning. Random weights
@@ -251,26 +252,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="CSV file")
     parser.add_argument("--append", action="store_true", help="add rows to the file")
-    parser.add_argument(
-        "--model-shape", nargs="+", choices=SHAPES, default=["llama-15m", "llama-110m"], metavar="SHAPE", help=", ".join(SHAPES)
-    )
-    parser.add_argument("--tokens", nargs="+", type=read_tokens, default=[(16, 32)], metavar="BATCHxSEQUENCE")
-    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model-shape", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=read_tokens, metavar="BATCHxSEQUENCE")
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, help="steps between two synchronisations; default 1 on the CPU, 5 elsewhere")
     parser.add_argument("--backend", help="of our passes; default: the best")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    calls = args.calls or (1 if device.type == "cpu" else 5)
-    rows = []
-    for shape in args.model_shape:
-        for dtype in args.dtype:
-            rows += measure(shape, args.tokens, dtype, device, args.modes, args.rounds, calls, args.backend)
-            if device.type == "cuda":
+    on_cpu = device.type == "cpu"
+    calls = args.calls or (1 if on_cpu else 5)
+    tokens = args.tokens or ([(16, 32)] if on_cpu else [(16, 32), (16, 400)])
+    append = args.append
+    for shape in args.model_shape or (["llama-15m", "llama-110m"] if on_cpu else ["opt-1.3b"]):
+        for dtype in args.dtype or ["float32" if on_cpu else "float16"]:
+            rows = measure(shape, tokens, dtype, device, args.modes, args.rounds, calls, args.backend)
+            harness.write_csv(args.out, COLUMNS, rows, append)  # after every model: an interrupted run keeps what it has
+            append = True
+            if not on_cpu:
                 torch.cuda.empty_cache()
-    harness.write_csv(args.out, COLUMNS, rows, args.append)
     return 0
 
 
