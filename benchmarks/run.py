@@ -1,4 +1,4 @@
-"""Runs every benchmark that fits this machine, one after the other, and draws the figures.
+"""Runs every benchmark that fits this machine, then draws the figures and fills in the tables of docs/benchmarks.md.
 
     python benchmarks/run.py --out benchmarks/results [--quick] [--figures docs/figures] [--only cpu_pass drift ...]
 
@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
             args.out, args.quick
         )
     done &= run(str(HERE / "plot.py"), "--results", str(args.out), "--figures", str(figures))
+    if committed:
+        done &= run(str(HERE / "tables.py"))
     return 0 if done else 1
 
 

@@ -1,0 +1,150 @@
+"""Writes the tables of docs/benchmarks.md from the CSV files: no number in them is typed in by hand.
+
+    python benchmarks/tables.py --results benchmarks/results --page docs/benchmarks.md
+
+Belongs here: which rows and columns of a result make a table. Does not belong here: measuring, figures (plot.py). The page holds
+`<!-- table NAME -->` and `<!-- end -->`; what lies between is replaced. A table without a CSV file says "not yet measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import harness
+
+Row = dict[str, str]
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def caption(rows: list[Row]) -> str:
+    """Processor or GPU, and versions; one line for each machine in the file."""
+    seen = []
+    for row in rows:
+        device = row["gpu"] or f"{row['cpu']}, {row['cores']} cores"
+        versions = [f"{name} {row[name]}" for name in ("torch", "triton" if row["gpu"] else "", "cuda") if name and row[name]]
+        if (line := f"{device}; {', '.join(versions)}.") not in seen:
+            seen.append(line)
+    return "\n".join(seen)
+
+
+def drift(rows: list[Row]) -> str:
+    steps = [1, 10, 100, 500, 1000, 2000]
+    body = []
+    for key in dict.fromkeys((row["model"], row["dtype"], row["mode"]) for row in rows):
+        mine = {int(row["step"]): row for row in rows if (row["model"], row["dtype"], row["mode"]) == key}
+        changed = f"{100 * float(mine[1]['changed_bits_fraction']):.3g} %"
+        body.append([*key, changed, *(f"{float(mine[s]['relative_drift']):.2g}" if s in mine else "" for s in steps)])
+    header = ["model", "dtype", "mode", "changed after 1 step", *(f"drift after {s}" for s in steps)]
+    return "`drift` is ‖θ − θ₀‖ / ‖θ₀‖.\n\n" + markdown(header, body)
+
+
+def cpu_pass(rows: list[Row]) -> str:
+    """10^9 weights a second and the ratio to torch.normal + add_, by type and thread count."""
+    columns = list(dict.fromkeys((row["threads"], row["dtype"]) for row in rows))
+    body = []
+    for key in dict.fromkeys((row["contender"], row["fused"]) for row in rows):
+        mine = {(row["threads"], row["dtype"]): row for row in rows if (row["contender"], row["fused"]) == key}
+        cells = []
+        for column in columns:
+            row = mine.get(column)
+            if row is None:
+                cells.append("")
+            elif int(row["terms"]) > 1:
+                cells.append(f"{float(row['gterms_per_s']):.3g} terms")
+            else:
+                ratio = f" ({float(row['ratio_to_normal_add']):.3g}×)" if row["terms"] == "1" else ""
+                cells.append(f"{float(row['gweights_per_s']):.2g}{ratio}")
+        body.append([key[0] + (f" (fused: {key[1]})" if key[1] else ""), *cells])
+    header = ["contender", *(f"{dtype}, {threads} thread{'s' if threads != '1' else ''}" for threads, dtype in columns)]
+    return "10⁹ weights (or terms) a second; in parentheses the ratio to `normal_add`.\n\n" + markdown(header, body)
+
+
+def step(rows: list[Row]) -> str:
+    def mib(text: str) -> str:
+        return f"{int(text) / 2**20:.0f}" if text else ""
+
+    body = []
+    for row in rows:
+        spread = f"{float(row['min_s']):.3g} to {float(row['max_s']):.3g}"
+        cells = [f"{int(row['weights']) / 1e6:.0f} M", row["dtype"], f"{row['batch']}×{row['sequence']}", row["mode"]]
+        cells += [
+            f"{float(row['median_s']):.3g} ({spread})",
+            f"{float(row['overhead_percent']):.3g} %",
+            f"{float(row['passes_s']):.2g}",
+        ]
+        body.append([row["model"], *cells, mib(row["peak_over_inference_bytes"])])
+    return markdown(
+        ["model", "weights", "dtype", "tokens", "mode", "seconds (spread)", "overhead", "passes, s", "memory over inference, MiB"],
+        body,
+    )
+
+
+def gpu_pass(rows: list[Row]) -> str:
+    largest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        key = (row["contender"], row["feature"], row["dtype"], row["terms"])
+        if key not in largest or int(row["weights"]) > int(largest[key]["weights"]):
+            largest[key] = row
+    body = [
+        [
+            row[c]
+            for c in (
+                "contender",
+                "feature",
+                "dtype",
+                "terms",
+                "weights",
+                "median_s",
+                "gb_per_s",
+                "percent_of_copy",
+                "gterms_per_s",
+            )
+        ]
+        for row in largest.values()
+    ]
+    return "The largest size of each; smaller ones are in the CSV.\n\n" + markdown(
+        ["contender", "feature", "dtype", "terms", "weights", "seconds", "GB/s", "% of copy", "10⁹ terms/s"], body
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "drift": drift,
+    "cpu_pass": cpu_pass,
+    "step": step,
+    "gpu_pass": gpu_pass,
+    "gpu_step": step,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
+    args = parser.parse_args(arguments)
+    text = args.page.read_text()
+    for name, table in TABLES.items():
+        path = args.results / f"{name}.csv"
+        if path.exists():
+            rows = harness.read_csv(path)
+            filled = f"{caption(rows)}\n\n{table(rows)}"
+        else:
+            filled = "Not yet measured."
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            print(f"{args.page.name} has no '<!-- table {name} -->' ... '<!-- end -->'", file=sys.stderr)
+            return 1
+        text = pattern.sub(lambda found: f"{found[1]}\n{filled}\n\n{found[2]}", text)  # noqa: B023
+    args.page.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Every benchmark script runs at a tiny size and writes the columns that docs/benchmarks.md lists. No timing is asserted."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zo_kernels
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+needs_extension = pytest.mark.skipif(
+    zo_kernels.backends()["cpu"] is not None, reason=f"backend cpu: {zo_kernels.backends()['cpu']}"
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    # One thread, so that a busy machine does not leave torch's threads waiting for each other.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
+def documented(name: str) -> list[str]:
+    """The columns of one CSV file: machine columns first, then the file's own, as docs/benchmarks.md lists them."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    listed = {key: columns.split() for key, columns in re.findall(r"^- `([\w.]+)`: `([\w ]+)`", text, re.MULTILINE)}
+    return listed["machine"] + listed[name]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+        assert reader.fieldnames == documented(path.name)
+    assert found
+    return found
+
+
+def test_drift(tmp_path: Path) -> None:
+    path = tmp_path / "drift.csv"
+    done = run(str(BENCHMARKS / "drift.py"), "--out", str(path), "--steps", "2", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    last = {row["mode"]: row for row in rows(path) if row["step"] == "2"}
+    assert set(last) == {"scratch", "inplace", "public"}
+    assert float(last["scratch"]["changed_bits_fraction"]) == 0
+    # A bf16 weight of 0.02 has a unit in the last place of 2^-13 to 2^-14; eps z = 1e-3 z is only a few of those.
+    assert all(0.2 < float(last[mode]["changed_bits_fraction"]) < 0.95 for mode in ("inplace", "public"))
+
+    before = path.read_text()
+    more = run(
+        str(BENCHMARKS / "drift.py"), "--out", str(path), "--append", "--steps", "1", "--dtype", "float16", "--modes", "public"
+    )
+    assert more.returncode == 0, more.stderr
+    assert path.read_text().startswith(before)
+    assert rows(path)[-1]["dtype"] == "float16"
+
+
+def test_drift_never_names_a_path(tmp_path: Path) -> None:
+    refused = run(str(BENCHMARKS / "drift.py"), "--out", str(tmp_path / "drift.csv"), "--model", str(tmp_path))
+    assert refused.returncode != 0
+    assert "--model-name" in refused.stderr
+
+
+def test_step(tmp_path: Path) -> None:
+    path = tmp_path / "step.csv"
+    done = run(
+        str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--model-shape=llama-tiny", "--tokens=2x4", "--rounds=1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["mode"] for row in rows(path)] == ["forwards", "scratch", "inplace", "mezo"]
+    refused = run(str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--tokens=16")
+    assert "'16' must be BATCHxSEQUENCE" in refused.stderr
+
+
+@needs_extension
+def test_cpu_pass_and_figures(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    report, path = tmp_path / "report.json", tmp_path / "cpu_pass.csv"
+    options = ["--weights=4096", "--sweeps=1", "--no-compile", f"--benchmark-json={report}", "-q", "-p", "no:cacheprovider"]
+    done = run("-m", "pytest", str(BENCHMARKS / "cpu_pass.py"), *options)
+    assert done.returncode == 0, done.stdout
+    assert run(str(BENCHMARKS / "cpu_pass.py"), str(report), str(path)).returncode == 0
+    table = rows(path)
+    assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
+    assert {row["contender"] for row in table} >= {
+        "copy",
+        "inplace_copy",
+        "zo_kernels portable",
+        "zo_kernels K=64",
+        "normal_add",
+        "mezo",
+    }
+    assert all(row["ratio_to_normal_add"] == "1.0" for row in table if row["contender"] == "normal_add")
+    assert all(float(row["gterms_per_s"]) == 0 for row in table if "copy" in row["contender"])
+
+    drawn = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_need_results(tmp_path: Path) -> None:
+    done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    assert done.returncode == 1
+    assert "benchmarks/run.py" in done.stderr
+
+
+def test_quick_never_overwrites_the_committed_results() -> None:
+    before = {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
+    done = run(str(BENCHMARKS / "run.py"), "--quick", "--out", "benchmarks/results")
+    assert done.returncode != 0
+    assert "another --out" in done.stderr
+    assert before == {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
+
+
+def test_committed_results_have_the_documented_columns() -> None:
+    results = sorted((BENCHMARKS / "results").glob("*.csv"))
+    assert results
+    for path in results:
+        rows(path)
+
+
+class TestHarness:
+    """The pieces that a wrong figure could come from."""
+
+    @pytest.fixture(autouse=True)
+    def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def test_interleaved(self) -> None:
+        import harness
+
+        calls: list[str] = []
+        timings = harness.interleaved({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2, warmup=1, calls=2, settle=1)
+        assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
+        assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 2, "b": 2}
+
+    def test_csv_refuses_other_columns(self, tmp_path: Path) -> None:
+        import harness
+
+        path = tmp_path / "x.csv"
+        with pytest.raises(ValueError, match=r"x.csv: a row differs from the columns in \['b'\]"):
+            harness.write_csv(path, ["a"], [{"a": 1, "b": 2}])
+        assert not path.exists()
+        harness.write_csv(path, ["a"], [{"a": 1}])
+        with pytest.raises(ValueError, match="write to another file"):
+            harness.write_csv(path, ["b"], [{"b": 1}], append=True)
+        assert [row["a"] for row in harness.read_csv(path)] == ["1"]
+
+    def test_peak_sees_a_large_tensor(self) -> None:
+        import harness
+        import torch
+
+        harness.reset_peak("cpu")
+        before = harness.peak_bytes("cpu")
+        if before is None:
+            pytest.skip("this system does not tell the peak")
+        torch.ones(1 << 26)
+        assert harness.peak_bytes("cpu") - before > 0.9 * 4 * (1 << 26)  # type: ignore[operator]
