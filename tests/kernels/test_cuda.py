@@ -47,7 +47,7 @@ def expected(start: Tensor, *passes: ops.Pass, offset: int = 0) -> Tensor:
 
 
 def on_device(tags: list[int], coefs: list[float]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(tags, device=DEVICE), torch.tensor(coefs, dtype=torch.float32, device=DEVICE)
+    return torch.tensor(tags, dtype=torch.int64, device=DEVICE), torch.tensor(coefs, dtype=torch.float32, device=DEVICE)
 
 
 @contextmanager
