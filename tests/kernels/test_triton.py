@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
 
 import zo_kernels as zk
 from tests.kernels import cases
@@ -30,15 +31,18 @@ from zo_kernels import _backends, ops, reference
 from zo_kernels._backends import triton as backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# A program of the interpreter costs 30 ms whatever its size, so a case with 300 tensors is taken once, and features that come after the
+# A program of the interpreter costs 30 ms whatever its size, so the cases of 300 tensors are left out, and features that come after the
 # sum over the terms (masks, scales, alignment) with the Gaussian only. On a GPU all cases run.
 AFTER_THE_SUM = ("scale", "mask", "bitmask", "misaligned", "stochastic-K0", "decay-only", "random")
 INTERPRETER_CASES = [
     c
     for c in cases.CASES
-    if not ("-many" in c.name and c.name != "bfloat16-gaussian-many")
-    and not ("rademacher" in c.name and c.name.split("-", 2)[2].startswith(AFTER_THE_SUM))
+    if not c.name.endswith("-many") and not ("rademacher" in c.name and c.name.split("-", 2)[2].startswith(AFTER_THE_SUM))
 ]
+
+
+def version(module: Any) -> tuple[int, ...]:
+    return tuple(int(x) for x in module.__version__.split(".")[:2])
 
 
 def both(plans: Callable[[], list[ops.Plan]], p: ops.Pass) -> None:
@@ -132,6 +136,8 @@ if not INTERPRETED:
     @pytest.mark.slow
     @pytest.mark.timeout(900)
     def test_in_the_interpreter() -> None:
+        if (version(triton) < (3, 7)) and version(numpy) >= (2, 4):
+            pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {numpy.__version__}")
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
         run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
