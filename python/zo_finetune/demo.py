@@ -9,8 +9,13 @@ What is fetched, once, by `python -m pip download` (so the user's own pip config
 Nothing that is fetched is executed. What then runs is `zo-finetune train`, with the settings in `config` below.
 
 The settings: the norm after attention in the last ten blocks is trained (5,760 weights of 135 million), on sentences of 3 to 12
-words. Untrained, the model says "great" to nearly everything, although it ranks good reviews above bad ones rather well: most of
-what it learns here is where to draw the line. result.json tells the two apart: `auc` does not move with the line, `predicted` does.
+words. On 1,000 sentences that were never trained on, accuracy was 0.542 before and 0.698, 0.715 and 0.686 after, for the seeds 0, 1
+and 2 (standard error 0.015). The choice was made among three sets of norms by runs of another seed, which looked at 400 of these
+sentences; tuning all 61 norms, or the 30 after attention, gained 0.11 to 0.16 there and on similar ones.
+
+What it learns: untrained, the model says "great" to 96 % of the sentences, although it ranks good reviews above bad ones rather
+well. Nearly all of the gain is in where it draws the line, hardly any in the ranking: AUC is 0.791 before and 0.782, 0.793 and
+0.770 after. result.json tells the two apart: `auc` does not move with the line, `predicted` does.
 
 Belongs here: fetching, the demo's data set and its settings. Does not belong here: anything that `train` could not do for a user.
 """
