@@ -386,7 +386,7 @@ def perturb_kernel(
     DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
     KIND: tl.constexpr,  # GAUSSIAN or RADEMACHER
     TERMS: tl.constexpr,  # 1 or 2: that many, without a loop; 0: n_terms of them
-    HOST_TERMS: tl.constexpr,  # TERMS of them are tag0, coef0, tag1, coef1; with TERMS == 0 there is none at all
+    HOST_TERMS: tl.constexpr,  # TERMS of them are tag0, coef0, tag1, coef1
     DECAY: tl.constexpr,  # 0: none; 1: decay_bits; 2: decay_ptr
     BIT_MASK: tl.constexpr,  # some tensor of the list has one
     RANDOM_MASK: tl.constexpr,
@@ -436,7 +436,7 @@ def perturb_kernel(
                 t1 = tl.load(tags + 2).to(tl.uint32)
                 c1 = coefficient(tl.load(coefs + 1), KIND)
             live = live | (c1.to(tl.uint32, bitcast=True) != 0)
-    elif not HOST_TERMS:
+    else:
         # (tag, c') of all terms, so that the loop over them spends nothing on c'. Every program writes the same words to the same place and
         # reads only what it has written itself: no other order is needed than the barrier's.
         for k in range(0, n_terms, P):

@@ -125,8 +125,8 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     first = (np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)) * tiles
     scale_blocks = [e.scale_block for e in entries if e.scale is not None]
     return Batch(
-        table=torch.from_numpy(plan.table[members].view(np.int64)).to(plan.device),
-        spans=torch.from_numpy(tensor << kernels.TILE_BITS | first).to(plan.device),
+        table=_to_device(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
+        spans=_to_device(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
         tiles=tiles,
         flags={
             "BIT_MASK": any(e.mask is not None for e in entries),
@@ -139,11 +139,20 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
 
 
 def _batches(plan: Plan, launch: Launch) -> list[Batch]:
+    """The plan's launches, with their tables in order before the work that the current stream gets next."""
     if "triton" not in plan.cache:
         rows = [k for k, e in enumerate(plan.entries) if e.rows is not None]
         others = [k for k, e in enumerate(plan.entries) if e.rows is None]
-        plan.cache["triton"] = [b for members in (others, rows) if (b := _batch(plan, members, launch))]
-    return plan.cache["triton"]
+        batches = [b for members in (others, rows) if (b := _batch(plan, members, launch))]
+        uploaded = None
+        if plan.device.type == "cuda":
+            uploaded = torch.cuda.Event()
+            uploaded.record(torch.cuda.current_stream(plan.device))
+        plan.cache["triton"] = batches, uploaded
+    batches, uploaded = plan.cache["triton"]
+    if uploaded is not None and not torch.cuda.is_current_stream_capturing():  # a capture begins with a synchronisation
+        torch.cuda.current_stream(plan.device).wait_event(uploaded)
+    return batches
 
 
 # ---- the launch -------------------------------------------------------------------------------------------------------
@@ -158,22 +167,25 @@ def _float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
-def _to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list in device memory, without waiting for the device (a copy from pageable memory would)."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy in device memory, without waiting for the device (a copy from pageable memory would)."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
-    """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device."""
-    n = len(p.tags)
+    """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device.
+
+    No term at all is given as one that is not live: the same results (docs/numerics.md, sections 4 and 5), and no variant of its own.
+    """
+    tags, coefs = (p.tags, p.coefs) if len(p.tags) else ([0], [0.0])
+    n = len(tags)
     unrolled = n if n in (1, 2) else 0
     arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
     arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
-    tags, coefs = p.tags, p.coefs
     if n > 2 and not isinstance(tags, Tensor):
-        tags, coefs = _to_device(tags, torch.int64, device), _to_device(coefs, torch.float32, device)
-    if n and isinstance(tags, Tensor):
+        tags = _to_device(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = _to_device(torch.tensor(coefs, dtype=torch.float32), device)
+    if isinstance(tags, Tensor):
         arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
         if not unrolled:
             arguments["terms"] = torch.empty(n, dtype=torch.int64, device=device)
@@ -192,8 +204,7 @@ def _decay(decay: float | Tensor | None) -> dict[str, Any]:
 def perturb(plan: Plan, p: Pass) -> None:
     """theta <- round(decay * theta + scale * mask * sum_k c_k z_k) for every tensor of the plan, in one launch.
 
-    (In two where the plan mixes gathered rows with other tensors.) Without host synchronisation, except for the upload of the plan's tables
-    on its first pass.
+    (In two where the plan mixes gathered rows with other tensors.) The host never waits for the device.
     """
     import triton.language as tl
 
