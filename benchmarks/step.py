@@ -15,6 +15,7 @@ make the forwards longer and every overhead look smaller.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
-from zo_kernels import ops
+from zo_kernels import _backends as backends
 
 MODES = ("forwards", "scratch", "inplace", "mezo")
 LR, EPS = 1e-7, 1e-3
@@ -135,27 +136,33 @@ def bare_forwards(closure: Callable[[], Tensor]) -> None:
 
 
 @contextmanager
-def timed_passes(device: torch.device) -> Iterator[list[float]]:
+def timed_passes(device: torch.device, backend: str | None) -> Iterator[list[float]]:
     """Collects the seconds of every pass over weights. It synchronises around each, so the timed steps run without it."""
     seconds: list[float] = []
-    run = ops.run
+    module = backends.pick(device, backend)
+    perturb = module.perturb
 
     def timed(*args: Any, **kwargs: Any) -> None:
         harness.synchronize(device)
         start = time.perf_counter()
-        run(*args, **kwargs)
+        perturb(*args, **kwargs)
         harness.synchronize(device)
         seconds.append(time.perf_counter() - start)
 
-    ops.run = timed
+    module.perturb = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        ops.run = run
+        module.perturb = perturb  # type: ignore[method-assign]
 
 
 def passes_of(
-    mode: str, steppers: dict[str, Callable[[], Any]], loop: MezoLoop | None, device: torch.device, rounds: int = 3
+    mode: str,
+    steppers: dict[str, Callable[[], Any]],
+    loop: MezoLoop | None,
+    device: torch.device,
+    backend: str | None,
+    rounds: int = 3,
 ) -> float:
     """Median seconds that a step of this mode spends in passes over weights."""
     totals = []
@@ -169,13 +176,30 @@ def passes_of(
             harness.synchronize(device)
             totals.append(time.perf_counter() - start)
         else:
-            with timed_passes(device) as seconds:
+            with timed_passes(device, backend) as seconds:
                 steppers[mode]()
             totals.append(sum(seconds))
     return harness.Timing(tuple(totals)).median
 
 
-def peak_of(stepper: Callable[[], Any], device: torch.device) -> int | None:
+def make_stepper(mode: str, model: nn.Module, closure: Callable[[], Tensor], backend: str | None) -> Callable[[], Any]:
+    if mode == "forwards":
+        return lambda: bare_forwards(closure)
+    if mode == "mezo":
+        loop = MezoLoop(model, LR, EPS)
+        return lambda: loop.step(closure)
+    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, perturbation=mode, backend=backend)
+    return lambda: optimizer.step(closure)
+
+
+def peak_of(
+    mode: str, shape: str, dtype: torch.dtype, size: tuple[int, int], device: torch.device, backend: str | None
+) -> int | None:
+    """Of a model of its own: MeZO's loop moves every weight, and another mode's tables would keep the old ones alive."""
+    gc.collect()
+    model = make_model(shape, device, dtype)
+    stepper = make_stepper(mode, model, make_closure(model, *size, device), backend)
+    stepper()
     stepper()
     harness.reset_peak(device)
     stepper()
@@ -198,21 +222,20 @@ def measure(
     table = []
     for batch, sequence in tokens:
         closure = make_closure(model, batch, sequence, device)
-        steppers: dict[str, Callable[[], Any]] = {"forwards": lambda: bare_forwards(closure)}  # noqa: B023
+        steppers = {mode: make_stepper(mode, model, closure, backend) for mode in dict.fromkeys(("forwards", *modes))}
         loop = MezoLoop(model, LR, EPS) if "mezo" in modes else None
-        for mode in modes:
-            if mode == "mezo" and loop is not None:
-                steppers[mode] = lambda: loop.step(closure)  # noqa: B023
-            elif mode != "forwards":
-                optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, perturbation=mode, backend=backend)
-                steppers[mode] = lambda optimizer=optimizer: optimizer.step(closure)  # type: ignore[misc]  # noqa: B023
         # The loop moves every parameter to new memory, so that our next step rebuilds its tables: settle.
         timings = harness.interleaved(steppers, rounds=rounds, device=device, warmup=2, calls=calls, settle=1)
         forwards = timings["forwards"].median
-        inference = peak_of(steppers["forwards"], device)
+        passes_by_mode = {mode: passes_of(mode, steppers, loop, device, backend) if mode != "forwards" else 0.0 for mode in timings}
+        steppers.clear()  # they and the loop hold weights
+        loop = None
+        kind = harness.DTYPES[dtype]
+        inference = peak_of("forwards", shape, kind, (batch, sequence), device, backend)
+        resident = sum(p.nbytes for p in model.parameters())  # of the model above, which is still there
         for mode, timing in timings.items():
-            passes = passes_of(mode, steppers, loop, device) if mode != "forwards" else 0.0
-            peak = peak_of(steppers[mode], device) if mode != "forwards" else inference
+            passes = passes_by_mode[mode]
+            peak = peak_of(mode, shape, kind, (batch, sequence), device, backend) if mode != "forwards" else inference
             over = timing.median - forwards
             table.append(
                 {
@@ -229,13 +252,13 @@ def measure(
                     "overhead_percent": harness.significant(100 * over / forwards, 3),
                     "passes_s": harness.significant(passes, 4),
                     "rest_s": harness.significant(over - passes, 4),
-                    "peak_bytes": "" if peak is None else peak,
+                    "peak_bytes": "" if peak is None else peak - resident,
                     "peak_over_inference_bytes": "" if peak is None or inference is None else peak - inference,
                 }
             )
             print(
                 f"{shape} {dtype} {batch}x{sequence} {mode:<9} {timing.median:8.4f} s  {100 * over / forwards:+7.1f} %  "
-                f"passes {passes:.4f} s  peak {(peak or 0) / 2**20:.0f} MiB",
+                f"passes {passes:.4f} s  peak over inference {((peak or 0) - (inference or 0)) / 2**20:.0f} MiB",
                 flush=True,
             )
     return table
