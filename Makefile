@@ -17,6 +17,7 @@ PYTHON ?= $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 PYTEST := $(PYTHON) -m pytest
+CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 .PHONY: demo test lint format bench sass gpu-check clean
@@ -31,12 +32,12 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: $(READY)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(PYTHON) -m clang_format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(CLANG_FORMAT) -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py --out $(OUT)
