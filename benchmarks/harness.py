@@ -10,6 +10,8 @@ no path, no user.
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -165,14 +167,19 @@ def copy_bandwidth(nbytes: int = 1 << 28, *, device: torch.device | str = "cpu",
 
 
 def reset_peak(device: torch.device | str) -> None:
-    """Start a new peak. CPU: the kernel's high-water mark of resident memory (Linux); CUDA: torch's allocator."""
+    """Start a new peak. CPU: the kernel's high-water mark of resident memory (Linux); CUDA: torch's allocator.
+
+    glibc keeps freed memory resident; it is first asked to give it back, or a mode would be charged for the one before.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        gc.collect()
         try:
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
+        except (AttributeError, OSError):
             return
 
 

@@ -78,7 +78,7 @@ def step(rows: list[Row]) -> str:
         cells += [
             f"{float(row['median_s']):.3g} ({spread})",
             f"{float(row['overhead_percent']):.3g} %",
-            f"{float(row['passes_s']):.2g}",
+            f"{float(row['passes_s']):.2g}" if row["passes_s"] else "not measured",
         ]
         body.append([row["model"], *cells, mib(row["peak_over_inference_bytes"])])
     return markdown(
