@@ -190,7 +190,7 @@ class PerturbedWeight(Tensor):
     @staticmethod
     def __new__(cls, param: Tensor, entry: ops.Entry, group: int, scratch: Scratch) -> PerturbedWeight:
         self: PerturbedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device, requires_grad=False
+            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device, requires_grad=param.requires_grad
         )
         self.param, self.entry, self.group, self.scratch = param, entry, group, scratch
         return self
@@ -315,6 +315,7 @@ class Scratch(View):
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self._put_back()
+        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         self.passes = [
             ops.Pass(self.seed, [t for t, _ in shift], [c for _, c in shift], None, self.kind, "nearest") if shift else None
             for shift in shifts
@@ -373,7 +374,7 @@ class Scratch(View):
             self.inside = False
         torch.autograd.graph.increment_version(values)  # a graph that saved the buffer must not use what is in it now
         if self.held:
-            return [s.param.detach() if id(s.param) in self.held else v for s, v in zip(found, values, strict=True)]
+            return [s.param if id(s.param) in self.held else v for s, v in zip(found, values, strict=True)]
         return values
 
     def _layout(self, found: Sequence[PerturbedWeight], values: list[Tensor]) -> Layout:
@@ -384,7 +385,9 @@ class Scratch(View):
         plans = [
             (k, ops.Plan(tuple(e), device, dtype), backends.pick(device, self.backend)) for (k, device, dtype), e in groups.items()
         ]
-        return plans, values
+        # Leaves that require a gradient, like the parameters they stand for: at::matmul folds a batch into one matrix product only then,
+        # even under no_grad. Otherwise a head over the last position is computed, and its weight copied, once for each row.
+        return plans, [v.detach().requires_grad_(s.param.requires_grad) for s, v in zip(found, values, strict=True)]
 
     def _room(self, wanted: Sequence[tuple[torch.device, torch.dtype, torch.Size]]) -> list[Tensor]:
         """Tensors of the buffer that are in use together; a buffer grows to the largest call it has seen."""
