@@ -106,7 +106,7 @@ def test_gathered_rows(dtype: torch.dtype, row_len: int, index: int) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["plain", "everything", "rademacher"])
 def test_ten_million(variant: str, dtype: torch.dtype) -> None:
-    """2^20 results equal the reference's, and 10^7 are the same for every instruction set."""
+    """10^7 results of a type are the reference's, for every instruction set."""
     n = 10_000_019
     t = cases.weights(1 << 16, dtype).repeat(n // (1 << 16) + 1)[:n]
     kw: dict[str, Any] = {}
@@ -117,10 +117,8 @@ def test_ten_million(variant: str, dtype: torch.dtype) -> None:
     elif variant == "rademacher":
         p = Pass(cases.SEED, [1, 2, 3], [1e-3, -1e-4, 0.3], kind="rademacher")
     (plan,) = ops.make_plans([t], [5], **kw)
-    first, *others = (results(plan, p, k)[0] for k in AVAILABLE)
-    assert all(same_bits(first, other) for other in others)
-    (head,) = ops.make_plans([t[: 1 << 20].clone()], [5], **kw)
-    assert same_bits(results(head, p, None)[0], first[: 1 << 20])
+    want = results(plan, p, None)[0]
+    assert all(same_bits(results(plan, p, k)[0], want) for k in AVAILABLE)
 
 
 @st.composite

@@ -7,6 +7,7 @@ disassembler (instructions). Does not belong here: anything that launches (test_
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import torch
 
 import zo_kernels as zk
 from tests.kernels import cases
+from tests.vectors.make import check, vectors
 from zo_kernels import ops, reference
 from zo_kernels._backends import cuda
 
@@ -99,6 +102,11 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(ops.backends, "pick", pick_body)
             cases.check("body", case)
+
+
+@pytest.mark.parametrize("v", vectors())
+def test_vectors(v: dict[str, Any], library: ctypes.CDLL) -> None:
+    check(v, functools.partial(perturb, library))
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)

@@ -27,6 +27,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'trit
 
 import zo_kernels as zk
 from tests.kernels import cases
+from tests.vectors.make import check, vectors
 from zo_kernels import _backends, ops, reference
 from zo_kernels._backends import triton as backend
 
@@ -252,6 +253,10 @@ else:
     def test_dead_terms_out_of_place_copy(dtype: torch.dtype) -> None:
         for coefs in ([float("nan")], [0.0, float("inf")], [float("nan")] * 3):
             check_device_terms("cpu", dtype, coefs, None, out=True)
+
+    @pytest.mark.parametrize("v", vectors())
+    def test_vectors(v: dict[str, Any]) -> None:
+        check(v, backend.perturb)
 
     def test_normal_matches_the_frozen_anchor() -> None:
         z = zk.normal(8, seed=0x0123456789ABCDEF, stream=5, tag=7, backend="triton")

@@ -1,4 +1,4 @@
-"""Writes the vector files beside it from the reference: run once per contract version, never to make a failing test pass.
+"""Reads the vector files beside it, and writes them from the reference: run once per contract version, never to make a failing test pass.
 
 `noise_v1.json` came with the contract's specification and is not written here. `features_v1.json` freezes what the specification left
 open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. Weights follow noise_v1's formula.
@@ -9,13 +9,16 @@ open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import zo_kernels as zk
+from zo_kernels import ops, reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HERE = Path(__file__).parent
@@ -68,17 +71,32 @@ def arguments(v: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     return args
 
 
-def result(v: dict[str, Any], dtype: str, backend: str, device: str = "cpu") -> list[str]:
+def result(v: dict[str, Any], dtype: str, perturb: Callable[[ops.Plan, ops.Pass], None], device: str = "cpu") -> list[str]:
+    """The vector's weights after a backend's `perturb`, in hexadecimal."""
     x = theta(v["n"], DTYPES[dtype]).to(device)
-    zk.perturb_([x], backend=backend, **arguments(v, device))
+    args = arguments(v, device)
+    terms, fields = args.pop("terms"), {k: args.pop(k) for k in ("seed", "decay", "kind", "rounding") if k in args}
+    (plan,) = ops.make_plans([x], **args)
+    perturb(plan, ops.Pass(tags=[t for t, _ in terms], coefs=[c for _, c in terms], **fields))
     return to_hex(x.cpu())
+
+
+def vectors() -> list[Any]:
+    """Every vector of every file, as pytest parameters."""
+    found = [(f.stem, v) for f in sorted(HERE.glob("*.json")) for v in json.loads(f.read_text())["vectors"]]
+    return [pytest.param(v, id=f"{file}-{v.get('name', k)}") for k, (file, v) in enumerate(found)]
+
+
+def check(v: dict[str, Any], perturb: Callable[[ops.Plan, ops.Pass], None], device: str = "cpu") -> None:
+    for dtype, expected in v["out"].items():
+        assert result(v, dtype, perturb, device) == expected, dtype
 
 
 def main() -> None:
     vectors = []
     for feature in FEATURES:
         v = {"seed": "0123456789abcdef", "stream": 5, **feature}
-        v["out"] = {name: result(v, name, "reference") for name in feature.get("only", DTYPES)}
+        v["out"] = {name: result(v, name, reference.perturb) for name in feature.get("only", DTYPES)}
         vectors.append(v)
     (HERE / "features_v1.json").write_text(
         json.dumps({"contract": "noise v1", "theta": "as noise_v1.json", "vectors": vectors}) + "\n"
