@@ -5,8 +5,9 @@
  */
 #include <atomic>
 #include <cmath>
+#include <exception>
+#include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -85,14 +86,21 @@ private:
 };
 
 /* The whole list is one row of elements, cut into chunks that threads take from a counter: a list of many small tensors
- * and a list of one large tensor split alike, and a thread that starts late or loses its core does not hold up the
- * rest. */
+ * and a list of one large tensor split alike.
+ *
+ * The caller waits for the chunks, not for the threads. Between a model's matrix products torch's own threads spin on
+ * their cores for milliseconds, and a thread of ours may start only after that: joined, it held up every pass of a
+ * scratch-mode forward (three times the time, on two cores). Such a latecomer finds the counter used up and touches
+ * nothing but this struct, which it keeps alive; job and tensors may be gone by then. */
 struct Work {
   const zo::Job &job;
   const zo_tensor *tensors;
   int64_t total, chunk;
   zo::PerturbRange *range;
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{0}, done{0}; /* chunks taken, elements finished */
+
+  Work(const zo::Job &job, const zo_tensor *tensors, int64_t total, int64_t chunk, zo::PerturbRange *range)
+      : job(job), tensors(tensors), total(total), chunk(chunk), range(range) {}
 
   void run() {
     const IeeeArithmetic ieee;
@@ -110,9 +118,19 @@ struct Work {
         range(job, t, at - before, stop - before);
         at = stop;
       }
+      done.fetch_add(end - begin, std::memory_order_release);
     }
   }
+
+  void finish() {
+    run();
+    while (done.load(std::memory_order_acquire) < total) std::this_thread::yield();
+  }
 };
+
+/* Threads that have been started and have not ended, of all calls: latecomers must not pile up without bound. */
+std::atomic<int> helping{0};
+const int MOST_HELPERS = 256;
 
 bool sound(const zo_tensor &t) {
   return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
@@ -129,7 +147,7 @@ extern "C" const char *zo_error_string(int code) {
   case UNSUPPORTED_ISA:
     return "this processor or this build lacks the instruction set asked for";
   case OUT_OF_MEMORY:
-    return "out of host memory for the terms of the pass";
+    return "out of host memory";
   default:
     return "unknown error code";
   }
@@ -183,20 +201,26 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   job.stochastic = pass->rounding == ZO_STOCHASTIC && pass->dtype != ZO_F32;
 
   const int64_t chunk = chunk_size(job.n_terms), chunks = (total + chunk - 1) / chunk;
-  Work work{job, tensors, total, chunk, kernel(isa == BEST ? zo_cpu_best_isa() : isa)};
+  zo::PerturbRange *range = kernel(isa == BEST ? zo_cpu_best_isa() : isa);
   const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
   if (helpers < 1) {
-    work.run();
+    Work(job, tensors, total, chunk, range).run();
     return OK;
   }
-  std::vector<std::thread> pool;
+  std::shared_ptr<Work> work;
   try {
-    pool.reserve((size_t)helpers);
-    for (int64_t k = 0; k < helpers; ++k) pool.emplace_back(&Work::run, &work);
+    work = std::make_shared<Work>(job, tensors, total, chunk, range);
+    for (int64_t k = 0; k < helpers && helping.load(std::memory_order_relaxed) < MOST_HELPERS; ++k) {
+      std::thread([work] {
+        work->run();
+        helping.fetch_sub(1, std::memory_order_relaxed);
+      }).detach();
+      helping.fetch_add(1, std::memory_order_relaxed);
+    }
   } catch (const std::exception &) {
     /* No more threads to be had: those that run, and this one, take the chunks. */
+    if (!work) return OUT_OF_MEMORY;
   }
-  work.run();
-  for (std::thread &t : pool) t.join();
+  work->finish();
   return OK;
 }
