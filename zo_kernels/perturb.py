@@ -16,6 +16,7 @@ and cost two Python calls per module instead of one per use.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import signal
 import threading
@@ -72,7 +73,7 @@ class Update:
     rounding: str = "nearest"
 
 
-class View:
+class View(abc.ABC):
     """What both ways share: the parameter groups, and the update of the clean weights.
 
     `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
@@ -82,11 +83,13 @@ class View:
     def __init__(self, groups: Sequence[Weights], *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
 
+    @abc.abstractmethod
     def step(self) -> contextlib.AbstractContextManager[None]:
-        raise NotImplementedError
+        """Around the forwards and the update of one step."""
 
+    @abc.abstractmethod
     def see(self, shifts: Sequence[Shift]) -> None:
-        raise NotImplementedError
+        """The next forward runs at theta + shift."""
 
     def run(self, group: int, terms: Sequence[tuple[int, Coefficient]], decay: Coefficient, rounding: str) -> None:
         """theta <- round(decay theta + sum c z) over one group; nothing to do is not done."""
