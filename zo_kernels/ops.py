@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_kernels import _backends as backends
 
@@ -177,6 +178,10 @@ def check_tensor(name: str, t: Any) -> Tensor:
     """A tensor that a pass can read and write through a raw pointer."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}, not a tensor")
+    if is_traceable_wrapper_subclass(t):
+        raise TypeError(
+            f"{name} is a {type(t).__name__}, which has no memory of its own: pass its local tensor, with its offset in `offsets`"
+        )
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}; supported are float32, float16 and bfloat16: convert it, or freeze it")
     if t.is_meta:

@@ -179,6 +179,11 @@ _METADATA = {
 }
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether part of the model runs as a graph of torch.compile, which has the weights built in and would not see a shadow."""
+    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+
+
 class PerturbedWeight(Tensor):
     """A weight as the forwards of a scratch-mode step see it: shape, dtype and device of the parameter, and no storage.
 

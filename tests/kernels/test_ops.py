@@ -208,3 +208,18 @@ def test_the_environment_variable_is_obeyed_or_refused() -> None:
         assert (done.returncode == 0) == ok, done.stderr
         if not ok:
             assert value in done.stderr
+
+
+def test_sharded_parameters_are_refused(tmp_path: Any) -> None:
+    """A DTensor has no memory of its own to write to."""
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.placement_types import Shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4, 6), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"params\[0\] is a DTensor, .* pass its local tensor"):
+            zk.perturb_([sharded], [(0, 1.0)], **OK)
+        zk.perturb_([sharded.to_local()], [(0, 1.0)], offsets=[0], **OK)
+    finally:
+        torch.distributed.destroy_process_group()

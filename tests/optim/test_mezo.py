@@ -361,9 +361,23 @@ def test_a_failed_step_can_be_followed_by_a_good_one() -> None:
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_compiled_models_are_perturbed_in_place() -> None:
+    """A compiled graph does not look attributes up: a shadow would be ignored, and both losses equal."""
+    model = Cubic()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"cannot serve a torch\.compile'd module"):
+        zk.MeZOStep(compiled, lr=1e-2, perturbation="scratch")
+    step = zk.MeZOStep(compiled, lr=1e-2, eps=1e-2)
+    step.step(compiled)
+    assert step.projected_gradient.item() != 0
+    other = Cubic()
+    zk.MeZOStep(other, lr=1e-2, eps=1e-2, perturbation="inplace").step(other)
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_warnings_are_said_once_and_clearly() -> None:
     model = Cubic(torch.bfloat16)
-    with pytest.warns(UserWarning, match="16-bit weights without a module are perturbed in place"):
+    with pytest.warns(UserWarning, match=r"16-bit weights without a .* module are perturbed in place"):
         zk.MeZOStep(list(model.named_parameters()), lr=0.1)
     with pytest.warns(UserWarning, match="position in the list"):
         zk.MeZOStep(Cubic().parameters(), lr=0.1)

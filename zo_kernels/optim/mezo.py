@@ -56,7 +56,7 @@ class MeZOStep(torch.optim.Optimizer):
         weight_decay: decoupled; a module's biases and normalization layers (by class) get their own group without it.
         perturbation: "scratch": the forwards see theta ± eps z through a buffer and the weights change in the update alone, exactly;
             needs a module. "inplace": the weights really change and come back, three passes, each of which rounds. "auto": scratch
-            if there is a module, otherwise in place.
+            if there is a module (one that is not torch.compile'd), otherwise in place.
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
@@ -101,7 +101,12 @@ class MeZOStep(torch.optim.Optimizer):
                 "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
                 "or take perturbation='inplace'"
             )
-        scratch = named.model is not None and perturbation != "inplace"
+        graph = named.model is not None and perturb.compiled(named.model)
+        if perturbation == "scratch" and graph:
+            raise ValueError(
+                "perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'"
+            )
+        scratch = named.model is not None and perturbation != "inplace" and not graph
         for number, group in enumerate(named.groups):
             _check_group(
                 f"params[{number}]: " if len(named.groups) > 1 else "",
@@ -122,7 +127,7 @@ class MeZOStep(torch.optim.Optimizer):
         self._refresh()
         if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
             warnings.warn(
-                "16-bit weights without a module are perturbed in place, which rounds them anew at every step: the weights drift "
+                "16-bit weights without a (plain, not compiled) module are perturbed in place, which rounds them anew at every step: the weights drift "
                 "(docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
                 stacklevel=2,
             )
