@@ -91,7 +91,7 @@ class Plan:
     """Tensors of one device and one dtype, checked, in the form in which a backend takes them: one pass, one launch.
 
     `cache` belongs to the backends (a table in device memory, a map of tiles), keyed by backend name. A plan stays valid while no
-    tensor's storage moves: `moved()` tells.
+    tensor's storage moves (`parameters.Weights.current` tells).
     """
 
     entries: tuple[Entry, ...]
@@ -104,18 +104,9 @@ class Plan:
         self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, 11)
 
     @property
-    def in_place(self) -> bool:
-        return bool((self.table[:, 0] == self.table[:, 1]).all())
-
-    @property
     def plain(self) -> bool:
         """No mask, no scale, no rows: the lean kernels serve."""
         return not (self.table[:, 4:6].any() or self.table[:, 7].any() or (self.table[:, 9] >> np.uint64(32)).any())
-
-    def moved(self) -> bool:
-        """Whether a tensor's storage is no longer where the table says."""
-        t = self.table
-        return any(e.src.data_ptr() != t[k, 0] or e.dst.data_ptr() != t[k, 1] for k, e in enumerate(self.entries))
 
 
 @dataclass(frozen=True)

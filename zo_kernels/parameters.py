@@ -157,11 +157,18 @@ class Weights:
     masks: list[ops.Mask]
     scales: list[Any]
     plans: list[ops.Plan] = field(init=False)
+    pairs: list[tuple[ops.Entry, Tensor]] = field(init=False)  # every entry beside its parameter
 
     def __post_init__(self) -> None:
         self.plans = ops.make_plans(
             self.params, self.streams, masks=self.masks, scales=self.scales, names=[f"parameter {n}" for n in self.names]
         )
+        # Plans group by device and dtype, in order of first appearance, each in list order.
+        order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self.params:
+            order.setdefault((p.device, p.dtype), []).append(p)
+        entries = [e for plan in self.plans for e in plan.entries]
+        self.pairs = list(zip(entries, [p for members in order.values() for p in members], strict=True))
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], streams: Mapping[str, int]) -> Weights:
@@ -177,24 +184,13 @@ class Weights:
 
     def entries(self) -> dict[int, ops.Entry]:
         """The entry of each parameter, by id(parameter)."""
-        by_pointer = {(e.src.data_ptr(), e.src.numel()): e for plan in self.plans for e in plan.entries}
-        return {id(p): by_pointer[p.data_ptr(), p.numel()] for p in self.params}
+        return {id(p): e for e, p in self.pairs}
 
     def current(self, group: Mapping[str, Any]) -> bool:
-        """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced or moved."""
+        """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted."""
         active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
         return (
             len(active) == len(self.params)
             and all(a is b for a, b in zip(active, self.params, strict=True))
-            and all(e.src.dtype == p.dtype for e, p in self._pairs())
-            and not any(e.src.data_ptr() != p.data_ptr() for e, p in self._pairs())
+            and all(e.src.dtype == p.dtype and e.src.data_ptr() == p.data_ptr() for e, p in self.pairs)
         )
-
-    def _pairs(self) -> Iterable[tuple[ops.Entry, Tensor]]:
-        """Entries beside their parameters. Plans group by device and dtype, each in list order."""
-        entries = [e for plan in self.plans for e in plan.entries]
-        order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in self.params:
-            order.setdefault((p.device, p.dtype), []).append(p)
-        params = [p for group in order.values() for p in group]
-        return zip(entries, params, strict=True)

@@ -33,6 +33,7 @@ from zo_kernels import _backends as backends
 from zo_kernels import ops
 from zo_kernels.parameters import Weights
 
+MOST_GATHERS = 64  # plans of gathered rows that are kept: batches of every length come along in a run
 ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
 
 
@@ -361,14 +362,11 @@ class Scratch(View):
         if keep:
             layout = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
         else:
-            cached = self.layouts.get(key)
-            layout = (
-                cached
-                if cached is not None
-                else self.layouts.setdefault(
-                    key, self._layout(found, self._room([(s.param.device, s.param.dtype, s.param.shape) for s in found]))
-                )
-            )
+            known = self.layouts.get(key)
+            if known is None:
+                room = self._room([(s.param.device, s.param.dtype, s.param.shape) for s in found])
+                known = self.layouts[key] = self._layout(found, room)
+            layout = known
         plans, values = layout
         self.inside = True
         try:
@@ -433,6 +431,8 @@ class Scratch(View):
             (gathered,) = self._room([(table.device, table.dtype, torch.Size((n, table.shape[1])))])
             local = replace(entry, src=gathered, dst=gathered, rows=rows, row_len=table.shape[1])
             plan = ops.Plan((local,), table.device, table.dtype)
+            if len(self.gathers) >= MOST_GATHERS:
+                self.gathers.clear()
             gather = self.gathers[id(weight), n] = rows, gathered, plan, backends.pick(table.device, self.backend)
         rows, gathered, plan, backend = gather
         self.inside = True

@@ -142,6 +142,15 @@ def test_embedding_perturbs_only_the_rows_it_gathers(monkeypatch: pytest.MonkeyP
     assert max(sizes) == 24  # three rows of 8, three rows of the head; never the table
 
 
+def test_batches_of_every_length_do_not_pile_up() -> None:
+    """An embedding keeps a plan and row numbers for each number of tokens: a bounded number of them."""
+    model = nn.Sequential(nn.Embedding(1000, 4), nn.Linear(4, 3))
+    step = zk.MeZOStep(model, lr=0.0, perturbation="scratch")
+    for n in range(1, 150):
+        step.step(lambda n=n: model(torch.arange(n)).square().mean())
+        assert len(step._view.gathers) <= 64
+
+
 def test_a_head_over_the_last_position_is_one_matrix_product() -> None:
     """at::matmul folds a batch of non-contiguous rows into one product only for a weight that is a leaf requiring a gradient; for
     any other it copies the weight once for each row (seen: 13 times the time of the two forwards)."""
