@@ -69,6 +69,19 @@ class Entry:
     rows: Tensor | None = None
     row_len: int = 0
 
+    def part(self, start: int, stop: int, dst: Tensor) -> Entry:
+        """Elements start .. stop of this tensor, written to `dst`. With a bit mask, `start` is a multiple of 8."""
+        first = self.offset + start
+        skipped = first // self.scale_block - self.offset // self.scale_block
+        return replace(
+            self,
+            src=self.src.view(-1)[start:stop],
+            dst=dst,
+            offset=first,
+            mask=None if self.mask is None else self.mask[start // 8 :],
+            scale=None if self.scale is None else self.scale[skipped:],
+        )
+
     def record(self) -> tuple[int, ...]:
         """The 11 words of the C struct, as unsigned 64-bit integers."""
         return (
@@ -361,9 +374,13 @@ def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
     for plan in plans:
         backends.pick(plan.device, backend).perturb(plan, p.on(plan.device))
-        # Backends write through raw pointers; autograd must still see that a saved tensor changed.
-        changed = [e.dst for e in plan.entries if not e.dst.is_inference()]
-        torch.autograd.graph.increment_version(changed)
+    written(plans)
+
+
+def written(plans: Sequence[Plan]) -> None:
+    """Backends write through raw pointers; autograd must still see that a saved tensor changed."""
+    for plan in plans:
+        torch.autograd.graph.increment_version([e.dst for e in plan.entries if not e.dst.is_inference()])
 
 
 def perturb_(

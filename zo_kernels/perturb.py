@@ -9,9 +9,13 @@ does not come back.
 **Scratch** leaves the weights alone. For the time of a step every trainable parameter of a module is shadowed by a
 `PerturbedWeight`, a tensor without storage that stands in the module's `__dict__`, where attribute access looks first. When a
 torch function receives one (`F.linear(x, self.weight, self.bias)`), the clean weights are read, theta + c z is written into a
-buffer, the function runs on the buffer, and the buffer is free again. An embedding perturbs only the rows it gathers. Forward
-hooks on modules were the alternative: they miss a weight that a parent reads (a tied head), need one buffer per nesting level,
-and cost two Python calls per module instead of one per use.
+buffer, and the function runs on the buffer. Forward hooks on modules were the alternative: they miss a weight that a parent reads
+(a tied head), need one buffer per nesting level, and cost two Python calls per module instead of one per use.
+
+The buffer has a fixed size, `scratch_bytes`. One pass fills it with the weights of as many of the next calls as it holds, in the order
+in which an earlier forward asked for them: a launch a layer, or a launch a model, instead of one for every bias. A matrix larger
+than the buffer is multiplied in parts, and an embedding perturbs only the rows it gathers. Where all of them fit at once (adapters,
+norms, a small model), the modules get the values themselves, and no Python of ours runs inside a forward.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import abc
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -34,6 +38,9 @@ from zo_kernels import ops
 from zo_kernels.parameters import Weights
 
 MOST_GATHERS = 64  # plans of gathered rows that are kept: batches of every length come along in a run
+GATHER_BYTES = 1 << 22  # of gathered rows that are perturbed at a time, and at most GATHER_ROWS of them
+GATHER_ROWS = 1 << 16
+PART_ROWS = 256  # parts of a matrix have a multiple of so many rows: whole tiles of matrix kernels, whole calls of the noise
 ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
 
 
@@ -61,15 +68,16 @@ def uninterrupted() -> Iterator[None]:
             before(*pending[0])
 
 
+Tag = int | Tensor  # a tensor: 0-d int64
 Coefficient = float | Tensor  # a tensor: 0-d float64, on any device; nothing is read back from it
-Shift = Sequence[tuple[int, float]]  # theta + sum c z(tag), as (tag, c)
+Shift = Sequence[tuple[Tag, Coefficient]]  # theta + sum c z(tag), as (tag, c)
 
 
 @dataclass(frozen=True)
 class Update:
     """theta <- round(decay theta + sum c z(tag)) for the clean weights of one group."""
 
-    terms: Sequence[tuple[int, Coefficient]]
+    terms: Sequence[tuple[Tag, Coefficient]]
     decay: Coefficient = 1.0
     rounding: str = "nearest"
 
@@ -78,42 +86,47 @@ class View(abc.ABC):
     """What both ways share: the parameter groups, and the update of the clean weights.
 
     `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
-    which the weights are clean. Between them, `step()` guards the forwards.
+    which the weights are clean. Around both, `step()` guards the forwards.
     """
 
     def __init__(self, groups: Sequence[Weights], *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
 
     @abc.abstractmethod
-    def step(self) -> contextlib.AbstractContextManager[None]:
-        """Around the forwards and the update of one step."""
+    def step(self, recorded: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Around the forwards and the update of one step. `recorded`: passes are recorded for later and not executed now."""
 
     @abc.abstractmethod
     def see(self, shifts: Sequence[Shift]) -> None:
         """The next forward runs at theta + shift."""
 
-    def run(self, group: int, terms: Sequence[tuple[int, Coefficient]], decay: Coefficient, rounding: str) -> None:
-        """theta <- round(decay theta + sum c z) over one group; nothing to do is not done."""
+    def memory(self) -> Any:
+        """What passes and forwards read and write by address, besides the weights: a graph keeps it alive."""
+        return self.groups
+
+    def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> ops.Pass | None:
+        """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
         tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
-        tensors = [c for c in (*coefs, decay) if isinstance(c, Tensor)]
-        if tensors:
-            # Tags are written by a fill kernel and coefficients stay where the losses are: no copy from the host, no wait.
-            device = tensors[0].device
-            consecutive = tags == list(range(tags[0], tags[0] + len(tags))) if tags else False
-            on_device = (
-                torch.arange(tags[0], tags[0] + len(tags), device=device) if consecutive else torch.tensor(tags, device=device)
-            )
-            values = torch.stack([torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]).float()
-            factor = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
-            p = ops.Pass(self.seed, on_device, values, factor, self.kind, rounding)
-        else:
-            live = [(tag, float(c)) for tag, c in terms if c]
+        device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
+        if device is None:
+            live = [(int(tag), float(c)) for tag, c in terms if c]
             if not live and decay == 1.0:
-                return
-            p = ops.Pass(
-                self.seed, [t for t, _ in live], [c for _, c in live], None if decay == 1.0 else float(decay), self.kind, rounding
-            )
-        ops.run(self.groups[group].plans, p, self.backend)
+                return None
+            factor = None if decay == 1.0 else float(decay)
+            return ops.Pass(self.seed, [tag for tag, _ in live], [c for _, c in live], factor, self.kind, rounding)
+        # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
+        on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
+        values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
+        shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
+        if not tags:
+            return ops.Pass(self.seed, [], [], shift, self.kind, rounding)
+        return ops.Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
+
+    def run(self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> None:
+        """theta <- round(decay theta + sum c z) over one group; nothing to do is not done."""
+        p = self._pass(terms, decay, rounding)
+        if p is not None:
+            ops.run(self.groups[group].plans, p, self.backend)
 
     def update(self, updates: Sequence[Update]) -> None:
         """The step itself, one update for each group; an interrupt waits until all are done."""
@@ -122,29 +135,34 @@ class View(abc.ABC):
                 self.run(k, u.terms, u.decay, u.rounding)
 
 
-def _add(*lists: Sequence[tuple[int, Coefficient]]) -> list[tuple[int, Coefficient]]:
-    """The sum of lists of terms, one term a tag."""
-    total: dict[int, Coefficient] = {}
+def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
+    """The sum of lists of terms, one term a tag (a tensor is the same tag as itself only)."""
+    total: dict[int, tuple[Tag, Coefficient]] = {}
     for terms in lists:
         for tag, c in terms:
-            total[tag] = total[tag] + c if tag in total else c
-    return list(total.items())
+            key = -1 - id(tag) if isinstance(tag, Tensor) else tag
+            total[key] = tag, (total[key][1] + c if key in total else c)
+    return list(total.values())
 
 
 class InPlace(View):
-    """theta + c z in the weights' own memory; `at` is where each group stands."""
+    """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
+    first perturbation if `update` was told to go ahead to it."""
 
     def __init__(self, groups: Sequence[Weights], **options: Any) -> None:
         super().__init__(groups, **options)
         self.at: list[Shift] = [()] * len(groups)
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, recorded: bool = False) -> Iterator[None]:
         """If a forward fails, the weights go back, to within the rounding of the passes."""
         try:
             yield
         except BaseException:
-            self.see([()] * len(self.groups))
+            if recorded:
+                self.at = [()] * len(self.groups)
+            else:
+                self.restore()
             raise
 
     def see(self, shifts: Sequence[Shift]) -> None:
@@ -154,12 +172,20 @@ class InPlace(View):
                 self.at[k] = shift
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
 
-    def update(self, updates: Sequence[Update]) -> None:
-        """Restore and update in one pass: decay (theta' - shift) + terms = decay theta' + (terms - decay shift)."""
+    def restore(self) -> None:
+        """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
+        if any(self.at):
+            with torch.no_grad():
+                self.see([()] * len(self.groups))
+
+    def update(self, updates: Sequence[Update], ahead: Sequence[Shift] | None = None) -> None:
+        """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
+        decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
         with uninterrupted():
             for k, u in enumerate(updates):
-                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]]), u.decay, u.rounding)
-                self.at[k] = ()
+                target = ahead[k] if ahead else ()
+                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding)
+                self.at[k] = target
 
 
 # ---- scratch ----------------------------------------------------------------------------------------------------------
@@ -178,6 +204,26 @@ _METADATA = {
         *("is_floating_point", "is_complex", "is_contiguous"),
     )
 }
+
+
+# Functions whose result is never a view of a weight.
+_FRESH = {
+    *(nn.functional.linear, nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.embedding),
+    *(nn.functional.conv1d, nn.functional.conv2d, nn.functional.bilinear, torch.addmm, torch.mm, torch.matmul, torch.bmm),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.add, Tensor.__add__, Tensor.__radd__),
+}
+
+
+def default_scratch_bytes(devices: Iterable[torch.device]) -> int:
+    """The size of the buffer: what lies in the cache that the matrix products read it from.
+
+    On a GPU half of the L2 cache of an H100 and most of an A100's; on a CPU a share of the last level.
+    """
+    return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 23
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def compiled(model: nn.Module) -> bool:
@@ -239,10 +285,9 @@ def _walk(tree: Any) -> Iterator[Any]:
 
 def _find(args: Any, kwargs: Any) -> list[PerturbedWeight]:
     """The perturbed weights among nested arguments, in order. Hundreds of calls a forward: the usual flat case goes first."""
-    found = [a for a in args if type(a) is PerturbedWeight]
     if kwargs or any(type(a) in (tuple, list, dict) for a in args):
-        found = [a for a in _walk((args, kwargs)) if type(a) is PerturbedWeight]
-    return found
+        return [a for a in _walk((args, kwargs)) if type(a) is PerturbedWeight]
+    return [a for a in args if type(a) is PerturbedWeight]
 
 
 def _replace(args: Any, kwargs: Any, values: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -259,17 +304,56 @@ def _replace(args: Any, kwargs: Any, values: Sequence[Tensor]) -> tuple[Any, Any
             return {key: swap(inner) for key, inner in node.items()}
         return node
 
-    return [swap(a) for a in args], {key: swap(a) for key, a in kwargs.items()}
+    if kwargs or any(type(a) in (tuple, list, dict) for a in args):
+        return [swap(a) for a in args], {key: swap(a) for key, a in kwargs.items()}
+    return [next(supply) if type(a) is PerturbedWeight else a for a in args], kwargs
 
 
-# The passes that fill the values of one call (group, plan, backend), and those values.
-Layout = tuple[list[tuple[int, ops.Plan, ModuleType]], list[Tensor]]
+Calls = tuple[int, ...]  # the weights that one call takes, by the ids of their shadows
+
+
+@dataclass
+class Fill:
+    """Consecutive calls whose weights one pass writes into the buffer.
+
+    `plans`: (parameter group, plan, backend) of each launch; `values`: what each call receives; `written`: all of them.
+    """
+
+    plans: list[tuple[int, ops.Plan, ModuleType]]
+    values: dict[Calls, list[Tensor]]
+    written: list[Tensor]
+
+
+@dataclass
+class Part:
+    """Rows start .. stop of a matrix that is multiplied in parts."""
+
+    fill: Fill
+    weight: Tensor
+    bias: Tensor | None
+    start: int
+    stop: int
+
+
+@dataclass
+class Gather:
+    """Rows of an embedding table: their numbers, their values in the buffer, and what perturbs them."""
+
+    rows: Tensor
+    values: Tensor
+    mask: Tensor | None
+    plan: ops.Plan
+    backend: ModuleType
 
 
 class Scratch(View):
-    """theta + c z in one reusable buffer a device; the weights themselves change in `update` alone."""
+    """theta + c z in one reusable buffer a device; the weights themselves change in `update` alone.
 
-    def __init__(self, groups: Sequence[Weights], model: nn.Module, **options: Any) -> None:
+    `scratch_bytes`: of the buffer; None: as default_scratch_bytes says. It grows beyond that only to a single weight that is larger and
+    cannot be handled in parts: one that a function other than `F.linear` or `F.embedding` takes.
+    """
+
+    def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
         super().__init__(groups, **options)
         self.model = model
         shadows: dict[int, PerturbedWeight] = {}
@@ -277,6 +361,7 @@ class Scratch(View):
             entries = weights.entries()
             for p in weights.params:
                 shadows[id(p)] = PerturbedWeight(p, entries[id(p)], k, self)
+        self.limit = scratch_bytes or default_scratch_bytes(s.param.device for s in shadows.values())
         self.names = {id(p): name for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
         # Every attribute that reads a trainable parameter: a tied one has several.
         self.sites: list[tuple[nn.Module, str, PerturbedWeight]] = [
@@ -288,9 +373,16 @@ class Scratch(View):
         self.passes: list[ops.Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
         self.storages: set[int] = set()  # the buffers', by address
-        self.layouts: dict[tuple[int, ...], Layout] = {}  # where in the buffer the weights of a call lie, by the weights' ids
-        # An embedding's row numbers, its rows in the buffer, plan and backend, by the table's id and the number of tokens.
-        self.gathers: dict[tuple[int, int], tuple[Tensor, Tensor, ops.Plan, ModuleType]] = {}
+        self.fills: dict[Calls, Fill] = {}  # by the call that comes first
+        self.live: dict[Calls, list[Tensor]] = {}  # the values that the buffer holds now
+        # What the calls of this forward took, with None where the buffer served something else; None: nothing is to be learned from it.
+        self.asked: list[list[PerturbedWeight] | None] | None = []
+        self.changed = False  # a call came that no earlier forward had
+        # Everything that the calls took, where the buffer holds it all; it has memory of its own, and the modules hold its values.
+        self.resident: Fill | None = None
+        self.parts: dict[Calls, list[Part]] = {}
+        self.gathers: dict[tuple[int, int], Gather] = {}  # by the table's shadow and the number of rows
+        self.gather_memory: dict[tuple[str, torch.device], Tensor] = {}
         self.inside = False  # our own reads of clean weights are under way
         # Parameters that code reaches past its module's attributes (a list of captured weights, a scripted module), and a copy of
         # their clean values while a forward runs. `missing` are those that no module owns at all.
@@ -304,41 +396,55 @@ class Scratch(View):
     # -- a step --
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, recorded: bool = False) -> Iterator[None]:
+        # One step shows which parameters are read in ways that attributes do not show, and in which order; watching costs microseconds
+        # an operation.
+        watched = self.model.training is not self.watched_mode
+        if watched:
+            self.resident, self.changed = None, True  # see() starts to learn
+        there = self.resident.values if self.resident else {}
+        placed = []
         try:
             for module, attribute, shadow in self.sites:
                 if module._parameters.get(attribute) is shadow.param:
-                    module.__dict__[attribute] = shadow
-            # One step shows which parameters are read in ways that attributes do not show; watching costs microseconds an operation.
-            if self.model.training is self.watched_mode:
-                yield
-            else:
+                    value = there[(id(shadow),)][0] if (id(shadow),) in there else shadow
+                    placed.append((module, attribute, value))
+                    module.__dict__[attribute] = value
+            if watched:
                 with Watch(self, self.shadows.values()):
                     yield
                 self.watched_mode = self.model.training
+            else:
+                yield
         finally:
-            for module, attribute, shadow in self.sites:
-                if module.__dict__.get(attribute) is shadow:
+            for module, attribute, value in placed:
+                if module.__dict__.get(attribute) is value:
                     del module.__dict__[attribute]
             self._put_back()
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self._put_back()
+        self._learn()
+        self.live = {}
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
-        self.passes = [
-            ops.Pass(self.seed, [t for t, _ in shift], [c for _, c in shift], None, self.kind, "nearest") if shift else None
-            for shift in shifts
-        ]
+        self.passes = [self._pass(shift, 1.0, "nearest") if shift else None for shift in shifts]
         for shadow in self.held.values():
             self._perturb_held(shadow)
+        if self.resident:
+            self._fill(self.resident)
 
     def update(self, updates: Sequence[Update]) -> None:
         self._put_back()
+        self.live = {}
         self.inside = True
         try:
             super().update(updates)
         finally:
             self.inside = False
+
+    def memory(self) -> Any:
+        tables = (self.fills, self.parts, self.gathers)
+        return self.groups, dict(self.buffers), dict(self.gather_memory), [list(t.values()) for t in tables], self.resident
 
     # -- a function that receives weights --
 
@@ -347,8 +453,14 @@ class Scratch(View):
             rows = self._embedding(*args, **kwargs)
             if rows is not None:
                 return rows
+        elif func is nn.functional.linear and found[0].param.nbytes > self.limit:
+            product = self._linear(*args, **kwargs)
+            if product is not None:
+                return product
         plain, named = _replace(args, kwargs, self.values(found))
         result = func(*plain, **named)
+        if func in _FRESH:
+            return result
         for t in (result,) if type(result) is Tensor else _walk(result):
             if isinstance(t, Tensor) and type(t) is not PerturbedWeight and t.untyped_storage().data_ptr() in self.storages:
                 # A view of the weight outlives the call (`weight.t()`): it needs values that the next call does not overwrite.
@@ -360,40 +472,107 @@ class Scratch(View):
         """theta + c z of each weight, in the buffer (valid until the next call) or, to keep, in memory of their own."""
         key = tuple(map(id, found))
         if keep:
-            layout = self._layout(found, [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
-        else:
-            known = self.layouts.get(key)
-            if known is None:
-                room = self._room([(s.param.device, s.param.dtype, s.param.shape) for s in found])
-                known = self.layouts[key] = self._layout(found, room)
-            layout = known
-        plans, values = layout
+            fill = self._fill_of([found], [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
+            self._fill(fill)
+            return fill.values[key]
+        if self.asked is not None:
+            self.asked.append(list(found))
+        values = self.live.get(key)
+        if values is None:
+            fill_ = self.fills.get(key)
+            if fill_ is None:
+                fill_ = self._make_fill([found])
+                self.changed = True
+            self._fill(fill_)
+            self.live = fill_.values
+            values = self.live[key]
+        return values
+
+    def _fill(self, fill: Fill) -> None:
         self.inside = True
         try:
-            for group, plan, backend in plans:
+            for group, plan, backend in fill.plans:
                 if (p := self.passes[group]) is not None:
                     backend.perturb(plan, p)
                 else:
                     for e in plan.entries:
-                        e.dst.copy_(e.src)
+                        e.dst.view(-1).copy_(e.src.view(-1))
         finally:
             self.inside = False
-        torch.autograd.graph.increment_version(values)  # a graph that saved the buffer must not use what is in it now
-        if self.held:
-            return [s.param if id(s.param) in self.held else v for s, v in zip(found, values, strict=True)]
-        return values
+        torch.autograd.graph.increment_version(fill.written)  # a graph that saved the buffer must not use what is in it now
 
-    def _layout(self, found: Sequence[PerturbedWeight], values: list[Tensor]) -> Layout:
-        groups: dict[tuple[int, torch.device, torch.dtype], list[ops.Entry]] = {}
-        for shadow, value in zip(found, values, strict=True):
-            key = (shadow.group, value.device, value.dtype)
-            groups.setdefault(key, []).append(replace(shadow.entry, dst=value))
-        plans = [
-            (k, ops.Plan(tuple(e), device, dtype), backends.pick(device, self.backend)) for (k, device, dtype), e in groups.items()
-        ]
+    def _make_fill(self, calls: Sequence[Sequence[PerturbedWeight]]) -> Fill:
+        """The fill of these calls in the buffer, kept under the first one."""
+        shadows = {id(s): s for call in calls for s in call}.values()
+        room = self._room([(s.param.device, s.param.dtype, s.param.shape) for s in shadows])
+        fill = self.fills[tuple(map(id, calls[0]))] = self._fill_of(calls, room)
+        return fill
+
+    def _fill_of(self, calls: Sequence[Sequence[PerturbedWeight]], room: Sequence[Tensor]) -> Fill:
+        """The fill of these calls, with memory for each of their weights, in the order in which they first occur."""
+        shadows = {id(s): s for call in calls for s in call}
+        free = {i: value for i, value in zip(shadows, room, strict=True) if id(shadows[i].param) not in self.held}
+        plans = self._plans([(shadows[i].group, replace(shadows[i].entry, dst=value)) for i, value in free.items()])
         # Leaves that require a gradient, like the parameters they stand for: at::matmul folds a batch into one matrix product only then,
         # even under no_grad. Otherwise a head over the last position is computed, and its weight copied, once for each row.
-        return plans, [v.detach().requires_grad_(s.param.requires_grad) for s, v in zip(found, values, strict=True)]
+        leaves = {i: value.detach().requires_grad_(shadows[i].param.requires_grad) for i, value in free.items()}
+        values = {tuple(map(id, call)): [leaves.get(id(s), s.param) for s in call] for call in calls}
+        return Fill(plans, values, list(leaves.values()))
+
+    def _plans(self, entries: Sequence[tuple[int, ops.Entry]]) -> list[tuple[int, ops.Plan, ModuleType]]:
+        """One launch for each parameter group, device and dtype among (group, entry)."""
+        by_launch: dict[tuple[int, torch.device, torch.dtype], list[ops.Entry]] = {}
+        for group, entry in entries:
+            by_launch.setdefault((group, entry.dst.device, entry.dst.dtype), []).append(entry)
+        return [
+            (group, ops.Plan(tuple(members), device, dtype), backends.pick(device, self.backend))
+            for (group, device, dtype), members in by_launch.items()
+        ]
+
+    def _learn(self) -> None:
+        """Between two forwards: from the calls of the one that is over, which ones the buffer can serve together."""
+        asked, self.asked = self.asked, [] if self.changed else None
+        self.changed = False
+        if not asked:
+            return
+        taken = {id(s): s for call in asked for s in call or ()}
+        if None not in asked and not self.resident and sum(_aligned(s.param.nbytes) for s in taken.values()) <= self.limit:
+            room = [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in taken.values()]
+            self.resident = self._fill_of([[s] for s in taken.values()], room)
+            self._drop_buffers()  # the modules hold the values themselves from the next step on
+            return
+        together: dict[Calls, list[Sequence[PerturbedWeight]]] = {}
+        largest: dict[torch.device, int] = {}
+        start = 0
+        while start < len(asked):
+            weights: dict[int, PerturbedWeight] = {}
+            calls: list[Sequence[PerturbedWeight]] = []
+            for call in asked[start:]:
+                if call is None:
+                    break
+                more = weights | {id(s): s for s in call}
+                if calls and sum(_aligned(s.param.nbytes) for s in more.values()) > self.limit:
+                    break
+                weights = more
+                calls.append(call)
+            if calls:
+                together.setdefault(tuple(map(id, calls[0])), calls)
+                for device in {s.param.device for s in weights.values()}:
+                    size = sum(_aligned(s.param.nbytes) for s in weights.values() if s.param.device == device)
+                    largest[device] = max(size, largest.get(device, 0))
+            start += max(1, len(calls))
+        self.fills.clear()
+        self._room([(device, torch.uint8, torch.Size((size,))) for device, size in largest.items()])
+        for calls in together.values():
+            self._make_fill(calls)
+
+    def _drop_buffers(self) -> None:
+        """With all that points into them, so that an old buffer and its larger successor are never there together."""
+        self.fills.clear()
+        self.parts.clear()
+        self.live = {}
+        self.buffers.clear()
+        self.storages.clear()
 
     def _room(self, wanted: Sequence[tuple[torch.device, torch.dtype, torch.Size]]) -> list[Tensor]:
         """Tensors of the buffer that are in use together; a buffer grows to the largest call it has seen."""
@@ -401,55 +580,141 @@ class Scratch(View):
         sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in wanted]
         for (device, _, _), size in zip(wanted, sizes, strict=True):
             starts.append(ends[device])
-            ends[device] += -(-size // ALIGNMENT) * ALIGNMENT
-        for device, size in ends.items():
-            if device not in self.buffers or self.buffers[device].numel() < size:
-                self.buffers.pop(device, None)
-                self.layouts.clear()  # they point into the old buffer
-                self.gathers.clear()
+            ends[device] += _aligned(size)
+        have = {device: buffer.numel() for device, buffer in self.buffers.items()}
+        if any(have.get(device, 0) < size for device, size in ends.items()):
+            self._drop_buffers()
+            for device, size in (have | {device: max(size, have.get(device, 0)) for device, size in ends.items()}).items():
                 whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
                 start = -whole.data_ptr() % ALIGNMENT
                 self.buffers[device] = whole[start : start + size]
-        self.storages = {b.untyped_storage().data_ptr() for b in self.buffers.values()}
+            self.storages = {b.untyped_storage().data_ptr() for b in self.buffers.values()}
         return [
             self.buffers[device][start : start + size].view(dtype).view(shape)
             for (device, dtype, shape), start, size in zip(wanted, starts, sizes, strict=True)
         ]
 
+    # -- matrices larger than the buffer --
+
+    def _linear(self, input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+        """input (theta + c z)^T + bias, a part of the rows of theta at a time; None where only the whole matrix will do."""
+        if (
+            type(weight) is not PerturbedWeight
+            or not isinstance(input, Tensor)
+            or type(input) is PerturbedWeight
+            or weight.param.ndim != 2
+        ):
+            return None
+        if id(weight.param) in self.held or (type(bias) is PerturbedWeight and id(bias.param) in self.held):
+            return None
+        if (parts := self._parts(weight, bias)) is None:
+            return None
+        self.live = {}
+        if self.asked is not None:
+            self.asked.append(None)
+        rows, width = weight.param.shape
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type)
+        result: Tensor | None = None
+        for part in parts:
+            self._fill(part.fill)
+            b = part.bias if bias is None or type(bias) is PerturbedWeight else bias[part.start : part.stop]
+            if plain:
+                product = nn.functional.linear(input, part.weight, b)
+                if result is None:
+                    result = product.new_empty(*input.shape[:-1], rows)
+                result[..., part.start : part.stop] = product
+                continue
+            # Straight into the columns of the result: no second copy of logits.
+            if result is None:
+                result = input.new_empty(*input.shape[:-1], rows)
+            flat, out = input.reshape(-1, width), result.view(-1, rows)[:, part.start : part.stop]
+            torch.mm(flat, part.weight.t(), out=out) if b is None else torch.addmm(b, flat, part.weight.t(), out=out)
+        return result
+
+    def _parts(self, weight: PerturbedWeight, bias: Any) -> list[Part] | None:
+        """The parts of a matrix, which take turns in the buffer; None if a part would not fit."""
+        shadows = [weight, bias] if type(bias) is PerturbedWeight else [weight]
+        key = tuple(map(id, shadows))
+        if (parts := self.parts.get(key)) is None:
+            rows = weight.param.shape[0]
+            row_bytes = sum(s.param.nbytes // rows for s in shadows)
+            at_once = (self.limit - 2 * ALIGNMENT) // row_bytes // PART_ROWS * PART_ROWS
+            if at_once <= 0:
+                return None
+            room = self._room([(s.param.device, s.param.dtype, torch.Size((at_once, *s.param.shape[1:]))) for s in shadows])
+            parts = []
+            for start in range(0, rows, at_once):
+                stop = min(start + at_once, rows)
+                values = [r[: stop - start] for r in room]
+                entries = [
+                    (s.group, s.entry.part(start * (s.param.numel() // rows), stop * (s.param.numel() // rows), value))
+                    for s, value in zip(shadows, values, strict=True)
+                ]
+                fill = Fill(self._plans(entries), {}, values)
+                parts.append(Part(fill, values[0], values[1] if len(values) > 1 else None, start, stop))
+            self.parts[key] = parts
+        return parts
+
+    # -- embeddings --
+
     def _embedding(
         self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **more: Any
     ) -> Tensor | None:
-        """theta + c z in the gathered rows only; None where the whole table is the better or the only way."""
+        """theta + c z in the gathered rows only; None where the whole table is the only way."""
         if type(weight) is not PerturbedWeight or not isinstance(input, Tensor) or max_norm is not None:
             return None
-        entry, p, n = weight.entry, self.passes[weight.group], input.numel()
+        entry, p = weight.entry, self.passes[weight.group]
         table = weight.param.detach()
-        if p is None or id(weight.param) in self.held or entry.mask is not None or n >= table.shape[0]:
+        if p is None or id(weight.param) in self.held or (entry.mask is not None and table.shape[1] % 8):
             return None
-        if (gather := self.gathers.get((id(weight), n))) is None:
-            rows = torch.empty(n, dtype=torch.int64, device=table.device)
-            (gathered,) = self._room([(table.device, table.dtype, torch.Size((n, table.shape[1])))])
-            local = replace(entry, src=gathered, dst=gathered, rows=rows, row_len=table.shape[1])
-            plan = ops.Plan((local,), table.device, table.dtype)
-            if len(self.gathers) >= MOST_GATHERS:
-                self.gathers.clear()
-            gather = self.gathers[id(weight), n] = rows, gathered, plan, backends.pick(table.device, self.backend)
-        rows, gathered, plan, backend = gather
+        flat = input.reshape(-1)
+        result = torch.empty(flat.numel(), table.shape[1], dtype=table.dtype, device=table.device)
+        at_once = max(1, min(GATHER_ROWS, GATHER_BYTES // (table.shape[1] * table.element_size() or 1)))
         self.inside = True
         try:
-            rows.copy_(input.reshape(-1))
-            torch.index_select(table, 0, rows, out=gathered)
-            backend.perturb(plan, p)
-            return gathered.clone().view(*input.shape, table.shape[1])
+            for start in range(0, flat.numel(), at_once):
+                gather = self._gather(weight, min(at_once, flat.numel() - start))
+                gather.rows.copy_(flat[start : start + at_once])
+                torch.index_select(table, 0, gather.rows, out=gather.values)
+                if gather.mask is not None and entry.mask is not None:
+                    torch.index_select(entry.mask.view(table.shape[0], -1), 0, gather.rows, out=gather.mask)
+                gather.backend.perturb(gather.plan, p)
+                result[start : start + at_once] = gather.values
         finally:
             self.inside = False
+        return result.view(*input.shape, table.shape[1])
+
+    def _gather(self, weight: PerturbedWeight, n: int) -> Gather:
+        """Memory and plan for `n` rows of a table. The same addresses at every step: a backend's tables of the plan are uploaded once."""
+        if (gather := self.gathers.get((id(weight), n))) is None:
+            entry, table = weight.entry, weight.param.detach()
+            width = table.shape[1]
+            rows = self._memory("rows", n * 8, table.device).view(torch.int64)
+            values = self._memory("values", n * width * table.element_size(), table.device).view(table.dtype).view(n, width)
+            mask = None if entry.mask is None else self._memory("mask", n * width // 8, table.device).view(n, width // 8)
+            local = replace(entry, src=values, dst=values, rows=rows, row_len=width, mask=None if mask is None else mask.view(-1))
+            if len(self.gathers) >= MOST_GATHERS:
+                self.gathers.clear()
+            plan = ops.Plan((local,), table.device, table.dtype)
+            gather = self.gathers[id(weight), n] = Gather(rows, values, mask, plan, backends.pick(table.device, self.backend))
+        return gather
+
+    def _memory(self, purpose: str, size: int, device: torch.device) -> Tensor:
+        """Bytes that all gathers share: one is over before the next begins."""
+        room = self.gather_memory.get((purpose, device))
+        if room is None or room.numel() < size:
+            room = self.gather_memory[purpose, device] = torch.empty(size, dtype=torch.uint8, device=device)
+            self.gathers.clear()  # they point into the old memory
+        return room[:size]
 
     # -- parameters that shadows do not reach --
 
     def hold(self, shadow: PerturbedWeight) -> None:
         """From now on this parameter is perturbed in place around each forward and put back from a copy: exact, for the copy's memory."""
         self.held[id(shadow.param)] = shadow
-        self.layouts.clear()
+        self.fills.clear()
+        self.parts.clear()
+        self.live = {}
         self._perturb_held(shadow)
 
     def _perturb_held(self, shadow: PerturbedWeight) -> None:
@@ -465,6 +730,8 @@ class Scratch(View):
             self.inside = False
 
     def _put_back(self) -> None:
+        if not self.copies:
+            return
         self.inside = True
         try:
             with uninterrupted(), torch.no_grad():

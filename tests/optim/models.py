@@ -63,8 +63,8 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.M
     return FAMILIES[family]().to(dtype).eval()
 
 
-def tokens(batch: int = 3, length: int = 11) -> Tensor:
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(5))
+def tokens(batch: int = 3, length: int = 11, seed: int = 5) -> Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:

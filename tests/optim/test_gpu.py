@@ -100,8 +100,8 @@ def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
 
 
 def test_scratch_memory_over_inference() -> None:
-    """One buffer, of the largest layer, and nothing of the size of the model: 5.7 MB more were seen on an H100 (tables, an embedding's
-    rows, rounding of blocks), 8 MiB are allowed."""
+    """One buffer of `scratch_bytes`, and nothing of the size of the model: 5.7 MB more were seen on an H100 (tables, an embedding's
+    rows, rounding of blocks), 16 MiB are allowed."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(vocab_size=50272, hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -120,8 +120,7 @@ def test_scratch_memory_over_inference() -> None:
     for _ in range(3):
         step.step(lambda: loss_of(model, ids))
     extra = torch.cuda.max_memory_allocated() - inference
-    largest = max(p.nbytes for p in model.parameters())
-    assert extra <= largest + 8 * 2**20
+    assert extra <= step._view.limit + 16 * 2**20
 
 
 def test_the_generators_of_the_device_are_kept() -> None:
@@ -139,3 +138,54 @@ def test_the_generators_of_the_device_are_kept() -> None:
     torch.cuda.manual_seed(3)
     assert draws == [torch.rand((), device="cuda").item()] * 2
     assert after == torch.rand((), device="cuda").item()
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "inplace"}, {}, {"scratch_bytes": 9000}], ids=str)
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-tied", "lora"])
+def test_graphs_give_the_same_bits(family: str, options: dict[str, object], backend: str) -> None:
+    """A step captured as a CUDA graph, with a schedule, two shapes of batch and weight decay, against steps without."""
+    model = make(family, torch.float16).cuda()
+    other = copy.deepcopy(model)
+    data = [tokens(2 + k % 2, 6, seed=k).cuda() for k in range(10)]
+    found = []
+    for m, graph in ((model, True), (other, False)):
+        step = zk.MeZOStep(m, lr=1e-3, eps=1e-2, seed=5, weight_decay=0.1, clip=50.0, backend=backend, cuda_graph=graph, **options)
+        schedule = torch.optim.lr_scheduler.LinearLR(step, 1.0, 0.1, total_iters=len(data))
+        losses = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="cuda_graph")  # no silent fallback
+            for batch in data:
+                losses.append(step.step(lambda b: loss_of(m, b), [batch]))  # noqa: B023
+                schedule.step()
+        if graph:
+            assert len(step._graphs.captured) == 2
+        found.append([loss.item() for loss in losses])
+    assert found[0] == found[1]
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_large_matrix_needs_no_copy_of_itself() -> None:
+    """A head of 50,000 rows at the default buffer: parts, and the whole step within 64 MiB of inference."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=50272, hidden_size=2048, ffn_dim=8192, num_hidden_layers=2, num_attention_heads=32, word_embed_proj_dim=2048
+    )
+    model = OPTForCausalLM(config).half().cuda().eval()
+    ids = torch.randint(0, 50272, (16, 32), device="cuda")
+
+    def closure() -> Tensor:
+        return model(input_ids=ids, logits_to_keep=1).logits.float().square().mean()
+
+    with torch.no_grad():
+        closure()
+        torch.cuda.reset_peak_memory_stats()
+        closure()
+        inference = torch.cuda.max_memory_allocated()
+    step = zk.MeZOStep(model, lr=1e-6)
+    for _ in range(2):
+        step.step(closure)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step.step(closure)
+    assert torch.cuda.max_memory_allocated() - inference <= 64 * 2**20

@@ -174,12 +174,184 @@ def test_a_head_over_the_last_position_is_one_matrix_product() -> None:
     assert "aten::bmm" not in Products.names
 
 
-def test_scratch_memory_is_one_buffer() -> None:
+# The sizes of the buffer in which one weight, several calls, and everything fit, for the models of `FAMILIES`.
+SIZES = (1, 9_000, 1 << 23)
+
+
+def run_of(model: nn.Module, size: int, steps: int = 3, **options: Any) -> tuple[list[float], list[Tensor]]:
+    """Every loss, and the weights at the end."""
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        seen.append(loss_of(model, tokens()).item())
+        return torch.tensor(seen[-1])
+
+    step = zk.MeZOStep(model, lr=1e-3, eps=1e-2, seed=3, perturbation="scratch", scratch_bytes=size, **options)
+    for _ in range(steps):
+        step.step(closure)
+    assert clean(model)
+    return seen, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_of_the_buffer_changes_no_bit(family: str, dtype: torch.dtype) -> None:
+    """A launch a weight, a launch for some calls, one launch and no Python in the forward: the same losses and weights."""
+    models = [make(family, dtype) for _ in SIZES]
+    (first, weights), *others = [run_of(m, size, weight_decay=0.1) for m, size in zip(models, SIZES, strict=True)]
+    assert len(set(first)) > 3
+    for losses_, weights_ in others:
+        assert losses_ == first
+        assert all(same_bits(a, b) for a, b in zip(weights, weights_, strict=True))
+
+
+def test_the_passes_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first forward: a launch for every use of a weight, for every buffer full of them, for the model."""
+    from zo_kernels._backends import cpu
+
+    passes: list[int] = []
+    real = cpu.perturb
+    monkeypatch.setattr(cpu, "perturb", lambda plan, p: (passes.append(len(plan.entries)), real(plan, p)))
+    counts = {}
+    for size in SIZES:
+        model = make("llama")
+        step = zk.MeZOStep(model, lr=0.0, perturbation="scratch", scratch_bytes=size)
+        for _ in range(2):
+            passes.clear()
+            step.step(lambda: loss_of(model, tokens()))  # noqa: B023
+        counts[size] = len(passes)
+    tensors = 2 * 9 + 2  # two layers of seven matrices and two norms; the last norm, the head; and the embedding's rows
+    assert counts[1] == 2 * (tensors + 1)
+    assert 2 * 5 < counts[9_000] < 2 * tensors * 0.7
+    assert counts[1 << 23] == 2 * 2
+
+
+class Orders(nn.Module):
+    """Uses its layers in an order that changes from forward to forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+        self.order: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k in self.order:
+            x = torch.tanh(self.layers[k](x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("size", [1, 2_500, 4_000, 1 << 20])
+def test_forwards_in_another_order_get_their_own_weights(size: int) -> None:
+    """What an earlier forward did is a guess, and never trusted: early exits, experts, layers that are skipped or run twice."""
+    orders = [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5],
+        [5, 4, 3, 2, 1, 0],
+        [1, 1, 0],
+        [0, 2, 4],
+        [3],
+        [0, 1, 2, 3, 4, 5],
+        [2, 2, 5, 0, 0, 1],
+    ]
+    model, x = Orders(), torch.randn(3, 16)
+    step = zk.MeZOStep(model, lr=0.0, eps=0.1, seed=4, perturbation="scratch", scratch_bytes=size)
+    for tag, order in enumerate(orders):
+        model.order = order
+        seen: list[float] = []
+
+        def closure(seen: list[float] = seen) -> Tensor:
+            seen.append(model(x).item())
+            return torch.tensor(seen[-1])
+
+        step.step(closure)
+        for sign, loss in zip((1, -1), seen, strict=True):
+            other = copy.deepcopy(model)
+            pairs = list(other.named_parameters())
+            zk.perturb_([p for _, p in pairs], [(tag, sign * 0.1)], seed=4, streams=[zk.stream_of(n) for n, _ in pairs])
+            assert other(x).item() == loss, (tag, order)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["plain", "mask", "random mask", "scale", "no bias", "frozen bias", "autocast", "grad"])
+def test_a_matrix_in_parts_has_the_weights_of_the_whole(option: str, dtype: torch.dtype) -> None:
+    """On the identity a product shows each weight: one product of the row is the weight, all others are exact zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 1001, bias=option != "no bias")).to(dtype)
+    if option == "frozen bias":
+        model[0].bias.requires_grad_(False)
+    group: dict[str, Any] = {"params": list(model.named_parameters())}
+    group["params"] = [(n, p) for n, p in group["params"] if p.requires_grad]
+    if option == "mask":
+        group["mask"] = {n: torch.rand(p.shape) < 0.5 for n, p in group["params"]}
+    elif option == "random mask":
+        group["mask"] = zk.RandomMask(0.3, 5)
+    elif option == "scale":
+        group["scale"] = {"0.weight": torch.rand(1001), "0.bias": (torch.rand(11), 100)}
+    size = 256 * (24 + 1) * dtype.itemsize + 1024
+    assert size < model[0].weight.nbytes / 3
+    results: dict[str, list[Tensor]] = {"scratch": [], "inplace": []}
+    x = torch.eye(24, dtype=dtype).reshape(4, 6, 24)
+    for mode, found in results.items():
+
+        def closure(found: list[Tensor] = found) -> float:
+            with (
+                torch.autocast("cpu", dtype=torch.bfloat16, enabled=option == "autocast"),
+                torch.set_grad_enabled(option == "grad"),
+            ):
+                found.append(model(x).detach().clone())
+            return 0.0
+
+        options: dict[str, Any] = {"scratch_bytes": size} if mode == "scratch" else {}
+        step = zk.MeZOStep([group], lr=0.0, eps=1e-2, perturbation=mode, model=model, **options)
+        step.step(closure)
+        if mode == "scratch":
+            assert sum(b.numel() for b in step._view.buffers.values()) <= size
+            assert len(step._view.parts) == 1
+    assert results["scratch"][0].shape == (4, 6, 1001)
+    assert same_bits(results["scratch"][0], results["inplace"][0])
+    assert not torch.equal(results["scratch"][0], results["scratch"][1])
+
+
+def test_rows_are_gathered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than the table has rows, with a bit mask over the table: still only rows, and the same bits as the whole table."""
+    monkeypatch.setattr("zo_kernels.perturb.GATHER_ROWS", 5)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 9, (4, 3))
+    for width in (16, 7):  # a masked row of 7 does not begin at a byte: the whole table
+        model = nn.Sequential(nn.Embedding(9, width))
+        group = {"params": list(model.named_parameters()), "mask": torch.rand(9, width) < 0.5}
+        results: dict[str, list[Tensor]] = {"scratch": [], "inplace": []}
+        for mode, found in results.items():
+
+            def closure(found: list[Tensor] = found, model: nn.Module = model) -> float:
+                found.append(model(ids).clone())
+                return 0.0
+
+            step = zk.MeZOStep([group], lr=0.0, eps=1e-2, perturbation=mode, model=model)
+            step.step(closure)
+            if mode == "scratch":
+                assert len(step._view.gathers) == (2 if width == 16 else 0)
+        assert same_bits(results["scratch"][0], results["inplace"][0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_scratch_memory_is_bounded(size: int) -> None:
     model = make("llama")
-    step = zk.MeZOStep(model, lr=0.0, perturbation="scratch")
-    step.step(lambda: loss_of(model, tokens()))
+    step = zk.MeZOStep(model, lr=0.0, perturbation="scratch", scratch_bytes=size)
+    for _ in range(2):
+        step.step(lambda: loss_of(model, tokens()))
+    view = step._view
+    resident = sum(t.nbytes for t in view.resident.written) if view.resident else 0
     largest = max(p.nbytes for p in model.parameters())
-    assert sum(b.numel() for b in step._view.buffers.values()) <= largest + 512
+    assert bool(resident) == (size == SIZES[-1])
+    assert resident + sum(b.numel() for b in view.buffers.values()) <= max(size, largest) + 512
+    assert sum(t.numel() for t in view.gather_memory.values()) <= 33 * (32 * 4 + 8)
+
+
+def test_scratch_bytes_is_checked() -> None:
+    with pytest.raises(ValueError, match="scratch_bytes=0 must be a positive number"):
+        zk.MeZOStep(make("llama"), lr=0.0, scratch_bytes=0)
 
 
 class Boom(Exception):
@@ -188,8 +360,8 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("failure", [Boom, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_failing_forward_leaves_everything_as_it_was(mode: str, at: int, failure: type[BaseException]) -> None:
+@pytest.mark.parametrize(("mode", "size"), [("inplace", None), *(("scratch", size) for size in SIZES)])
+def test_a_failing_forward_leaves_everything_as_it_was(mode: str, size: int | None, at: int, failure: type[BaseException]) -> None:
     model = make("llama-tied", torch.bfloat16).train()
     before, calls = snapshot(model), 0
 
@@ -202,7 +374,7 @@ def test_a_failing_forward_leaves_everything_as_it_was(mode: str, at: int, failu
         calls += 1
         return loss
 
-    step = zk.MeZOStep(model, lr=1.0, eps=1e-2, perturbation=mode)
+    step = zk.MeZOStep(model, lr=1.0, eps=1e-2, perturbation=mode, scratch_bytes=size)
     rng, state = torch.get_rng_state(), step.state_dict()
     with pytest.raises(failure):
         step.step(closure)
@@ -268,7 +440,8 @@ def test_interrupt_signals_never_leave_weights_perturbed() -> None:
     assert hits >= 30
 
 
-def test_shadows_survive_metadata_and_saving(tmp_path: Any) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_shadows_survive_metadata_and_saving(size: int, tmp_path: Any) -> None:
     """Inside the closure the model can be asked for shapes, and saved (after the first, watched step): its state is the clean one."""
     model = make("llama")
     before = snapshot(model)
@@ -286,7 +459,7 @@ def test_shadows_survive_metadata_and_saving(tmp_path: Any) -> None:
         checked = True
         return loss_of(model, tokens())
 
-    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch", scratch_bytes=size)
     step.step(lambda: loss_of(model, tokens()))
     step.step(closure)
     assert checked

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import ops, parameters, perturb
+from zo_kernels.optim import graph
 
 Loss = Tensor | float
 
@@ -36,6 +38,14 @@ class _RNG:
         torch.set_rng_state(states[0])
         for k, state in zip(self.cuda, states[1:], strict=True):
             torch.cuda.set_rng_state(state, k)
+
+
+class Numbers(NamedTuple):
+    """One parameter group's numbers in one step: floats, or 0-d float64 tensors where a graph reads them from device memory."""
+
+    lr: float | Tensor
+    eps: float | Tensor
+    decay: float | Tensor  # 1 - lr weight_decay
 
 
 class MeZOStep(torch.optim.Optimizer):
@@ -57,6 +67,16 @@ class MeZOStep(torch.optim.Optimizer):
         perturbation: "scratch": the forwards see theta ± eps z through a buffer and the weights change in the update alone, exactly;
             needs a module. "inplace": the weights really change and come back, three passes, each of which rounds. "auto": scratch
             if there is a module (one that is not torch.compile'd), otherwise in place.
+        lazy: in place only: restore, update and the next step's perturbation are one pass, two passes a step. **Between steps the
+            weights then stand at theta + eps z.** `flush()` makes them clean, and is called by itself before a forward outside of
+            a step, before the module's or the optimizer's state is saved or loaded, when the optimizer goes away and when the
+            interpreter exits. What reads the parameters in another way must call it.
+        scratch_bytes: size of the scratch buffer. A matrix larger than it is multiplied in parts, whose last bits may differ from those
+            of one product; what is smaller gives the same bits as in place. Adapters or a small model that fit whole cost no Python
+            in the forwards. Default: 32 MiB on a GPU, 8 MiB on a CPU.
+        cuda_graph: launch whole steps as CUDA graphs, where the host's launches take longer than their kernels. Needs
+            ``step(closure, batches)`` with one closure object that reads the batch from its argument, and forwards that draw no
+            random numbers and never wait for the device. What cannot be captured runs as without, with one warning that says why.
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
@@ -82,6 +102,9 @@ class MeZOStep(torch.optim.Optimizer):
         seed: int = 0,
         weight_decay: float = 0.0,
         perturbation: str = "auto",
+        lazy: bool = False,
+        scratch_bytes: int | None = None,
+        cuda_graph: bool = False,
         rounding: str = "auto",
         kind: str = "gaussian",
         clip: float | None = None,
@@ -101,12 +124,20 @@ class MeZOStep(torch.optim.Optimizer):
                 "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
                 "or take perturbation='inplace'"
             )
-        graph = named.model is not None and perturb.compiled(named.model)
-        if perturbation == "scratch" and graph:
+        compiled = named.model is not None and perturb.compiled(named.model)
+        if perturbation == "scratch" and compiled:
             raise ValueError(
                 "perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'"
             )
-        scratch = named.model is not None and perturbation != "inplace" and not graph
+        scratch = named.model is not None and perturbation != "inplace" and not compiled
+        if lazy and perturbation != "inplace":
+            raise ValueError(
+                f"lazy=True with perturbation={perturbation!r}: only passes in place can be merged with the next step's; give 'inplace'"
+            )
+        if lazy and cuda_graph:
+            raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
+        if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
+            raise ValueError(f"scratch_bytes={scratch_bytes!r} must be a positive number of bytes, or None for the default")
         for number, group in enumerate(named.groups):
             _check_group(
                 f"params[{number}]: " if len(named.groups) > 1 else "",
@@ -117,6 +148,11 @@ class MeZOStep(torch.optim.Optimizer):
                 backends.pick(p.device, backend)
         self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
         self._scratch, self._clip, self._maximize = scratch, clip, maximize
+        self._lazy, self._scratch_bytes = lazy, scratch_bytes
+        self._graphs: graph.Graphs | None = None
+        self._graph_wanted = cuda_graph
+        self._flush_at_exit: weakref.finalize[..., Any] | None = None
+        self._inside = False  # a step is under way
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._tag = 0  # of the next direction: one a step
         self._skipped: Tensor | int = 0
@@ -125,6 +161,8 @@ class MeZOStep(torch.optim.Optimizer):
         self._view: perturb.View | None = None
         super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._refresh()
+        if lazy and named.model is not None:
+            self._guard(named.model)
         if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
             warnings.warn(
                 "16-bit weights without a (plain, not compiled) module are perturbed in place, which rounds them anew at every step: the weights drift "
@@ -142,6 +180,7 @@ class MeZOStep(torch.optim.Optimizer):
             or len(view.groups) != len(self.param_groups)
             or not all(w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True))
         ):
+            self.flush()  # of the weights as they were
             groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
             ops.check_overlap(
                 [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
@@ -149,11 +188,36 @@ class MeZOStep(torch.optim.Optimizer):
             )
             options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
             if self._scratch and self._model is not None:
-                view = perturb.Scratch(groups, self._model, **options)
+                view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
             else:
                 view = perturb.InPlace(groups, **options)
-            self._view = view
+                if self._flush_at_exit is not None:
+                    self._flush_at_exit.detach()
+                if self._lazy:
+                    self._flush_at_exit = weakref.finalize(self, view.restore)
+            self._view, self._graphs = view, None
         return view
+
+    # -- weights that stand ahead of their values --
+
+    def flush(self) -> None:
+        """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
+        if isinstance(self._view, perturb.InPlace) and not self._inside:
+            self._view.restore()
+
+    def _guard(self, model: nn.Module) -> None:
+        """Flush before anybody else reads the weights through the module."""
+        me = weakref.ref(self)
+
+        def flush(*_: Any, **__: Any) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                optimizer.flush()
+
+        handles = [model.register_forward_pre_hook(flush)]
+        for module in model.modules():
+            handles += [module.register_state_dict_pre_hook(flush), module.register_load_state_dict_pre_hook(flush)]
+        weakref.finalize(self, _remove, handles)
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Loss] | None = None, batches: Sequence[Any] | None = None) -> Tensor:  # type: ignore[override]
@@ -182,53 +246,135 @@ class MeZOStep(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             _check_group(f"param_groups[{number}]: ", group)
         view = self._refresh()
-        tag = self._tag
-        rng = _RNG(plan.device for w in view.groups for plan in w.plans)
-        before = rng.get()
+        self._inside = True
         try:
-            with view.step():
-                view.see([[(tag, g["eps"])] for g in self.param_groups])
-                plus = _evaluate(closure, batches)
-                after = rng.get()
-                rng.set(before)
-                view.see([[(tag, -g["eps"])] for g in self.param_groups])
-                minus = _evaluate(closure, batches)
-                rng.set(after)
-                view.update(self._updates(tag, plus, minus))
-        except BaseException:
-            rng.set(before)
-            raise
+            loss = self._graphed(view, closure, batches) if self._graph_wanted else None
+            if loss is None:
+                loss = self._eager(view, closure, batches)
+        finally:
+            self._inside = False
         self._tag += 1
         if isinstance(view, perturb.Scratch) and (note := view.news()):
             warnings.warn(note, stacklevel=2)
-        return ((plus + minus) / 2).float()
+        return loss.float()
 
-    def _updates(self, tag: int, plus: Tensor, minus: Tensor) -> list[perturb.Update]:
+    def _numbers(self) -> list[Numbers]:
+        return [Numbers(float(g["lr"]), float(g["eps"]), 1 - float(g["lr"]) * float(g["weight_decay"])) for g in self.param_groups]
+
+    def _eager(self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
+        """The step, operation by operation."""
+        rng = _RNG(plan.device for w in view.groups for plan in w.plans)
+        before = rng.get()
+        after: list[Tensor] = []
+
+        def between() -> None:
+            after[:] = rng.get()
+            rng.set(before)
+
+        try:
+            loss = self._evaluate_and_update(view, closure, batches, self._tag, self._numbers(), between)
+        except BaseException:
+            rng.set(before)
+            raise
+        rng.set(after)
+        if self._graph_wanted and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            self._refuse_graph("the forwards draw random numbers (dropout? call model.eval())")
+        return loss
+
+    def _graphed(self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor | None:
+        """The step as a graph, captured if need be; None if it has to run eagerly."""
+        try:
+            if batches is None:
+                raise graph.Refused("it needs step(closure, batches): a graph must know which memory holds the batch")
+            if self._graphs is None:
+                devices = {plan.device for w in view.groups for plan in w.plans}
+                if len(devices) != 1:
+                    raise graph.Refused(f"the weights lie on {len(devices)} devices")
+                self._graphs = graph.Graphs(devices.pop(), len(self.param_groups), len(Numbers._fields))
+            graphs = self._graphs
+            training = self._model.training if self._model is not None else None
+            decays = tuple(g["weight_decay"] != 0 for g in self.param_groups)
+            key = graph.key_of(closure, batches, training, decays, len(self.param_groups))
+            if not graphs.known(key):
+                return None
+            if key.value not in graphs.captured:
+                inputs = graphs.inputs
+                numbers = [
+                    Numbers(row[0], row[1], row[2] if decay else 1.0) for row, decay in zip(inputs.numbers, decays, strict=True)
+                ]
+                self._skipped = torch.as_tensor(self._skipped, device=inputs.tag.device)
+
+                def whole(static: list[Any]) -> tuple[Tensor, ...]:
+                    loss = self._evaluate_and_update(view, closure, static, inputs.tag, numbers)
+                    assert self.projected_gradient is not None
+                    return loss, self.projected_gradient
+
+                graphs.capture(key, batches, whole, view.memory)
+            graphs.inputs.set(self._tag, self._numbers())
+            loss, self.projected_gradient = graphs.replay(key, batches)
+            ops.written([plan for w in view.groups for plan in w.plans])
+            return loss
+        except graph.Refused as refused:
+            self._refuse_graph(str(refused))
+            return None
+
+    def _refuse_graph(self, reason: str) -> None:
+        self._graph_wanted, self._graphs = False, None
+        warnings.warn(f"cuda_graph=True: {reason}; the steps run without graphs", stacklevel=5)
+
+    def _evaluate_and_update(
+        self,
+        view: perturb.View,
+        closure: Callable[..., Loss],
+        batches: Sequence[Any] | None,
+        tag: perturb.Tag,
+        numbers: Sequence[Numbers],
+        between: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Two forwards and the update; the mean loss, 0-d float64. `between` is called between the forwards."""
+        with view.step(recorded=isinstance(tag, Tensor)):
+            view.see([[(tag, n.eps)] for n in numbers])
+            plus = _evaluate(closure, batches)
+            between()
+            view.see([[(tag, -n.eps)] for n in numbers])
+            minus = _evaluate(closure, batches)
+            updates = self._updates(tag, numbers, plus, minus)
+            if self._lazy and isinstance(view, perturb.InPlace) and isinstance(tag, int) and tag + 1 < 1 << 32:
+                view.update(updates, [[(tag + 1, n.eps)] for n in numbers])
+            else:
+                view.update(updates)
+        return (plus + minus) / 2
+
+    def _updates(self, tag: perturb.Tag, numbers: Sequence[Numbers], plus: Tensor, minus: Tensor) -> list[perturb.Update]:
         """The step's terms for each group, from two float64 losses. On the CPU they are numbers; elsewhere they stay tensors, so
         that the host does not wait for the device."""
         difference = plus - minus
-        self.projected_gradient = difference / (2 * self.param_groups[0]["eps"])
-        on_host = difference.device.type == "cpu"
+        if isinstance(tag, Tensor) and difference.device != tag.device:
+            raise graph.Refused(f"the closure returns a loss on {difference.device}: return the tensor that the device computed")
+        self.projected_gradient = difference / (2 * numbers[0].eps)
+        on_host = difference.device.type == "cpu" and isinstance(tag, int)
         finite = difference.isfinite()
         d: Tensor | float
         if on_host:
             if not finite:
                 self._skipped = self._skipped + 1
-                return [perturb.Update(())] * len(self.param_groups)
+                return [perturb.Update(())] * len(numbers)
             d = float(difference)
         else:
-            self._skipped = self._skipped + (~finite).long()
+            if isinstance(self._skipped, Tensor):
+                self._skipped += ~finite  # in place: a graph counts here too
+            else:
+                self._skipped = self._skipped + (~finite).long()
             d = torch.where(finite, difference, 0.0)
         updates = []
-        for group in self.param_groups:
-            g = d / (2 * group["eps"])
+        for n in numbers:
+            g = d / (2 * n.eps)
             if self._clip is not None:
                 g = g.clamp(-self._clip, self._clip) if isinstance(g, Tensor) else min(max(g, -self._clip), self._clip)
-            factor = 1 - group["lr"] * group["weight_decay"]
-            decay: perturb.Coefficient = factor
-            if not on_host and factor != 1.0:
-                decay = torch.where(finite, torch.full_like(difference, factor), 1.0)
-            updates.append(perturb.Update([(tag, (group["lr"] if self._maximize else -group["lr"]) * g)], decay, self._rounding))
+            decay: perturb.Coefficient = n.decay
+            if not on_host and not (isinstance(decay, float) and decay == 1.0):
+                decay = torch.where(finite, torch.as_tensor(decay, dtype=torch.float64, device=difference.device), 1.0)
+            updates.append(perturb.Update([(tag, (n.lr if self._maximize else -n.lr) * g)], decay, self._rounding))
         return updates
 
     @property
@@ -239,6 +385,7 @@ class MeZOStep(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on besides the weights: torch's groups, the seed, the next tag and the streams."""
+        self.flush()
         state = super().state_dict()
         state["zo"] = {
             "seed": self._seed,
@@ -255,6 +402,7 @@ class MeZOStep(torch.optim.Optimizer):
         Raises:
             ValueError: not a state of this class, or of a model with other parameters.
         """
+        self.flush()
         if "zo" not in state_dict:
             raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
         zo = state_dict["zo"]
@@ -274,6 +422,8 @@ class MeZOStep(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group's parameters need names (``(name, tensor)`` pairs) that the model had at the start or new ones."""
+        if self.__dict__.get("_view") is not None:
+            self.flush()
         super().add_param_group(param_group)
         names = self.param_groups[-1].get("param_names")
         if names is None:
@@ -281,6 +431,11 @@ class MeZOStep(torch.optim.Optimizer):
         missing = [n for n in names if n not in self._streams]
         if missing:
             self._streams = parameters.streams_of([*self._streams, *missing])
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _check_group(where: str, group: dict[str, Any]) -> None:

@@ -1,0 +1,193 @@
+"""Steps as CUDA graphs: the same bits as without, every number that may change is read anew, and a fallback that says why.
+
+On the CPU, with the recording of `emulated_graph`; test_gpu.py captures real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_kernels as zk
+from tests.kernels.cases import same_bits
+from tests.optim import emulated_graph
+from tests.optim.emulated_graph import Emulated
+from tests.optim.models import loss_of, make, tokens
+
+
+@pytest.fixture(autouse=True)
+def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    emulated_graph.install(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cuda_graph")  # no silent fallback
+        yield
+
+
+def batches(n: int, sizes: tuple[tuple[int, int], ...] = ((2, 6),)) -> list[Tensor]:
+    return [tokens(*sizes[k % len(sizes)], seed=k) for k in range(n)]
+
+
+def run(model: nn.Module, data: list[Tensor], graph: bool, **options: Any) -> tuple[list[float], list[float], zk.MeZOStep]:
+    """Losses and projected gradients of a run with a schedule."""
+    options = {"lr": 1e-3, "eps": 1e-2, "seed": 5, "weight_decay": 0.1, "clip": 50.0, **options}
+    step = zk.MeZOStep(model, cuda_graph=graph, **options)
+    schedule = torch.optim.lr_scheduler.LinearLR(step, 1.0, 0.1, total_iters=len(data))
+    losses, gradients = [], []
+    for batch in data:
+        losses.append(step.step(lambda b: loss_of(model, b), [batch]).item())
+        gradients.append(step.projected_gradient.item())
+        schedule.step()
+    return losses, gradients, step
+
+
+@pytest.mark.parametrize("options", [{"perturbation": "inplace"}, {}, {"scratch_bytes": 9000}, {"scratch_bytes": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-tied", "lora"])
+def test_the_same_bits_as_without(family: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = make(family, dtype)
+    other = copy.deepcopy(model)
+    data = batches(10, ((2, 6), (3, 5)))
+    losses, gradients, step = run(model, data, True, **options)
+    assert (losses, gradients) == run(other, data, False, **options)[:2]
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert [g.replays for g in Emulated.made] == [4, 4], "one graph a shape, from its second step on"
+    assert step.skipped == 0
+
+
+def test_a_non_finite_loss_is_skipped_on_the_device() -> None:
+    model = make("llama")
+    data = [torch.tensor(v) for v in (0.1, 0.2, 0.3, float("nan"), 0.4, float("inf"), 0.5)]
+
+    def closure(x: Tensor) -> Tensor:
+        return loss_of(model, tokens()) + x
+
+    step = zk.MeZOStep(model, lr=1e-2, cuda_graph=True, weight_decay=0.5)
+    for x in data:
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = step.step(closure, [x])
+        same = all(same_bits(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == (not loss.isfinite())
+    assert step.skipped == 2
+    assert [g.replays for g in Emulated.made] == [6]
+
+
+def test_accumulation_is_one_graph() -> None:
+    model = make("llama")
+    other = copy.deepcopy(model)
+    found = []
+    for m, graph in ((model, True), (other, False)):
+        step = zk.MeZOStep(m, lr=1e-3, cuda_graph=graph)
+        for k in range(4):
+            found.append((graph, k, step.step(lambda b, m=m: loss_of(m, b), batches(3, ((2, 6), (1, 4)))).item()))
+    assert [loss for graph, _, loss in found if graph] == [loss for graph, _, loss in found if not graph]
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert len(Emulated.made) == 1
+
+
+def test_a_batch_in_a_cell_of_the_closure_is_never_replayed_stale() -> None:
+    """`lambda _: model(batch)` with a new batch each time: other objects, other steps."""
+    model = make("llama")
+    other = copy.deepcopy(model)
+
+    def losses(m: nn.Module, graph: bool) -> list[float]:
+        step = zk.MeZOStep(m, lr=1e-3, cuda_graph=graph)
+        found = []
+        for batch in batches(6):
+            extra = {"ids": batch}
+            found.append(step.step(lambda _, extra=extra: loss_of(m, extra["ids"]), [torch.zeros(1)]).item())
+            del extra
+        return found
+
+    assert losses(model, True) == losses(other, False)
+    assert not Emulated.made
+
+
+def test_new_weights_need_new_graphs() -> None:
+    model = make("llama")
+    step = zk.MeZOStep(model, lr=1e-3, cuda_graph=True)
+
+    def closure(batch: Tensor) -> Tensor:
+        return loss_of(model, batch)
+
+    for _ in range(3):
+        step.step(closure, batches(1))
+    model.half()
+    other, eager_state = copy.deepcopy(model), step.state_dict()
+    losses = [step.step(closure, batches(1)).item() for _ in range(3)]
+    eager = zk.MeZOStep(other, lr=1e-3)
+    eager.load_state_dict(eager_state)
+    assert losses == [eager.step(lambda b: loss_of(other, b), batches(1)).item() for _ in range(3)]
+    assert [g.replays for g in Emulated.made] == [2, 2]
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.linear(x), training=self.training).square().mean()
+
+
+def run_three(step: zk.MeZOStep, closure: Any, data: Any, match: str) -> None:
+    """Three steps, of which one warns."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step.step(closure, data)
+    assert [bool(re.search(match, str(w.message))) for w in caught] == [True], [str(w.message) for w in caught]
+
+
+def test_what_cannot_be_captured_runs_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(match: str, closure: Any, model: nn.Module, data: Any) -> None:
+        before = [p.detach().clone() for p in model.parameters()]
+        step = zk.MeZOStep(model, lr=1e-3, seed=1, cuda_graph=True)
+        torch.manual_seed(0)
+        run_three(step, closure, data, match)
+        after = [p.detach().clone() for p in model.parameters()]
+        for p, b in zip(model.parameters(), before, strict=True):
+            p.data.copy_(b)
+        torch.manual_seed(0)
+        eager = zk.MeZOStep(model, lr=1e-3, seed=1)
+        for _ in range(3):
+            eager.step(closure, data)
+        assert all(same_bits(a, b) for a, b in zip(after, model.parameters(), strict=True))
+
+    x = [torch.ones(2, 4)]
+    check("draw random numbers", (m := Dropped()).train().forward, m, x)
+    check(r"cannot be captured \(RuntimeError: operation not permitted", lambda b: m(b) if m(b) > -1 else m(b) * 0, m.eval(), x)
+    check("cannot be captured .*not permitted", lambda b: m(b).item(), m, x)
+    check("needs step.closure, batches", lambda: m(x[0]), m, None)
+    check("holds a set, which cannot be compared", lambda b: m(x[0]), m, [{1}])
+    for perturbation in ("inplace", "scratch"):
+        before = [p.detach().clone() for p in m.parameters()]
+        step = zk.MeZOStep(m, lr=0.0, cuda_graph=True, perturbation=perturbation)
+        run_three(step, lambda b: m(b).item(), x, "cannot be captured")
+        tolerance = 0 if perturbation == "scratch" else 2.0**-20
+        assert all((a - b).abs().max() <= tolerance for a, b in zip(before, m.parameters(), strict=True))
+    monkeypatch.undo()
+    check("the weights are on cpu, and only CUDA has graphs", lambda b: m(b), m, x)
+
+
+def test_many_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zo_kernels.optim.graph.MOST_GRAPHS", 3)
+    model = make("llama")
+    step = zk.MeZOStep(model, lr=1e-3, cuda_graph=True)
+    for n in range(2, 5):
+        step.step(lambda b: loss_of(model, b), [tokens(1, n)])
+    with pytest.warns(UserWarning, match=r"3 different steps have been seen.*pad the batches"):
+        step.step(lambda b: loss_of(model, b), [tokens(1, 5)])
+    step.step(lambda b: loss_of(model, b), [tokens(1, 6)])
+
+
+def test_bad_arguments() -> None:
+    model = make("llama")
+    with pytest.raises(ValueError, match="lazy=True and cuda_graph=True"):
+        zk.MeZOStep(model, lr=1e-3, cuda_graph=True, lazy=True, perturbation="inplace")

@@ -1,0 +1,183 @@
+"""A whole step as a CUDA graph: two forwards, their passes, the projected gradient and the update in one launch.
+
+Belongs here: when a step can be captured, what is held still for it, and its replay. Does not belong here: what a step computes
+(the optimizer hands over a function), how weights are perturbed (perturb.py).
+
+A graph repeats the same kernels on the same addresses. So what changes from step to step lies in device memory: the tag, the numbers of
+the parameter groups (`Inputs`), and the batch, which is copied over that of the captured step. What must not change is part of a
+graph's key; another key is another graph. All graphs share one memory pool, since they never run at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MOST_GRAPHS = 32  # a graph is a few MiB of launches; batches of very many shapes are better padded
+
+
+class Refused(Exception):
+    """The step cannot be captured; says why."""
+
+
+class Recording:
+    """Kernels recorded once and launched again and again; a thin front of `torch.cuda.CUDAGraph` that tests replace."""
+
+    def __init__(self, pool: Any) -> None:
+        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
+
+    @staticmethod
+    def new_pool() -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def refuses(device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"the weights are on {device.type}, and only CUDA has graphs"
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        # Other threads (a loader that pins memory) may go on using CUDA.
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+            yield
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Inputs:
+    """What every graph reads anew: the step's tag (0-d int64) and the numbers of each parameter group (float64 [groups, n])."""
+
+    tag: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, groups: int, numbers: int) -> Inputs:
+        return cls(
+            torch.zeros((), dtype=torch.int64, device=device), torch.zeros(groups, numbers, dtype=torch.float64, device=device)
+        )
+
+    def set(self, tag: int, numbers: Sequence[Sequence[Any]]) -> None:
+        """The next replay's values (floats), without waiting for the device."""
+        self.tag.fill_(tag)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.numbers.is_cuda:
+            values = values.pin_memory()
+        self.numbers.copy_(values, non_blocking=True)
+
+
+@dataclass
+class Captured:
+    recording: Recording
+    batch: list[Tensor]  # where the graph reads the batch's tensors
+    results: tuple[Tensor, ...]  # where it writes
+    kept: Any  # whatever else it reads and writes by address
+
+
+@dataclass(frozen=True)
+class Key:
+    """What must be the same for a graph to be the same step: the closure's code and the objects it refers to, and everything about the
+    batches but the numbers in their tensors. The objects are known by their ids, so they must be kept alive (`objects`)."""
+
+    value: Any
+    objects: tuple[Any, ...]
+
+
+def key_of(closure: Callable[..., Any], batches: Sequence[Any], *rest: Any) -> Key:
+    """The key of a step; `rest` is whatever else a graph depends on.
+
+    Raises:
+        Refused: a batch holds something that cannot be compared.
+    """
+    leaves, tree = tree_flatten(list(batches))
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            described.append((leaf.shape, leaf.dtype, leaf.device, leaf.stride()))
+        else:
+            try:
+                hash(leaf)
+            except TypeError:
+                raise Refused(f"a batch holds a {type(leaf).__name__}, which cannot be compared with the captured one") from None
+            described.append((type(leaf), leaf))
+    function = getattr(closure, "__func__", closure)
+    objects = (
+        getattr(function, "__code__", function),
+        getattr(closure, "__self__", None),
+        *(_content(cell) for cell in getattr(function, "__closure__", None) or ()),
+        *(getattr(function, "__defaults__", None) or ()),
+        *(getattr(function, "__kwdefaults__", None) or {}).values(),
+    )
+    return Key((tuple(map(id, objects)), tuple(described), tree, *rest), objects)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+class Graphs:
+    """The captured steps of one optimizer. The first step with a key runs eagerly, which warms up everything it needs; the second is
+    captured and replayed, and so is every later one."""
+
+    def __init__(self, device: torch.device, groups: int, numbers: int) -> None:
+        if (reason := Recording.refuses(device)) is not None:
+            raise Refused(reason)
+        self.inputs = Inputs.on(device, groups, numbers)
+        self.captured: dict[Any, Captured] = {}
+        self.seen: dict[Any, Key] = {}
+        self.pool = Recording.new_pool()
+
+    def known(self, key: Key) -> bool:
+        """Whether a step with this key has run before; notes that one has now.
+
+        Raises:
+            Refused: too many keys.
+        """
+        if key.value in self.seen:
+            return True
+        if len(self.seen) >= MOST_GRAPHS:
+            raise Refused(
+                f"{MOST_GRAPHS} different steps have been seen: a graph serves one shape of batch and one closure object; pad the batches, "
+                "and pass them as `batches` instead of capturing them in a new lambda"
+            )
+        self.seen[key.value] = key
+        return False
+
+    def capture(
+        self, key: Key, batches: Sequence[Any], step: Callable[[list[Any]], tuple[Tensor, ...]], kept: Callable[[], Any]
+    ) -> None:
+        """Record `step(batches)`. Nothing is executed, so a failure leaves the weights as they are.
+
+        Raises:
+            Refused: something in it cannot be captured; says what.
+        """
+        leaves, tree = tree_flatten(list(batches))
+        static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        recording = Recording(self.pool)
+        try:
+            with recording.record():
+                results = step(tree_unflatten(static, tree))
+        except Refused:
+            raise
+        except Exception as error:
+            text = str(error).strip().split("\n")[0]
+            raise Refused(f"the step cannot be captured ({type(error).__name__}: {text})") from error
+        self.captured[key.value] = Captured(recording, [t for t in static if isinstance(t, Tensor)], results, kept())
+
+    def replay(self, key: Key, batches: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Run the captured step on these batches with what `inputs` holds. Returns copies of its results."""
+        captured = self.captured[key.value]
+        new = [leaf for leaf in tree_flatten(list(batches))[0] if isinstance(leaf, Tensor)]
+        for target, source in zip(captured.batch, new, strict=True):
+            target.copy_(source, non_blocking=True)
+        captured.recording.replay()
+        return tuple(t.clone() for t in captured.results)
