@@ -106,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--clip", type=float, metavar="G", help="clip |projected gradient| to this (default: not)")
     how.add_argument(
         "--perturbation",
-        choices=("auto", "inplace", "scratch"),
-        help="change the weights for a forward, or a copy of each layer's (default: auto)",
+        choices=("auto", "inplace", "scratch", "lazy"),
+        help="change the weights for a forward, or a copy of each layer's; lazy: in place with two passes a step (default: auto)",
     )
     how.add_argument(
         "--rounding", choices=("auto", "nearest", "stochastic"), help="of the update to 16-bit weights (default: auto)"
@@ -129,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
         help="of the weights (default: float32 on a CPU, as saved on a GPU)",
+    )
+    where.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, help="launch whole steps as CUDA graphs; pads batches (default: no)"
     )
     where.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     where.add_argument(

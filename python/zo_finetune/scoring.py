@@ -133,8 +133,8 @@ class Batch:
     labels: Tensor  # [B]
 
 
-def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.device) -> Batch:
-    """The batch of some encoded examples."""
+def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.device, multiple: int = 1) -> Batch:
+    """The batch of some encoded examples, padded to a width that is a multiple of `multiple`: fewer different shapes."""
     inputs: list[tuple[int, ...]] = []
     points: dict[tuple[int, int], int] = {}
     shape = (len(examples), max(len(e.spans) for e in examples), max(len(s.targets) for e in examples for s in e.spans))
@@ -145,7 +145,7 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
                 where[b, c, t] = points.setdefault((len(inputs) + span.row, position), len(points))
                 targets[b, c, t], present[b, c, t] = target, 1.0
         inputs.extend(example.inputs)
-    width = max(map(len, inputs))
+    width = -(-max(map(len, inputs)) // multiple) * multiple
     input_ids = torch.full((len(inputs), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(inputs), width), dtype=torch.long)
     for r, tokens in enumerate(inputs):
@@ -195,8 +195,8 @@ class Scorer:
         hidden = args[0]
         return (hidden[rows, hidden.shape[1] + columns], *args[1:])
 
-    def collate(self, examples: Sequence[Encoded]) -> Batch:
-        return collate(examples, self.form, self.pad_id, self.device)
+    def collate(self, examples: Sequence[Encoded], multiple: int = 1) -> Batch:
+        return collate(examples, self.form, self.pad_id, self.device, multiple)
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """log p of every answer token, fp32 [B, C, T]; 0 where there is none.

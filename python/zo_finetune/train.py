@@ -33,6 +33,8 @@ from zo_finetune.tasks.base import Task
 # prompt: as prefix, since both are five tokens' worth of activations.
 DEFAULT_LR_EPS = {"none": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "ln": (3e-4, 5e-3), "prefix": (1e-2, 1e-1), "prompt": (1e-2, 1e-1)}
 
+GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
+
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of the learning rate
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -61,6 +63,7 @@ class Config:
     device: str = "auto"
     backend: str | None = None
     perturbation: str = "auto"
+    cuda_graph: bool = False
     rounding: str = "auto"
     peft: str = "none"
     targets: list[str] | None = None
@@ -213,7 +216,9 @@ def make_stepper(language_model: models.LanguageModel, config: Config, lr: float
             eps=eps,
             seed=config.seed,
             weight_decay=config.weight_decay,
-            perturbation=config.perturbation,
+            perturbation="inplace" if config.perturbation == "lazy" else config.perturbation,
+            lazy=config.perturbation == "lazy",
+            cuda_graph=config.cuda_graph,
             rounding=config.rounding,
             backend=config.backend,
             clip=config.clip,
@@ -281,6 +286,7 @@ def fit(run: Prepared, output: Path) -> Outcome:
     if not run.dev_set:
         eval_every = 0
 
+    width = GRAPH_WIDTH if config.cuda_graph else 1
     training, evaluating = Stopwatch(), Stopwatch()
 
     with Scorer(lm.model, lm.form, lm.pad_id) as scorer:
@@ -308,7 +314,7 @@ def fit(run: Prepared, output: Path) -> Outcome:
                     watch(step)
                 with training:
                     examples = batches[step]
-                    micro = [scorer.collate(examples[k :: config.accumulate]) for k in range(config.accumulate)]
+                    micro = [scorer.collate(examples[k :: config.accumulate], width) for k in range(config.accumulate)]
                     loss, lr = stepper.step(closure, micro), stepper.param_groups[0]["lr"]
                     scheduler.step()
                     outcome.steps = step + 1

@@ -155,7 +155,7 @@ def test_16_bit_weights(peft: str, dtype: str, command: Callable[..., list[str]]
     assert math.isfinite(result["after"]["loss"])
 
 
-@pytest.mark.parametrize("perturbation", ["inplace", "scratch"])
+@pytest.mark.parametrize("perturbation", ["inplace", "scratch", "lazy"])
 def test_perturbation_and_weight_decay_reach_the_step(perturbation: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
     more = (
         "--perturbation",
@@ -171,6 +171,22 @@ def test_perturbation_and_weight_decay_reach_the_step(perturbation: str, command
     )
     assert main(command(*more)) == 0
     assert result_of(tmp_path)["hyperparameters"]["perturbation"] == perturbation
+
+
+def test_cuda_graphs_of_a_run(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recording that stands in for CUDA: batches are padded to a few widths, and a graph serves each; padding changes sums of
+    attention in their last bits only."""
+    from tests.optim import emulated_graph
+
+    def losses(*more: str, name: str) -> list[float]:
+        assert main(command("--lr", "1e-3", "--steps", "8", "--no-save", "--eval-every", "0", *more, output=tmp_path / name)) == 0
+        with (tmp_path / name / "log.csv").open() as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+    whole = losses(name="a")
+    emulated_graph.install(monkeypatch)
+    assert losses("--cuda-graph", name="b") == pytest.approx(whole, abs=1e-4)
+    assert sum(g.replays for g in emulated_graph.Emulated.made) == 8
 
 
 def test_ln_targets(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:

@@ -85,3 +85,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     Emulated.made.clear()
     monkeypatch.setattr(graph, "Recording", Emulated)
     monkeypatch.setattr(cpu, "perturb", _recorded_perturb)
+    # Models ask: transformers leaves out checks that would wait for the device.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Emulated.recording is not None)

@@ -11,13 +11,12 @@ graph's key; another key is another graph. All graphs share one memory pool, sin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 MOST_GRAPHS = 32  # a graph is a few MiB of launches; batches of very many shapes are better padded
 
@@ -95,17 +94,7 @@ def key_of(closure: Callable[..., Any], batches: Sequence[Any], *rest: Any) -> K
     Raises:
         Refused: a batch holds something that cannot be compared.
     """
-    leaves, tree = tree_flatten(list(batches))
-    described: list[Any] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            described.append((leaf.shape, leaf.dtype, leaf.device, leaf.stride()))
-        else:
-            try:
-                hash(leaf)
-            except TypeError:
-                raise Refused(f"a batch holds a {type(leaf).__name__}, which cannot be compared with the captured one") from None
-            described.append((type(leaf), leaf))
+    described = _describe(list(batches))
     function = getattr(closure, "__func__", closure)
     objects = (
         getattr(function, "__code__", function),
@@ -114,7 +103,56 @@ def key_of(closure: Callable[..., Any], batches: Sequence[Any], *rest: Any) -> K
         *(getattr(function, "__defaults__", None) or ()),
         *(getattr(function, "__kwdefaults__", None) or {}).values(),
     )
-    return Key((tuple(map(id, objects)), tuple(described), tree, *rest), objects)
+    return Key((tuple(map(id, objects)), described, *rest), objects)
+
+
+def _members(node: Any) -> dict[Any, Any] | None:
+    """What a container of a batch holds; None for a leaf."""
+    if isinstance(node, Mapping):
+        return dict(node)
+    if isinstance(node, (list, tuple)):
+        return dict(enumerate(node))
+    if is_dataclass(node) and not isinstance(node, type):
+        return {f.name: getattr(node, f.name) for f in fields(node) if f.init}
+    return None
+
+
+def _describe(node: Any) -> Any:
+    """Everything about nested containers but the numbers in their tensors."""
+    members = _members(node)
+    if members is not None:
+        return type(node), tuple((name, _describe(member)) for name, member in members.items())
+    if isinstance(node, Tensor):
+        return node.shape, node.dtype, node.device, node.stride()
+    try:
+        hash(node)
+    except TypeError:
+        raise Refused(
+            f"a batch holds a {type(node).__name__}, which cannot be compared with the captured one: use tensors, numbers, strings, and "
+            "lists, tuples, dicts or dataclasses of them"
+        ) from None
+    return type(node), node
+
+
+def _tensors(node: Any) -> list[Tensor]:
+    """The tensors in nested containers, in order."""
+    members = _members(node)
+    if members is not None:
+        return [t for member in members.values() for t in _tensors(member)]
+    return [node] if isinstance(node, Tensor) else []
+
+
+def _copy(node: Any) -> Any:
+    """The same containers with copies of their tensors."""
+    members = _members(node)
+    if members is None:
+        return node.clone() if isinstance(node, Tensor) else node
+    copies = {name: _copy(member) for name, member in members.items()}
+    if isinstance(node, Mapping):
+        return type(node)(copies)  # type: ignore[call-arg]
+    if isinstance(node, (list, tuple)):
+        return type(node)(*copies.values()) if hasattr(node, "_fields") else type(node)(copies.values())
+    return replace(node, **copies)
 
 
 def _content(cell: Any) -> Any:
@@ -125,8 +163,8 @@ def _content(cell: Any) -> Any:
 
 
 class Graphs:
-    """The captured steps of one optimizer. The first step with a key runs eagerly, which warms up everything it needs; the second is
-    captured and replayed, and so is every later one."""
+    """The captured steps of one optimizer. What a step needs (tables in device memory, compiled kernels) must have run once before it is
+    captured."""
 
     def __init__(self, device: torch.device, groups: int, numbers: int) -> None:
         if (reason := Recording.refuses(device)) is not None:
@@ -160,24 +198,22 @@ class Graphs:
         Raises:
             Refused: something in it cannot be captured; says what.
         """
-        leaves, tree = tree_flatten(list(batches))
-        static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        static = _copy(list(batches))
         recording = Recording(self.pool)
         try:
             with recording.record():
-                results = step(tree_unflatten(static, tree))
+                results = step(static)
         except Refused:
             raise
         except Exception as error:
             text = str(error).strip().split("\n")[0]
             raise Refused(f"the step cannot be captured ({type(error).__name__}: {text})") from error
-        self.captured[key.value] = Captured(recording, [t for t in static if isinstance(t, Tensor)], results, kept())
+        self.captured[key.value] = Captured(recording, _tensors(static), results, kept())
 
     def replay(self, key: Key, batches: Sequence[Any]) -> tuple[Tensor, ...]:
         """Run the captured step on these batches with what `inputs` holds. Returns copies of its results."""
         captured = self.captured[key.value]
-        new = [leaf for leaf in tree_flatten(list(batches))[0] if isinstance(leaf, Tensor)]
-        for target, source in zip(captured.batch, new, strict=True):
+        for target, source in zip(captured.batch, _tensors(list(batches)), strict=True):
             target.copy_(source, non_blocking=True)
         captured.recording.replay()
         return tuple(t.clone() for t in captured.results)

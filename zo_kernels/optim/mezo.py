@@ -77,6 +77,7 @@ class MeZOStep(torch.optim.Optimizer):
         cuda_graph: launch whole steps as CUDA graphs, where the host's launches take longer than their kernels. Needs
             ``step(closure, batches)`` with one closure object that reads the batch from its argument, and forwards that draw no
             random numbers and never wait for the device. What cannot be captured runs as without, with one warning that says why.
+            A new shape of batch costs a rehearsal (two or four more forwards; in place: a step without a graph).
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
@@ -261,8 +262,10 @@ class MeZOStep(torch.optim.Optimizer):
     def _numbers(self) -> list[Numbers]:
         return [Numbers(float(g["lr"]), float(g["eps"]), 1 - float(g["lr"]) * float(g["weight_decay"])) for g in self.param_groups]
 
-    def _eager(self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
-        """The step, operation by operation."""
+    def _eager(
+        self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, rehearsal: bool = False
+    ) -> Tensor:
+        """The step, operation by operation. A rehearsal has lr = 0 and leaves the random state, too, as it was."""
         rng = _RNG(plan.device for w in view.groups for plan in w.plans)
         before = rng.get()
         after: list[Tensor] = []
@@ -271,15 +274,27 @@ class MeZOStep(torch.optim.Optimizer):
             after[:] = rng.get()
             rng.set(before)
 
+        numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
         try:
-            loss = self._evaluate_and_update(view, closure, batches, self._tag, self._numbers(), between)
+            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between)
         except BaseException:
             rng.set(before)
             raise
-        rng.set(after)
+        rng.set(before if rehearsal else after)
         if self._graph_wanted and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             self._refuse_graph("the forwards draw random numbers (dropout? call model.eval())")
         return loss
+
+    def _rehearse(self, view: perturb.Scratch, closure: Callable[..., Loss], batches: Sequence[Any]) -> None:
+        """What must have run once before it can be captured, without a trace in the weights: the same kernels may not give the same
+        bits in a graph and outside (models choose others), so that every step of a run is a graph's."""
+        skipped = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
+        for _ in range(1 if view.watched_mode is not None else 2):  # the first step of all finds out how the forwards go
+            self._eager(view, closure, batches, rehearsal=True)
+        if isinstance(self._skipped, Tensor) and isinstance(skipped, Tensor):
+            self._skipped.copy_(skipped)  # graphs count here
+        else:
+            self._skipped = skipped
 
     def _graphed(self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor | None:
         """The step as a graph, captured if need be; None if it has to run eagerly."""
@@ -296,7 +311,11 @@ class MeZOStep(torch.optim.Optimizer):
             decays = tuple(g["weight_decay"] != 0 for g in self.param_groups)
             key = graph.key_of(closure, batches, training, decays, len(self.param_groups))
             if not graphs.known(key):
-                return None
+                if not isinstance(view, perturb.Scratch):
+                    return None  # in place a rehearsal would round the weights
+                self._rehearse(view, closure, batches)
+                if not self._graph_wanted:
+                    return None
             if key.value not in graphs.captured:
                 inputs = graphs.inputs
                 numbers = [
