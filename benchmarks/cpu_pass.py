@@ -2,8 +2,8 @@
 
     pytest benchmarks/cpu_pass.py --benchmark-json=raw.json      then      python benchmarks/cpu_pass.py raw.json cpu_pass.csv
 
-(or `python benchmarks/run.py`, which does both). Belongs here: the contenders of the CPU pass. Does not belong here: GPU passes
-(gpu_pass.py), whole steps (step.py).
+(or `python benchmarks/run.py`, which does both). Belongs here: which contenders the CPU pass has, at one size. Does not belong here:
+their work (contenders.py), other sizes and many terms (scaling.py), GPU passes (gpu_pass.py), whole steps (step.py).
 
 All contenders are timed in one process and one run. Sweeps are the outermost loop: each sweep times every contender with every type
 and thread count once, so that a disturbance of the machine falls on a sweep, not on a contender; the CSV takes medians over sweeps.
@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import contenders
 import harness
 import pytest
 import torch
 from torch import Tensor
 
-from zo_kernels import backends, ops
+from zo_kernels import backends
 from zo_kernels._backends import cpu
 
-EPS = 1e-3
-TERMS = 64  # K of the many-term pass
 ROUNDS = 1  # timings of a contender within a sweep
 INFO = ("contender", "isa", "dtype", "threads", "weights", "terms", "fused")
 COLUMNS = (
@@ -39,34 +38,6 @@ Work = Callable[[], Any]
 # ---- contenders -------------------------------------------------------------------------------------------------------
 
 
-def ours(p: Tensor, isa: int, terms: int = 1) -> Work:
-    (plan,) = ops.make_plans([p], [1])
-    record = ops.Pass(0, list(range(terms)), [EPS] * terms)
-    return lambda: cpu.perturb(plan, record, isa=isa)
-
-
-def normal_add(p: Tensor) -> Tensor:
-    """A fresh tensor of noise, then one addition."""
-    return p.add_(torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype), alpha=EPS)
-
-
-def randn_add(p: Tensor) -> Tensor:
-    """The same with `randn_like`, for torch.compile, which can generate it inside the loop and `torch.normal` not."""
-    return p.add_(torch.randn_like(p), alpha=EPS)
-
-
-def mezo(p: Tensor) -> None:
-    """The expression of MeZO's public code for one parameter."""
-    z = torch.normal(mean=0, std=1, size=p.size(), device=p.device, dtype=p.dtype)
-    p.data = p.data + 1 * z * EPS
-
-
-def foreach_add(p: Tensor) -> None:
-    """A list of 64 parameters, as a model has them, and one fused addition for all of them."""
-    parts = list(p.chunk(64))
-    torch._foreach_add_(parts, [torch.randn_like(part) for part in parts], alpha=EPS)
-
-
 def compiled(function: Callable[[Tensor], Any], p: Tensor) -> tuple[Work, str]:
     """The compiled function, and whether inductor generated the noise inside the loop ("yes") or wrote it to memory ("no")."""
     from torch._inductor.utils import run_and_get_code
@@ -76,10 +47,14 @@ def compiled(function: Callable[[Tensor], Any], p: Tensor) -> tuple[Work, str]:
     return lambda: fast(p), "yes" if any("randn_cpu" in text for text in code) else "no"
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {f.__name__: f for f in (normal_add, randn_add, mezo, foreach_add)}
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    f.__name__: f for f in (contenders.normal_add, contenders.randn_add, contenders.mezo, contenders.foreach_add)
+}
+FEATURES = [feature for feature in contenders.FEATURES if feature not in ("K=1", "device terms")]  # K=1 has a row for each ISA
 CONTENDERS = (
-    *("copy", "inplace_copy", "zo_kernels portable", "zo_kernels avx2", "zo_kernels avx512", f"zo_kernels K={TERMS}"),
-    *("normal_add", "mezo", "foreach_add", "compiled normal_add", "compiled mezo", "compiled randn_add"),
+    *("copy", "inplace_copy", "zo_kernels portable", "zo_kernels avx2", "zo_kernels avx512"),
+    *(f"zo_kernels {feature}" for feature in FEATURES),
+    *("normal_add", "mezo", "foreach_add", "stateless", "compiled normal_add", "compiled mezo", "compiled randn_add"),
 )
 THREADS = (1, 2) if harness.machine()["cores"] != 1 else (1,)
 
@@ -89,6 +64,7 @@ class Contender:
     """What is timed, and the columns that only its making tells: the instruction set, and whether the noise was fused."""
 
     work: Work
+    bytes: int
     terms: int = 1
     isa: str = ""
     fused: str = ""
@@ -106,37 +82,44 @@ def tensor(dtype: str, weights: int, role: str) -> Tensor:
     return _tensors[key]
 
 
-def make_ours(variant: str, p: Tensor) -> Contender:
+def make_ours(variant: str, p: Tensor, target: Tensor) -> Contender:
     """Not a skip but an error where the extension is missing: a benchmark of ours without ours is worthless."""
     if reason := backends()["cpu"]:
         raise RuntimeError(f"backend 'cpu': {reason}")
     names: tuple[str, ...] = cpu.extension().ISA_NAMES
     best = cpu.extension().cpu_best_isa()
-    if variant.startswith("K="):
-        return Contender(ours(p, best, TERMS), TERMS, names[best])
-    if names.index(variant) > best:
+    feature, isa = (variant, best) if variant in FEATURES else ("K=1", names.index(variant))
+    if isa > best:
         pytest.skip(f"this processor has no {variant}")
-    return Contender(ours(p, names.index(variant)), 1, variant)
+    if not contenders.has(feature, p.dtype):
+        pytest.skip(f"{variant} means nothing for {p.dtype}")
+    made = contenders.ours(feature, p, target)
+    return Contender(lambda: cpu.perturb(made.plan, made.record, isa=isa), made.bytes, made.terms, names[isa])
 
 
 def make(name: str, dtype: str, threads: int, weights: int) -> Contender:
     """The contender of this name, made once: compilation takes longer than everything else."""
     key = (name, dtype, threads, weights)
     if key not in _made:
-        p = tensor(dtype, weights, "weights")
-        variant = name.split()[-1]
-        if name == "copy":
-            target = tensor(dtype, weights, "target")
-            _made[key] = Contender(lambda: target.copy_(p), 0)
-        elif name == "inplace_copy":
-            _made[key] = Contender(lambda: harness.rewrite_(p), 0)
-        elif name.startswith("zo_kernels"):
-            _made[key] = make_ours(variant, p)
-        elif name.startswith("compiled"):
+        p, target = tensor(dtype, weights, "weights"), tensor(dtype, weights, "target")
+        kind, _, variant = name.partition(" ")
+        size = 2 * p.nbytes
+        if kind == "copy":
+            _made[key] = Contender(lambda: target.copy_(p), size, 0)
+        elif kind == "inplace_copy":
+            _made[key] = Contender(lambda: harness.rewrite_(p), size, 0)
+        elif kind == "zo_kernels":
+            _made[key] = make_ours(variant, p, target)
+        elif kind == "compiled":
             work, fused = compiled(FUNCTIONS[variant], p)
-            _made[key] = Contender(work, fused=fused)
+            _made[key] = Contender(work, size, fused=fused)
+        elif kind == "stateless":
+            function = contenders.stateless_add(p.device, p.dtype)
+            if isinstance(function, str):
+                pytest.skip(function)
+            _made[key] = Contender(lambda: function(p), size)
         else:
-            _made[key] = Contender(lambda: FUNCTIONS[variant](p))
+            _made[key] = Contender(lambda: FUNCTIONS[kind](p), size)
     return _made[key]
 
 
@@ -167,7 +150,14 @@ def test_pass(benchmark: Any, request: pytest.FixtureRequest, contender: str, dt
     torch._dynamo.config.recompile_limit = 64  # one compilation for each type and thread count
     made = make(contender, dtype, thread_count, weights)
     benchmark.extra_info.update(
-        contender=contender, isa=made.isa, dtype=dtype, threads=thread_count, weights=weights, terms=made.terms, fused=made.fused
+        contender=contender,
+        isa=made.isa,
+        dtype=dtype,
+        threads=thread_count,
+        weights=weights,
+        terms=made.terms,
+        fused=made.fused,
+        bytes=made.bytes,
     )
     benchmark.pedantic(made.work, rounds=ROUNDS, iterations=1, warmup_rounds=1 if sweep == 0 else 0)
 
@@ -179,15 +169,15 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each contender, type and thread count, over all sweeps."""
     seconds: dict[tuple[Any, ...], list[float]] = {}
     for bench in report["benchmarks"]:
-        seconds.setdefault(tuple(bench["extra_info"][c] for c in INFO), []).extend(bench["stats"]["data"])
+        seconds.setdefault(tuple(bench["extra_info"][c] for c in (*INFO, "bytes")), []).extend(bench["stats"]["data"])
     timings = {key: harness.Timing(tuple(values)) for key, values in seconds.items()}
     contender, kind, threads = (INFO.index(c) for c in ("contender", "dtype", "threads"))
-    median = {(key[contender], key[kind], key[threads]): timing.median for key, timing in timings.items()}
+    rates = {(key[contender], key[kind], key[threads]): key[-1] / timing.median for key, timing in timings.items()}
     table = []
     for key, timing in timings.items():
-        info = dict(zip(INFO, key, strict=True))
+        info, nbytes = dict(zip(INFO, key[:-1], strict=True)), key[-1]
         dtype, weights, rate = info["dtype"], info["weights"], 1 / timing.median
-        nbytes = 2 * weights * harness.DTYPES[dtype].itemsize  # the least that a pass can move: one read, one write
+        normal_add, copy, rewrite = (rates[name, dtype, info["threads"]] for name in ("normal_add", "copy", "inplace_copy"))
         table.append(
             {
                 **info,
@@ -196,9 +186,9 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "gterms_per_s": harness.significant(weights * info["terms"] * rate / 1e9, 4),
                 "bytes": nbytes,
                 "gb_per_s": harness.significant(nbytes * rate / 1e9, 4),
-                "percent_of_copy": harness.significant(100 * median["copy", dtype, info["threads"]] * rate, 3),
-                "percent_of_inplace_copy": harness.significant(100 * median["inplace_copy", dtype, info["threads"]] * rate, 3),
-                "ratio_to_normal_add": harness.significant(median["normal_add", dtype, info["threads"]] * rate, 3),
+                "percent_of_copy": harness.significant(100 * nbytes * rate / copy, 3),
+                "percent_of_inplace_copy": harness.significant(100 * nbytes * rate / rewrite, 3),
+                "ratio_to_normal_add": harness.significant(rate / (normal_add / (2 * weights * harness.DTYPES[dtype].itemsize)), 3),
             }
         )
     order = {name: k for k, name in enumerate(harness.DTYPES)}

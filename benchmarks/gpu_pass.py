@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_pass.py --out gpu_pass.csv [--quick]
 
-Belongs here: the contenders of the GPU pass. Does not belong here: CPU passes (cpu_pass.py), whole steps (step.py).
+Belongs here: which contenders the GPU pass has, and its timing with a cold L2. Does not belong here: their work (contenders.py), CPU
+passes (cpu_pass.py), many small tensors and many terms (scaling.py), whole steps (step.py).
 
 All contenders of a size and type are timed in one process, in rounds: each round times every contender once, by CUDA events around a
 batch of calls, with the order reversed in every other round. Buffers rotate over more memory than the L2 cache holds. Small sizes are
@@ -16,24 +17,19 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import contenders
 import harness
 import torch
+from contenders import FEATURES, notice
 from torch import Tensor
 
-import zo_kernels as zk
-from zo_kernels import _backends as registry
-from zo_kernels import ops
-
-EPS = 1e-3
 ROTATION = 1 << 28  # bytes of weights that the buffers cover: five times the L2 cache of an H100
 BATCH = 3e-3  # seconds that a timed batch of calls should last at least, at 1.5 TB/s
-ROW = 4096  # row length of the scales per row
 FULL_SIZE, SIZES = 1 << 27, (1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 29, 1 << 31)
 COLUMNS = ("contender", "feature", "dtype", "weights", "terms", "calls", *harness.TIMING_COLUMNS)
 COLUMNS += ("bytes", "gb_per_s", "percent_of_copy", "gterms_per_s")
@@ -53,93 +49,47 @@ class Contender:
 # ---- ours -------------------------------------------------------------------------------------------------------------
 
 
-def random_bits(n: int, device: torch.device) -> Tensor:
-    """A packed mask that keeps about half of n elements."""
-    return torch.randint(0, 256, ((n + 7) // 8,), dtype=torch.uint8, device=device)
-
-
-def ours(backend: str, feature: str, buffers: list[Tensor], others: list[Tensor]) -> Contender:
-    """One of the features below, on plans that are made once, as an optimizer makes them."""
-    module = registry.load(backend)
-    kind = "rademacher" if feature == "rademacher" else "gaussian"
-    terms = int(feature[2:]) if feature.startswith("K=") else 1
-    more: dict[str, Any] = {}
-    n, device = buffers[0].numel(), buffers[0].device
-    size = 2 * n * buffers[0].element_size()
-    if feature == "bit mask":
-        more["masks"] = [random_bits(n, device)]
-        size += n // 8
-    elif feature == "random mask":
-        more["masks"] = [zk.RandomMask(0.5, tag=1)]
-    elif feature == "row scales":
-        more["scales"] = [(torch.rand(n // ROW, device=device) + 0.5, ROW)]
-    rounding = "stochastic" if feature == "stochastic" else "nearest"
-    tags, coefs = list(range(terms)), [EPS * (-1) ** k for k in range(terms)]
-    p = ops.Pass(0, tags, coefs, kind=kind, rounding=rounding, decay=0.9999 if feature == "decay" else None)
-    if feature in ("K=64", "device terms"):
-        p = ops.Pass(0, torch.tensor(tags, device=device), torch.tensor(coefs, dtype=torch.float32, device=device))
-    calls = []
-    for buffer, other in zip(buffers, others, strict=True):
-        (plan,) = ops.make_plans([buffer], [1], out=[other] if feature == "out of place" else None, **more)
-        calls.append(lambda plan=plan: module.perturb(plan, p))
-    return Contender(backend, feature, calls, size, terms)
-
-
-FEATURES = (
-    "K=1",
-    "K=2",
-    "K=8",
-    "K=64",
-    "device terms",
-    "out of place",
-    "decay",
-    "stochastic",
-    "bit mask",
-    "random mask",
-    "row scales",
-)
-FEATURES += ("rademacher",)
+def ours(backend: str, perturb: Callable[..., None], feature: str, buffers: list[Tensor], spare: list[Tensor]) -> Contender:
+    """One of contenders.FEATURES, on plans that are made once, as an optimizer makes them."""
+    made = [contenders.ours(feature, buffer, other) for buffer, other in zip(buffers, spare, strict=True)]
+    calls = [lambda m=m: perturb(m.plan, m.record) for m in made]
+    return Contender(backend, feature, calls, made[0].bytes, made[0].terms)
 
 
 # ---- others -----------------------------------------------------------------------------------------------------------
 
 
-def mezo(p: Tensor) -> None:
-    """The expression of MeZO's public code for one parameter."""
-    z = torch.normal(mean=0, std=1, size=p.size(), device=p.device, dtype=p.dtype)
-    p.data = p.data + EPS * z
-
-
-def randn_add(p: Tensor) -> None:
-    p.add_(torch.randn_like(p), alpha=EPS)
-
-
-def foreach_add(p: Tensor) -> None:
-    """A list of 64 parameters, as a model has them, and one fused addition for all of them."""
-    parts = list(p.chunk(64))
-    torch._foreach_add_(parts, [torch.randn_like(part) for part in parts], alpha=EPS)
-
-
 def mezo_value(p: Tensor) -> Tensor:
-    return p.add_(torch.randn_like(p) * EPS)
+    return p.add_(torch.randn_like(p) * contenders.EPS)
 
 
-def compiled(buffers: list[Tensor]) -> Callable[[Tensor], Any] | None:
-    """MeZO's expression by torch.compile, which puts the noise into the loop; None where it does not compile."""
-    fast = torch.compile(mezo_value, dynamic=False)
+def compiled(function: Callable[[Tensor], Any], buffers: list[Tensor]) -> Callable[[Tensor], Any] | None:
+    """The function by torch.compile, which puts noise of `randn_like` into the loop; None where it does not compile."""
+    fast = torch.compile(function, dynamic=False)
     try:
         fast(buffers[0])
     except Exception as error:  # a benchmark goes on without this contender, and says so
-        print(f"torch.compile left out: {type(error).__name__}: {error}", file=sys.stderr)
+        notice(f"torch.compile left out: {type(error).__name__}: {error}")
         return None
     return fast
 
 
 def others(buffers: list[Tensor], spare: list[Tensor], full: bool) -> Iterator[Contender]:
-    size = 2 * buffers[0].numel() * buffers[0].element_size()
-    functions: dict[str, Callable[[Tensor], Any] | None] = {"mezo": mezo}
+    size = 2 * buffers[0].nbytes
+    functions: dict[str, Callable[[Tensor], Any] | None] = {"mezo": contenders.mezo}
     if full:
-        functions |= {"randn_like + add_": randn_add, "foreach": foreach_add, "mezo compiled": compiled(buffers)}
+        functions |= {
+            "normal + add_": contenders.normal_add,
+            "randn_like + add_": contenders.randn_add,
+            "foreach": contenders.foreach_add,
+            "mezo compiled": compiled(mezo_value, buffers),
+            "normal + add_ compiled": compiled(contenders.normal_add, buffers),
+        }
+        stateless = contenders.stateless_add(buffers[0].device, buffers[0].dtype)
+        if isinstance(stateless, str):
+            notice(f"left out: {stateless}")
+        else:
+            functions["torch.func._random + add_"] = stateless
     yield Contender("copy_", "copy", [lambda a=a, b=b: b.copy_(a) for a, b in zip(buffers, spare, strict=True)], size, 0)
     for name, function in functions.items():
         if function is not None:
@@ -149,17 +99,17 @@ def others(buffers: list[Tensor], spare: list[Tensor], full: bool) -> Iterator[C
 # ---- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(contenders: list[Contender], rounds: int) -> Iterator[tuple[Contender, int, harness.Timing]]:
+def measure(runners: list[Contender], rounds: int) -> Iterator[tuple[Contender, int, harness.Timing]]:
     """Every contender with the calls of a batch and the seconds of one call."""
-    batches = {id(c): max(1, min(200, round(BATCH * 1.5e12 / c.bytes))) for c in contenders}
-    seconds: dict[int, list[float]] = {id(c): [] for c in contenders}
-    for c in contenders:  # tables, kernels, clocks
+    batches = {id(c): max(1, min(200, round(BATCH * 1.5e12 / c.bytes))) for c in runners}
+    seconds: dict[int, list[float]] = {id(c): [] for c in runners}
+    for c in runners:  # tables, kernels, clocks
         for call in [*c.calls, c.calls[0]]:
             call()
     torch.cuda.synchronize()
     for number in range(rounds):
         marks = []
-        for c in contenders[:: 1 if number % 2 == 0 else -1]:
+        for c in runners[:: 1 if number % 2 == 0 else -1]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for call in itertools.islice(itertools.cycle(c.calls), batches[id(c)]):
@@ -169,21 +119,8 @@ def measure(contenders: list[Contender], rounds: int) -> Iterator[tuple[Contende
         torch.cuda.synchronize()
         for c, start, end in marks:
             seconds[id(c)].append(start.elapsed_time(end) / 1e3 / batches[id(c)])
-    for c in contenders:
+    for c in runners:
         yield c, batches[id(c)], harness.Timing(tuple(seconds[id(c)]))
-
-
-def available() -> list[str]:
-    """The GPU backends that can run here; says why the others cannot."""
-    result = []
-    for name in ("cuda", "triton"):
-        module = registry.load(name)
-        reason = module.status() or module.supports(torch.device("cuda", torch.cuda.current_device()))
-        if reason:
-            print(f"{name} left out: {reason}", file=sys.stderr)
-        else:
-            result.append(name)
-    return result
 
 
 def rows(dtype_name: str, n: int, full: bool, rounds: int) -> Iterator[dict[str, Any]]:
@@ -193,12 +130,12 @@ def rows(dtype_name: str, n: int, full: bool, rounds: int) -> Iterator[dict[str,
     # randn would be slow at the largest size, and the time of a pass does not depend on the values
     buffers = [torch.zeros(n, dtype=dtype, device="cuda") for _ in range(copies)]
     spare = [torch.zeros_like(b) for b in buffers]
-    contenders = list(others(buffers, spare, full))
-    for backend in available():
+    runners = list(others(buffers, spare, full))
+    for backend, module in contenders.available(buffers[0].device).items():
         for feature in FEATURES if full else FEATURES[:1]:
-            if not (feature == "stochastic" and dtype == torch.float32):
-                contenders.append(ours(backend, feature, buffers, spare))
-    results = list(measure(contenders, rounds))
+            if contenders.has(feature, dtype):
+                runners.append(ours(backend, module.perturb, feature, buffers, spare))
+    results = list(measure(runners, rounds))
     copy = next(t.median / c.bytes for c, _, t in results if c.name == "copy_")
     for c, calls, timing in results:
         yield {
@@ -242,7 +179,7 @@ def main() -> None:
     free = torch.cuda.mem_get_info()[0]
     for name, n, full in plan:
         if 6 * n * harness.DTYPES[name].itemsize > free:  # two buffers, and the temporaries of MeZO's expression
-            print(f"left out: {n} weights of {name} do not fit", file=sys.stderr)
+            notice(f"left out: {n} weights of {name} do not fit")
             continue
         results += rows(name, n, full, rounds)
         gc.collect()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the description of the machine, interleaved timing, peak memory, the one CSV writer.
+"""What every benchmark shares: the description of the machine, interleaved timing, memory, bytes moved, the one CSV writer.
 
 Belongs here: measuring and recording, on any device. Does not belong here: what is measured (one script for each question), and
 assertions about time: nothing here or in the tests ever decides on one.
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
@@ -103,8 +104,7 @@ def interleaved(
     rounds: int,
     device: torch.device | str = "cpu",
     warmup: int = 1,
-    calls: int = 1,
-    settle: int = 0,
+    calls: int | Mapping[str, int] = 1,
 ) -> dict[str, Timing]:
     """Time every contender once in each round, so that a slow minute of the machine falls on all of them alike.
 
@@ -113,24 +113,34 @@ def interleaved(
         rounds: timings of each; the order is reversed in every other round.
         device: synchronised before a clock is read.
         warmup: untimed calls of each, first.
-        calls: back-to-back calls inside one timing, without a synchronisation between them, as in a training loop.
-        settle: untimed calls right before each timing, for contenders that must first recover from what another one did.
+        calls: back-to-back calls inside one timing, without a synchronisation between them, as in a training loop; of each, or of
+            all.
     """
+    calls = calls if isinstance(calls, Mapping) else dict.fromkeys(contenders, calls)
     for function in contenders.values():
         for _ in range(warmup):
             function()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-            for _ in range(settle):
-                contenders[name]()
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                contenders[name]()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append(seconds_of(contenders[name], calls[name], device))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def seconds_of(function: Callable[[], Any], calls: int, device: torch.device | str) -> float:
+    """Seconds of one of `calls` back-to-back calls."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def calls_lasting(function: Callable[[], Any], seconds: float, device: torch.device | str, most: int = 1000) -> int:
+    """How many calls in a row last about so long: at least one. The function is called twice, so that one call is warm."""
+    function()
+    return max(1, min(most, round(seconds / max(1e-9, seconds_of(function, 1, device)))))
 
 
 def cuda_times(function: Callable[[], Any], *, rounds: int, warmup: int = 3, flush: Tensor | None = None) -> Timing:
@@ -193,6 +203,76 @@ def peak_bytes(device: torch.device | str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Memory that can still be allocated. On the CPU: what the kernel calls available (Linux), else 4 GiB, a cautious guess."""
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 4 << 30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+# What runs out of memory: torch's allocator on a GPU, and its allocator on the CPU, which has no class of its own.
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+# ---- bytes moved ------------------------------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations of torch read and write: floating-point tensors of at least one dimension, whole, each argument
+    once. `counting`: asked after each operation whether it counts. `storages`: only reads of these (by address of the storage).
+
+    What a gather reads is what it returns. Views move nothing, nor does allocation; noise is written without a read. Caches are not
+    modelled: these are the bytes that kernels ask for.
+    """
+
+    def __init__(self, counting: Callable[[], bool] = lambda: True, storages: set[int] | None = None) -> None:
+        super().__init__()
+        self.counting, self.storages, self.read, self.written = counting, storages, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty")) and self.counting():
+            self.count(func, args, kwargs, result)
+        return result
+
+    def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name, schema = func.name().partition("::")[2].partition(".")[0], func._schema.arguments
+        passed = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+        written, read = {id(t): t for t in _tensors(result)}, {}
+        for argument, value in passed:
+            mutated = argument.alias_info is not None and argument.alias_info.is_write
+            if mutated:
+                written |= {id(t): t for t in _tensors(value)}
+            # An in-place operation reads what it changes, unless all of it is overwritten.
+            if not (mutated and (argument.is_out or name in OVERWRITES)):
+                read |= {id(t): t for t in _tensors(value)}
+        moved = sum(t.nbytes for t in written.values())
+        for t in read.values():
+            if self.storages is None or t.untyped_storage().data_ptr() in self.storages:
+                self.read += min(t.nbytes, moved) if name in GATHERS else t.nbytes
+        self.written += moved if self.storages is None else 0
+
+
+GATHERS = ("embedding", "index_select")
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The plain floating-point tensors of at least one dimension in an argument or a result."""
+    if isinstance(tree, (tuple, list)):
+        return [t for node in tree for t in _tensors(node)]
+    plain = type(tree) in (Tensor, torch.nn.Parameter) and tree.is_floating_point() and tree.dim()
+    return [tree] if plain else []
 
 
 # ---- results ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,99 @@ def draw_cpu(axes: Any, rows: list[dict[str, str]], dtype: str) -> None:
     axes.tick_params(axis="y", labelsize=7)
 
 
+def draw_size(axes: Any, rows: list[dict[str, str]]) -> None:
+    """GB/s of one pass against size, one line a contender; bf16, where memory is bound least and arithmetic most."""
+    rows = [row for row in rows if row["question"] == "size" and row["dtype"] == "bfloat16"]
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        points = [(int(row["weights"]), float(row["gb_per_s"])) for row in rows if row["contender"] == name]
+        style = {"copy": ("#9aa3ab", "--"), "mezo": ("#b03a48", "-"), "normal_add": ("#b03a48", ":")}
+        colour, line = style.get(name, ("#1b7f5c" if name in ("cpu", "cuda") else "#2f6fb0", "-"))
+        label = (
+            f"zo_kernels, {name}"
+            if name not in style
+            else {"mezo": "MeZO's expression", "normal_add": "torch.normal + add_"}.get(name, name)
+        )
+        axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=".")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("weights")
+    axes.set_ylabel("GB/s")
+    axes.set_title(f"One pass, bfloat16, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_terms(axes: Any, rows: list[dict[str, str]]) -> None:
+    """Element-terms a second of one pass against K."""
+    rows = [row for row in rows if row["question"] == "terms" and row["terms"] != "0"]
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        for dtype, line in (("float32", ":"), *LINES.items()):
+            points = [
+                (int(row["terms"]), float(row["gterms_per_s"])) for row in rows if (row["contender"], row["dtype"]) == (name, dtype)
+            ]
+            if points:
+                colour = "#1b7f5c" if name in ("cpu", "cuda") else "#2f6fb0"
+                axes.plot(*zip(*points, strict=True), line, color=colour, label=f"{name}, {dtype}", marker=".")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("terms K of one pass")
+    axes.set_ylabel("10⁹ element-terms / s")
+    axes.set_title(f"Many terms, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
+    """Seconds of a step over those of two bare forwards, by mode, one group a model and number of tokens."""
+    groups = list(dict.fromkeys((row["model"], f"{row['batch']}×{row['sequence']}") for row in rows))
+    modes = [mode for mode in dict.fromkeys(row["mode"] for row in rows) if mode != "forwards"]
+    ours = ["#1b7f5c", "#d98c1f", "#2f6fb0", "#7a5ba6", "#4d4d4d"]
+    colours = {mode: "#b03a48" if mode == "mezo" else ours[k % len(ours)] for k, mode in enumerate(modes)}
+    height = 0.8 / len(modes)
+    for k, mode in enumerate(modes):
+        at, values = [], []
+        for g, group in enumerate(groups):
+            mine = {
+                row["mode"]: float(row["median_s"]) for row in rows if (row["model"], f"{row['batch']}×{row['sequence']}") == group
+            }
+            if mode in mine:
+                at.append(g + (k - (len(modes) - 1) / 2) * height)
+                values.append(mine[mode] / mine["forwards"])
+        drawn = axes.barh(at, values, height, color=colours[mode], label=mode)
+        axes.bar_label(drawn, [f"{value:.3g}" for value in values], fontsize=6, padding=2)
+    axes.axvline(1, color="#9aa3ab", linewidth=1)
+    axes.set_yticks(range(len(groups)), [" ".join(group) for group in groups], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds of a step / seconds of two bare forwards")
+    axes.set_title(f"A whole step, {rows[0]['dtype']}, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+Panel = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def figures(results: Path) -> dict[str, list[Panel]]:
+    """File name -> its panels, as far as there are results for them."""
+
+    def read(name: str) -> list[dict[str, str]]:
+        path = results / f"{name}.csv"
+        return harness.read_csv(path) if path.exists() else []
+
+    panels: dict[str, list[Panel]] = {"benchmarks.png": [], "scaling.png": [], "step.png": []}
+    if rows := read("drift"):
+        panels["benchmarks.png"].append((draw_drift, (rows,)))
+    if rows := read("cpu_pass"):
+        panels["benchmarks.png"].append((draw_cpu, (rows, "bfloat16")))
+    for name in ("scaling", "gpu_scaling"):
+        rows = read(name)
+        for question, draw in (("size", draw_size), ("terms", draw_terms)):
+            if any(row["question"] == question for row in rows):
+                panels["scaling.png"].append((draw, (rows,)))
+    for name in ("step", "gpu_step"):
+        if rows := read(name):
+            panels["step.png"].append((draw_step, (rows,)))
+    return {name: drawn for name, drawn in panels.items() if drawn}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
@@ -86,21 +181,26 @@ def main(arguments: list[str] | None = None) -> int:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = []
-    if (args.results / "drift.csv").exists():
-        panels.append((draw_drift, (harness.read_csv(args.results / "drift.csv"),)))
-    if (args.results / "cpu_pass.csv").exists():
-        panels.append((draw_cpu, (harness.read_csv(args.results / "cpu_pass.csv"), "bfloat16")))
-    if not panels:
-        print(f"{args.results} has neither drift.csv nor cpu_pass.csv: run benchmarks/run.py first", file=sys.stderr)
+    drawn = figures(args.results)
+    if not drawn:
+        print(f"{args.results} has no results that a figure shows: run benchmarks/run.py first", file=sys.stderr)
         return 1
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for (draw, inputs), axis in zip(panels, axes[0], strict=True):
-        draw(axis, *inputs)
-        axis.spines[["top", "right"]].set_visible(False)
     args.figures.mkdir(parents=True, exist_ok=True)
-    # Metadata is left out: a figure drawn twice from one CSV is the same file.
-    figure.savefig(args.figures / "benchmarks.png", dpi=110, metadata={"Software": None})
+    for name, panels in drawn.items():
+        lines = -(-len(panels) // 2)
+        figure, axes = pyplot.subplots(
+            lines, min(2, len(panels)), figsize=(5.2 * min(2, len(panels)), 3.6 * lines), squeeze=False, layout="constrained"
+        )
+        for axis, panel in zip_longest(axes.flat, panels):
+            if panel is None:
+                axis.set_visible(False)
+                continue
+            draw, inputs = panel
+            draw(axis, *inputs)
+            axis.spines[["top", "right"]].set_visible(False)
+        # Metadata is left out: a figure drawn twice from one CSV is the same file.
+        figure.savefig(args.figures / name, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
     return 0
 
 

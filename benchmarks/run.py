@@ -14,12 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).parent
-NAMES = ("cpu_pass", "drift", "step", "gpu_pass", "gpu_step")
 
 
 def run(*command: str) -> bool:
@@ -57,6 +57,10 @@ def step(out: Path, quick: bool) -> bool:
     return run(str(HERE / "step.py"), "--device", "cpu", "--out", str(out / "step.csv"), *size)
 
 
+def scaling(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "scaling.py"), "--device", "cpu", "--out", str(out / "scaling.csv"), *(["--quick"] if quick else []))
+
+
 def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
@@ -66,6 +70,13 @@ def gpu_step(out: Path, quick: bool) -> bool:
     return run(str(HERE / "step.py"), "--device", "cuda", "--out", str(out / "gpu_step.csv"), *size)
 
 
+def gpu_scaling(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "scaling.py"), "--device", "cuda", "--out", str(out / "gpu_scaling.csv"), *(["--quick"] if quick else []))
+
+
+RUNS = {script.__name__: script for script in (cpu_pass, drift, step, scaling, gpu_pass, gpu_step, gpu_scaling)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV files")
@@ -73,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--figures", type=Path, help="folder of the figures; default: docs/figures if --out is benchmarks/results, else --out"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     args = parser.parse_args(arguments)
     committed = args.out.resolve() == (HERE / "results").resolve()
     figures = args.figures or (HERE.parent / "docs" / "figures" if committed else args.out)
@@ -85,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith("gpu_") and not gpu:
             print(f"== {name}: left out, torch finds no CUDA device")
             continue
-        done &= {"cpu_pass": cpu_pass, "drift": drift, "step": step, "gpu_pass": gpu_pass, "gpu_step": gpu_step}[name](
-            args.out, args.quick
-        )
+        start = time.monotonic()
+        done &= RUNS[name](args.out, args.quick)
+        print(f"== {name} took {time.monotonic() - start:.0f} s", flush=True)
     done &= run(str(HERE / "plot.py"), "--results", str(args.out), "--figures", str(figures))
     if committed:
         done &= run(str(HERE / "tables.py"))

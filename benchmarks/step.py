@@ -1,40 +1,62 @@
-"""A whole training step of a randomly initialised model: seconds and peak memory, beside two bare forwards and MeZO's loop.
+"""A whole training step of a randomly initialised model: seconds, peak memory and bytes, beside two bare forwards and MeZO's loop.
 
-    python benchmarks/step.py --out step.csv          with a GPU opt-1.3b in fp16 at 16 x 32 and 16 x 400 tokens, otherwise
-                                                      llama-15m and llama-110m in fp32 at 16 x 32
+    python benchmarks/step.py --out step.csv          with a GPU OPT-125M to OPT-13B in fp16 at 16 x 32 and 16 x 400 tokens,
+                                                      otherwise llama-15m, llama-110m and opt-125m in fp32 at 16 x 32
     python benchmarks/step.py --out step.csv --device cuda --dtype float16 --model-shape opt-1.3b --tokens 16x32 16x400
 
 Belongs here: whole steps, on any device. Does not belong here: single passes (cpu_pass.py, gpu_pass.py), learning. Random weights
 take the time and memory of trained ones.
 
-Modes: `forwards` two forwards and nothing else (the lower bound), `scratch` and `inplace` our MeZOStep, `mezo` the loop of MeZO's
-public code. The closure is single-token classification: logits of the last position only, cross-entropy in fp32. Full logits would
-make the forwards longer and every overhead look smaller.
+Modes: `forwards` two forwards and nothing else (the lower bound), those of `OURS` our MeZOStep, `mezo` the loop of MeZO's public code,
+on a copy of the model of its own, since it moves every weight to new memory. The closure is single-token classification: logits of
+the last position only, cross-entropy in fp32. Full logits would make the forwards longer and every overhead look smaller.
+
+What does not fit is left out with a notice: memory is estimated before anything is allocated, and running out of it is caught.
+
+Bytes are counted, not modelled, in a step of their own: every pass over weights by its plan (`perturb_traffic`), every operation of torch
+that our code runs, and what the forwards read of the weights (`harness.Traffic`). They are bytes that kernels load and store: what a
+cache serves counts too. The lower bound is that the forwards read the weights and the update reads and writes each weight once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import gc
+import math
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import contenders
 import harness
 import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
 from zo_kernels import _backends as backends
+from zo_kernels import ops
 
-MODES = ("forwards", "scratch", "inplace", "mezo")
+# Our modes: the arguments of MeZOStep. One that it refuses here (ValueError, RuntimeError) is left out with its reason.
+OURS: dict[str, dict[str, Any]] = {
+    "scratch": {"perturbation": "scratch"},
+    "inplace": {"perturbation": "inplace"},
+}
+# Arguments that change how a step is launched, not what it does to weights: its passes can be counted and timed without them only.
+LAUNCHING = ("cuda_graph",)
+MODES = ("forwards", *OURS, "mezo")
 LR, EPS = 1e-7, 1e-3
 COLUMNS = (
-    *("model", "weights", "tensors", "device", "dtype", "threads", "batch", "sequence", "mode", *harness.TIMING_COLUMNS),
-    *("overhead_percent", "passes_s", "rest_s", "peak_bytes", "peak_over_inference_bytes"),
+    *("model", "weights", "tensors", "device", "dtype", "threads", "batch", "sequence", "mode"),
+    *("calls", *harness.TIMING_COLUMNS, "overhead_percent", "passes_s", "rest_s", "peak_bytes", "peak_over_inference_bytes"),
+    *("forward_bytes", "weight_bytes_read", "weight_bytes_written", "lower_bound_bytes"),
 )
+LASTING = 0.3  # seconds that a timing should last at least, if not more than MOST_CALLS steps are needed for it
+MOST_CALLS = 5
+Size = tuple[int, int]  # sequences, tokens of each
+MARGIN = 1 << 29  # bytes that an estimate of memory leaves for libraries and fragmentation
 
 # hidden, ffn, heads, layers; the vocabulary and the positions are the published ones.
 OPT = {
@@ -135,70 +157,149 @@ def bare_forwards(closure: Callable[[], Tensor]) -> None:
         closure()
 
 
-@contextmanager
-def timed_passes(device: torch.device, backend: str | None) -> Iterator[list[float]]:
-    """Collects the seconds of every pass over weights. It synchronises around each, so the timed steps run without it."""
-    seconds: list[float] = []
-    module = backends.pick(device, backend)
-    perturb = module.perturb
-
-    def timed(*args: Any, **kwargs: Any) -> None:
-        harness.synchronize(device)
-        start = time.perf_counter()
-        perturb(*args, **kwargs)
-        harness.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-
-    module.perturb = timed  # type: ignore[method-assign]
-    try:
-        yield seconds
-    finally:
-        module.perturb = perturb  # type: ignore[method-assign]
-
-
-def passes_of(
-    mode: str,
-    steppers: dict[str, Callable[[], Any]],
-    loop: MezoLoop | None,
-    device: torch.device,
-    backend: str | None,
-    rounds: int = 3,
-) -> float:
-    """Median seconds that a step of this mode spends in passes over weights."""
-    totals = []
-    for _ in range(rounds):
-        if mode == "mezo" and loop is not None:
-            harness.synchronize(device)
-            start = time.perf_counter()
-            for scaling in (1, -2, 1):
-                loop.perturb(scaling)
-            loop.update(0.0)
-            harness.synchronize(device)
-            totals.append(time.perf_counter() - start)
-        else:
-            with timed_passes(device, backend) as seconds:
-                steppers[mode]()
-            totals.append(sum(seconds))
-    return harness.Timing(tuple(totals)).median
-
-
 def make_stepper(mode: str, model: nn.Module, closure: Callable[[], Tensor], backend: str | None) -> Callable[[], Any]:
     if mode == "forwards":
         return lambda: bare_forwards(closure)
     if mode == "mezo":
         loop = MezoLoop(model, LR, EPS)
         return lambda: loop.step(closure)
-    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, perturbation=mode, backend=backend)
+    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, backend=backend, **OURS[mode])
     return lambda: optimizer.step(closure)
 
 
-def peak_of(
-    mode: str, shape: str, dtype: torch.dtype, size: tuple[int, int], device: torch.device, backend: str | None
-) -> int | None:
-    """Of a model of its own: MeZO's loop moves every weight, and another mode's tables would keep the old ones alive."""
-    gc.collect()
-    model = make_model(shape, device, dtype)
-    stepper = make_stepper(mode, model, make_closure(model, *size, device), backend)
+# ---- passes: seconds and bytes ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def around_passes(device: torch.device, backend: str | None, wrap: Callable[..., Any]) -> Iterator[None]:
+    """For the time of the block, a pass over weights is `wrap(perturb, plan, p)`."""
+    module = backends.pick(device, backend)
+    perturb = module.perturb
+    module.perturb = lambda plan, p: wrap(perturb, plan, p)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        module.perturb = perturb  # type: ignore[method-assign]
+
+
+def perturb_traffic(plan: ops.Plan) -> tuple[int, int]:
+    """Bytes that one pass reads (weights, masks, scales, row numbers) and writes, whatever the number of its terms."""
+    extra = sum(t.nbytes for e in plan.entries for t in (e.mask, e.scale, e.rows) if t is not None)
+    return sum(e.src.nbytes for e in plan.entries) + extra, sum(e.dst.nbytes for e in plan.entries)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a step of a mode does to weights besides reading them in its forwards."""
+
+    seconds: float
+    read: int
+    written: int
+
+
+def passes_of(
+    mode: str, model: nn.Module, closure: Callable[[], Tensor], device: torch.device, backend: str | None, rounds: int = 3
+) -> Passes:
+    """Of steps of their own, since both the clocks and the counting slow a step down: the median of `rounds`, and one step's bytes."""
+    if mode == "forwards":
+        return Passes(0.0, 0, 0)
+    if mode == "mezo":
+        loop = MezoLoop(model, LR, EPS)
+
+        def work() -> None:
+            for scaling in (1, -2, 1):
+                loop.perturb(scaling)
+            loop.update(0.0)
+
+        work()
+        seconds = tuple(harness.seconds_of(work, 1, device) for _ in range(rounds))
+        with harness.Traffic() as traffic:
+            work()
+        return Passes(harness.Timing(seconds).median, traffic.read, traffic.written)
+
+    plain = {name: value for name, value in OURS[mode].items() if name not in LAUNCHING}
+    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, backend=backend, **plain)
+    spent, totals = [], []
+
+    def timed(perturb: Callable[..., None], *arguments: Any) -> None:
+        spent.append(harness.seconds_of(lambda: perturb(*arguments), 1, device))
+
+    for _ in range(2):  # tables, and what only a first step does
+        optimizer.step(closure)
+    with around_passes(device, backend, timed):
+        for _ in range(rounds):
+            spent.clear()
+            optimizer.step(closure)
+            totals.append(sum(spent))
+
+    inside_forward = inside_pass = False
+
+    def counting() -> bool:
+        """Outside of passes, which count themselves; in a forward only what scratch mode does for the model."""
+        return not inside_pass and (not inside_forward or getattr(optimizer._view, "inside", False))
+
+    traffic = harness.Traffic(counting)
+
+    def counted(perturb: Callable[..., None], plan: ops.Plan, p: ops.Pass) -> None:
+        nonlocal inside_pass
+        inside_pass = True
+        perturb(plan, p)
+        inside_pass = False
+        read, written = perturb_traffic(plan)
+        traffic.read += read
+        traffic.written += written
+
+    def forward() -> Tensor:
+        nonlocal inside_forward
+        inside_forward = True
+        loss = closure()
+        inside_forward = False
+        return loss
+
+    with around_passes(device, backend, counted), traffic:
+        optimizer.step(forward)
+    return Passes(harness.Timing(tuple(totals)).median, traffic.read, traffic.written)
+
+
+def forward_bytes(model: nn.Module, closure: Callable[[], Tensor]) -> int:
+    """Bytes of weights that two bare forwards read: an embedding only the rows of its tokens, a tied head the whole table."""
+    traffic = harness.Traffic(storages={p.untyped_storage().data_ptr() for p in model.parameters()})
+    with traffic:
+        bare_forwards(closure)
+    return traffic.read
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+def estimate(shape: str, dtype: torch.dtype, size: Size, copies: int) -> int:
+    """Bytes that timing needs at most, from shapes alone: the model (and a copy), four tensors of the size of its largest one
+    (MeZO's expression), and the activations of a layer with its attention in flash form."""
+    model = make_model(shape, torch.device("meta"), dtype)
+    largest = max(p.nbytes for p in model.parameters())
+    config: Any = model.config
+    width = 8 * config.hidden_size + 3 * (getattr(config, "ffn_dim", 0) or getattr(config, "intermediate_size", 0))
+    activations = math.prod(size) * width * dtype.itemsize + size[0] * config.vocab_size * 8
+    return copies * sum(p.nbytes for p in model.parameters()) + 4 * largest + activations + MARGIN
+
+
+def fitting(shape: str, dtype: torch.dtype, size: Size, device: torch.device, modes: list[str]) -> list[str]:
+    """The modes that fit into memory; MeZO's loop needs a second model. Says what does not."""
+    free = harness.free_bytes(device)
+    fits = []
+    for mode in modes:
+        need = estimate(shape, dtype, size, 2 if mode == "mezo" else 1)
+        if need <= free:
+            fits.append(mode)
+        else:
+            contenders.notice(
+                f"left out: {shape} {size[0]}x{size[1]} {mode} needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            )
+    return fits
+
+
+def peak_of(mode: str, model: nn.Module, closure: Callable[[], Tensor], device: torch.device, backend: str | None) -> int | None:
+    stepper = make_stepper(mode, model, closure, backend)
     stepper()
     stepper()
     harness.reset_peak(device)
@@ -206,65 +307,123 @@ def peak_of(
     return harness.peak_bytes(device)
 
 
+# ---- measuring --------------------------------------------------------------------------------------------------------
+
+
+def working(
+    modes: list[str], models: dict[str, nn.Module], closures: dict[str, Callable[[], Tensor]], backend: str | None, where: str
+) -> dict[str, Callable[[], Any]]:
+    """The steppers that exist here and survive one step; says why the others do not."""
+    steppers = {}
+    for mode in modes:
+        try:
+            stepper = make_stepper(mode, models[mode], closures[mode], backend)
+            stepper()
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+            if not harness.out_of_memory(error) and mode not in OURS:
+                raise
+            contenders.notice(f"left out: {where} {mode}: {str(error).splitlines()[0]}")
+            continue
+        steppers[mode] = stepper
+    return steppers
+
+
+def timed_rows(
+    where: str, models: dict[str, nn.Module], size: Size, device: torch.device, rounds: int, calls: int | None, backend: str | None
+) -> dict[str, dict[str, Any]]:
+    """mode -> the columns that need no other memory than that of the models: seconds and bytes."""
+    closures = {mode: make_closure(model, *size, device) for mode, model in models.items()}
+    steppers = working(list(models), models, closures, backend, where)
+    if "forwards" not in steppers:
+        return {}
+    often = calls or harness.calls_lasting(steppers["forwards"], LASTING, device, MOST_CALLS)
+    timings = harness.interleaved(steppers, rounds=rounds, device=device, calls=often)
+    steppers.clear()  # they hold weights
+    reads = forward_bytes(models["forwards"], closures["forwards"])
+    updated = 2 * sum(p.nbytes for p in models["forwards"].parameters())
+    forwards = timings["forwards"].median
+    result = {}
+    for mode, timing in timings.items():
+        passes, over = passes_of(mode, models[mode], closures[mode], device, backend), timing.median - forwards
+        bound = reads if mode == "forwards" else reads + updated
+        result[mode] = {
+            "calls": often,
+            **timing.columns(),
+            "overhead_percent": harness.significant(100 * over / forwards, 3),
+            "passes_s": harness.significant(passes.seconds, 4),
+            "rest_s": harness.significant(over - passes.seconds, 4),
+            "forward_bytes": reads,
+            "weight_bytes_read": passes.read,
+            "weight_bytes_written": passes.written,
+            "lower_bound_bytes": bound,
+        }
+        print(
+            f"{where} {mode:<9} {timing.median:8.4f} s  {100 * over / forwards:+7.1f} %  passes {passes.seconds:.4f} s  "
+            f"bytes over weights {(reads + passes.read + passes.written) / bound:.2f} x the lower bound",
+            flush=True,
+        )
+    return result
+
+
 def measure(
     shape: str,
-    tokens: list[tuple[int, int]],
+    tokens: list[Size],
     dtype: str,
     device: torch.device,
     modes: list[str],
     rounds: int,
-    calls: int,
+    calls: int | None,
     backend: str | None,
 ) -> list[dict[str, Any]]:
-    """Rows for one model. The modes share one model: each leaves its weights clean, to within the roundings of in-place passes."""
-    model = make_model(shape, device, harness.DTYPES[dtype])
-    weights, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
-    table = []
-    for batch, sequence in tokens:
-        closure = make_closure(model, batch, sequence, device)
-        steppers = {mode: make_stepper(mode, model, closure, backend) for mode in dict.fromkeys(("forwards", *modes))}
-        loop = MezoLoop(model, LR, EPS) if "mezo" in modes else None
-        # The loop moves every parameter to new memory, so that our next step rebuilds its tables: settle.
-        timings = harness.interleaved(steppers, rounds=rounds, device=device, warmup=2, calls=calls, settle=1)
-        forwards = timings["forwards"].median
-        passes_by_mode = {mode: passes_of(mode, steppers, loop, device, backend) if mode != "forwards" else 0.0 for mode in timings}
-        steppers.clear()  # they and the loop hold weights
-        loop = None
-        kind = harness.DTYPES[dtype]
-        inference = peak_of("forwards", shape, kind, (batch, sequence), device, backend)
-        resident = sum(p.nbytes for p in model.parameters())  # of the model above, which is still there
-        for mode, timing in timings.items():
-            passes = passes_by_mode[mode]
-            peak = peak_of(mode, shape, kind, (batch, sequence), device, backend) if mode != "forwards" else inference
-            over = timing.median - forwards
-            table.append(
-                {
-                    "model": shape,
-                    "weights": weights,
-                    "tensors": tensors,
-                    "device": device.type,
-                    "dtype": dtype,
-                    "threads": torch.get_num_threads(),
-                    "batch": batch,
-                    "sequence": sequence,
-                    "mode": mode,
-                    **timing.columns(),
-                    "overhead_percent": harness.significant(100 * over / forwards, 3),
-                    "passes_s": harness.significant(passes, 4),
-                    "rest_s": harness.significant(over - passes, 4),
-                    "peak_bytes": "" if peak is None else peak - resident,
-                    "peak_over_inference_bytes": "" if peak is None or inference is None else peak - inference,
-                }
-            )
-            print(
-                f"{shape} {dtype} {batch}x{sequence} {mode:<9} {timing.median:8.4f} s  {100 * over / forwards:+7.1f} %  "
-                f"passes {passes:.4f} s  peak over inference {((peak or 0) - (inference or 0)) / 2**20:.0f} MiB",
-                flush=True,
-            )
-    return table
+    """Rows for one model. The modes share it, MeZO's loop aside: each leaves its weights clean, to within the roundings of in-place
+    passes. Peaks are taken of a fresh model for every mode, when nothing else is left in memory."""
+    kind, modes = harness.DTYPES[dtype], list(dict.fromkeys(("forwards", *modes)))
+    allowed = {size: fits for size in tokens if "forwards" in (fits := fitting(shape, kind, size, device, modes))}
+    if not allowed:
+        return []
+    twice = all("mezo" in fits for fits in allowed.values())
+    model = make_model(shape, device, kind)
+    again = copy.deepcopy(model) if twice else model
+    shared = {
+        "model": shape,
+        "weights": sum(p.numel() for p in model.parameters()),
+        "tensors": len(list(model.parameters())),
+        "device": device.type,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+    }
+    table: dict[tuple[Size, str], dict[str, Any]] = {}
+    for size, fits in allowed.items():
+        where = f"{shape} {dtype} {size[0]}x{size[1]}"
+        models = {mode: again if mode == "mezo" else model for mode in fits if mode != "mezo" or twice}
+        try:
+            for mode, columns in timed_rows(where, models, size, device, rounds, calls, backend).items():
+                table[size, mode] = {**shared, "batch": size[0], "sequence": size[1], "mode": mode, **columns}
+        except (RuntimeError, MemoryError) as error:
+            if not harness.out_of_memory(error):
+                raise
+            contenders.notice(f"left out: {where}: {str(error).splitlines()[0]}")
+    del model, again, models
+    inference: dict[Size, int | None] = {}
+    for mode in dict.fromkeys(mode for _, mode in table):
+        gc.collect()
+        fresh = make_model(shape, device, kind)
+        for size in [size for size, name in table if name == mode]:
+            peak = peak_of(mode, fresh, make_closure(fresh, *size, device), device, backend)
+            base = inference.setdefault(size, peak)  # `forwards` comes first
+            known = peak is not None and base is not None
+            table[size, mode] |= {
+                "peak_bytes": peak if known else "",
+                "peak_over_inference_bytes": peak - base if known else "",  # type: ignore[operator]
+            }
+            if known:
+                over = (peak - base) / 2**20  # type: ignore[operator]
+                print(f"{shape} {dtype} {size[0]}x{size[1]} {mode:<9} peak over inference {over:.1f} MiB", flush=True)
+        del fresh
+    return list(table.values())
 
 
-def read_tokens(text: str) -> tuple[int, int]:
+def read_tokens(text: str) -> Size:
     batch, _, sequence = text.partition("x")
     if not (batch.isdigit() and sequence.isdigit() and int(batch) and int(sequence)):
         raise argparse.ArgumentTypeError(f"{text!r} must be BATCHxSEQUENCE, such as 16x32")
@@ -280,22 +439,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, help="steps between two synchronisations; default 1 on the CPU, 5 elsewhere")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, help=f"steps of a timing; default: {LASTING} s of two forwards, 1 to {MOST_CALLS}")
     parser.add_argument("--backend", help="of our passes; default: the best")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     on_cpu = device.type == "cpu"
-    calls = args.calls or (1 if on_cpu else 5)
     tokens = args.tokens or ([(16, 32)] if on_cpu else [(16, 32), (16, 400)])
     append = args.append
-    for shape in args.model_shape or (["llama-15m", "llama-110m"] if on_cpu else ["opt-1.3b"]):
+    for shape in args.model_shape or (["llama-15m", "llama-110m", "opt-125m"] if on_cpu else list(OPT)):
         for dtype in args.dtype or ["float32" if on_cpu else "float16"]:
-            rows = measure(shape, tokens, dtype, device, args.modes, args.rounds, calls, args.backend)
-            harness.write_csv(args.out, COLUMNS, rows, append)  # after every model: an interrupted run keeps what it has
-            append = True
-            if not on_cpu:
-                torch.cuda.empty_cache()
+            rows = measure(shape, tokens, dtype, device, args.modes, args.rounds, args.calls, args.backend)
+            if rows:
+                harness.write_csv(args.out, COLUMNS, rows, append)  # after every model: an interrupted run keeps what it has
+                append = True
     return 0
 
 

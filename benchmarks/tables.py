@@ -64,12 +64,34 @@ def cpu_pass(rows: list[Row]) -> str:
                 cells.append(f"{float(row['gweights_per_s']):.2g}{ratio}")
         body.append([key[0] + (f" (fused: {key[1]})" if key[1] else ""), *cells])
     header = ["contender", *(f"{dtype}, {threads} thread{'s' if threads != '1' else ''}" for threads, dtype in columns)]
-    return "10⁹ weights (or terms) a second; in parentheses the ratio to `normal_add`.\n\n" + markdown(header, body)
+    note = "10⁹ weights (or terms) a second; in parentheses the ratio to `normal_add`."
+    return f"{note} {cpu_ratios(rows)}\n\n" + markdown(header, body)
+
+
+def cpu_ratios(rows: list[Row]) -> str:
+    """The plain pass by the best instruction set beside `normal_add`, for all types of one run."""
+    last: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["contender"].removeprefix("zo_kernels ") == row["isa"]:  # from portable to the best
+            last[row["threads"], row["dtype"]] = row
+    parts = []
+    for threads in dict.fromkeys(t for t, _ in last):
+        mine = {dtype: row for (t, dtype), row in last.items() if t == threads}
+        ratios = ", ".join(f"{float(row['ratio_to_normal_add']):.3g}× ({dtype})" for dtype, row in mine.items())
+        parts.append(f"{threads} thread{'s' if threads != '1' else ''}: {ratios}")
+    return f"The best instruction set is ahead of it by, with {'; with '.join(parts)}." if parts else ""
 
 
 def step(rows: list[Row]) -> str:
     def mib(text: str) -> str:
-        return f"{int(text) / 2**20:.0f}" if text else ""
+        return f"{int(text) / 2**20:.0f}" if text else "not measured"
+
+    def moved(row: Row) -> str:
+        """All bytes over weights of a step in units of the lower bound, which is the same for every mode that updates."""
+        if not row["lower_bound_bytes"]:
+            return "not measured"
+        total = sum(int(row[name]) for name in ("forward_bytes", "weight_bytes_read", "weight_bytes_written"))
+        return f"{total / int(row['lower_bound_bytes']):.2f}×" if row["mode"] != "forwards" else ""
 
     body = []
     for row in rows:
@@ -80,9 +102,12 @@ def step(rows: list[Row]) -> str:
             f"{float(row['overhead_percent']):.3g} %",
             f"{float(row['passes_s']):.2g}" if row["passes_s"] else "not measured",
         ]
-        body.append([row["model"], *cells, mib(row["peak_over_inference_bytes"])])
+        body.append([row["model"], *cells, mib(row["peak_over_inference_bytes"]), moved(row)])
     return markdown(
-        ["model", "weights", "dtype", "tokens", "mode", "seconds (spread)", "overhead", "passes, s", "memory over inference, MiB"],
+        [
+            *("model", "weights", "dtype", "tokens", "mode", "seconds (spread)", "overhead", "passes, s"),
+            *("memory over inference, MiB", "bytes over weights"),
+        ],
         body,
     )
 
@@ -110,12 +135,72 @@ def gpu_pass(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["contender", "feature", *dtypes], body)
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "drift": drift,
-    "cpu_pass": cpu_pass,
-    "step": step,
-    "gpu_pass": gpu_pass,
-    "gpu_step": step,
+# ---- scaling.py: one table a question ---------------------------------------------------------------------------------
+
+
+def grid(
+    rows: list[Row], question: str, labels: Callable[[Row], tuple[str, ...]], header: Sequence[str], cell: Callable[[Row], str]
+) -> str:
+    """One line for each label, one column for each contender."""
+    rows = [row for row in rows if row["question"] == question]
+    if not rows:
+        return "Not yet measured."
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    cells = {(labels(row), row["contender"]): cell(row) for row in rows}
+    body = [[*label, *(cells.get((label, name), "") for name in names)] for label in dict.fromkeys(map(labels, rows))]
+    return markdown([*header, *names], body)
+
+
+def size(rows: list[Row]) -> str:
+    def cell(row: Row) -> str:
+        return f"{float(row['gb_per_s']):.3g} ({float(row['percent_of_copy']):.3g} %)"
+
+    note = "GB/s, in parentheses percent of the copy at the same size."
+    return f"{note}\n\n" + grid(
+        rows, "size", lambda row: (row["dtype"], f"2^{int(row['weights']).bit_length() - 1}"), ["dtype", "weights"], cell
+    )
+
+
+def terms(rows: list[Row]) -> str:
+    rows = [{**row, "contender": f"{row['contender']}, {row['dtype']}"} for row in rows if row["terms"] != "0"]
+    note = "10⁹ element-terms a second of one pass with K noises."
+    return f"{note}\n\n" + grid(rows, "terms", lambda row: (row["terms"],), ["K"], lambda row: f"{float(row['gterms_per_s']):.3g}")
+
+
+def many(rows: list[Row]) -> str:
+    def label(row: Row) -> tuple[str, ...]:
+        return row["dtype"], f"{row['tensors']} of {int(row['weights']) // int(row['tensors']):,}"
+
+    note = "Milliseconds for the whole list."
+    return f"{note}\n\n" + grid(rows, "list", label, ["dtype", "tensors"], lambda row: f"{1e3 * float(row['median_s']):.3g}")
+
+
+def host(rows: list[Row]) -> str:
+    body = [
+        [row["contender"], f"{1e6 * float(row['median_s']):.3g}", f"{float(row['us_per_tensor']):.2g}"]
+        for row in rows
+        if row["question"] == "host"
+    ]
+    tensors = next((row["tensors"] for row in rows if row["question"] == "host"), "")
+    header = ["work", f"µs, {tensors} tensors", "µs a tensor"]
+    return markdown(header, body) if body else "Not yet measured."
+
+
+# table -> (CSV file, function of its rows, figure that shows them too)
+TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
+    "drift": ("drift", drift, ""),
+    "cpu_pass": ("cpu_pass", cpu_pass, ""),
+    "step": ("step", step, "step.png"),
+    "gpu_pass": ("gpu_pass", gpu_pass, ""),
+    "gpu_step": ("gpu_step", step, ""),
+    "size": ("scaling", size, "scaling.png"),
+    "terms": ("scaling", terms, ""),
+    "list": ("scaling", many, ""),
+    "host": ("scaling", host, ""),
+    "gpu_size": ("gpu_scaling", size, ""),
+    "gpu_terms": ("gpu_scaling", terms, ""),
+    "gpu_list": ("gpu_scaling", many, ""),
+    "gpu_host": ("gpu_scaling", host, ""),
 }
 
 
@@ -125,11 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
     args = parser.parse_args(arguments)
     text = args.page.read_text()
-    for name, table in TABLES.items():
-        path = args.results / f"{name}.csv"
+    for name, (results, table, figure) in TABLES.items():
+        path = args.results / f"{results}.csv"
         if path.exists():
             rows = harness.read_csv(path)
             filled = f"{caption(rows)}\n\n{table(rows)}"
+            if figure and (args.page.parent / "figures" / figure).exists():
+                filled = f"![{name}](figures/{figure})\n\n{filled}"
         else:
             filled = "Not yet measured."
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)

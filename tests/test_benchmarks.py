@@ -7,7 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,9 +76,61 @@ def test_step(tmp_path: Path) -> None:
         str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--model-shape=llama-tiny", "--tokens=2x4", "--rounds=1"
     )
     assert done.returncode == 0, done.stderr
-    assert [row["mode"] for row in rows(path)] == ["forwards", "scratch", "inplace", "mezo"]
+    table = {row["mode"]: row for row in rows(path)}
+    assert set(table) >= {"forwards", "scratch", "inplace", "mezo"}
+    # Bytes are counted, so they are exact: tied head, 8 tokens of 64 fp32 values each, two forwards.
+    weights, gathered, forwards = 4 * 131_904, 8 * 64 * 4, 2
+    assert {int(row["forward_bytes"]) for row in table.values()} == {forwards * (weights + gathered)}
+    moved = {mode: (int(row["weight_bytes_read"]), int(row["weight_bytes_written"])) for mode, row in table.items()}
+    assert moved["forwards"] == (0, 0)
+    assert moved["inplace"] == (3 * weights, 3 * weights)
+    rows_and_numbers = forwards * (3 * gathered + 8 * 8)  # gather, pass and copy; the pass reads 8-byte row numbers
+    assert moved["scratch"] == (3 * weights + rows_and_numbers, 3 * weights + forwards * 3 * gathered)
+    assert moved["mezo"] == (16 * weights, 16 * weights)
+    assert all(
+        int(row["lower_bound_bytes"]) == int(row["forward_bytes"]) + 2 * weights for m, row in table.items() if m != "forwards"
+    )
+
     refused = run(str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--tokens=16")
     assert "'16' must be BATCHxSEQUENCE" in refused.stderr
+
+
+def test_step_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    # 2^40 tokens of activations fit nowhere; nothing of that size may be allocated to find out.
+    path = tmp_path / "step.csv"
+    shape = ["--device=cpu", f"--out={path}", "--model-shape=llama-tiny", "--rounds=1"]
+    done = run(str(BENCHMARKS / "step.py"), *shape, "--tokens", f"{1 << 20}x{1 << 20}", "1x2", "--modes", "inplace")
+    assert done.returncode == 0, done.stderr
+    assert "left out: llama-tiny 1048576x1048576 inplace needs about" in done.stderr
+    assert [(row["batch"], row["mode"]) for row in rows(path)] == [("1", "forwards"), ("1", "inplace")]
+
+
+@needs_extension
+def test_scaling_tables_and_figures(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.csv"
+    done = run(str(BENCHMARKS / "scaling.py"), "--device=cpu", "--quick", "--rounds=1", f"--out={path}")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert {row["question"] for row in table} == {"size", "terms", "list", "host"}
+    assert {row["contender"] for row in table if row["question"] == "size"} == {"copy", "cpu", "normal_add", "mezo"}
+    assert {int(row["terms"]) for row in table if row["question"] == "terms"} == {0, *(1 << k for k in range(11))}
+    assert {"step, scratch", "step, inplace", "step, mezo", "check of storages"} <= {row["contender"] for row in table}
+    assert all(row["us_per_tensor"] and row["terms"] == "0" for row in table if row["contender"] == "copy")
+
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    filled = run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page))
+    assert filled.returncode == 0, filled.stderr
+    parts = dict(re.findall(r"<!-- table (\w+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL))
+    measured = {"size", "terms", "list", "host"}
+    assert {name for name, text in parts.items() if text.strip() != "Not yet measured."} == measured
+    assert all("| --- |" in parts[name] for name in measured)
+    assert "| 1024 |" in parts["terms"]
+
+    drawn = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "benchmarks.png").exists()
 
 
 @needs_extension
@@ -93,6 +148,8 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
         "inplace_copy",
         "zo_kernels portable",
         "zo_kernels K=64",
+        "zo_kernels bit mask",
+        "zo_kernels out of place",
         "normal_add",
         "mezo",
     }
@@ -136,8 +193,8 @@ class TestHarness:
         import harness
 
         calls: list[str] = []
-        timings = harness.interleaved({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2, warmup=1, calls=2, settle=1)
-        assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa"
+        timings = harness.interleaved({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2, warmup=1, calls={"a": 2, "b": 1})
+        assert "".join(calls) == "ab" + "aab" + "baa"
         assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 2, "b": 2}
 
     def test_csv_refuses_other_columns(self, tmp_path: Path) -> None:
@@ -151,6 +208,37 @@ class TestHarness:
         with pytest.raises(ValueError, match="write to another file"):
             harness.write_csv(path, ["b"], [{"b": 1}], append=True)
         assert [row["a"] for row in harness.read_csv(path)] == ["1"]
+
+    def test_traffic(self) -> None:
+        import harness
+        import torch
+
+        def count(function: Callable[[], object], **options: Any) -> tuple[int, int]:
+            with harness.Traffic(**options) as traffic:
+                function()
+            return traffic.read, traffic.written
+
+        a, b, table = torch.zeros(10), torch.zeros(10), torch.zeros(100, 5)
+        numbers = torch.tensor([1, 2, 3])
+        assert count(lambda: a.add_(b)) == (80, 40)
+        assert count(lambda: a.copy_(b)) == (40, 40)
+        assert count(lambda: torch.normal(0.0, 1.0, size=(10,))) == (0, 40)
+        assert count(lambda: torch.zeros(10)) == (0, 40)
+        assert count(lambda: a + 2 * b) == (120, 80)
+        assert count(lambda: a.view(2, 5).t()) == (0, 0)
+        assert count(lambda: table[numbers[0]].sum()) == (20, 0)  # numbers do not count, nor do results without dimensions
+        assert count(lambda: torch.index_select(table, 0, numbers)) == (60, 60)
+        assert count(lambda: torch.index_select(table, 0, numbers, out=torch.empty(3, 5))) == (60, 60)
+        assert count(lambda: torch._foreach_add_([a], [b])) == (80, 40)
+        mine = {a.untyped_storage().data_ptr()}
+        assert count(lambda: a + b, storages=mine) == (40, 0)
+        assert count(lambda: a + b, counting=lambda: False) == (0, 0)
+
+    def test_calls_lasting(self) -> None:
+        import harness
+
+        assert harness.calls_lasting(lambda: time.sleep(0.02), 0.001, "cpu") == 1
+        assert harness.calls_lasting(lambda: None, 10.0, "cpu", most=7) == 7
 
     def test_peak_sees_a_large_tensor(self) -> None:
         import harness
