@@ -218,9 +218,9 @@ def free_bytes(device: torch.device | str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-# What runs out of memory: torch's allocator on a GPU, and its allocator on the CPU, which has no class of its own.
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    """Whether memory ran out: torch has a class for that on GPUs, and none on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 # ---- bytes moved ------------------------------------------------------------------------------------------------------

@@ -319,7 +319,7 @@ def working(
         try:
             stepper = make_stepper(mode, models[mode], closures[mode], backend)
             stepper()
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             if not harness.out_of_memory(error) and mode not in OURS:
                 raise
             contenders.notice(f"left out: {where} {mode}: {str(error).splitlines()[0]}")

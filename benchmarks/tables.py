@@ -151,11 +151,33 @@ def grid(
     return markdown([*header, *names], body)
 
 
+def crossovers(rows: list[Row]) -> str:
+    """For each of our backends and types, the size from which a pass stays at 80 % of the copy."""
+    found = []
+    for name in ("cpu", "cuda", "triton"):
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            mine = [row for row in rows if (row["question"], row["contender"], row["dtype"]) == ("size", name, dtype)]
+            start = None
+            for row in sorted(mine, key=lambda row: -int(row["weights"])):
+                if float(row["percent_of_copy"]) < 80:
+                    break
+                start = int(row["weights"])
+            if mine:
+                found.append(f"{name}, {dtype}: {f'2^{start.bit_length() - 1}' if start else 'no size'}")
+    return "; ".join(found)
+
+
+def short(x: float) -> str:
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
+
+
 def size(rows: list[Row]) -> str:
     def cell(row: Row) -> str:
-        return f"{float(row['gb_per_s']):.3g} ({float(row['percent_of_copy']):.3g} %)"
+        return f"{short(float(row['gb_per_s']))} ({float(row['percent_of_copy']):.0f} %)"
 
     note = "GB/s, in parentheses percent of the copy at the same size."
+    if found := crossovers(rows):
+        note += f" At 80 % of the copy or more from there on: {found}."
     return f"{note}\n\n" + grid(
         rows, "size", lambda row: (row["dtype"], f"2^{int(row['weights']).bit_length() - 1}"), ["dtype", "weights"], cell
     )
@@ -164,7 +186,7 @@ def size(rows: list[Row]) -> str:
 def terms(rows: list[Row]) -> str:
     rows = [{**row, "contender": f"{row['contender']}, {row['dtype']}"} for row in rows if row["terms"] != "0"]
     note = "10⁹ element-terms a second of one pass with K noises."
-    return f"{note}\n\n" + grid(rows, "terms", lambda row: (row["terms"],), ["K"], lambda row: f"{float(row['gterms_per_s']):.3g}")
+    return f"{note}\n\n" + grid(rows, "terms", lambda row: (row["terms"],), ["K"], lambda row: short(float(row["gterms_per_s"])))
 
 
 def many(rows: list[Row]) -> str:
@@ -172,12 +194,12 @@ def many(rows: list[Row]) -> str:
         return row["dtype"], f"{row['tensors']} of {int(row['weights']) // int(row['tensors']):,}"
 
     note = "Milliseconds for the whole list."
-    return f"{note}\n\n" + grid(rows, "list", label, ["dtype", "tensors"], lambda row: f"{1e3 * float(row['median_s']):.3g}")
+    return f"{note}\n\n" + grid(rows, "list", label, ["dtype", "tensors"], lambda row: short(1e3 * float(row["median_s"])))
 
 
 def host(rows: list[Row]) -> str:
     body = [
-        [row["contender"], f"{1e6 * float(row['median_s']):.3g}", f"{float(row['us_per_tensor']):.2g}"]
+        [row["contender"], short(1e6 * float(row["median_s"])), f"{float(row['us_per_tensor']):.2g}"]
         for row in rows
         if row["question"] == "host"
     ]

@@ -240,6 +240,16 @@ class TestHarness:
         assert harness.calls_lasting(lambda: time.sleep(0.02), 0.001, "cpu") == 1
         assert harness.calls_lasting(lambda: None, 10.0, "cpu", most=7) == 7
 
+    def test_out_of_memory(self) -> None:
+        import harness
+        import torch
+
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(1 << 50)
+        assert harness.out_of_memory(caught.value)
+        assert not harness.out_of_memory(RuntimeError("a bug"))
+        assert 0 < harness.free_bytes("cpu") < 1 << 50
+
     def test_peak_sees_a_large_tensor(self) -> None:
         import harness
         import torch
