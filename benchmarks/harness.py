@@ -248,7 +248,8 @@ class Traffic(TorchDispatchMode):
     def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name, schema = func.name().partition("::")[2].partition(".")[0], func._schema.arguments
         passed = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
-        written, read = {id(t): t for t in _tensors(result)}, {}
+        written: dict[int, Tensor] = {id(t): t for t in _tensors(result)}
+        read: dict[int, Tensor] = {}
         for argument, value in passed:
             mutated = argument.alias_info is not None and argument.alias_info.is_write
             if mutated:

@@ -173,13 +173,13 @@ def make_stepper(mode: str, model: nn.Module, closure: Callable[[], Tensor], bac
 @contextlib.contextmanager
 def around_passes(device: torch.device, backend: str | None, wrap: Callable[..., Any]) -> Iterator[None]:
     """For the time of the block, a pass over weights is `wrap(perturb, plan, p)`."""
-    module = backends.pick(device, backend)
+    module: Any = backends.pick(device, backend)
     perturb = module.perturb
-    module.perturb = lambda plan, p: wrap(perturb, plan, p)  # type: ignore[method-assign]
+    module.perturb = lambda plan, p: wrap(perturb, plan, p)
     try:
         yield
     finally:
-        module.perturb = perturb  # type: ignore[method-assign]
+        module.perturb = perturb
 
 
 def perturb_traffic(plan: ops.Plan) -> tuple[int, int]:
