@@ -105,6 +105,7 @@ def interleaved(
     device: torch.device | str = "cpu",
     warmup: int = 1,
     calls: int | Mapping[str, int] = 1,
+    around: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]] | None = None,
 ) -> dict[str, Timing]:
     """Time every contender once in each round, so that a slow minute of the machine falls on all of them alike.
 
@@ -115,6 +116,7 @@ def interleaved(
         warmup: untimed calls of each, first.
         calls: back-to-back calls inside one timing, without a synchronisation between them, as in a training loop; of each, or of
             all.
+        around: untimed calls right before and after each timing, for contenders that must not leave their state to the others.
     """
     calls = calls if isinstance(calls, Mapping) else dict.fromkeys(contenders, calls)
     for function in contenders.values():
@@ -123,8 +125,15 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            before, after = (around or {}).get(name, (_nothing, _nothing))
+            before()
             seconds[name].append(seconds_of(contenders[name], calls[name], device))
+            after()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _nothing() -> None:
+    pass
 
 
 def seconds_of(function: Callable[[], Any], calls: int, device: torch.device | str) -> float:

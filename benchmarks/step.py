@@ -26,6 +26,7 @@ import copy
 import gc
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,13 @@ import zo_kernels as zk
 from zo_kernels import _backends as backends
 from zo_kernels import ops
 
-# Our modes: the arguments of MeZOStep. One that it refuses here (ValueError, RuntimeError) is left out with its reason.
+# Our modes: the arguments of MeZOStep. One that it refuses here, by an error or a graph that it does without, is left out with the reason.
 OURS: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
     "inplace": {"perturbation": "inplace"},
+    "lazy": {"perturbation": "inplace", "lazy": True},
+    "scratch-graph": {"perturbation": "scratch", "cuda_graph": True},
+    "inplace-graph": {"perturbation": "inplace", "cuda_graph": True},
 }
 # Arguments that change how a step is launched, not what it does to weights: its passes can be counted and timed without them only.
 LAUNCHING = ("cuda_graph",)
@@ -103,17 +107,20 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Modul
     return model.to(device).eval()
 
 
-def make_closure(model: nn.Module, batch: int, sequence: int, device: torch.device) -> Callable[[], Tensor]:
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (batch, sequence), generator=generator).to(device)
-    labels = torch.randint(vocabulary, (batch,), generator=generator).to(device)
+class Task:
+    """The closure: the loss of one batch, its own unless another is given. One object, as a step that becomes a CUDA graph needs."""
 
-    def closure() -> Tensor:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+    def __init__(self, model: nn.Module, batch: int, sequence: int, device: torch.device) -> None:
+        vocabulary: Any = model.config.vocab_size
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(vocabulary, (batch, sequence), generator=generator).to(device)
+        labels = torch.randint(vocabulary, (batch,), generator=generator).to(device)
+        self.model, self.batch = model, (ids, labels)
+
+    def __call__(self, batch: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        ids, labels = batch or self.batch
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return nn.functional.cross_entropy(logits.float(), labels)
-
-    return closure
 
 
 class MezoLoop:
@@ -157,14 +164,46 @@ def bare_forwards(closure: Callable[[], Tensor]) -> None:
         closure()
 
 
-def make_stepper(mode: str, model: nn.Module, closure: Callable[[], Tensor], backend: str | None) -> Callable[[], Any]:
+@dataclass
+class Stepper:
+    """A step of one mode; `optimizer` where it is ours."""
+
+    step: Callable[[], Any]
+    optimizer: zk.MeZOStep | None = None
+
+    def around(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """A lazy step begins where the one before it ended, and the others want clean weights: before and after a timing."""
+        return (self.step, self.optimizer.flush) if self.optimizer is not None else (lambda: None, lambda: None)
+
+
+WARM = 3  # steps after which every mode is in its stride: tables, what a first forward teaches, a captured graph
+
+
+def make_stepper(mode: str, task: Task, backend: str | None) -> Stepper:
+    """The stepper, warm.
+
+    Raises:
+        RuntimeError, ValueError: this mode cannot run here.
+    """
     if mode == "forwards":
-        return lambda: bare_forwards(closure)
-    if mode == "mezo":
-        loop = MezoLoop(model, LR, EPS)
-        return lambda: loop.step(closure)
-    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, backend=backend, **OURS[mode])
-    return lambda: optimizer.step(closure)
+        stepper = Stepper(lambda: bare_forwards(task))
+    elif mode == "mezo":
+        loop = MezoLoop(task.model, LR, EPS)
+        stepper = Stepper(lambda: loop.step(task))
+    else:
+        stepper = our_stepper(task, backend, OURS[mode])
+    with warnings.catch_warnings():
+        # A step that was to be a graph and runs without one is another mode's.
+        warnings.filterwarnings("error", "cuda_graph=True: ")
+        for _ in range(WARM if stepper.optimizer is not None else 1):
+            stepper.step()
+    return stepper
+
+
+def our_stepper(task: Task, backend: str | None, arguments: dict[str, Any]) -> Stepper:
+    optimizer = zk.MeZOStep(task.model, lr=LR, eps=EPS, backend=backend, **arguments)
+    batches = [task.batch] if arguments.get("cuda_graph") else None  # a graph must know the batch's memory
+    return Stepper(lambda: optimizer.step(task, batches), optimizer)
 
 
 # ---- passes: seconds and bytes ----------------------------------------------------------------------------------------
@@ -197,14 +236,12 @@ class Passes:
     written: int
 
 
-def passes_of(
-    mode: str, model: nn.Module, closure: Callable[[], Tensor], device: torch.device, backend: str | None, rounds: int = 3
-) -> Passes:
+def passes_of(mode: str, task: Task, device: torch.device, backend: str | None, rounds: int = 3) -> Passes:
     """Of steps of their own, since both the clocks and the counting slow a step down: the median of `rounds`, and one step's bytes."""
     if mode == "forwards":
         return Passes(0.0, 0, 0)
     if mode == "mezo":
-        loop = MezoLoop(model, LR, EPS)
+        loop = MezoLoop(task.model, LR, EPS)
 
         def work() -> None:
             for scaling in (1, -2, 1):
@@ -218,18 +255,20 @@ def passes_of(
         return Passes(harness.Timing(seconds).median, traffic.read, traffic.written)
 
     plain = {name: value for name, value in OURS[mode].items() if name not in LAUNCHING}
-    optimizer = zk.MeZOStep(model, lr=LR, eps=EPS, backend=backend, **plain)
-    spent, totals = [], []
+    stepper = our_stepper(task, backend, plain)
+    optimizer: Any = stepper.optimizer
+    spent: list[float] = []
+    totals: list[float] = []
 
     def timed(perturb: Callable[..., None], *arguments: Any) -> None:
         spent.append(harness.seconds_of(lambda: perturb(*arguments), 1, device))
 
-    for _ in range(2):  # tables, and what only a first step does
-        optimizer.step(closure)
+    for _ in range(WARM):
+        stepper.step()
     with around_passes(device, backend, timed):
         for _ in range(rounds):
             spent.clear()
-            optimizer.step(closure)
+            stepper.step()
             totals.append(sum(spent))
 
     inside_forward = inside_pass = False
@@ -252,7 +291,7 @@ def passes_of(
     def forward() -> Tensor:
         nonlocal inside_forward
         inside_forward = True
-        loss = closure()
+        loss = task()
         inside_forward = False
         return loss
 
@@ -261,11 +300,11 @@ def passes_of(
     return Passes(harness.Timing(tuple(totals)).median, traffic.read, traffic.written)
 
 
-def forward_bytes(model: nn.Module, closure: Callable[[], Tensor]) -> int:
+def forward_bytes(task: Task) -> int:
     """Bytes of weights that two bare forwards read: an embedding only the rows of its tokens, a tied head the whole table."""
-    traffic = harness.Traffic(storages={p.untyped_storage().data_ptr() for p in model.parameters()})
+    traffic = harness.Traffic(storages={p.untyped_storage().data_ptr() for p in task.model.parameters()})
     with traffic:
-        bare_forwards(closure)
+        bare_forwards(task)
     return traffic.read
 
 
@@ -298,33 +337,27 @@ def fitting(shape: str, dtype: torch.dtype, size: Size, device: torch.device, mo
     return fits
 
 
-def peak_of(mode: str, model: nn.Module, closure: Callable[[], Tensor], device: torch.device, backend: str | None) -> int | None:
-    stepper = make_stepper(mode, model, closure, backend)
-    stepper()
-    stepper()
+def peak_of(mode: str, task: Task, device: torch.device, backend: str | None) -> int | None:
+    stepper = make_stepper(mode, task, backend)
+    stepper.step()
     harness.reset_peak(device)
-    stepper()
+    stepper.step()
     return harness.peak_bytes(device)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------------
 
 
-def working(
-    modes: list[str], models: dict[str, nn.Module], closures: dict[str, Callable[[], Tensor]], backend: str | None, where: str
-) -> dict[str, Callable[[], Any]]:
-    """The steppers that exist here and survive one step; says why the others do not."""
+def working(tasks: dict[str, Task], backend: str | None, where: str) -> dict[str, Stepper]:
+    """The steppers that exist here and survive their first steps; says why the others do not."""
     steppers = {}
-    for mode in modes:
+    for mode, task in tasks.items():
         try:
-            stepper = make_stepper(mode, models[mode], closures[mode], backend)
-            stepper()
-        except (ValueError, RuntimeError, MemoryError) as error:
+            steppers[mode] = make_stepper(mode, task, backend)
+        except (ValueError, RuntimeError, MemoryError, UserWarning) as error:
             if not harness.out_of_memory(error) and mode not in OURS:
                 raise
             contenders.notice(f"left out: {where} {mode}: {str(error).splitlines()[0]}")
-            continue
-        steppers[mode] = stepper
     return steppers
 
 
@@ -332,19 +365,23 @@ def timed_rows(
     where: str, models: dict[str, nn.Module], size: Size, device: torch.device, rounds: int, calls: int | None, backend: str | None
 ) -> dict[str, dict[str, Any]]:
     """mode -> the columns that need no other memory than that of the models: seconds and bytes."""
-    closures = {mode: make_closure(model, *size, device) for mode, model in models.items()}
-    steppers = working(list(models), models, closures, backend, where)
+    tasks = {mode: Task(model, *size, device) for mode, model in models.items()}
+    steppers = working(tasks, backend, where)
     if "forwards" not in steppers:
         return {}
-    often = calls or harness.calls_lasting(steppers["forwards"], LASTING, device, MOST_CALLS)
-    timings = harness.interleaved(steppers, rounds=rounds, device=device, calls=often)
+    steps = {mode: stepper.step for mode, stepper in steppers.items()}
+    often = calls or harness.calls_lasting(steps["forwards"], LASTING, device, MOST_CALLS)
+    around = {mode: steppers[mode].around() for mode in steps if OURS.get(mode, {}).get("lazy")}
+    timings = harness.interleaved(steps, rounds=rounds, device=device, warmup=0, calls=often, around=around)
     steppers.clear()  # they hold weights
-    reads = forward_bytes(models["forwards"], closures["forwards"])
+    steps.clear()
+    around.clear()
+    reads = forward_bytes(tasks["forwards"])
     updated = 2 * sum(p.nbytes for p in models["forwards"].parameters())
     forwards = timings["forwards"].median
     result = {}
     for mode, timing in timings.items():
-        passes, over = passes_of(mode, models[mode], closures[mode], device, backend), timing.median - forwards
+        passes, over = passes_of(mode, tasks[mode], device, backend), timing.median - forwards
         bound = reads if mode == "forwards" else reads + updated
         result[mode] = {
             "calls": often,
@@ -358,7 +395,7 @@ def timed_rows(
             "lower_bound_bytes": bound,
         }
         print(
-            f"{where} {mode:<9} {timing.median:8.4f} s  {100 * over / forwards:+7.1f} %  passes {passes.seconds:.4f} s  "
+            f"{where} {mode:<13} {timing.median:8.4f} s  {100 * over / forwards:+7.1f} %  passes {passes.seconds:.4f} s  "
             f"bytes over weights {(reads + passes.read + passes.written) / bound:.2f} x the lower bound",
             flush=True,
         )
@@ -384,6 +421,8 @@ def measure(
     twice = all("mezo" in fits for fits in allowed.values())
     model = make_model(shape, device, kind)
     again = copy.deepcopy(model) if twice else model
+    # A lazy step puts a hook on its module, which would slow the others' forwards down: modules of its own, with the same parameters.
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     shared = {
         "model": shape,
         "weights": sum(p.numel() for p in model.parameters()),
@@ -395,7 +434,11 @@ def measure(
     table: dict[tuple[Size, str], dict[str, Any]] = {}
     for size, fits in allowed.items():
         where = f"{shape} {dtype} {size[0]}x{size[1]}"
-        models = {mode: again if mode == "mezo" else model for mode in fits if mode != "mezo" or twice}
+        models = {
+            mode: again if mode == "mezo" else twin if OURS.get(mode, {}).get("lazy") else model
+            for mode in fits
+            if mode != "mezo" or twice
+        }
         try:
             for mode, columns in timed_rows(where, models, size, device, rounds, calls, backend).items():
                 table[size, mode] = {**shared, "batch": size[0], "sequence": size[1], "mode": mode, **columns}
@@ -403,13 +446,13 @@ def measure(
             if not harness.out_of_memory(error):
                 raise
             contenders.notice(f"left out: {where}: {str(error).splitlines()[0]}")
-    del model, again, models
+    del model, again, twin, models
     inference: dict[Size, int | None] = {}
     for mode in dict.fromkeys(mode for _, mode in table):
         gc.collect()
         fresh = make_model(shape, device, kind)
         for size in [size for size, name in table if name == mode]:
-            peak = peak_of(mode, fresh, make_closure(fresh, *size, device), device, backend)
+            peak = peak_of(mode, Task(fresh, *size, device), device, backend)
             base = inference.setdefault(size, peak)  # `forwards` comes first
             known = peak is not None and base is not None
             table[size, mode] |= {
@@ -418,7 +461,7 @@ def measure(
             }
             if known:
                 over = (peak - base) / 2**20  # type: ignore[operator]
-                print(f"{shape} {dtype} {size[0]}x{size[1]} {mode:<9} peak over inference {over:.1f} MiB", flush=True)
+                print(f"{shape} {dtype} {size[0]}x{size[1]} {mode:<13} peak over inference {over:.1f} MiB", flush=True)
         del fresh
     return list(table.values())
 
