@@ -902,9 +902,10 @@ class Writer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self._abandon("is closed")
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound now: at the interpreter's end `os` is gone
+        if (fd := getattr(self, "_fd", -1)) >= 0:
+            self._fd = -1
+            close(fd)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
