@@ -271,7 +271,7 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
         if scale.numel() == 1:
             block = max(1, MAX_INDEX - 1)  # one block holds every element, whatever the offset
         elif t.ndim and scale.numel() == t.shape[0]:
-            block = t.numel() // t.shape[0]
+            block = max(1, t.numel() // max(1, t.shape[0]))  # of an empty tensor: anything
         else:
             raise ValueError(
                 f"{name} has {scale.numel()} values: give 1, one per row ({t.shape[0] if t.ndim else 1}), or (values, block)"
@@ -285,7 +285,7 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
         raise ValueError(f"{name}: block={block!r} must be a positive integer")
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.device != t.device or not scale.is_contiguous():
         raise TypeError(f"{name} must be a contiguous float32 tensor on {t.device}")
-    block = int(max(block, 1))
+    block = int(min(block, MAX_INDEX))  # a larger one holds every element too, and fits the 64 bits of a kernel's argument
     need = (offset + t.numel() - 1) // block - offset // block + 1 if t.numel() else 0
     if scale.numel() < need:
         raise ValueError(f"{name} has {scale.numel()} values; {t.numel()} elements from {offset} in blocks of {block} need {need}")

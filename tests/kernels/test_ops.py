@@ -92,6 +92,16 @@ def test_lists_of_mixed_dtypes_and_empty_lists() -> None:
     assert [len(p.entries) for p in ops.make_plans(params, [1, 2, 3, 4])] == [2, 1, 1]
 
 
+def test_scales_at_the_limits() -> None:
+    """A block beyond 64 bits is one block; an empty tensor has as many rows as its shape says. Both were once other errors."""
+    wanted, got = torch.zeros(5), torch.zeros(5)
+    for x, scale in ((wanted, 2.5), (got, (torch.tensor([2.5]), 10**30))):
+        zk.perturb_([x], [(1, 0.1)], seed=3, streams=[1], scales=[scale])
+    assert torch.equal(wanted, got) and wanted.any()
+    for shape in ((0,), (0, 3), (3, 0)):
+        zk.perturb_([torch.zeros(shape)], [(1, 0.1)], seed=3, streams=[1], scales=[torch.ones(shape[0])])
+
+
 def test_random_mask_of_one_and_scale_forms() -> None:
     base = torch.randn(6, 5)
     results = []
