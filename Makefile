@@ -2,6 +2,7 @@
 # make test   set up .venv and run the tests
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks that fit this machine, as CSV and figures
+# make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
 #
@@ -19,8 +20,9 @@ endif
 PYTEST := $(PYTHON) -m pytest
 CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
+RUNS ?= 100000
 
-.PHONY: demo test lint format bench sass gpu-check clean
+.PHONY: demo test lint format bench fuzz sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -41,6 +43,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py --out $(OUT)
+
+fuzz: $(READY)
+	nice $(PYTHON) -m tests.fuzz.run --runs $(RUNS)
 
 sass: $(READY)
 	@$(PYTHON) benchmarks/sass.py

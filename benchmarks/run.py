@@ -61,6 +61,12 @@ def scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cpu", "--out", str(out / "scaling.csv"), *(["--quick"] if quick else []))
 
 
+def journal(out: Path, quick: bool) -> bool:
+    return run(
+        str(HERE / "journal.py"), "--out", str(out / "journal.csv"), *(["--records", "100", "--rounds", "2"] if quick else [])
+    )
+
+
 def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
@@ -74,7 +80,7 @@ def gpu_scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cuda", "--out", str(out / "gpu_scaling.csv"), *(["--quick"] if quick else []))
 
 
-RUNS = {script.__name__: script for script in (cpu_pass, drift, step, scaling, gpu_pass, gpu_step, gpu_scaling)}
+RUNS = {script.__name__: script for script in (cpu_pass, drift, step, scaling, journal, gpu_pass, gpu_step, gpu_scaling)}
 
 
 def main(arguments: list[str] | None = None) -> int:

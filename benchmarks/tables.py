@@ -135,6 +135,17 @@ def gpu_pass(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["contender", "feature", *dtypes], body)
 
 
+def journal(rows: list[Row]) -> str:
+    """Microseconds a record, by policy."""
+    body = []
+    for row in rows:
+        n = int(row["records"])
+        what = f"append, fsync every {row['fsync_every']}" if row["fsync_every"] not in ("", "0") else row["operation"]
+        spread = f"{1e6 * float(row['min_s']) / n:.3g} to {1e6 * float(row['max_s']) / n:.3g}"
+        body.append([what, row["record_bytes"], row["file_system"], f"{float(row['us_per_record']):.3g} ({spread})"])
+    return markdown(["operation", "bytes a record", "file system", "µs a record (spread)"], body)
+
+
 # ---- scaling.py: one table a question ---------------------------------------------------------------------------------
 
 
@@ -213,6 +224,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "drift": ("drift", drift, ""),
     "cpu_pass": ("cpu_pass", cpu_pass, ""),
     "step": ("step", step, "step.png"),
+    "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
     "gpu_step": ("gpu_step", step, ""),
     "size": ("scaling", size, "scaling.png"),

@@ -144,6 +144,23 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
     assert not (tmp_path / "benchmarks.png").exists()
 
 
+def test_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.csv"
+    done = run(str(BENCHMARKS / "journal.py"), "--out", str(path), "--folder", str(tmp_path), "--records=40", "--rounds=2")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [(row["operation"], row["fsync_every"]) for row in table] == [
+        ("append", "0"),
+        ("append", "100"),
+        ("append", "1"),
+        ("read", ""),
+    ]
+    assert {row["record_bytes"] for row in table} == {"24"}
+    assert table[-1]["records"] == "120"  # a warm-up and two rounds
+    assert str(tmp_path) not in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @needs_extension
 def test_cpu_pass_and_figures(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")

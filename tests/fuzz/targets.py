@@ -159,7 +159,7 @@ def mutate_json(value: Any, rng: random.Random, depth: int = 0) -> Any:
 def reseal(data: bytes, records: bool) -> bytes:
     """The file with the header's length and checksum made right, and those of its records, so that a mutation gets past them."""
     try:
-        length = len(data) - 20 if len(data) < 20 else min(struct.unpack_from("<I", data, 12)[0], len(data) - 20)
+        length = min(struct.unpack_from("<I", data, 12)[0], max(0, len(data) - 20))
         text = data[16 : 16 + length]
         head = data[:12] + struct.pack("<I", len(text)) + text
         crc = zlib.crc32(head)
@@ -167,8 +167,9 @@ def reseal(data: bytes, records: bool) -> bytes:
         if records:
             content = json.loads(text)
             eps = content["perturbation"] != "scratch"
-            size = 16 + 4 * content["groups"] * (content["terms"] + 1 + eps)
-            if not (isinstance(size, int) and 0 < size <= len(rest)):
+            groups, terms = int(content["groups"]), int(content["terms"])
+            size = 16 + 4 * groups * (terms + 1 + eps)
+            if not 16 < size <= len(rest):
                 return out + rest
             sealed = b""
             for k in range(len(rest) // size):
