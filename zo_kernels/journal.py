@@ -65,7 +65,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class DamagedError(ValueError):
     """The file is not a journal, or not as it was written; `offset` is the byte where that shows."""
 
-    def __init__(self, message: str, offset: int) -> None:
+    def __init__(self, message: str, offset: int = 0) -> None:  # the default serves unpickling, which then sets it
         super().__init__(message)
         self.offset = offset
 
@@ -782,6 +782,7 @@ class Writer:
         """
         if self._refusal or os.getpid() != self._pid:
             raise RuntimeError(f"{self.path}: the journal {self._refusal or 'was forked'}; reopen it")
+        tag = ops.check_word("tag", tag)
         record = self._record(tag, coefs, decay, eps, loss, skipped, clipped, stochastic, flushed)
         end = self._start + self.records * self._size
         # Until this append is known to be whole, an interrupt (Ctrl-C) between any two lines leaves the writer refusing.
@@ -817,7 +818,6 @@ class Writer:
         *flags: bool,
     ) -> bytes:
         header, G = self.header, self.header.groups
-        ops.check_word("tag", tag)
         if tag < self._next_tag or tag + header.terms > 1 << 32:
             raise ValueError(f"tag={tag} must be at least {self._next_tag}, the first that no record has used, and below 2^32")
         decay = [1.0] * G if decay is None else decay
@@ -919,6 +919,18 @@ def _check_policy(fsync_every: Any) -> None:
         raise ValueError(f"fsync_every={fsync_every!r} must be a number of records, 0 for 'only on close'")
 
 
+def _sync_folder(folder: str) -> None:
+    """Make a new file's name durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that keeps names durable by itself, or not at all
+            raise
+    finally:
+        os.close(fd)
+
+
 def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 100, replace: bool = False) -> Writer:
     """Start a journal; when this returns, file, header and directory entry are durable.
 
@@ -953,11 +965,7 @@ def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 1
                 errno.ENOSPC, f"the journal's header could not be written: {written} of {len(head)} bytes were taken", path
             )
         os.fsync(fd)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(os.path.dirname(path) or ".")
         return Writer(fd, path, header, _CRC.unpack(head[-4:])[0], len(head), 0, 0, fsync_every)
     except BaseException:
         if not existing:

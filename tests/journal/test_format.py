@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -111,6 +113,17 @@ def test_the_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     assert rows[2] == (5, 4, 0.5, 0.75, 2.0**-10, *c[0], 0.75, 2.0**-10, *c[1])
 
 
+def test_the_documented_reader_reads(tmp_path: Path) -> None:
+    """The code of docs/journal.md, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "journal.md").read_text()
+    (code,) = re.findall(r"```python\n(import json.*?)```", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    for mode, G, T in [("scratch", 1, 1), ("lazy", 2, 3)]:
+        data = write(tmp_path / f"{mode}.zoj", 4, header(mode, G, T))
+        assert found["read_journal"](data + b"x" * 30) == second_reader(data)[:2]
+
+
 def test_every_truncation_gives_a_prefix(tmp_path: Path) -> None:
     path = tmp_path / "run.zoj"
     data = write(path, 4, header("lazy"))
@@ -160,6 +173,8 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         if hit >= 0:
             assert refused.value.offset == whole.start + hit * size
             assert f"recover(path, keep={hit})" in str(refused.value)
+    again = pickle.loads(pickle.dumps(refused.value))  # as from a worker process
+    assert (str(again), again.offset) == (str(refused.value), refused.value.offset)
     # The remedy that the message names
     damaged = bytearray(data)
     damaged[whole.start + size + 5] ^= 1

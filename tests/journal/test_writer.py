@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.journal.samples import append, header, write
@@ -71,7 +73,9 @@ def test_bad_arguments_change_nothing(path: Path, arguments: tuple[Any, ...], op
             writer.append(*arguments, **options)
         assert path.read_bytes() == before
         writer.append(5, [[0.5]], loss=1e300)
-        writer.append((1 << 32) - 1, [[0.5]], loss=-math.inf)
+        writer.append(np.uint32((1 << 32) - 1), [[np.float32(0.5)]], loss=-math.inf)
+        with pytest.raises(ValueError, match="tag=4294967295 must be at least 4294967296"):
+            writer.append(np.uint32((1 << 32) - 1), [[0.5]])
     assert journal.read(path).records["loss"].tolist()[1:] == [math.inf, -math.inf]
 
 
@@ -182,6 +186,26 @@ def test_a_read_only_file_system(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OSError, match="give a folder that can be written") as error:
         journal.create(path, header())
     assert error.value.errno == errno.EROFS
+
+
+def test_a_folder_that_cannot_be_made_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems refuse that; any other failure is one."""
+    real = os.fsync
+    for number in (errno.EINVAL, errno.EIO):
+
+        def fsync(fd: int, number: int = number) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        if number == errno.EINVAL:
+            journal.create(path, header()).close()
+            path.unlink()
+        else:
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                journal.create(path, header())
+    assert not path.exists()
 
 
 def test_a_header_that_does_not_fit_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
