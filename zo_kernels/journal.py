@@ -269,7 +269,7 @@ class Header:
         perturbation: "scratch", "inplace" or "lazy": which passes a record stands for.
         groups: parameter groups G; terms: directions T of an update, with the tags tag .. tag + T - 1.
         frozen: weights that the run reads and never changes (the base model of an adapter), if a replay shall insist on them.
-        hyperparameters, notes: any JSON; the library does not read them.
+        hyperparameters, notes: any JSON, for people; a string `model` is what a refused base model's message names.
         versions: of zo_kernels, torch and python.
         run: 32 hex digits that no other run has, so that records of two runs with equal settings cannot be mixed up.
         extra: keys that this version does not know; kept and not obeyed.
