@@ -108,7 +108,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 # ---- journal ----------------------------------------------------------------------------------------------------------
 
 
-def mutate_json(value: Any, rng: random.Random, depth: int = 0) -> Any:
+def mutate_json(value: Any, rng: random.Random) -> Any:
     """One changed node of a JSON value, anywhere in it."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
@@ -121,7 +121,7 @@ def mutate_json(value: Any, rng: random.Random, depth: int = 0) -> Any:
                     rng.choice(("", "extra", "mask", "scale", "sha256", "keep", "a" * 5000)): mutate_json(value[key], rng),
                 }
             case _:
-                return {**value, key: mutate_json(value[key], rng, depth + 1)}
+                return {**value, key: mutate_json(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.9:
         k = rng.randrange(len(value))
         match rng.randrange(8):
@@ -130,7 +130,7 @@ def mutate_json(value: Any, rng: random.Random, depth: int = 0) -> Any:
             case 1:
                 return [*value, value[k]]
             case _:
-                return [*value[:k], mutate_json(value[k], rng, depth + 1), *value[k + 1 :]]
+                return [*value[:k], mutate_json(value[k], rng), *value[k + 1 :]]
     if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.5:
         return value + rng.choice((-1, 1))
     if isinstance(value, str) and value and rng.random() < 0.5:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ def append(writer: journal.Writer, k: int) -> None:
     writer.append(k * T + k // 2, coefs, decay=decay, eps=eps, loss=k / 4, skipped=skipped, stochastic=k % 2 == 0)
 
 
-def write(path: Path, records: int, head: journal.Header | None = None, start: Callable[..., Any] = journal.create) -> bytes:
-    with start(path, head or header(), fsync_every=0) as writer:
+def write(path: Path, records: int, head: journal.Header | None = None) -> bytes:
+    with journal.create(path, head or header(), fsync_every=0) as writer:
         for k in range(records):
             append(writer, k)
     return path.read_bytes()
