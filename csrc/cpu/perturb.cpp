@@ -58,6 +58,8 @@ zo::PerturbRange *kernel(int isa) {
 #if defined(__x86_64__)
   if (isa == AVX512) return zo::perturb_avx512;
   if (isa == AVX2) return zo::perturb_avx2;
+#else
+  (void)isa;
 #endif
   return zo::perturb_portable;
 }
@@ -196,6 +198,7 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   job.terms = live;
   job.decay = pass->decay_ptr ? *pass->decay_ptr : pass->decay;
   job.has_decay = pass->has_decay && std::isfinite(job.decay);
+  if (!job.has_decay) job.decay = 1;
   job.gaussian = pass->kind == ZO_GAUSSIAN;
   job.dtype = pass->dtype;
   job.stochastic = pass->rounding == ZO_STOCHASTIC && pass->dtype != ZO_F32;
