@@ -34,7 +34,7 @@ X86_FLAGS = {
     # The intrinsics' own headers trip these two warnings in gcc 12 (gcc bug 105593).
     "perturb_avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
     ],
 }
 # SASS for A100 and H100/H200, PTX for whatever comes after.

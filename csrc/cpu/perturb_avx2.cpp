@@ -48,6 +48,7 @@ struct Avx2 {
     return _mm256_srai_epi32(_mm256_sllv_epi32(bits, _mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31)), 31);
   }
   static inline M below(U x, U y) { return _mm256_cmpgt_epi32(y, x); }
+  static inline M ordered(F x) { return as_bits(_mm256_cmp_ps(x, x, _CMP_ORD_Q)); }
   static inline U zero_unless(M m, U x) { return bit_and(m, x); }
   static inline U choose(M m, U x, U y) { return _mm256_blendv_epi8(y, x, m); }
   static inline F add_if(M m, F x, F y) { return _mm256_blendv_ps(x, add(x, y), as_float(m)); }
@@ -84,19 +85,21 @@ struct Avx2 {
     y[2] = pd(_mm256_unpacklo_pd(pd(b), pd(d))), y[3] = pd(_mm256_unpackhi_pd(pd(b), pd(d)));
   }
 
-  /* Stores the 128-bit places 0 of a and b one behind the other at p, the places 1 at p + stride. */
-  static inline void store_by_place(F a, F b, float *p, int stride) {
-    storef(p, _mm256_permute2f128_ps(a, b, 0x20));
-    storef(p + stride, _mm256_permute2f128_ps(a, b, 0x31));
+  /* Sinks the 128-bit places 0 of a and b one behind the other at `at`, the places 1 at `at` + stride. */
+  template <class Sink> static inline void by_place(F a, F b, int at, int stride, const Sink &sink) {
+    sink(_mm256_permute2f128_ps(a, b, 0x20), at);
+    sink(_mm256_permute2f128_ps(a, b, 0x31), at + stride);
   }
 
   /* s[a] holds output a of 8 calls; call 2g + h feeds the elements 32 g + 8 h + (0..7) and 16 behind them. */
-  static inline void store_chunks(const F *s, float *p) {
+  template <class Sink> static inline void chunks(const F *s, const Sink &sink) {
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       F low[4], high[4]; /* low[c], place L: outputs 0..3 of this half of call 4L + c */
       transpose_places(s + 8 * half, low);
       transpose_places(s + 8 * half + 4, high);
-      for (int c = 0; c < 4; ++c) store_by_place(low[c], high[c], p + 16 * half + 32 * (c >> 1) + 8 * (c & 1), 64);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) by_place(low[c], high[c], 16 * half + 32 * (c >> 1) + 8 * (c & 1), 64, sink);
     }
   }
 
@@ -104,9 +107,10 @@ struct Avx2 {
   static inline void store_words(const U *w, uint32_t *p) {
     const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
     F t[4]; /* t[c], place L: the words of call 4L + c */
+    const auto sink = [p](F y, int at) { storef((float *)p + at, y); };
     transpose_places(x, t);
-    store_by_place(t[0], t[1], (float *)p, 16);
-    store_by_place(t[2], t[3], (float *)p + 8, 16);
+    by_place(t[0], t[1], 0, 16, sink);
+    by_place(t[2], t[3], 8, 16, sink);
   }
 };
 

@@ -51,6 +51,7 @@ struct Avx512 {
     return (M)((low | (uint32_t)p[2] << 16) >> shift);
   }
   static inline M below(U x, U y) { return _mm512_cmplt_epi32_mask(x, y); }
+  static inline M ordered(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q); }
   static inline U zero_unless(M m, U x) { return _mm512_maskz_mov_epi32(m, x); }
   static inline U choose(M m, U x, U y) { return _mm512_mask_mov_epi32(y, m, x); }
   static inline F add_if(M m, F x, F y) { return _mm512_mask_add_ps(x, m, x, y); }
@@ -80,25 +81,27 @@ struct Avx512 {
   static inline __m512d pd(F x) { return _mm512_castps_pd(x); }
   static inline F pd(__m512d x) { return _mm512_castpd_ps(x); }
 
-  /* Stores the 128-bit places 0 of a, b, c, d one behind the other at p, the places 1 at p + stride, and so on. */
-  static inline void store_by_place(F a, F b, F c, F d, float *p, int stride) {
+  /* Sinks the 128-bit places 0 of a, b, c, d one behind the other at `at`, the places 1 at `at` + stride, and so on. */
+  template <class Sink> static inline void by_place(F a, F b, F c, F d, int at, int stride, const Sink &sink) {
     const F ab02 = _mm512_shuffle_f32x4(a, b, 0x88),
             ab13 = _mm512_shuffle_f32x4(a, b, 0xDD); /* a0 a2 b0 b2, a1 a3 b1 b3 */
     const F cd02 = _mm512_shuffle_f32x4(c, d, 0x88), cd13 = _mm512_shuffle_f32x4(c, d, 0xDD);
-    storef(p, _mm512_shuffle_f32x4(ab02, cd02, 0x88));
-    storef(p + stride, _mm512_shuffle_f32x4(ab13, cd13, 0x88));
-    storef(p + 2 * stride, _mm512_shuffle_f32x4(ab02, cd02, 0xDD));
-    storef(p + 3 * stride, _mm512_shuffle_f32x4(ab13, cd13, 0xDD));
+    sink(_mm512_shuffle_f32x4(ab02, cd02, 0x88), at);
+    sink(_mm512_shuffle_f32x4(ab13, cd13, 0x88), at + stride);
+    sink(_mm512_shuffle_f32x4(ab02, cd02, 0xDD), at + 2 * stride);
+    sink(_mm512_shuffle_f32x4(ab13, cd13, 0xDD), at + 3 * stride);
   }
 
   /* s[a] holds output a of 16 calls; calls 2g and 2g + 1 feed the 32 elements from 32 g: their outputs 0..7,
    * then 8..15. */
-  static inline void store_chunks(const F *s, float *p) {
+  template <class Sink> static inline void chunks(const F *s, const Sink &sink) {
     F t[4][4]; /* t[b][c], place L: outputs 4b .. 4b + 3 of call 4L + c */
+#pragma GCC unroll 4
     for (int b = 0; b < 4; ++b) transpose_places(s + 4 * b, t[b]);
+#pragma GCC unroll 2
     for (int c = 0; c < 4; c += 2) {
-      store_by_place(t[0][c], t[1][c], t[0][c + 1], t[1][c + 1], p + 16 * c, 64);
-      store_by_place(t[2][c], t[3][c], t[2][c + 1], t[3][c + 1], p + 16 * c + 16, 64);
+      by_place(t[0][c], t[1][c], t[0][c + 1], t[1][c + 1], 16 * c, 64, sink);
+      by_place(t[2][c], t[3][c], t[2][c + 1], t[3][c + 1], 16 * c + 16, 64, sink);
     }
   }
 
@@ -107,7 +110,7 @@ struct Avx512 {
     const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
     F t[4]; /* t[c], place L: the words of call 4L + c */
     transpose_places(x, t);
-    store_by_place(t[0], t[1], t[2], t[3], (float *)p, 16);
+    by_place(t[0], t[1], t[2], t[3], 0, 16, [p](F y, int at) { storef((float *)p + at, y); });
   }
 };
 

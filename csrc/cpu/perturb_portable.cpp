@@ -23,6 +23,7 @@ namespace {
 
 struct PortableStages {
   static constexpr int64_t TILE = 2048; /* what 16 Rademacher calls feed; 8 KiB of sums */
+  static constexpr bool LEAN = false;   /* its loops are too many for the registers */
   static constexpr int CALLS = 16;      /* side by side: word m of all of them in row m, output a in row a */
 
   typedef uint32_t Words[4][CALLS];

@@ -10,6 +10,10 @@
  * nothing reads, and merged after the last round. Swapping the places of one full vector in every round costs the same
  * products and more shuffles.
  *
+ * A plain pass goes from registers to the weights (lean), which are prefetched two blocks ahead: measured on a Zen 5
+ * core with fp32 weights in main memory, this and no more made a pass 1.3 to 1.5 times as fast (AVX-512), in place and
+ * out of place. Stores that bypass the caches gained a tenth there, out of place, and lost as much with AVX2: left out.
+ *
  * A trait class V supplies LANES, the types U (32-bit integers), F (floats), M (one bit per lane), and the operations
  * used below. Belongs here: the contract in vectors. Does not belong here: intrinsics, memory access in units of
  * tensors.
@@ -28,6 +32,7 @@ template <class V> struct SimdStages {
   using M = typename V::M;
   static constexpr int LANES = V::LANES;
   static constexpr int64_t TILE = 2048; /* what 16 Rademacher calls feed; 8 KiB of sums */
+  static constexpr bool LEAN = true;
 
   /* ---- 1. Philox: the words of the calls q, q + 1, ..., q + LANES - 1 ------------------------------------------- */
 
@@ -89,21 +94,53 @@ template <class V> struct SimdStages {
     if constexpr (H < 8) mix<2 * H>(s);
   }
 
+  /* The sums of the 16 LANES elements of the calls q, q + 1, ..., vector by vector: sink(x, at) gets those of LANES
+   * consecutive elements, the first of which is element `at` of them. */
+  template <class Sink>
+  static inline void gaussian_block(const Job &job, uint32_t stream, uint64_t q, const Keys &keys, const Sink &sink) {
+    U w[4];
+    F s[16];
+    philox(q, PURPOSE_GAUSSIAN, stream, job.terms[0].tag, keys, w);
+    accumulate<true>(w, job.terms[0].c, s);
+    for (int64_t k = 1; k < job.n_terms; ++k) {
+      philox(q, PURPOSE_GAUSSIAN, stream, job.terms[k].tag, keys, w);
+      accumulate<false>(w, job.terms[k].c, s);
+    }
+    mix<1>(s);
+    V::chunks(s, sink);
+  }
+
   static void gaussian(const Job &job, uint32_t stream, uint64_t start, int64_t len, float *out) {
     const Keys keys(job.seed);
-    for (int64_t p = 0; p < len; p += 16 * LANES) {
-      const uint64_t q = (start + (uint64_t)p) >> 4; /* = 2 * (i >> 5): the start is a multiple of 32 */
-      U w[4];
-      F s[16];
-      philox(q, PURPOSE_GAUSSIAN, stream, job.terms[0].tag, keys, w);
-      accumulate<true>(w, job.terms[0].c, s);
-      for (int64_t k = 1; k < job.n_terms; ++k) {
-        philox(q, PURPOSE_GAUSSIAN, stream, job.terms[k].tag, keys, w);
-        accumulate<false>(w, job.terms[k].c, s);
-      }
-      mix<1>(s);
-      V::store_chunks(s, out + p);
+    for (int64_t p = 0; p < len; p += 16 * LANES) { /* 16 elements to a call: q = 2 * (i >> 5) */
+      float *const s = out + p;
+      gaussian_block(job, stream, (start + (uint64_t)p) >> 4, keys, [s](F x, int at) { V::storef(s + at, x); });
     }
+  }
+
+  /* Whole blocks of the commonest pass, Gaussian terms and nothing else, straight from registers to the weights; see
+   * tile.h. Returns how many of the n elements, the first of which has index i, it has done. */
+  template <class Weight>
+  static int64_t lean(const Job &job, const zo_tensor &t, const Weight *src, Weight *dst, int64_t n, uint64_t i) {
+    constexpr int64_t BLOCK = 16 * LANES;
+    if (n < BLOCK || i % 32 || !job.gaussian || !job.n_terms || job.has_decay || job.stochastic || t.mask || t.keep ||
+        t.scale) {
+      return 0;
+    }
+    const Keys keys(job.seed);
+    int64_t p = 0;
+    for (; p + BLOCK <= n; p += BLOCK) {
+      const Weight *const from = src + p;
+      Weight *const to = dst + p;
+      /* A block's vectors come in an order that hardware does not foresee; behind the end, nothing is fetched. */
+      for (uintptr_t c = 2 * BLOCK * sizeof(Weight); c < 3 * BLOCK * sizeof(Weight); c += 64) {
+        __builtin_prefetch((const void *)((uintptr_t)from + c), 0);
+        __builtin_prefetch((const void *)((uintptr_t)to + c), 1);
+      }
+      gaussian_block(job, t.stream, (i + (uint64_t)p) >> 4, keys,
+                     [=](F x, int at) { store(to + at, V::add(load(from + at), x), nullptr); });
+    }
+    return p;
   }
 
   /* ---- 3. Rademacher ----------------------------------------------------------------------------------------------
@@ -183,12 +220,11 @@ template <class V> struct SimdStages {
     V::store_half(p, r);
   }
 
+  /* A NaN is left to the truncation, which keeps it one: it came from 16 bits, or is quiet as arithmetic left it. */
   static inline void store(Bfloat *p, F r, const uint16_t *v) {
-    const U b = V::as_bits(r), a = V::bit_and(b, V::set1(0x7FFFFFFFu));
-    const U odd = V::bit_and(V::template right<16>(b), V::set1(1));
+    const U b = V::as_bits(r), odd = V::bit_and(V::template right<16>(b), V::set1(1));
     const U half = v ? V::widen(v) : V::plus(odd, V::set1(0x7FFFu));
-    const U rounded = V::choose(is_nan(a), V::bit_or(b, V::set1(0x400000u)), V::plus(b, half));
-    V::store_narrow((uint16_t *)p, V::template right<16>(rounded));
+    V::store_narrow((uint16_t *)p, V::template right<16>(V::plus(b, V::zero_unless(V::ordered(r), half))));
   }
 
   /* ---- apply ------------------------------------------------------------------------------------------------------

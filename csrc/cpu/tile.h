@@ -1,14 +1,16 @@
 /* tile.h - a range of one tensor, tile by tile: the walk that every instruction set shares.
  *
  * Per tile of at most Stages::TILE consecutive elements, all in L1:
- *   sum      s[a] = sum_k c_k z_k           Stages::sum     K Philox calls per 16 (Gaussian) or 128 (Rademacher)
- * elements scale    s[a] *= scale[i div B]         only if there is a scale keep     1 bit per element only if there is
- * a mask; Stages::random_keep: one call per 8 elements round    16 bits per element            only if stochastic;
- * Stages::rounding_bits: one call per 8 elements apply    dst = cast(d + s)              Stages::apply   one read and
- * one write of the weights
+ *   sum:   s[a] = sum_k c_k z_k (Stages::sum); K Philox calls per 16 elements (Gaussian) or 128 (Rademacher)
+ *   scale: s[a] *= scale[i div B], only if there is a scale
+ *   keep:  1 bit per element, only if there is a mask (Stages::random_keep); one call per 8 elements
+ *   round: 16 bits per element, only if stochastic (Stages::rounding_bits); one call per 8 elements
+ *   apply: dst = cast(d + s) (Stages::apply); one read and one write of the weights
  *
- * The noise goes through an L1 buffer rather than straight from registers to the weights: that costs one store and one
- * load per vector, and makes offsets, tails, rows, masks, scales and both casts one path.
+ * The noise goes through an L1 buffer, which makes offsets, tails, rows, masks, scales and both casts one path. A pass
+ * of Gaussian terms and nothing else goes straight from registers to the weights instead, in whole blocks
+ * (Stages::lean): that saves one store and one load per vector, and the weights are read while noise is computed
+ * rather than after it.
  *
  * Belongs here: memory access in units of tiles. Does not belong here: arithmetic of the contract (noise.h, simd.h).
  * Everything has internal linkage, see perturb.h.
@@ -65,6 +67,13 @@ void perturb_run(const Job &job, const zo_tensor &t, int64_t e, int64_t end, uin
   Weight *dst = (Weight *)t.dst;
   const bool masked = job.n_terms && (t.mask || t.keep);
   while (e < end) {
+    if constexpr (Stages::LEAN) {
+      if (const int64_t done = Stages::template lean<Weight>(job, t, src + e, dst + e, end - e, i)) {
+        e += done;
+        i += (uint64_t)done;
+        continue;
+      }
+    }
     const uint64_t start = i & ~(uint64_t)127; /* where a call of every purpose begins */
     const int64_t head = (int64_t)(i - start);
     const int64_t n = smaller(end - e, Stages::TILE - head), len = head + n;

@@ -196,4 +196,19 @@ def check(backend: str, case: Case, device: str = "cpu") -> None:
             )
 
 
-__all__ = ["CASES", "Case", "bits", "check", "ops", "reference", "same_bits", "weights"]
+def check_every_half(dtype: torch.dtype, perturb: Callable[[ops.Plan, ops.Pass], None]) -> None:
+    """Every value of a 16-bit type, NaNs included, through passes that leave it alone, scale it, and move it by more or less than its
+    rounding. Shifted by one, too, so that each value meets the code for whole vectors and the code for the rest."""
+    everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for rounding, (terms, decay) in itertools.product(
+        ops.ROUNDINGS, (([], None), ([], 0.999), ([(3, 1e-6)], None), ([(3, 1.0)], 1.5))
+    ):
+        p = ops.Pass(1, [t for t, _ in terms], [c for _, c in terms], decay, rounding=rounding)
+        for offset in (0, 1):
+            want, got = torch.zeros_like(everything), torch.zeros_like(everything)
+            reference.perturb(ops.make_plans([everything], [3], out=[want], offsets=[offset])[0], p)
+            perturb(ops.make_plans([everything], [3], out=[got], offsets=[offset])[0], p)
+            assert same_bits(got, want), (rounding, terms, decay, offset)
+
+
+__all__ = ["CASES", "Case", "bits", "check", "check_every_half", "ops", "reference", "same_bits", "weights"]

@@ -103,6 +103,12 @@ def test_gathered_rows(dtype: torch.dtype, row_len: int, index: int) -> None:
             assert same_bits(t.view(-1, row_len)[k], plain[row])
 
 
+@pytest.mark.parametrize("index", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half(dtype: torch.dtype, index: int) -> None:
+    cases.check_every_half(dtype, functools.partial(cpu.perturb, isa=index))
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["plain", "everything", "rademacher"])
 def test_ten_million(variant: str, dtype: torch.dtype) -> None:
