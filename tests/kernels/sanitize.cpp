@@ -4,10 +4,15 @@
  * Belongs here: calls whose every out-of-range access a sanitizer would see. Does not belong here: expected values (the
  * Python tests have them); the kernels are only compared with each other.
  */
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
+
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "zo_kernels.h"
 
@@ -27,7 +32,7 @@ struct Buffer {
   uint8_t *data;
 };
 
-int runs = 0;
+std::atomic<int> runs{0};
 
 int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int features, int threads) {
   const size_t size = dtype == ZO_F32 ? 4 : 2;
@@ -67,6 +72,36 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
   return 0;
 }
 
+/* Calls at the same time, each with helpers; afterwards the same in a forked child, which must not miss its parent's.
+ */
+int threads_and_fork() {
+  std::atomic<int> failures{0};
+  const auto callers = [&failures] {
+    std::vector<std::thread> threads;
+    for (int j = 0; j < 3; ++j) {
+      threads.emplace_back([&failures, j] {
+        for (int k = 0; k < 5; ++k)
+          failures += check(ZO_F32, ZO_GAUSSIAN, ZO_NEAREST, 500001 + j, 0, 1, 2 + (j + k) % 3);
+      });
+    }
+    for (std::thread &thread : threads) thread.join();
+  };
+  callers();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    callers();
+    _exit(failures != 0);
+  }
+  int status = -1;
+  if (waitpid(child, &status, 0) != child || status != 0) {
+    std::printf("the forked child ended with status %d\n", status);
+    ++failures;
+  }
+  callers();
+  return failures;
+}
+
 } // namespace
 
 int main() {
@@ -83,6 +118,7 @@ int main() {
       failures += check(dtype, kind, ZO_STOCHASTIC, 300001, 37, 1, 3);
     }
   }
-  std::printf("%d runs, %d failures\n", runs, failures);
+  failures += threads_and_fork();
+  std::printf("%d runs, %d failures\n", runs.load(), failures);
   return failures != 0;
 }
