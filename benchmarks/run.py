@@ -71,6 +71,10 @@ def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
 
+def gpu_linear(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "gpu_linear.py"), "--out", str(out / "gpu_linear.csv"), *(["--quick"] if quick else []))
+
+
 def gpu_step(out: Path, quick: bool) -> bool:
     size = ["--model-shape", "opt-125m", "--tokens", "16x32", "--rounds", "3"] if quick else []
     return run(str(HERE / "step.py"), "--device", "cuda", "--out", str(out / "gpu_step.csv"), *size)
@@ -80,7 +84,9 @@ def gpu_scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cuda", "--out", str(out / "gpu_scaling.csv"), *(["--quick"] if quick else []))
 
 
-RUNS = {script.__name__: script for script in (cpu_pass, drift, step, scaling, journal, gpu_pass, gpu_step, gpu_scaling)}
+RUNS = {
+    script.__name__: script for script in (cpu_pass, drift, step, scaling, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling)
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

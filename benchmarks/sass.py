@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sass_triton import access_width, opcode, rows_triton, successors
+from sass_triton import access_width, opcode, rows_linear, rows_triton, successors
 
 COLUMNS = ("backend", "kernel", "arch", "dtype", "terms", "instructions_per_element", "instructions_per_element_term")
 COLUMNS += ("registers", "spill_bytes", "access_bits")
@@ -271,6 +271,7 @@ def main() -> None:
         print("Triton kernels left out: no triton", file=sys.stderr)
     else:
         writer.writerows(rows_triton())
+        writer.writerows(rows_linear())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ How instructions are counted: a kernel's tile loop has a path for whole tiles, t
 round that loop through those stores, everything included (addresses, bounds, loop), divided by the elements that a thread handles
 on the way. Work done once per span of up to 16 tiles is outside the loop and not counted. With a run-time number of terms the
 loop over them lies on that way; it is counted by itself, per element and term, and left out of the other number.
+
+The perturbed linear's elements are those of the weight: the count is one turn of its loop over K, with 16 rows of x in each half (`many-rows`:
+64, in fp32 32), tensor core instructions and the traffic of x included, divided by a thread's share of the tile of weights.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 import subprocess
 import tempfile
@@ -91,9 +95,9 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     from zo_kernels._backends import _triton_kernels as kernels
-    from zo_kernels._backends.triton import GPU
 
-    constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": GPU.groups, "NARROW": GPU.narrow, "INTERPRETED": False}
+    launch = gpu_launch(dtype)
+    constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": launch.groups, "NARROW": launch.narrow, "INTERPRETED": False}
     pointers = {"table": "*i64", "spans": "*i64"}
     if constants["HOST_TERMS"]:
         constants |= {"tags": None, "coefs": None, "terms": None}
@@ -111,7 +115,66 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
     source = ASTSource(kernels.perturb_kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": GPU.warps, "enable_fp_fusion": False})
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps, "enable_fp_fusion": False}
+    )
+
+
+def gpu_launch(dtype: str) -> Any:
+    import torch
+
+    from zo_kernels._backends import triton as backend
+
+    return backend.gpu_launch(getattr(torch, dtype))
+
+
+def gpu_linear_launch(dtype: str) -> Any:
+    import torch
+
+    from zo_kernels._backends import triton as backend
+
+    return backend.gpu_linear_launch(getattr(torch, dtype))
+
+
+LINEAR_PLAIN: dict[str, Any] = {"KIND": 0, "TERMS": 1, "HALVES": True, "BIAS": True, "SPLIT": False, "EVEN_K": True, "BM": 16}
+LINEAR_VARIANTS: dict[str, dict[str, Any]] = {
+    "perturbed-linear": {},
+    "perturbed-linear-many-rows": {"BM": "most"},  # as many as a tile takes
+    "perturbed-linear-split": {"SPLIT": True},
+    "perturbed-linear-tails": {"EVEN_K": False},
+    "perturbed-linear-one-half": {"HALVES": False},
+    "perturbed-linear-rademacher": {"KIND": 1},
+}
+
+
+def compile_linear(arch: int, dtype: str, flags: dict[str, Any], finish: bool = False) -> Any:
+    """`linear_kernel` (or `finish_kernel`) as `zo_kernels._backends.triton.linear` would launch it on aligned tensors."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zo_kernels._backends import _triton_linear as kernels
+
+    launch = gpu_linear_launch(dtype)
+    function = kernels.finish_kernel if finish else kernels.linear_kernel
+    names = function.arg_names
+    constants = {**LINEAR_PLAIN, **flags, "DTYPE": getattr(tl, dtype), "BN": launch.w_rows, "BK": launch.columns}
+    if constants["BM"] == "most":
+        constants["BM"] = launch.x_rows
+    constants |= {"INTERPRETED": False} | ({"tags": None, "coefs": None} if constants["TERMS"] else {})
+    constants |= {} if constants["BIAS"] else {"bias": None}
+    constants |= {} if constants["SPLIT"] else {"partial": None}
+    constants = {name: value for name, value in constants.items() if name in names}
+    element = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
+    types = {**dict.fromkeys(("x", "weight", "bias", "y"), f"*{element}"), "partial": "*fp32", "tags": "*i32", "coefs": "*fp32"}
+    types |= {"offset": "i64", "bias_offset": "i64"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [name for name in ("x", "weight", "bias", "y", "partial", "N", "K") if name in names and name not in constants]
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def cuobjdump(cubin: bytes, flag: str) -> str:
@@ -192,9 +255,8 @@ def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[i
     return len(way) / sums  # one sum for each element and term, however often the loop was unrolled
 
 
-def count(kernel: Any, flags: dict[str, Any]) -> Counts:
-    from zo_kernels._backends.triton import GPU
-
+def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
+    launch = gpu_launch(dtype)
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)
     edges = successors(code)
@@ -202,25 +264,56 @@ def count(kernel: Any, flags: dict[str, Any]) -> Counts:
     widest = max(access_width(code[n][1]) for n in stores)
     wide = [n for n in stores if access_width(code[n][1]) == widest]
     whole = shortest_cycle(edges, wide[0])
-    per_thread = 16 * GPU.groups // (32 * GPU.warps)
+    per_thread = 16 * launch.groups // (32 * launch.warps)
     missing = [n for n in wide if n not in whole]
     if missing:
         raise ValueError(f"the way round the loop misses the stores {missing}")
     term = None
     if {**PLAIN, **flags}["TERMS"] == 0:
         term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0)
-    usage = cuobjdump(cubin, "-res-usage")
+    return counts_of(kernel, code, len(whole) / per_thread, term, widest)
+
+
+def counts_of(kernel: Any, code: list[tuple[int, str]], per_element: float, per_element_term: float | None, bits: int) -> Counts:
+    usage = cuobjdump(kernel.asm["cubin"], "-res-usage")
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
     return Counts(
-        per_element=len(whole) / per_thread,
-        per_element_term=term,
+        per_element=per_element,
+        per_element_term=per_element_term,
         registers=registers,
         spill_bytes=stack + local,
         shared_bytes=kernel.metadata.shared,
-        access_bits=widest,
+        access_bits=bits,
         opcodes=frozenset(opcode(text) for _, text in code),
         ptx=kernel.asm["ptx"],
     )
+
+
+def count_linear(kernel: Any, dtype: str) -> Counts:
+    launch = gpu_linear_launch(dtype)
+    code = instructions(kernel.asm["cubin"])
+    edges = successors(code)
+    products = [n for n, (_, text) in enumerate(code) if re.match("HGMMA|HMMA" if dtype != "float32" else "FFMA", opcode(text))]
+    turn = max((way for n in products if (way := cycle(edges, n))), key=len)
+    missing = [n for n in products if n not in turn]
+    if missing:
+        raise ValueError(f"the way round the loop misses the products {missing}")
+    # x has fewer bytes than the tile of weights: what is left when the widest loads have brought as much as the tile has is x's.
+    threads, tile = 32 * launch.warps, launch.w_rows * launch.columns
+    needed = tile * (4 if dtype == "float32" else 2) // threads
+    loads = (access_width(code[n][1]) for n in turn if opcode(code[n][1]).startswith("LDG") and "DEPBAR" not in code[n][1])
+    for bits in sorted(loads, reverse=True):
+        needed -= bits // 8
+        if needed <= 0:
+            return counts_of(kernel, code, len(turn) / (tile / threads), None, bits)
+    raise ValueError("the loop over K loads less than its tile of weights")
+
+
+def cycle(edges: list[list[int]], start: int) -> list[int] | None:
+    try:
+        return shortest_cycle(edges, start)
+    except ValueError:
+        return None
 
 
 def access_width(text: str) -> int:
@@ -245,19 +338,30 @@ def rows_triton(
             if dtype == "float32" and flags.get("STOCHASTIC"):
                 flags = {**flags, "STOCHASTIC": False}  # as the launch does: fp32 has nothing to round
             for arch in archs:
-                c = count(compile_kernel(arch, dtype, flags), flags)
-                yield {
-                    "backend": "triton",
-                    "kernel": name,
-                    "arch": f"sm_{arch}",
-                    "dtype": dtype,
-                    "terms": terms,
-                    "instructions_per_element": round(c.per_element, 2),
-                    "instructions_per_element_term": "" if c.per_element_term is None else round(c.per_element_term, 2),
-                    "registers": c.registers,
-                    "spill_bytes": c.spill_bytes,
-                    "access_bits": c.access_bits,
-                }
+                yield row(name, arch, dtype, terms, count(compile_kernel(arch, dtype, flags), dtype, flags))
+
+
+def rows_linear() -> Iterator[dict[str, Any]]:
+    """The same for the perturbed linear."""
+    for name, flags in LINEAR_VARIANTS.items():
+        for dtype in ("float32", "float16", "bfloat16"):
+            for arch in ARCHS:
+                yield row(name, arch, dtype, "1", count_linear(compile_linear(arch, dtype, flags), dtype))
+
+
+def row(name: str, arch: int, dtype: str, terms: str, c: Counts) -> dict[str, Any]:
+    return {
+        "backend": "triton",
+        "kernel": name,
+        "arch": f"sm_{arch}",
+        "dtype": dtype,
+        "terms": terms,
+        "instructions_per_element": round(c.per_element, 2),
+        "instructions_per_element_term": "" if c.per_element_term is None else round(c.per_element_term, 2),
+        "registers": c.registers,
+        "spill_bytes": c.spill_bytes,
+        "access_bits": c.access_bits,
+    }
 
 
 if __name__ == "__main__":
@@ -265,9 +369,9 @@ if __name__ == "__main__":
     import sys
 
     writer = None
-    for row in rows_triton():
+    for line in itertools.chain(rows_triton(), rows_linear()):
         if writer is None:
-            writer = csv.DictWriter(sys.stdout, row)
+            writer = csv.DictWriter(sys.stdout, line)
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerow(line)
         sys.stdout.flush()

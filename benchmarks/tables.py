@@ -146,6 +146,18 @@ def journal(rows: list[Row]) -> str:
     return markdown(["operation", "bytes a record", "file system", "µs a record (spread)"], body)
 
 
+def gpu_linear(rows: list[Row]) -> str:
+    """Microseconds by contender; one line for each matrix and number of rows."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    body = []
+    for key in dict.fromkeys((row["model"], row["layer"], row["dtype"], row["m"]) for row in rows):
+        mine = {row["contender"]: row for row in rows if (row["model"], row["layer"], row["dtype"], row["m"]) == key}
+        cells = [f"{1e6 * float(mine[n]['median_s']):.3g} ({float(mine[n]['ratio_to_two_forwards']):.2f})" for n in names]
+        body.append([*key, *cells])
+    note = "Microseconds for both forwards of a layer; in parentheses over `two_forwards`. `m` is the number of rows of a half."
+    return f"{note}\n\n" + markdown(["model", "layer", "dtype", "m", *names], body)
+
+
 # ---- scaling.py: one table a question ---------------------------------------------------------------------------------
 
 
@@ -226,6 +238,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
+    "gpu_linear": ("gpu_linear", gpu_linear, ""),
     "gpu_step": ("gpu_step", step, ""),
     "size": ("scaling", size, "scaling.png"),
     "terms": ("scaling", terms, ""),

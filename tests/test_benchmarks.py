@@ -189,6 +189,21 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gpu_linear(tmp_path: Path) -> None:
+    """On a CPU, in two passes; and the table that the page would get from it."""
+    path = tmp_path / "gpu_linear.csv"
+    done = run(str(BENCHMARKS / "gpu_linear.py"), "--device=cpu", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [row["contender"] for row in table] == 2 * ["perturbed_linear", "two_passes", "two_forwards"]
+    assert [int(row["bytes"]) // (96 * 64 * 4) for row in table] == 2 * [1, 6, 2]
+    assert all(row["ratio_to_two_forwards"] == "1.0" for row in table if row["contender"] == "two_forwards")
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert "| tiny | fc1 | float32 | 16 |" in page.read_text()
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1

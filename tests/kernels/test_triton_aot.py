@@ -47,7 +47,7 @@ COMPILED += [("stochastic", "bfloat16", 80)]
 @pytest.mark.parametrize(("variant", "dtype", "arch"), COMPILED)
 def test_compiled_kernel(variant: str, dtype: str, arch: int) -> None:
     flags = sass_triton.VARIANTS[variant][1]
-    counts = sass_triton.count(sass_triton.compile_kernel(arch, dtype, flags), flags)
+    counts = sass_triton.count(sass_triton.compile_kernel(arch, dtype, flags), dtype, flags)
     bound, term_bound = BOUNDS[variant]
     assert counts.per_element <= bound
     if term_bound is not None:
@@ -101,3 +101,62 @@ def test_shortest_cycle_counts_the_loop() -> None:
     assert sorted(sass_triton.shortest_cycle(edges, 3)) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no loop"):
         sass_triton.shortest_cycle(edges, 4)
+
+
+# ---- the perturbed linear ---------------------------------------------------------------------------------------------
+
+# variant -> most instructions per weight of a turn of the loop over K, at 16 rows of x in each half (many: 64, in fp32 32), in 16 bits on
+# sm_90 and on sm_80, and in fp32, where every row of x costs an FFMA of its own. Counted, with 5 % or so for other versions.
+LINEAR_BOUNDS: dict[str, tuple[float, float, float]] = {
+    "perturbed-linear": (20.5, 22.5, 57),
+    "perturbed-linear-many-rows": (20.5, 29, 92),
+    "perturbed-linear-split": (20.5, 22.5, 57),
+    "perturbed-linear-tails": (21.5, 23.5, 58),
+    "perturbed-linear-one-half": (17.5, 18, 35),
+    "perturbed-linear-rademacher": (16, 18, 54),
+}
+LINEAR_COMPILED = [(v, "float16", 90) for v in LINEAR_BOUNDS]
+LINEAR_COMPILED += [("perturbed-linear-many-rows", "bfloat16", 90), ("perturbed-linear-split", "bfloat16", 80)]
+LINEAR_COMPILED += [
+    ("perturbed-linear", "float16", 80),
+    ("perturbed-linear-many-rows", "float16", 80),
+    ("perturbed-linear", "float32", 90),
+    ("perturbed-linear-many-rows", "float32", 80),
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype", "arch"), LINEAR_COMPILED)
+def test_compiled_linear(variant: str, dtype: str, arch: int) -> None:
+    counts = sass_triton.count_linear(sass_triton.compile_linear(arch, dtype, sass_triton.LINEAR_VARIANTS[variant]), dtype)
+    assert counts.per_element <= LINEAR_BOUNDS[variant][2 if dtype == "float32" else 0 if arch == 90 else 1]
+    assert counts.access_bits == 128
+    assert counts.spill_bytes == 0
+    assert counts.registers <= 255
+    assert counts.shared_bytes <= 72 * 1024, "two programs fit on a multiprocessor of sm_80"
+    names = {opcode.split(".")[0] for opcode in counts.opcodes}
+    assert not names & {"LDL", "STL"}, "local memory"
+    assert ".ftz" not in counts.ptx, "subnormals would be flushed"
+    if dtype == "float32":
+        assert "tf32" not in counts.ptx, "10 bits of mantissa"
+    else:
+        assert names & {"HMMA", "HGMMA"}
+        products = set(re.findall(r"\S*mma\S*\.f32\.\S+", counts.ptx))
+        assert products, "sums of products are not fp32"
+
+
+def test_compiled_linear_without_spills() -> None:
+    """The loop over terms, and the kernel that adds up the parts."""
+    for arch in (80, 90):
+        many = sass_triton.compile_linear(arch, "float16", {"TERMS": 0})
+        assert sass_triton.count_linear(many, "float16").spill_bytes == 0
+        finish = sass_triton.compile_linear(arch, "float16", {"SPLIT": True}, finish=True)
+        assert re.search(r"STACK:0 .*LOCAL:0 ", sass_triton.cuobjdump(finish.asm["cubin"], "-res-usage"))
+
+
+def test_nothing_of_a_step_is_specialised_in_the_linear() -> None:
+    from zo_kernels._backends import _triton_linear as linear
+
+    fixed = {"x", "weight", "bias", "y", "partial", "N", "K"}  # pointers' alignment, and the matrix
+    for kernel in (linear.linear_kernel, linear.finish_kernel):
+        free = {p.name for p in kernel.params if not p.is_constexpr} - fixed
+        assert {p.name for p in kernel.params if p.do_not_specialize} == free

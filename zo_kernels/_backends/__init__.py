@@ -8,6 +8,8 @@ A backend is a module here with three functions:
     supports(device) -> str | None    None if it can work on tensors of this device, otherwise the reason why not
     perturb(plan, p) -> None          one pass over one plan (`ops.Plan`, `ops.Pass`), on the device's current stream
 
+and, where it has a kernel for it, a fourth: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
+
 Belongs here: the registry. Does not belong here: checks of a user's arguments (ops.py), arithmetic (each backend's own file).
 """
 

@@ -1,7 +1,8 @@
 """The Triton backend: what is launched, with what, and where it can run.
 
-Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launch constants.
-Does not belong here: device code (_triton_kernels.py), checks of a user's arguments (ops.py).
+Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launch of
+`_triton_linear.linear_kernel`, the launch constants. Does not belong here: device code (_triton_kernels.py, _triton_linear.py), checks of
+a user's arguments (ops.py, linear.py).
 
 `triton` is imported lazily. With TRITON_INTERPRET=1 set before that, its interpreter serves CPU tensors, on explicit request only:
 slow, and there to test the kernels without a GPU.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,39 @@ class Launch:
     narrow: bool  # masked accesses element by element, not as chunks
 
 
-GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)  # chosen by static counts; not yet timed on a GPU
+GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)
+# One tuning run on an H100: with 256 an fp32 pass had about twice the bandwidth of 128 (65 % of a copy's instead of 34 %). The full
+# benchmark is not yet measured again.
+GPU_FP32 = replace(GPU, groups=256)
 INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 30 ms, whatever its size
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """The same for the perturbed linear; chosen by static counts, not yet timed on a GPU. Here the parts that K is split into do depend on
+    them, and with the parts the order of a sum."""
+
+    x_rows: int  # of a tile, at most; fewer if x has fewer, at least 16
+    w_rows: int  # 64 is the least that the tensor cores of sm_90 take from registers
+    columns: int  # of a tile of weights, a multiple of 32; at least 64 in fp32
+    warps: int
+    stages: int  # 3: two tiles of weights are on their way while the noise of the one before them is computed
+    programs: int  # wanted: below that K is split
+    least_tiles: int  # of a part of K
+
+
+LINEAR_GPU = LinearLaunch(x_rows=64, w_rows=64, columns=64, warps=4, stages=3, programs=528, least_tiles=4)
+LINEAR_GPU_FP32 = replace(LINEAR_GPU, x_rows=32, stages=2)  # twice the bytes, and registers hold less without tensor cores
+LINEAR_INTERPRETER = LinearLaunch(x_rows=64, w_rows=256, columns=512, warps=1, stages=1, programs=1, least_tiles=1)
 F_BASE = 0x3C240000
+
+
+def gpu_launch(dtype: torch.dtype) -> Launch:
+    return GPU_FP32 if dtype == torch.float32 else GPU
+
+
+def gpu_linear_launch(dtype: torch.dtype) -> LinearLaunch:
+    return LINEAR_GPU_FP32 if dtype == torch.float32 else LINEAR_GPU
 
 
 # ---- where it can run -------------------------------------------------------------------------------------------------
@@ -201,31 +232,98 @@ def _decay(decay: float | Tensor | None) -> dict[str, Any]:
     return {"decay_bits": 0 if decay is None else _float_bits(decay), "decay_ptr": None, "DECAY": int(decay is not None)}
 
 
+def _common(p: Pass, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel takes."""
+    import triton.language as tl
+
+    kernels = _kernels()
+    return {
+        "seed_low": _signed(p.seed & 0xFFFFFFFF),
+        "seed_high": _signed(p.seed >> 32),
+        "base": F_BASE,
+        "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
+        "KIND": kernels.GAUSSIAN if p.kind == "gaussian" else kernels.RADEMACHER,
+        "INTERPRETED": _interpreted(),
+    }
+
+
 def perturb(plan: Plan, p: Pass) -> None:
     """theta <- round(decay * theta + scale * mask * sum_k c_k z_k) for every tensor of the plan, in one launch.
 
     (In two where the plan mixes gathered rows with other tensors.) The host never waits for the device.
     """
-    import triton.language as tl
-
     kernels = _kernels()
     interpreted = _interpreted()
-    launch = INTERPRETER if interpreted else GPU
+    launch = INTERPRETER if interpreted else gpu_launch(plan.dtype)
     arguments = {
         **_terms(p, plan.device),
         **_decay(p.decay),
-        "seed_low": _signed(p.seed & 0xFFFFFFFF),
-        "seed_high": _signed(p.seed >> 32),
-        "base": F_BASE,
-        "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[plan.dtype],
-        "KIND": kernels.GAUSSIAN if p.kind == "gaussian" else kernels.RADEMACHER,
+        **_common(p, plan.dtype),
         "STOCHASTIC": p.rounding == "stochastic" and plan.dtype != torch.float32,
         "P": launch.groups,
         "NARROW": launch.narrow,
-        "INTERPRETED": interpreted,
     }
     for batch in _batches(plan, launch):
         grid = (batch.spans.numel(),)
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **arguments, **batch.flags, **options)
+
+
+# ---- the perturbed linear ---------------------------------------------------------------------------------------------
+
+
+def _linear_terms(p: Pass, device: torch.device) -> dict[str, Any]:
+    """One term in registers, or all of them in device memory."""
+    if not isinstance(p.tags, Tensor) and len(p.tags) <= 1:
+        tag, coef = (int(p.tags[0]), float(p.coefs[0])) if len(p.tags) else (0, 0.0)
+        one = {"tag": _signed(tag), "coef": _float_bits(coef), "n_terms": 1, "tags": None, "coefs": None, "TERMS": 1}
+        return one
+    tags, coefs = p.tags, p.coefs
+    if not isinstance(tags, Tensor):
+        tags = _to_device(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = _to_device(torch.tensor(coefs, dtype=torch.float32), device)
+    return {"tag": 0, "coef": 0, "n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "TERMS": 0}
+
+
+def linear(x: Tensor, weight: Entry, bias: Entry | None, p: Pass, halves: bool) -> Tensor:
+    """x round(W + s)^T + round(b + s_b), in the second half of x's rows with -s; see zo_kernels/linear.py.
+
+    `x` is contiguous, [rows, K]; `weight.src` is [N, K] with K and `weight.offset` multiples of 32. Nothing is empty.
+    """
+    from zo_kernels._backends import _triton_linear as kernels
+
+    interpreted = _interpreted()
+    launch = LINEAR_INTERPRETER if interpreted else gpu_linear_launch(x.dtype)
+    rows, K = x.shape
+    N = weight.src.shape[0]
+    M = rows // 2 if halves else rows
+    BM = min(launch.x_rows, max(16, 1 << (M - 1).bit_length()))
+    tiles = -(-M // BM) * -(-N // launch.w_rows)
+    k_tiles = -(-K // launch.columns)
+    splits = max(1, min(launch.programs // tiles, k_tiles // launch.least_tiles))
+    split_tiles = -(-k_tiles // splits)
+    splits = -(-k_tiles // split_tiles)
+    y = torch.empty(rows, N, dtype=x.dtype, device=x.device)
+    shared = {
+        **_linear_terms(p, x.device),
+        **_common(p, x.dtype),
+        "bias": None if bias is None else bias.src,
+        "bias_offset": 0 if bias is None else bias.offset,
+        "bias_stream": 0 if bias is None else _signed(bias.stream),
+        "BIAS": bias is not None,
+        "y": y,
+        "partial": torch.empty(splits, rows, N, dtype=torch.float32, device=x.device) if splits > 1 else None,
+        "M": M,
+        "N": N,
+    }
+    options = {} if interpreted else {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
+    with contextlib.nullcontext() if interpreted else torch.cuda.device(x.device):
+        kernels.linear_kernel[(tiles, splits)](
+            x=x, weight=weight.src, K=K, split_tiles=split_tiles, offset=weight.offset, stream=_signed(weight.stream), HALVES=halves,
+            SPLIT=splits > 1, EVEN_K=K % launch.columns == 0, BM=BM, BN=launch.w_rows, BK=launch.columns, **shared, **options,
+        )  # fmt: skip
+        if splits > 1:
+            finish = (-(-rows // 16) * -(-N // launch.w_rows),)
+            kernels.finish_kernel[finish](rows=rows, splits=splits, BM=16, BN=launch.w_rows, **shared, **options)
+    return y
