@@ -3,7 +3,8 @@
  * Belongs here: plain structs and functions over raw pointers, 64-bit sizes and scalars. Does not belong here: torch,
  * Python, C++ types, anything that allocates. A function returns 0, or an error code that zo_error_string() explains.
  *
- * One operation, docs/numerics.md:  dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i))
+ * One operation, docs/numerics.md:  dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i)),
+ * once, or many times one after another with one read and one write of the weights.
  */
 #ifndef ZO_KERNELS_H
 #define ZO_KERNELS_H
@@ -40,7 +41,9 @@ typedef struct zo_tensor {
 
 #define ZO_INLINE_TERMS 8
 
-/* What is the same for the whole list. Terms lie in the struct (tags == NULL) or in the memory of the tensors' device.
+/* What is the same for the whole list: one pass, or a sequence of them (first != NULL), of which each rounds to the
+ * weights' type before the next one reads them (docs/numerics.md, section 6). Terms lie in the struct (tags == NULL;
+ * one pass only) or in the memory of the tensors' device, and so does everything else that a pointer here names.
  */
 typedef struct zo_pass {
   uint64_t seed;
@@ -53,6 +56,11 @@ typedef struct zo_pass {
   float decay;
   uint32_t inline_tags[ZO_INLINE_TERMS];
   float inline_coefs[ZO_INLINE_TERMS];
+  int64_t n_passes;     /* of a sequence; rounding, has_decay and decay above are then not looked at */
+  const int64_t *first; /* NULL: one pass. n_passes + 1 values from 0 to n_terms, none below the one before it: pass s
+                         * has the terms first[s] .. first[s + 1] - 1 */
+  const float *decays;  /* n_passes values; 1 is none */
+  const uint8_t *roundings; /* n_passes values of zo_rounding */
 } zo_pass;
 
 const char *zo_error_string(int code);
