@@ -210,8 +210,10 @@ class Passes:
 
 
 def move(t: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for: from pageable memory it would."""
+    """`t` on `device`. The host does not wait for a GPU (from pageable memory it would; torch keeps the pinned copy until it is over)."""
     if device.type == "cuda" and t.device.type == "cpu":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("numbers in host memory cannot be captured in a CUDA graph: run this pass or sequence outside of it")
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
 

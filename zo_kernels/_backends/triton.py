@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zo_kernels import ops
+
 if TYPE_CHECKING:
     from zo_kernels.ops import Entry, Pass, Plan
 
@@ -125,8 +127,8 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     first = (np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)) * tiles
     scale_blocks = [e.scale_block for e in entries if e.scale is not None]
     return Batch(
-        table=_to_device(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
-        spans=_to_device(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
+        table=ops.move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
+        spans=ops.move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
         tiles=tiles,
         flags={
             "BIT_MASK": any(e.mask is not None for e in entries),
@@ -167,11 +169,6 @@ def _float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy in device memory, without waiting for the device (a copy from pageable memory would)."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
 def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device.
 
@@ -183,8 +180,8 @@ def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
     arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
     if n > 2 and not isinstance(tags, Tensor):
-        tags = _to_device(torch.tensor(tags, dtype=torch.int64), device)
-        coefs = _to_device(torch.tensor(coefs, dtype=torch.float32), device)
+        tags = ops.move(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = ops.move(torch.tensor(coefs, dtype=torch.float32), device)
     if isinstance(tags, Tensor):
         arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
         if not unrolled:
