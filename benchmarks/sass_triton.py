@@ -145,6 +145,8 @@ def successors(code: list[tuple[int, str]]) -> list[list[int]]:
             target = place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]
             always = not text.startswith("@") and not re.search(r"BRA(\.\S+)?\s+!?U?P\d", text)
             result.append([target] if always else [*after, target])
+        elif name == "CALL" and text.startswith("@"):  # not a call: how ptxas for sm_80 leaves a loop
+            result.append([*after, place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]])
         elif name in ("EXIT", "RET") and not text.startswith("@"):
             result.append([])
         else:

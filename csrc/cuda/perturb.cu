@@ -20,7 +20,9 @@ namespace cuda {
  */
 template <class V>
 constexpr int BLOCKS =
-    V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32> ? 6 : 5;
+    V::ROUNDING == SEQUENCE && !V::LEAN ? 4 /* bound by instructions, and 96 registers would spill */
+    : V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32> ? 6
+                                                                                                            : 5;
 
 template <class V>
 __global__ void __launch_bounds__(THREADS, BLOCKS<V>) perturb(const __grid_constant__ Launch launch) {
@@ -45,7 +47,7 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
   const auto on_stream = static_cast<cudaStream_t>(stream);
   if (pass->first) {
     const int64_t most = pass->n_passes > pass->n_terms ? pass->n_passes : pass->n_terms;
-    if (most && !pass->scratch) return cudaErrorInvalidValue;
+    if ((most && !pass->scratch) || most > 0x7FFFFFFF) return cudaErrorInvalidValue;
     if (most) {
       const unsigned blocks = (unsigned)((most + THREADS - 1) / THREADS);
       const auto kernel = pass->kind == ZO_GAUSSIAN ? prepare<ZO_GAUSSIAN> : prepare<ZO_RADEMACHER>;

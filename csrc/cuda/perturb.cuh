@@ -390,12 +390,12 @@ ZO_DEVICE void update(uint32_t *w, const float *s, uint32_t keep, float decay, u
 
 /* theta of group q through all passes of a sequence. `scaled(s)` applies the scale, if there is one. */
 template <class T, int KIND, bool LEAN, class Scaled>
-ZO_DEVICE void run_steps(uint32_t *w, const zo_pass &pass, int64_t n_passes, uint32_t keep, uint64_t q, uint32_t stream,
-                         const Keys &keys, uint32_t base, Scaled scaled) {
-  const Step *const steps = steps_of(pass);
+ZO_DEVICE void run_steps(uint32_t *w, const zo_pass &pass, uint32_t n_passes, uint32_t keep, uint64_t q,
+                         uint32_t stream, const Keys &keys, uint32_t base, Scaled scaled) {
+  const Step *next = steps_of(pass);
 #pragma unroll 1
-  for (int64_t p = 0; p < n_passes; ++p) {
-    const Step step = steps[p];
+  for (uint32_t left = n_passes; left; --left) {
+    const Step step = *next++;
     float s[16];
     if (LEAN && step.flags == STEP_USUAL) {
       add_term<KIND, true>(s, Term{step.tag, step.c}, q, stream, keys, base);
@@ -404,8 +404,8 @@ ZO_DEVICE void run_steps(uint32_t *w, const zo_pass &pass, int64_t n_passes, uin
       continue;
     }
     if (step.flags == STEP_USUAL || step.flags & STEP_LIVE) {
-      const int64_t begin = pass.first[p];
-      sum<KIND>(s, terms_of(pass) + begin, (uint32_t)(pass.first[p + 1] - begin), q, stream, keys, base, [] {});
+      const int64_t *const first = pass.first + (n_passes - left);
+      sum<KIND>(s, terms_of(pass) + first[0], (uint32_t)(first[1] - first[0]), q, stream, keys, base, [] {});
       scaled(s);
     } else {
 #pragma unroll
@@ -438,6 +438,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   const bool live = stage<KIND>(pass, shared.terms, ROUNDING == SEQUENCE ? 0 : pass.n_terms);
   const uint32_t base = shared.base;
   const uint32_t staged = opaque(pass.n_terms < STAGE ? (uint32_t)pass.n_terms : STAGE);
+  const uint32_t n_passes = (uint32_t)pass.n_passes;
   Keys keys;
 #pragma unroll
   for (int k = 0; k < 20; ++k) keys.k[k] = opaque(launch.keys.k[k]);
@@ -449,7 +450,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
     if ((as_bits(decay) & 0x7F800000u) == 0x7F800000u) decay = 1.0f;
   }
   /* Not one bit changes; known no earlier, since terms may lie on the device. */
-  const bool copy = ROUNDING == SEQUENCE ? pass.n_passes == 0 : !live && decay == 1.0f;
+  const bool copy = ROUNDING == SEQUENCE ? n_passes == 0 : !live && decay == 1.0f;
   if (copy && src == dst) return;
 
   /* Gathered rows whose length is a multiple of 32: e and i differ by a multiple of 32 within each row. Other rows:
@@ -502,7 +503,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
       uint32_t keep = 0xFFFFu;
       float s[16];
       if constexpr (LEAN && ROUNDING == SEQUENCE) {
-        run_steps<T, KIND, LEAN>(w, pass, pass.n_passes, keep, q, stream, keys, base, [](float *) {});
+        run_steps<T, KIND, LEAN>(w, pass, n_passes, keep, q, stream, keys, base, [](float *) {});
       } else if constexpr (LEAN) {
         noise<KIND>(s, pass, shared.terms, staged, q, stream, keys, base);
         update<T, ROUNDING, false, false>(w, s, keep, decay, q, stream, tag, keys);
@@ -522,7 +523,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
           }
         };
         if constexpr (ROUNDING == SEQUENCE) {
-          run_steps<T, KIND, LEAN>(w, pass, pass.n_passes, keep, call, stream, keys, base, scaled);
+          run_steps<T, KIND, LEAN>(w, pass, n_passes, keep, call, stream, keys, base, scaled);
         } else {
           if (live) {
             noise<KIND>(s, pass, shared.terms, staged, call, stream, keys, base);
