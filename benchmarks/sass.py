@@ -15,8 +15,6 @@ sequence, `instructions_per_element` is one turn of its loop over passes, the sh
 from __future__ import annotations
 
 import csv
-import heapq
-import itertools
 import re
 import shutil
 import subprocess
@@ -26,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sass_triton import access_width, opcode, rows_triton, successors
+from sass_triton import access_width, blocks, opcode, pass_header, pass_turn, round_trip, rows_triton, successors, turn
 
 COLUMNS = ("backend", "kernel", "arch", "dtype", "terms", "instructions_per_element", "instructions_per_element_term")
 COLUMNS += ("registers", "spill_bytes", "access_bits")
 ARCHS = (80, 90)
 PER_THREAD = 16
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-Code = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Kernel:
     sequence: bool
     lean: bool
     arch: int
-    code: Code
+    code: list[tuple[int, str]]
     registers: int
     spill_bytes: int  # stack and local memory
 
@@ -110,38 +107,6 @@ def kernels(arch: int) -> Iterator[Kernel]:
 # ---- ways through a kernel -----------------------------------------------------------------------------------------------
 
 
-def way(edges: list[list[int]], start: int, goal: int) -> list[int]:
-    """The shortest way from one instruction to another (or back to itself), without its start."""
-    before: dict[int, int] = {}
-    queue = [(1, n, start) for n in edges[start]]
-    while queue:
-        cost, n, source = heapq.heappop(queue)
-        if n in before:
-            continue
-        before[n] = source
-        if n == goal:
-            found = [n]
-            while (source := before[found[-1]]) != start:
-                found.append(source)
-            return found[::-1]
-        for m in edges[n]:
-            heapq.heappush(queue, (cost + 1, m, n))
-    raise ValueError(f"no way from instruction {start} to {goal}")
-
-
-def round_trip(edges: list[list[int]], stops: list[int]) -> list[int]:
-    """The shortest way that passes all stops in order and ends where it began."""
-    return [n for a, b in zip(stops, [*stops[1:], stops[0]], strict=True) for n in way(edges, a, b)]
-
-
-def turn(edges: list[list[int]], n: int) -> list[int]:
-    """The shortest loop that an instruction lies on; empty if there is none."""
-    try:
-        return way(edges, n, n)
-    except ValueError:
-        return []
-
-
 @dataclass(frozen=True)
 class Shape:
     """The places of a kernel that every way passes."""
@@ -168,9 +133,8 @@ def shape(kernel: Kernel) -> Shape:
         return {n: loop for n, loop in found.items() if loop and not set(loop) & set(stores)}
 
     if kernel.sequence:
-        found = turns([*loads, *those("LDG.E.64")])
-        term = max(found, key=lambda n: sum(n in loop for loop in found.values()))
-        (inner,) = [loop for loop in found.values() if term not in loop]
+        term = pass_header(code, edges)
+        (inner,) = [loop for loop in turns(those("LDG.E.64")).values() if term not in loop]
         load = next(n for n in loads if n != term and turn(edges, n))
     else:
         (inner,) = turns(those("LDS.64")).values()
@@ -179,42 +143,12 @@ def shape(kernel: Kernel) -> Shape:
     return Shape(edges, load, term, stores, inner, round_trip(edges, [load, term, stores[-1]]))
 
 
-def blocks(code: Code, edges: list[list[int]]) -> Iterator[list[int]]:
-    """Maximal runs of instructions that are entered only at their start and left only at their end."""
-    entered = {m for n, after in enumerate(edges) for m in after if m != n + 1}
-    run: list[int] = []
-    for n in range(len(code)):
-        if n in entered and run:
-            yield run
-            run = []
-        run.append(n)
-        if edges[n] != [n + 1]:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
 def steps(kernel: Kernel, s: Shape) -> dict[str, list[int]]:
     """name -> one turn of a sequence's loop over passes, for a pass with one live term: the cheapest such pass, and one that rounds
     stochastically."""
 
-    def products(path: list[int]) -> int:
-        """A call of Philox has 20, less those of the first rounds that do not depend on the tag."""
-        return sum(opcode(kernel.code[n][1]).startswith("IMAD.WIDE.U32") for n in path)
-
-    calls = [run[0] for run in blocks(kernel.code, s.edges) if products(run) >= 15 and not set(run) & set(s.loop)]
-
     def best(count: int, least: int, most: int) -> list[int]:
-        found = []
-        for stops in itertools.permutations(calls, count):
-            try:
-                path = round_trip(s.edges, [s.term, *stops])
-            except ValueError:
-                continue
-            if path.count(s.term) == 1 and not set(path) & set(s.stores) and least <= products(path) <= most:
-                found.append(path)
-        return min(found, key=len)
+        return pass_turn(kernel.code, s.edges, s.term, count, least, most)
 
     result = {kernel.name: best(1, 15, 21)}
     if kernel.dtype != "float32":

@@ -242,6 +242,15 @@ BOUNDS = {
     "rademacher-stochastic": (26.0, 6.0),
     "rademacher-general": (15.0, 6.0),
     "rademacher-stochastic-general": (31.0, 6.0),
+    # Sequences: per element and pass of one term; per element and further term of a pass.
+    "gaussian-sequence": (12.0, 5.75),
+    "gaussian-sequence-stochastic": (31.0, 5.75),
+    "gaussian-sequence-general": (18.0, 5.75),
+    "gaussian-sequence-stochastic-general": (33.0, 5.75),
+    "rademacher-sequence": (8.75, 6.5),
+    "rademacher-sequence-stochastic": (27.5, 6.5),
+    "rademacher-sequence-general": (14.0, 6.5),
+    "rademacher-sequence-stochastic-general": (29.0, 6.5),
 }
 
 
@@ -261,7 +270,8 @@ def test_machine_code(arch: int) -> None:
     import sass
 
     kernels = disassembled(arch)
-    assert len(kernels) == 20  # 2 kinds x (2 types x 2 roundings + fp32) x lean and general
+    assert len(kernels) == 32  # 2 kinds x (2 types x 2 roundings + fp32 + 3 types of sequences) x lean and general
+    counted = set()
     for kernel in kernels:
         label = f"sm_{arch} {kernel.dtype} {kernel.name}"
         assert kernel.spill_bytes == 0, label
@@ -270,8 +280,10 @@ def test_machine_code(arch: int) -> None:
         for name, (bits, per_element, per_term) in sass.counts(kernel).items():
             assert bits == 128, f"{label}: {name} accesses {bits} bits"
             if name in BOUNDS:
+                counted.add(name)
                 assert per_element <= BOUNDS[name][0], f"{label}: {name} takes {per_element} instructions per element"
                 assert per_term <= BOUNDS[name][1], f"{label}: {name} takes {per_term} per element and term"
+    assert counted == set(BOUNDS)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -285,5 +297,6 @@ def test_accesses_of_a_group(arch: int) -> None:
         wanted = 4 if kernel.dtype == "float32" else 2
         assert sum(name.startswith("STG") for name in names) == wanted
         assert sum(name.startswith("STG.E.128") for name in names) == wanted
-        assert sum(name.startswith("LDG.E.128") for name in names) == wanted
-        assert kernel.registers <= 96
+        loads = [n for n in shape.usual if n != shape.term and sass.opcode(kernel.code[n][1]).startswith("LDG.E.128")]
+        assert len(loads) == wanted
+        assert kernel.registers <= (128 if kernel.sequence and not kernel.lean else 96)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
+from zo_kernels.ops import Pass
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Entry, Pass, Plan
+    from zo_kernels.ops import Entry, Passes, Plan
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Launch:
 GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)  # chosen by static counts; not yet timed on a GPU
 INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 30 ms, whatever its size
 F_BASE = 0x3C240000
+SEQUENCE_OPTIONS = {"maxnreg": 128}  # without a limit ptxas (of Triton 3.7) takes 96 registers for the loop over passes, and spills
 
 
 # ---- where it can run -------------------------------------------------------------------------------------------------
@@ -198,25 +200,52 @@ def _decay(decay: float | Tensor | None) -> dict[str, Any]:
     return {"decay_bits": 0 if decay is None else _float_bits(decay), "decay_ptr": None, "DECAY": int(decay is not None)}
 
 
+NO_SEQUENCE: dict[str, Any] = {
+    **{"n_passes": 0, "most_terms": 0, "SEQUENCE": False},
+    **dict.fromkeys(("firsts", "decays", "roundings", "steps")),
+}
+
+
 def perturb(plan: Plan, p: Pass) -> None:
     """theta <- round(decay * theta + scale * mask * sum_k c_k z_k) for every tensor of the plan, in one launch.
 
     (In two where the plan mixes gathered rows with other tensors.) The host never waits for the device.
     """
+    stochastic = p.rounding == "stochastic"
+    launch_all(plan, p.seed, p.kind, stochastic, {**_terms(p, plan.device), **_decay(p.decay), **NO_SEQUENCE})
+
+
+def sequence(plan: Plan, passes: Passes) -> None:
+    """The passes one after another, in the same number of launches."""
+    n, device = len(passes), plan.device
+    counts = passes.first.diff()
+    arguments = {
+        **_terms(Pass(passes.seed, [], []), device),
+        **_decay(None),
+        **{"tags": passes.tags.view(torch.int32), "coefs": passes.coefs, "n_terms": passes.tags.numel()},
+        **{"TERMS": 0, "HOST_TERMS": False, "SEQUENCE": True, "decays": passes.decay},
+        **{"n_passes": n, "most_terms": int(counts.max()) if n else 0, "firsts": ops.move(passes.first, device)},
+        "roundings": ops.move(passes.rounding, device),
+        "terms": torch.empty(passes.tags.numel(), dtype=torch.int64, device=device),
+        "steps": torch.empty(2 * n, dtype=torch.int64, device=device),
+    }
+    launch_all(plan, passes.seed, passes.kind, bool(passes.rounding.any()), arguments)
+
+
+def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: dict[str, Any]) -> None:
+    """A launch for each batch of the plan; `arguments`: those of the kernel that depend on the terms."""
     import triton.language as tl
 
     kernels = _kernels()
     interpreted = _interpreted()
     launch = INTERPRETER if interpreted else GPU
-    arguments = {
-        **_terms(p, plan.device),
-        **_decay(p.decay),
-        "seed_low": _signed(p.seed & 0xFFFFFFFF),
-        "seed_high": _signed(p.seed >> 32),
+    arguments |= {
+        "seed_low": _signed(seed & 0xFFFFFFFF),
+        "seed_high": _signed(seed >> 32),
         "base": F_BASE,
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[plan.dtype],
-        "KIND": kernels.GAUSSIAN if p.kind == "gaussian" else kernels.RADEMACHER,
-        "STOCHASTIC": p.rounding == "stochastic" and plan.dtype != torch.float32,
+        "KIND": kernels.GAUSSIAN if kind == "gaussian" else kernels.RADEMACHER,
+        "STOCHASTIC": stochastic and plan.dtype != torch.float32,
         "P": launch.groups,
         "NARROW": launch.narrow,
         "INTERPRETED": interpreted,
@@ -224,5 +253,7 @@ def perturb(plan: Plan, p: Pass) -> None:
     for batch in _batches(plan, launch):
         grid = (batch.spans.numel(),)
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
+        if arguments["SEQUENCE"] and not interpreted:
+            options |= SEQUENCE_OPTIONS
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **arguments, **batch.flags, **options)
