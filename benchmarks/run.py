@@ -61,6 +61,10 @@ def scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cpu", "--out", str(out / "scaling.csv"), *(["--quick"] if quick else []))
 
 
+def replay(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "replay.py"), "--device", "cpu", "--out", str(out / "replay.csv"), *(["--quick"] if quick else []))
+
+
 def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
@@ -74,7 +78,12 @@ def gpu_scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cuda", "--out", str(out / "gpu_scaling.csv"), *(["--quick"] if quick else []))
 
 
-RUNS = {script.__name__: script for script in (cpu_pass, drift, step, scaling, gpu_pass, gpu_step, gpu_scaling)}
+def gpu_replay(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "replay.py"), "--device", "cuda", "--out", str(out / "gpu_replay.csv"), *(["--quick"] if quick else []))
+
+
+SCRIPTS = (cpu_pass, drift, step, scaling, replay, gpu_pass, gpu_step, gpu_scaling, gpu_replay)
+RUNS = {script.__name__: script for script in SCRIPTS}
 
 
 def main(arguments: list[str] | None = None) -> int:

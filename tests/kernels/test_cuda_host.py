@@ -128,7 +128,7 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("v", vectors())
 def test_vectors(v: dict[str, Any], library: ctypes.CDLL) -> None:
-    check(v, functools.partial(perturb, library))
+    check(v, functools.partial(perturb, library), functools.partial(sequence, library))
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)

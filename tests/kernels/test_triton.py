@@ -257,7 +257,7 @@ else:
 
     @pytest.mark.parametrize("v", vectors())
     def test_vectors(v: dict[str, Any]) -> None:
-        check(v, backend.perturb)
+        check(v, backend.perturb, backend.sequence)
 
     def test_normal_matches_the_frozen_anchor() -> None:
         z = zk.normal(8, seed=0x0123456789ABCDEF, stream=5, tag=7, backend="triton")

@@ -17,7 +17,7 @@ Chunks are put together by tl.join, whose result keeps a lane's values in its th
 W = 8 for fp32 the loads would be laid out 4 to a thread and every chunk would go through shared memory.
 """
 # The functions are Triton's language in Python's syntax: annotations would mean tl types, and its compiler knows no (*x, y).
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # ruff: noqa: SIM300, RUF005
 
 import triton
