@@ -3,8 +3,9 @@
  *   dst_i <- cast(decay * src_i + scale * mask_i * sum_k c_k z(seed, stream, tag_k, i))    over a whole list of tensors
  *
  * Cost: 2 * sizeof(weight) bytes of memory traffic per element. Instructions per element on 16-bit weights: 13.6 for
- * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding (benchmarks/sass.py prints all of them,
- * tests/kernels/test_cuda_host.py asserts bounds).
+ * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding. A sequence of passes, each rounded
+ * while the weights stay in registers, has the same traffic and takes 11.9 for each pass of one term
+ * (benchmarks/sass.py prints all of them, tests/kernels/test_cuda_host.py asserts bounds).
  *
  * Belongs here: device code only. It also compiles as host C++ (tests/kernels/cuda_host.cpp provides threadIdx and the
  * barriers), so nothing here may need a header of the CUDA toolkit. Does not belong here: launches (perturb.cu), the
