@@ -646,11 +646,10 @@ def op_arguments(
     params: Sequence[Tensor], terms: Terms, *, decay: float | Tensor = 1.0, rounding: str = "nearest", **more: Any
 ) -> tuple[Any, ...]:
     """The arguments of `torch.ops.zo_kernels.perturb_` for those of `perturb_`."""
-    check_list(params)
+    tensors, rest = tensor_arguments(params, **more)
     tags, coefs = make_terms(terms)
     check_choice("rounding", rounding, ROUNDINGS)
     factor = check_decay("decay", decay)
-    tensors, rest = tensor_arguments(params, **more)
     on_device = isinstance(tags, Tensor)
     return (
         *tensors,
