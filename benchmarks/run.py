@@ -67,6 +67,10 @@ def journal(out: Path, quick: bool) -> bool:
     )
 
 
+def replay(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "replay.py"), "--device", "cpu", "--out", str(out / "replay.csv"), *(["--quick"] if quick else []))
+
+
 def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
@@ -84,9 +88,12 @@ def gpu_scaling(out: Path, quick: bool) -> bool:
     return run(str(HERE / "scaling.py"), "--device", "cuda", "--out", str(out / "gpu_scaling.csv"), *(["--quick"] if quick else []))
 
 
-RUNS = {
-    script.__name__: script for script in (cpu_pass, drift, step, scaling, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling)
-}
+def gpu_replay(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "replay.py"), "--device", "cuda", "--out", str(out / "gpu_replay.csv"), *(["--quick"] if quick else []))
+
+
+SCRIPTS = (cpu_pass, drift, step, scaling, replay, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay)
+RUNS = {script.__name__: script for script in SCRIPTS}
 
 
 def main(arguments: list[str] | None = None) -> int:

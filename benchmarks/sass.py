@@ -8,13 +8,13 @@ Belongs here: the CUDA kernels of the built extension, and the CSV of both GPU b
 How instructions are counted: a kernel's loop over a tile is walked once on the shortest way that passes the 16-byte loads of a
 whole span, the first term, what the row's feature needs, and the 16-byte stores; everything on the way counts (addresses, bounds,
 branches, the loop), divided by the 16 elements that a thread handles. `instructions_per_element_term` is one turn of the loop over
-the further terms: a pass of K terms costs K - 1 of them more. Work done once for a tile (of 1 to 16 spans) is not counted.
+the further terms: a pass of K terms costs K - 1 of them more. Work done once for a tile (of 1 to 16 spans) is not counted. Of a
+sequence, `instructions_per_element` is one turn of its loop over passes, the shortest one for a pass with one live term.
 """
 
 from __future__ import annotations
 
 import csv
-import heapq
 import re
 import shutil
 import subprocess
@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sass_triton import access_width, opcode, rows_linear, rows_triton, successors
+from sass_triton import access_width, blocks, opcode, pass_header, pass_turn, round_trip, rows_linear, rows_triton, successors, turn
 
 COLUMNS = ("backend", "kernel", "arch", "dtype", "terms", "instructions_per_element", "instructions_per_element_term")
 COLUMNS += ("registers", "spill_bytes", "access_bits")
 ARCHS = (80, 90)
 PER_THREAD = 16
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-Code = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,17 @@ class Kernel:
     dtype: str
     rademacher: bool
     stochastic: bool
+    sequence: bool
     lean: bool
     arch: int
-    code: Code
+    code: list[tuple[int, str]]
     registers: int
     spill_bytes: int  # stack and local memory
 
     @property
     def name(self) -> str:
-        parts = ["rademacher" if self.rademacher else "gaussian", *["stochastic"] * self.stochastic, *["general"] * (not self.lean)]
-        return "-".join(parts)
+        rounding = [name for name, there in (("stochastic", self.stochastic), ("sequence", self.sequence)) if there]
+        return "-".join(["rademacher" if self.rademacher else "gaussian", *rounding, *["general"] * (not self.lean)])
 
 
 def find_cuobjdump() -> str | None:
@@ -95,6 +95,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
             dtype=DTYPES[found[1]],
             rademacher=found[2] == "1",
             stochastic=found[3] == "1",
+            sequence=found[3] == "2",
             lean=found[4] == "1",
             arch=arch,
             code=code,
@@ -106,40 +107,16 @@ def kernels(arch: int) -> Iterator[Kernel]:
 # ---- ways through a kernel -----------------------------------------------------------------------------------------------
 
 
-def way(edges: list[list[int]], start: int, goal: int) -> list[int]:
-    """The shortest way from one instruction to another (or back to itself), without its start."""
-    before: dict[int, int] = {}
-    queue = [(1, n, start) for n in edges[start]]
-    while queue:
-        cost, n, source = heapq.heappop(queue)
-        if n in before:
-            continue
-        before[n] = source
-        if n == goal:
-            found = [n]
-            while (source := before[found[-1]]) != start:
-                found.append(source)
-            return found[::-1]
-        for m in edges[n]:
-            heapq.heappush(queue, (cost + 1, m, n))
-    raise ValueError(f"no way from instruction {start} to {goal}")
-
-
-def round_trip(edges: list[list[int]], stops: list[int]) -> list[int]:
-    """The shortest way that passes all stops in order and ends where it began."""
-    return [n for a, b in zip(stops, [*stops[1:], stops[0]], strict=True) for n in way(edges, a, b)]
-
-
 @dataclass(frozen=True)
 class Shape:
     """The places of a kernel that every way passes."""
 
     edges: list[list[int]]
     load: int  # first 16-byte load of a whole span
-    term: int  # the load of the first term from shared memory
+    term: int  # the load of the first term from shared memory; of a sequence, that of a pass
     stores: list[int]  # 16-byte stores
     loop: list[int]  # one turn of the loop over the further terms
-    usual: list[int]  # the way of a whole span with one term and without any feature
+    usual: list[int]  # the way of a whole span with one term and without any feature; of a sequence, the least of a pass
 
 
 def shape(kernel: Kernel) -> Shape:
@@ -148,32 +125,35 @@ def shape(kernel: Kernel) -> Shape:
     def those(name: str) -> list[int]:
         return [n for n, (_, text) in enumerate(code) if opcode(text).startswith(name)]
 
-    load, stores = those("LDG.E.128")[0], those("STG.E.128")
-    loops = {}
-    for n in those("LDS.64"):
-        try:
-            loops[n] = way(edges, n, n)
-        except ValueError:  # it is on no loop at all
-            continue
-    (inner,) = [turn for turn in loops.values() if not set(turn) & set(stores)]
-    (term,) = [n for n in loops if n not in inner]
+    loads, stores = those("LDG.E.128"), those("STG.E.128")
+
+    def turns(places: list[int]) -> dict[int, list[int]]:
+        """The loops without a store that these instructions lie on."""
+        found = {n: turn(edges, n) for n in places}
+        return {n: loop for n, loop in found.items() if loop and not set(loop) & set(stores)}
+
+    if kernel.sequence:
+        term = pass_header(code, edges)
+        (inner,) = [loop for loop in turns(those("LDG.E.64")).values() if term not in loop]
+        load = next(n for n in loads if n != term and turn(edges, n))
+    else:
+        (inner,) = turns(those("LDS.64")).values()
+        (term,) = [n for n in those("LDS.64") if n not in inner and turn(edges, n)]
+        load = loads[0]
     return Shape(edges, load, term, stores, inner, round_trip(edges, [load, term, stores[-1]]))
 
 
-def blocks(code: Code, edges: list[list[int]]) -> Iterator[list[int]]:
-    """Maximal runs of instructions that are entered only at their start and left only at their end."""
-    entered = {m for n, after in enumerate(edges) for m in after if m != n + 1}
-    run: list[int] = []
-    for n in range(len(code)):
-        if n in entered and run:
-            yield run
-            run = []
-        run.append(n)
-        if edges[n] != [n + 1]:
-            yield run
-            run = []
-    if run:
-        yield run
+def steps(kernel: Kernel, s: Shape) -> dict[str, list[int]]:
+    """name -> one turn of a sequence's loop over passes, for a pass with one live term: the cheapest such pass, and one that rounds
+    stochastically."""
+
+    def best(count: int, least: int, most: int) -> list[int]:
+        return pass_turn(kernel.code, s.edges, s.term, count, least, most)
+
+    result = {kernel.name: best(1, 15, 21)}
+    if kernel.dtype != "float32":
+        result[kernel.name.replace("sequence", "sequence-stochastic")] = best(2, 45, 61)
+    return result
 
 
 def bit_mask_stops(kernel: Kernel, s: Shape) -> list[int]:
@@ -218,6 +198,9 @@ def counts(kernel: Kernel) -> dict[str, tuple[int, float, float]]:
     """name -> (width of the narrowest access to weights, instructions per element, per element and term); the features' names
     are appended to the kernel's."""
     s = shape(kernel)
+    if kernel.sequence:
+        widths = [access_width(kernel.code[n][1]) for n in s.usual if opcode(kernel.code[n][1]).startswith(("LDG.E.128", "STG"))]
+        return {name: (min(widths), len(path) / PER_THREAD, len(s.loop) / PER_THREAD) for name, path in steps(kernel, s).items()}
     ways = {kernel.name: s.usual}
     if not kernel.lean:
         for feature, (before, stops) in FEATURES.items():

@@ -36,6 +36,7 @@ PLAIN: dict[str, Any] = {
     "ROWS": False,
     "STOCHASTIC": False,
     "IN_PLACE": True,
+    "SEQUENCE": False,
 }
 LOOP = {"TERMS": 0, "HOST_TERMS": False}
 # name -> (terms column, flags); every feature alone, then the heaviest mixtures.
@@ -53,6 +54,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random-mask": ("1", {"RANDOM_MASK": True}),
     "scale": ("1", {"SCALE": 1}),
     "rows": ("1", {"ROWS": True, "IN_PLACE": False}),
+    "sequence": ("S", {**LOOP, "SEQUENCE": True}),
+    "rademacher-sequence": ("S", {"KIND": 1, **LOOP, "SEQUENCE": True}),
+    "sequence-stochastic": ("S", {**LOOP, "SEQUENCE": True, "STOCHASTIC": True}),
     "everything": (
         "K",
         {**LOOP, "DECAY": 2, "STOCHASTIC": True, "BIT_MASK": True, "RANDOM_MASK": True, "SCALE": 2, "IN_PLACE": False},
@@ -95,6 +99,7 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     from zo_kernels._backends import _triton_kernels as kernels
+    from zo_kernels._backends.triton import SEQUENCE_OPTIONS
 
     launch = gpu_launch(dtype)
     constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": launch.groups, "NARROW": launch.narrow, "INTERPRETED": False}
@@ -111,13 +116,17 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
         pointers["decay_ptr"] = "*fp32"
     else:
         constants["decay_ptr"] = None
+    of_a_sequence = {"firsts": "*i64", "decays": "*fp32", "roundings": "*u8", "steps": "*i64"}
+    if constants["SEQUENCE"]:
+        pointers |= of_a_sequence
+    else:
+        constants |= dict.fromkeys(of_a_sequence)
     names = kernels.perturb_kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
     source = ASTSource(kernels.perturb_kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps, "enable_fp_fusion": False}
-    )
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **(SEQUENCE_OPTIONS if constants["SEQUENCE"] else {})}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def gpu_launch(dtype: str) -> Any:
@@ -208,6 +217,8 @@ def successors(code: list[tuple[int, str]]) -> list[list[int]]:
             target = place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]
             always = not text.startswith("@") and not re.search(r"BRA(\.\S+)?\s+!?U?P\d", text)
             result.append([target] if always else [*after, target])
+        elif name == "CALL" and text.startswith("@"):  # not a call: how ptxas for sm_80 leaves a loop
+            result.append([*after, place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]])
         elif name in ("EXIT", "RET") and not text.startswith("@"):
             result.append([])
         else:
@@ -215,25 +226,85 @@ def successors(code: list[tuple[int, str]]) -> list[list[int]]:
     return result
 
 
-def shortest_cycle(edges: list[list[int]], start: int) -> list[int]:
-    """The shortest way from an instruction back to itself, as indices."""
-    best: dict[int, tuple[int, int]] = {}
+def way(edges: list[list[int]], start: int, goal: int) -> list[int]:
+    """The shortest way from one instruction to another (or back to itself), without its start."""
+    before: dict[int, int] = {}
     queue = [(1, n, start) for n in edges[start]]
     while queue:
         cost, n, source = heapq.heappop(queue)
-        if n in best:
+        if n in before:
             continue
-        best[n] = (cost, source)
-        if n == start:
-            break
+        before[n] = source
+        if n == goal:
+            found = [n]
+            while (source := before[found[-1]]) != start:
+                found.append(source)
+            return found[::-1]
         for m in edges[n]:
             heapq.heappush(queue, (cost + 1, m, n))
-    else:
-        raise ValueError(f"instruction {start} lies on no loop")
-    way = [start]
-    while (source := best[way[-1]][1]) != start:
-        way.append(source)
-    return way[::-1]
+    raise ValueError(f"no way from instruction {start} to {goal}")
+
+
+def round_trip(edges: list[list[int]], stops: list[int]) -> list[int]:
+    """The shortest way that passes all stops in order and ends where it began."""
+    return [n for a, b in zip(stops, [*stops[1:], stops[0]], strict=True) for n in way(edges, a, b)]
+
+
+def turn(edges: list[list[int]], n: int) -> list[int]:
+    """The shortest loop that an instruction lies on; empty if there is none."""
+    try:
+        return way(edges, n, n)
+    except ValueError:
+        return []
+
+
+def blocks(code: list[tuple[int, str]], edges: list[list[int]]) -> Iterator[list[int]]:
+    """Maximal runs of instructions that are entered only at their start and left only at their end."""
+    entered = {m for n, after in enumerate(edges) for m in after if m != n + 1}
+    run: list[int] = []
+    for n in range(len(code)):
+        if n in entered and run:
+            yield run
+            run = []
+        run.append(n)
+        if edges[n] != [n + 1]:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def pass_header(code: list[tuple[int, str]], edges: list[list[int]]) -> int:
+    """The load with which a turn of a sequence's loop over passes begins, on the way of a whole tile: of the loads from which 128-bit
+    stores are reached without a narrower one, the one on most of the loops without a store."""
+    stores = {n for n, (_, text) in enumerate(code) if opcode(text).startswith("STG")}
+    wide = min(n for n in stores if access_width(code[n][1]) == 128)
+    narrow = {n for n in stores if access_width(code[n][1]) != 128}
+    inner = {}
+    for n, (_, text) in enumerate(code):
+        loop = turn(edges, n) if opcode(text).startswith("LDG") else []
+        if loop and not stores & set(loop) and not narrow & set(way(edges, n, wide)):
+            inner[n] = loop
+    return max(inner, key=lambda n: sum(n in loop for loop in inner.values()))
+
+
+def pass_turn(code: list[tuple[int, str]], edges: list[list[int]], header: int, count: int, least: int, most: int) -> list[int]:
+    """The shortest turn of that loop past `count` blocks with calls of Philox, in which `least` to `most` of their products are done: a
+    call has 20, less those of the first rounds that do not depend on the tag, and those of which only one half is used."""
+
+    def products(path: list[int]) -> int:
+        return sum(opcode(code[n][1]).startswith("IMAD.WIDE.U32") for n in path)
+
+    found = []
+    for stops in itertools.permutations([run[0] for run in blocks(code, edges) if products(run) >= 10], count):
+        try:
+            path = round_trip(edges, [header, *stops])
+        except ValueError:
+            continue
+        stores = any(opcode(code[n][1]).startswith("STG") for n in path)
+        if path.count(header) == 1 and not stores and least <= products(path) <= most:
+            found.append(path)
+    return min(found, key=len)
 
 
 def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[int], gaussian: bool) -> float:
@@ -243,16 +314,16 @@ def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[i
     loops = []
     for n in products:
         try:
-            way = shortest_cycle(edges, n)
+            loop = way(edges, n, n)
         except ValueError:
             continue
-        if not any(opcode(code[m][1]).startswith("STG") for m in way):
-            loops.append((abs(first_store - n), way))
+        if not any(opcode(code[m][1]).startswith("STG") for m in loop):
+            loops.append((abs(first_store - n), loop))
     if not loops:
         raise ValueError("no loop over terms")
-    way = min(loops)[1]
-    sums = sum(opcode(code[m][1]).split(".")[0] == ("FFMA" if gaussian else "FADD") for m in way)
-    return len(way) / sums  # one sum for each element and term, however often the loop was unrolled
+    inner = min(loops)[1]
+    sums = sum(opcode(code[m][1]).split(".")[0] == ("FFMA" if gaussian else "FADD") for m in inner)
+    return len(inner) / sums  # one sum for each element and term, however often the loop was unrolled
 
 
 def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
@@ -263,13 +334,17 @@ def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
     stores = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("STG")]
     widest = max(access_width(code[n][1]) for n in stores)
     wide = [n for n in stores if access_width(code[n][1]) == widest]
-    whole = shortest_cycle(edges, wide[0])
+    whole = way(edges, wide[0], wide[0])
     per_thread = 16 * launch.groups // (32 * launch.warps)
+    if {**PLAIN, **flags}["SEQUENCE"]:
+        header = pass_header(code, edges)
+        whole = pass_turn(code, edges, header, *((1, 30, 61) if flags.get("STOCHASTIC") else (1, 10, 21)))
+        wide = []
     missing = [n for n in wide if n not in whole]
     if missing:
         raise ValueError(f"the way round the loop misses the stores {missing}")
     term = None
-    if {**PLAIN, **flags}["TERMS"] == 0:
+    if {**PLAIN, **flags}["TERMS"] == 0 and not {**PLAIN, **flags}["SEQUENCE"]:
         term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0)
     return counts_of(kernel, code, len(whole) / per_thread, term, widest)
 
@@ -311,7 +386,7 @@ def count_linear(kernel: Any, dtype: str) -> Counts:
 
 def cycle(edges: list[list[int]], start: int) -> list[int] | None:
     try:
-        return shortest_cycle(edges, start)
+        return way(edges, start, start)
     except ValueError:
         return None
 

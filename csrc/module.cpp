@@ -95,6 +95,19 @@ private:
   }
 };
 
+/* A zo_pass of a sequence; every argument but the numbers is an address in the memory of the tensors' device. */
+zo_pass sequence(uint64_t seed, int dtype, int kind, uint64_t tags, uint64_t coefs, int64_t n_terms, uint64_t first,
+                 uint64_t decays, uint64_t roundings, int64_t n_passes) {
+  zo_pass c = {};
+  c.seed = seed, c.dtype = dtype, c.kind = kind, c.n_terms = n_terms, c.n_passes = n_passes;
+  c.tags = (const int64_t *)(uintptr_t)tags;
+  c.coefs = (const float *)(uintptr_t)coefs;
+  c.first = (const int64_t *)(uintptr_t)first;
+  c.decays = (const float *)(uintptr_t)decays;
+  c.roundings = (const uint8_t *)(uintptr_t)roundings;
+  return c;
+}
+
 void check(int code) {
   if (code) throw std::runtime_error(std::string("zo_kernels: ") + zo_error_string(code));
 }
@@ -110,15 +123,39 @@ void cpu_perturb(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind, 
   check(code);
 }
 
+void cpu_sequence(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind, uint64_t tags, uint64_t coefs,
+                  int64_t n_terms, uint64_t first, uint64_t decays, uint64_t roundings, int64_t n_passes, int threads,
+                  int isa) {
+  const zo_pass pass = sequence(seed, dtype, kind, tags, coefs, n_terms, first, decays, roundings, n_passes);
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = zo_cpu_perturb(&pass, (const zo_tensor *)(uintptr_t)table, n, threads, isa);
+  }
+  check(code);
+}
+
 #ifdef ZO_WITH_CUDA
+void check_cuda(int code) {
+  if (code) throw std::runtime_error(std::string("zo_kernels: CUDA launch: ") + zo_cuda_error_string(code));
+}
+
 void cuda_perturb(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, bool lean, uint64_t seed, int dtype,
                   int kind, int rounding, py::handle tags, py::handle coefs, int64_t n_terms, py::handle decay,
                   uint64_t stream) {
   const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, decay);
   if (!pass.tags.empty()) throw py::value_error("more than INLINE_TERMS numbers: put them into device memory");
-  const int code = zo_cuda_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map,
-                                   tiles, tile, lean, (void *)(uintptr_t)stream);
-  if (code) throw std::runtime_error(std::string("zo_kernels: CUDA launch: ") + zo_cuda_error_string(code));
+  check_cuda(zo_cuda_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles,
+                             tile, lean, (void *)(uintptr_t)stream));
+}
+
+void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, bool lean, uint64_t seed, int dtype,
+                   int kind, uint64_t tags, uint64_t coefs, int64_t n_terms, uint64_t first, uint64_t decays,
+                   uint64_t roundings, int64_t n_passes, uint64_t scratch, uint64_t stream) {
+  zo_pass pass = sequence(seed, dtype, kind, tags, coefs, n_terms, first, decays, roundings, n_passes);
+  pass.scratch = (void *)(uintptr_t)scratch;
+  check_cuda(zo_cuda_perturb(&pass, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
+                             lean, (void *)(uintptr_t)stream));
 }
 #endif
 
@@ -137,6 +174,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rounding"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("decay"),
         py::arg("threads"), py::arg("isa"),
         "zo_cpu_perturb of csrc/zo_kernels.h; tags and coefs are two lists, or addresses of n_terms values.");
+  m.def("cpu_sequence", &cpu_sequence, py::arg("table"), py::arg("n"), py::arg("seed"), py::arg("dtype"),
+        py::arg("kind"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("first"), py::arg("decays"),
+        py::arg("roundings"), py::arg("n_passes"), py::arg("threads"), py::arg("isa"),
+        "zo_cpu_perturb for a sequence of passes; tags .. roundings are addresses.");
 
   /* ---- CUDA ---- */
 #ifdef ZO_WITH_CUDA
@@ -147,6 +188,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("coefs"), py::arg("n_terms"), py::arg("decay"), py::arg("stream"),
       "zo_cuda_perturb of csrc/zo_kernels.h; table and map are addresses in device memory, stream a cudaStream_t; tags "
       "and coefs are two lists of at most INLINE_TERMS numbers, or addresses of n_terms values in device memory.");
+  m.def("cuda_sequence", &cuda_sequence, py::arg("table"), py::arg("map"), py::arg("tiles"), py::arg("tile"),
+        py::arg("lean"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("tags"), py::arg("coefs"),
+        py::arg("n_terms"), py::arg("first"), py::arg("decays"), py::arg("roundings"), py::arg("n_passes"),
+        py::arg("scratch"), py::arg("stream"),
+        "zo_cuda_perturb for a sequence of passes; tags .. roundings and scratch are addresses in device memory.");
 #else
   m.attr("WITH_CUDA") = false;
 #endif

@@ -3,7 +3,8 @@
  * Belongs here: plain structs and functions over raw pointers, 64-bit sizes and scalars. Does not belong here: torch,
  * Python, C++ types, anything that allocates. A function returns 0, or an error code that zo_error_string() explains.
  *
- * One operation, docs/numerics.md:  dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i))
+ * One operation, docs/numerics.md:  dst <- round(decay * src + scale * mask * sum_k c_k z(seed, stream, tag_k, i)),
+ * once, or many times one after another with one read and one write of the weights.
  */
 #ifndef ZO_KERNELS_H
 #define ZO_KERNELS_H
@@ -40,7 +41,9 @@ typedef struct zo_tensor {
 
 #define ZO_INLINE_TERMS 8
 
-/* What is the same for the whole list. Terms lie in the struct (tags == NULL) or in the memory of the tensors' device.
+/* What is the same for the whole list: one pass, or a sequence of them (first != NULL), of which each rounds to the
+ * weights' type before the next one reads them (docs/numerics.md, section 6). Terms lie in the struct (tags == NULL;
+ * one pass only) or in the memory of the tensors' device, and so does everything else that a pointer here names.
  */
 typedef struct zo_pass {
   uint64_t seed;
@@ -53,6 +56,12 @@ typedef struct zo_pass {
   float decay;
   uint32_t inline_tags[ZO_INLINE_TERMS];
   float inline_coefs[ZO_INLINE_TERMS];
+  int64_t n_passes;     /* of a sequence; rounding, has_decay and decay above are then not looked at */
+  const int64_t *first; /* NULL: one pass. n_passes + 1 values from 0 to n_terms, none below the one before it: pass s
+                         * has the terms first[s] .. first[s + 1] - 1 */
+  const float *decays;  /* n_passes values; 1 is none */
+  const uint8_t *roundings; /* n_passes values of zo_rounding */
+  void *scratch; /* CUDA: ZO_CUDA_SCRATCH(n_passes, n_terms) bytes at a multiple of 16, for this call alone */
 } zo_pass;
 
 const char *zo_error_string(int code);
@@ -61,14 +70,16 @@ const char *zo_error_string(int code);
 int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa);
 int zo_cpu_best_isa(void);
 
-/* One launch on `stream` (a cudaStream_t) for a whole list of tensors of one dtype; returns without waiting. Everything
+/* One launch on `stream` (a cudaStream_t) for a whole list of tensors of one dtype, for a sequence after a small one
+ * that prepares its terms; returns without waiting. Everything
  * but `pass` itself lies in device memory: `table` (the zo_tensor structs), `map`, what they point at, and the terms,
  * unless they are inline. Entry b of `map`, one for each of the `tiles` blocks, is a pair (tensor, tile of it); a tile
  * has `tile` elements, a multiple of ZO_CUDA_SPAN. A tensor has ceil((numel + offset % 32) / tile) tiles; one with
  * `rows` whose row_len is not a multiple of 32 has ceil((row_len + 31) / tile) for each row, row by row. `lean`: no
- * decay, and no tensor has a mask, a random mask, a scale or rows. Returns 0 or a cudaError_t, which
- * zo_cuda_error_string explains. */
+ * tensor has a mask, a random mask, a scale or rows, and no decay but those of a sequence. Returns 0 or a cudaError_t,
+ * which zo_cuda_error_string explains. */
 #define ZO_CUDA_SPAN 2048
+#define ZO_CUDA_SCRATCH(n_passes, n_terms) (16 * (n_passes) + 8 * (n_terms))
 int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles, int64_t tile,
                     int lean, void *stream);
 const char *zo_cuda_error_string(int code);

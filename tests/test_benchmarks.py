@@ -204,6 +204,18 @@ def test_gpu_linear(tmp_path: Path) -> None:
     assert "| tiny | fc1 | float32 | 16 |" in page.read_text()
 
 
+@needs_extension
+def test_replay(tmp_path: Path) -> None:
+    path = tmp_path / "replay.csv"
+    done = run(str(BENCHMARKS / "replay.py"), "--device=cpu", "--out", str(path), "--quick")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert {row["contender"] for row in table} == {"sequence", "separate", "fused"}
+    assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
+    assert {row["passes"] for row in table} == {"1", "8", "64"}
+    assert all(row["ratio_to_separate"] == "1.0" for row in table if row["contender"] == "separate")
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1

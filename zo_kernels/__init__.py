@@ -2,9 +2,19 @@
 
 from zo_kernels._backends import backends
 from zo_kernels.linear import perturbed_linear
-from zo_kernels.ops import RandomMask, normal, pack_mask, perturb_
+from zo_kernels.ops import RandomMask, normal, pack_mask, perturb_, perturb_sequence_
 from zo_kernels.optim import MeZOStep
 from zo_kernels.parameters import stream_of
 
 __version__ = "0.1.0"
-__all__ = ["MeZOStep", "RandomMask", "backends", "normal", "pack_mask", "perturb_", "perturbed_linear", "stream_of"]
+__all__ = [
+    "MeZOStep",
+    "RandomMask",
+    "backends",
+    "normal",
+    "pack_mask",
+    "perturb_",
+    "perturb_sequence_",
+    "perturbed_linear",
+    "stream_of",
+]

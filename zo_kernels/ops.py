@@ -2,14 +2,15 @@
 
     theta <- round(decay * theta + scale * mask * sum_k c_k z(seed, stream, tag_k))          docs/numerics.md
 
-Belongs here: `perturb_`, `normal`, and the two records that a backend receives: a `Plan` (which tensors) and a `Pass` (what
-is done to them). Does not belong here: arithmetic (reference.py, _backends/), models and optimizers (parameters.py, optim/).
+Belongs here: `perturb_`, `perturb_sequence_`, `normal`, and the records that a backend receives: a `Plan` (which tensors) and a
+`Pass` or `Passes` (what is done to them). Does not belong here: arithmetic (reference.py, _backends/), models and optimizers (parameters.py, optim/).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,6 +152,70 @@ class Pass:
         coefs = torch.as_tensor(self.coefs, dtype=torch.float32, device=device)
         decay = self.decay
         return tags, coefs, None if decay is None else torch.as_tensor(decay, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """S passes one after another, each rounded to the weights' type before the next: what S calls with a `Pass` write, with one read
+    and one write of the weights (docs/numerics.md, section 6).
+
+    Contiguous 1-d tensors. On the host: `first` (int64 [S + 1], from 0 to K, never falling: pass s has the terms first[s] ..
+    first[s + 1] - 1) and `rounding` (uint8 [S], the codes of `ROUNDINGS`). On the host or on the plan's device: `tags` (int64 [K], the
+    low 32 bits count), `coefs` (float32 [K]) and `decay` (float32 [S]; 1 is none, and so is what is not finite).
+    """
+
+    seed: int
+    tags: Tensor
+    coefs: Tensor
+    first: Tensor
+    decay: Tensor
+    rounding: Tensor
+    kind: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        """Everything that the kernels use to find their way in memory."""
+        k, s = self.tags.numel(), self.rounding.numel()
+        wanted = {"tags": (torch.int64, k), "coefs": (torch.float32, k), "first": (torch.int64, s + 1)}
+        wanted |= {"decay": (torch.float32, s), "rounding": (torch.uint8, s)}
+        for name, (dtype, n) in wanted.items():
+            t = getattr(self, name)
+            if t.dtype != dtype or t.shape != (n,) or not t.is_contiguous():
+                raise TypeError(
+                    f"Passes: {name} is {t.dtype} of shape {tuple(t.shape)}; give a contiguous {dtype} tensor of shape ({n},)"
+                )
+        if self.first.device.type != "cpu" or self.rounding.device.type != "cpu":
+            raise TypeError("Passes: first and rounding must lie in host memory")
+        if self.first[0] != 0 or self.first[-1] != k or (self.first[1:] < self.first[:-1]).any():
+            raise ValueError(f"Passes: first must go from 0 to the {k} terms without falling")
+        if s and self.rounding.max() >= len(ROUNDINGS):
+            raise ValueError(f"Passes: rounding has the value {int(self.rounding.max())}; the codes are {ROUNDINGS}")
+
+    def __len__(self) -> int:
+        return self.rounding.numel()
+
+    def __iter__(self) -> Iterator[Pass]:
+        """The passes one by one."""
+        names = list(ROUNDINGS)
+        first, rounding = self.first.tolist(), self.rounding.tolist()
+        for s, code in enumerate(rounding):
+            terms = slice(first[s], first[s + 1])
+            yield Pass(self.seed, self.tags[terms], self.coefs[terms], self.decay[s], self.kind, names[code])
+
+    def on(self, device: torch.device) -> Passes:
+        """The same, with tags, coefficients and decays on `device`; without waiting for it."""
+        if self.tags.device == self.coefs.device == self.decay.device == device:
+            return self
+        tags, coefs, decay = (move(t, device) for t in (self.tags, self.coefs, self.decay))
+        return replace(self, tags=tags, coefs=coefs, decay=decay)
+
+
+def move(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`. The host does not wait for a GPU (from pageable memory it would; torch keeps the pinned copy until it is over)."""
+    if device.type == "cuda" and t.device.type == "cpu":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("numbers in host memory cannot be captured in a CUDA graph: run this pass or sequence outside of it")
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------
@@ -367,6 +432,55 @@ def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:
     )
 
 
+def check_decay(name: str, decay: Any) -> float | Tensor:
+    if not isinstance(decay, Tensor):
+        return check_fp32(name, decay)
+    if decay.numel() != 1 or decay.dtype != torch.float32:
+        raise TypeError(f"{name} is {decay.dtype} {tuple(decay.shape)}; give a float or a one-element float32 tensor")
+    return decay
+
+
+def joined(parts: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers and tensors, in order, as one 1-d tensor; runs of numbers are converted together."""
+    pieces: list[Tensor] = []
+    for tensors, run in itertools.groupby(parts, lambda part: isinstance(part, Tensor)):
+        if tensors:
+            pieces += [part.to(device, dtype, non_blocking=True).reshape(-1) for part in run]
+        else:
+            pieces.append(move(torch.tensor(list(run), dtype=dtype), device))
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype, device=device)
+
+
+def make_passes(passes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(tags, coefs, first, decay, rounding) of `Passes` for the argument `passes` of `perturb_sequence_`."""
+    if not isinstance(passes, Sequence) or isinstance(passes, str):
+        raise TypeError(f"passes is a {type(passes).__name__}: give a list of dicts with the keys terms, decay and rounding")
+    tags: list[Any] = []
+    coefs: list[Any] = []
+    first, decays, roundings = [0], [], []
+    for s, one in enumerate(passes):
+        if not isinstance(one, Mapping) or "terms" not in one or not set(one) <= {"terms", "decay", "rounding"}:
+            raise TypeError(f"passes[{s}]={one!r} must be a dict with the key terms, and perhaps decay and rounding")
+        try:
+            some_tags, some_coefs = make_terms(one["terms"])
+            decays.append(check_decay("decay", one.get("decay", 1.0)))
+            check_choice("rounding", rounding := one.get("rounding", "nearest"), ROUNDINGS)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"passes[{s}]: {error}") from None
+        first.append(first[-1] + len(some_tags))
+        roundings.append(ROUNDINGS[rounding])
+        for all_of_them, some in ((tags, some_tags), (coefs, some_coefs)):
+            all_of_them += [some] if isinstance(some, Tensor) else some
+    where = next((x.device for x in (*coefs, *decays) if isinstance(x, Tensor)), torch.device("cpu"))
+    return (
+        joined(tags, torch.int64, where),
+        joined(coefs, torch.float32, where),
+        torch.tensor(first, dtype=torch.int64),
+        joined(decays, torch.float32, where),
+        torch.tensor(roundings, dtype=torch.uint8),
+    )
+
+
 # ---- dispatch ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +488,13 @@ def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
     for plan in plans:
         backends.pick(plan.device, backend).perturb(plan, p.on(plan.device))
+    written(plans)
+
+
+def run_sequence(plans: Sequence[Plan], passes: Passes, backend: str | None = None) -> None:
+    """All passes over each plan, in one launch for each. The inner door of `perturb_sequence_`."""
+    for plan in plans:
+        backends.pick(plan.device, backend).sequence(plan, passes.on(plan.device))
     written(plans)
 
 
@@ -432,43 +553,74 @@ def perturb_(
         torch.ops.zo_kernels.perturb_(*args)
 
 
-# ---- registration -----------------------------------------------------------------------------------------------------
-
-# The operation as torch sees it, so that torch.compile keeps it whole and knows what it writes. `src` is empty for a pass in
-# place: a tensor must not be both read as one argument and written as another. `seed` is the same 64 bits as a signed integer.
-_LIBRARY = torch.library.Library("zo_kernels", "DEF")
-_LIBRARY.define(
-    "perturb_(Tensor(a!)[] dst, Tensor[] src, int[] tags, float[] coefs, Tensor? tag_tensor, Tensor? coef_tensor, float? decay, "
-    "Tensor? decay_tensor, int seed, int[] streams, str rounding, Tensor?[] masks, int[] keeps, int[] mask_tags, Tensor?[] scales, "
-    "int[] scale_blocks, int[] offsets, str kind, str? backend) -> ()"
-)
-
-
-def op_arguments(
+def perturb_sequence_(
     params: Sequence[Tensor],
-    terms: Terms,
+    passes: Sequence[Mapping[str, Any]],
     *,
     seed: int,
     streams: Sequence[int],
-    decay: float | Tensor = 1.0,
-    rounding: str = "nearest",
     out: Sequence[Tensor] | None = None,
     masks: Sequence[Mask] | None = None,
     scales: Sequence[Any] | None = None,
     offsets: Sequence[int] | None = None,
     kind: str = "gaussian",
     backend: str | None = None,
-) -> tuple[Any, ...]:
-    """The arguments of `torch.ops.zo_kernels.perturb_` for those of `perturb_`, with every check that needs no address."""
+) -> None:
+    """Passes one after another, bit for bit as one call of `perturb_` for each of them, with one read and one write of the weights.
+
+    This is how a recorded run is replayed: the weights of a run that updated S times hold S roundings, which a single call with all
+    the terms would not repeat (docs/numerics.md, section 6).
+
+    Args:
+        passes: for each pass a dict of what `perturb_` calls ``terms``, ``decay`` (default 1.0) and ``rounding`` (default "nearest").
+            An empty list changes nothing.
+
+    The other arguments, and what is raised, are those of `perturb_`; they hold for all passes.
+    """
+    tags, coefs, first, decay, rounding = make_passes(passes)
+    tensors, rest = tensor_arguments(
+        params, seed=seed, streams=streams, out=out, masks=masks, scales=scales, offsets=offsets, kind=kind, backend=backend
+    )
+    if tensors[0]:
+        torch.ops.zo_kernels.perturb_sequence_(*tensors, tags, coefs, first, decay, rounding, *rest)
+
+
+# ---- registration -----------------------------------------------------------------------------------------------------
+
+# The operation as torch sees it, so that torch.compile keeps it whole and knows what it writes. `src` is empty for a pass in
+# place: a tensor must not be both read as one argument and written as another. `seed` is the same 64 bits as a signed integer.
+_LIBRARY = torch.library.Library("zo_kernels", "DEF")
+_TENSORS = "Tensor(a!)[] dst, Tensor[] src"
+_REST = (
+    "int seed, int[] streams, Tensor?[] masks, int[] keeps, int[] mask_tags, Tensor?[] scales, int[] scale_blocks, int[] offsets, "
+    "str kind, str? backend"
+)
+_LIBRARY.define(
+    f"perturb_({_TENSORS}, int[] tags, float[] coefs, Tensor? tag_tensor, Tensor? coef_tensor, float? decay, Tensor? decay_tensor, "
+    f"str rounding, {_REST}) -> ()"
+)
+_LIBRARY.define(
+    f"perturb_sequence_({_TENSORS}, Tensor tags, Tensor coefs, Tensor first, Tensor decay, Tensor rounding, {_REST}) -> ()"
+)
+
+
+def tensor_arguments(
+    params: Sequence[Tensor],
+    *,
+    seed: int,
+    streams: Sequence[int],
+    out: Sequence[Tensor] | None = None,
+    masks: Sequence[Mask] | None = None,
+    scales: Sequence[Any] | None = None,
+    offsets: Sequence[int] | None = None,
+    kind: str = "gaussian",
+    backend: str | None = None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments `_TENSORS` and `_REST` of both operations, with every check that needs no address."""
     check_list(params)
     n = len(params)
-    tags, coefs = make_terms(terms)
     check_word("seed", seed, 64)
     check_choice("kind", kind, KINDS)
-    check_choice("rounding", rounding, ROUNDINGS)
-    if isinstance(decay, Tensor) and (decay.numel() != 1 or decay.dtype != torch.float32):
-        raise TypeError(f"decay is {decay.dtype} {tuple(decay.shape)}; give a float or a one-element float32 tensor")
-    factor = None if isinstance(decay, Tensor) or check_fp32("decay", decay) == 1.0 else float(decay)
     streams = check_streams(streams, n)
     shifts = check_offsets(offsets, n)
     flat_masks = [check_mask(f"masks[{k}]", m, params[k]) for k, m in enumerate(check_length("masks", masks, n))]
@@ -476,19 +628,9 @@ def op_arguments(
     dst = list(params) if out is None else list(check_length("out", out, n))
     for k, t in enumerate(dst):
         check_tensor(f"out[{k}]", t)
-    tensors = isinstance(tags, Tensor)
-    return (
-        dst,
-        [] if out is None else list(params),
-        [] if tensors else tags,
-        [] if tensors else coefs,
-        tags if tensors else None,
-        coefs if tensors else None,
-        factor,
-        decay if isinstance(decay, Tensor) else None,
+    return (dst, [] if out is None else list(params)), (
         seed - (1 << 64) if seed >> 63 else seed,
         streams,
-        rounding,
         [m for m, _, _ in flat_masks],
         [keep for _, keep, _ in flat_masks],
         [tag for _, _, tag in flat_masks],
@@ -500,27 +642,42 @@ def op_arguments(
     )
 
 
-def _perturb(
+def op_arguments(
+    params: Sequence[Tensor], terms: Terms, *, decay: float | Tensor = 1.0, rounding: str = "nearest", **more: Any
+) -> tuple[Any, ...]:
+    """The arguments of `torch.ops.zo_kernels.perturb_` for those of `perturb_`."""
+    tensors, rest = tensor_arguments(params, **more)
+    tags, coefs = make_terms(terms)
+    check_choice("rounding", rounding, ROUNDINGS)
+    factor = check_decay("decay", decay)
+    on_device = isinstance(tags, Tensor)
+    return (
+        *tensors,
+        [] if on_device else tags,
+        [] if on_device else coefs,
+        tags if on_device else None,
+        coefs if on_device else None,
+        None if isinstance(factor, Tensor) or factor == 1.0 else factor,
+        factor if isinstance(factor, Tensor) else None,
+        rounding,
+        *rest,
+    )
+
+
+def checked_plans(
     dst: list[Tensor],
     src: list[Tensor],
-    tags: list[int],
-    coefs: list[float],
-    tag_tensor: Tensor | None,
-    coef_tensor: Tensor | None,
-    decay: float | None,
-    decay_tensor: Tensor | None,
-    seed: int,
     streams: list[int],
-    rounding: str,
     masks: list[Tensor | None],
     keeps: list[int],
     mask_tags: list[int],
     scales: list[Tensor | None],
     scale_blocks: list[int],
     offsets: list[int],
-    kind: str,
+    *,
     backend: str | None,
-) -> None:
+) -> list[Plan]:
+    """The plans of an operation, whose backends have been asked for before anything is changed."""
     plans = make_plans(
         src or dst,
         streams,
@@ -530,7 +687,24 @@ def _perturb(
         offsets=offsets,
     )
     for plan in plans:
-        backends.pick(plan.device, backend)  # refuse before anything is changed
+        backends.pick(plan.device, backend)
+    return plans
+
+
+def _perturb(
+    dst: list[Tensor],
+    src: list[Tensor],
+    tags: list[int],
+    coefs: list[float],
+    tag_tensor: Tensor | None,
+    coef_tensor: Tensor | None,
+    decay: float | None,
+    decay_tensor: Tensor | None,
+    rounding: str,
+    seed: int,
+    *rest: Any,
+) -> None:
+    *described, kind, backend = rest
     p = Pass(
         seed & ((1 << 64) - 1),
         tags if tag_tensor is None else tag_tensor,
@@ -539,11 +713,28 @@ def _perturb(
         kind,
         rounding,
     )
-    run(plans, p, backend)
+    run(checked_plans(dst, src, *described, backend=backend), p, backend)
 
 
-_LIBRARY.impl("perturb_", _perturb, "CompositeExplicitAutograd")
-torch.library.register_fake("zo_kernels::perturb_", lambda *args: None, lib=_LIBRARY)
+def _perturb_sequence(
+    dst: list[Tensor],
+    src: list[Tensor],
+    tags: Tensor,
+    coefs: Tensor,
+    first: Tensor,
+    decay: Tensor,
+    rounding: Tensor,
+    seed: int,
+    *rest: Any,
+) -> None:
+    *described, kind, backend = rest
+    passes = Passes(seed & ((1 << 64) - 1), tags, coefs, first, decay, rounding, kind)
+    run_sequence(checked_plans(dst, src, *described, backend=backend), passes, backend)
+
+
+for _name, _function in (("perturb_", _perturb), ("perturb_sequence_", _perturb_sequence)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zo_kernels::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
 def normal(

@@ -8,13 +8,14 @@ Unsigned 32-bit words are held in int64 tensors. A product of two of them wraps 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Entry, Pass, Plan
+    from zo_kernels.ops import Entry, Pass, Passes, Plan
 
 GAUSSIAN, RADEMACHER, ROUNDING, MASK = range(4)  # the purposes of section 1
 U32 = 0xFFFFFFFF
@@ -185,3 +186,13 @@ def perturb(plan: Plan, p: Pass) -> None:
     tags, coefs, decay = p.terms_on(plan.device)
     for entry in plan.entries:
         perturb_entry(entry, p, tags, coefs, decay)
+
+
+def sequence(plan: Plan, passes: Passes) -> None:
+    """The passes one after another: the definition that the other backends are held to."""
+    for entry in plan.entries:
+        if entry.dst.data_ptr() != entry.src.data_ptr():
+            entry.dst.copy_(entry.src)
+        in_place = replace(entry, src=entry.dst)
+        for p in passes:
+            perturb_entry(in_place, p, *p.terms_on(plan.device))

@@ -34,12 +34,12 @@ enum Error {
   OUT_OF_MEMORY = -3,
 };
 
-/* Elements that a thread takes at a time: about 0.1 ms of work, several times what waking a thread takes. A call with
- * less runs on the caller's thread: scratch mode makes hundreds of small calls per forward. Whole tiles of every
- * kernel. */
-int64_t chunk_size(int64_t n_terms) {
-  const int64_t size = ((int64_t)1 << 19) / (1 + n_terms) & ~(int64_t)2047;
-  return size < 8192 ? 8192 : size;
+/* Elements that a thread takes at a time, where each costs `work` (1 for a pass and 1 for each of its terms): about
+ * 0.1 ms, several times what waking a thread takes. A call with less runs on the caller's thread: scratch mode makes
+ * hundreds of small calls per forward. Whole tiles of every kernel. */
+int64_t chunk_size(int64_t work) {
+  const int64_t size = ((int64_t)1 << 19) / work & ~(int64_t)2047;
+  return size < 2048 ? 2048 : size;
 }
 
 Isa detect() {
@@ -99,7 +99,7 @@ private:
  * scratch-mode forward (three times the time, on two cores). Such a latecomer finds the counter used up and touches
  * nothing but this struct, which it keeps alive; job and tensors may be gone by then. */
 struct Work {
-  const zo::Job &job;
+  const zo::Job &job; /* the first one */
   const zo_tensor *tensors;
   int64_t total, chunk;
   zo::PerturbRange *range;
@@ -186,6 +186,55 @@ bool sound(const zo_tensor &t) {
   return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
 }
 
+bool sound(const zo_pass &p) {
+  if (p.n_terms < 0 || !p.tags != !p.coefs || p.dtype < ZO_F32 || p.dtype > ZO_BF16 || p.kind < ZO_GAUSSIAN ||
+      p.kind > ZO_RADEMACHER) {
+    return false;
+  }
+  if (!p.first) return p.tags || p.n_terms <= ZO_INLINE_TERMS;
+  if (p.n_passes < 0 || (p.n_terms && !p.tags) || (p.n_passes && (!p.decays || !p.roundings)) || p.first[0] != 0) {
+    return false;
+  }
+  for (int64_t s = 0; s < p.n_passes; ++s) {
+    if (p.first[s] > p.first[s + 1]) return false;
+  }
+  return p.first[p.n_passes] == p.n_terms;
+}
+
+/* Terms begin .. end - 1 as a job, whose live ones are written to `live`. */
+zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, int rounding, zo::Term *live) {
+  zo::Job job = {};
+  for (int64_t k = begin; k < end; ++k) {
+    const uint32_t tag = pass.tags ? (uint32_t)pass.tags[k] : pass.inline_tags[k];
+    const float given = pass.coefs ? pass.coefs[k] : pass.inline_coefs[k];
+    const float c = pass.kind == ZO_GAUSSIAN ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
+    if (k == begin) job.rounding_tag = tag;
+    if (c != 0) live[job.n_terms++] = zo::Term{tag, c};
+  }
+  job.seed = pass.seed;
+  job.terms = live;
+  job.has_decay = std::isfinite(decay) && decay != 1;
+  job.decay = job.has_decay ? decay : 1;
+  job.gaussian = pass.kind == ZO_GAUSSIAN;
+  job.dtype = pass.dtype;
+  job.stochastic = rounding == ZO_STOCHASTIC && pass.dtype != ZO_F32;
+  return job;
+}
+
+/* The passes of a sequence that change anything, linked; returns their work for each element. */
+int64_t make_jobs(const zo_pass &pass, std::vector<zo::Job> &jobs, zo::Term *live) {
+  int64_t work = 0;
+  for (int64_t s = 0; s < pass.n_passes; ++s) {
+    const int64_t begin = pass.first[s], end = pass.first[s + 1];
+    const zo::Job job = make_job(pass, begin, end, pass.decays[s], pass.roundings[s], live + begin);
+    if (!job.n_terms && !job.has_decay) continue;
+    if (!jobs.empty()) jobs.back().next = jobs.data() + jobs.size(); /* reserved: nothing moves */
+    jobs.push_back(job);
+    work += 1 + job.n_terms;
+  }
+  return work;
+}
+
 } // namespace
 
 extern "C" const char *zo_error_string(int code) {
@@ -209,49 +258,44 @@ extern "C" int zo_cpu_best_isa(void) {
 }
 
 extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa) {
-  if (!pass || n < 0 || (n && !tensors) || pass->n_terms < 0 || (!pass->tags && pass->n_terms > ZO_INLINE_TERMS) ||
-      !pass->tags != !pass->coefs || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16 || pass->kind < ZO_GAUSSIAN ||
-      pass->kind > ZO_RADEMACHER || isa < BEST || isa > AVX512) {
-    return BAD_ARGUMENT;
-  }
+  if (!pass || n < 0 || (n && !tensors) || !sound(*pass) || isa < BEST || isa > AVX512) return BAD_ARGUMENT;
   if (isa > zo_cpu_best_isa()) return UNSUPPORTED_ISA;
   int64_t total = 0;
+  bool in_place = true;
   for (int64_t k = 0; k < n; ++k) {
     if (!sound(tensors[k])) return BAD_ARGUMENT;
     total += tensors[k].numel;
+    in_place = in_place && tensors[k].src == tensors[k].dst;
   }
 
   zo::Term few[ZO_INLINE_TERMS], *live = few;
   std::vector<zo::Term> many;
-  if (pass->n_terms > ZO_INLINE_TERMS) {
-    try {
+  std::vector<zo::Job> sequence;
+  try {
+    if (pass->n_terms > ZO_INLINE_TERMS) {
       many.resize((size_t)pass->n_terms);
-    } catch (const std::bad_alloc &) {
-      return OUT_OF_MEMORY;
+      live = many.data();
     }
-    live = many.data();
+    if (pass->first) sequence.reserve((size_t)pass->n_passes);
+  } catch (const std::exception &) {
+    return OUT_OF_MEMORY;
   }
-  zo::Job job = {};
+  zo::Job one = {};
+  int64_t work_each = 1;
   {
     const IeeeArithmetic ieee;
-    for (int64_t k = 0; k < pass->n_terms; ++k) {
-      const uint32_t tag = pass->tags ? (uint32_t)pass->tags[k] : pass->inline_tags[k];
-      const float given = pass->coefs ? pass->coefs[k] : pass->inline_coefs[k];
-      const float c = pass->kind == ZO_GAUSSIAN ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
-      if (k == 0) job.rounding_tag = tag;
-      if (c != 0) live[job.n_terms++] = zo::Term{tag, c};
+    if (pass->first) work_each = make_jobs(*pass, sequence, live);
+    if (sequence.empty()) { /* one pass; for a sequence that changes nothing, one without terms, which copies */
+      const float decay = pass->first || !pass->has_decay ? 1.0f : pass->decay_ptr ? *pass->decay_ptr : pass->decay;
+      const int64_t n_terms = pass->first ? 0 : pass->n_terms;
+      one = make_job(*pass, 0, n_terms, decay, pass->first ? ZO_NEAREST : pass->rounding, live);
+      work_each = 1 + one.n_terms;
     }
   }
-  job.seed = pass->seed;
-  job.terms = live;
-  job.decay = pass->decay_ptr ? *pass->decay_ptr : pass->decay;
-  job.has_decay = pass->has_decay && std::isfinite(job.decay);
-  if (!job.has_decay) job.decay = 1;
-  job.gaussian = pass->kind == ZO_GAUSSIAN;
-  job.dtype = pass->dtype;
-  job.stochastic = pass->rounding == ZO_STOCHASTIC && pass->dtype != ZO_F32;
+  const zo::Job &job = sequence.empty() ? one : sequence.front();
+  if (in_place && !job.n_terms && !job.has_decay) return OK; /* not one bit would change */
 
-  const int64_t chunk = chunk_size(job.n_terms), chunks = (total + chunk - 1) / chunk;
+  const int64_t chunk = chunk_size(work_each), chunks = (total + chunk - 1) / chunk;
   zo::PerturbRange *range = kernel(isa == BEST ? zo_cpu_best_isa() : isa);
   const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
   if (helpers < 1) {

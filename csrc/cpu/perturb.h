@@ -17,6 +17,7 @@ struct Term {
   float c;
 };
 
+/* One pass. */
 struct Job {
   uint64_t seed;
   const Term *terms; /* the live ones, in order */
@@ -26,10 +27,11 @@ struct Job {
   bool gaussian;
   bool stochastic; /* false for fp32 weights */
   int dtype;
-  uint32_t rounding_tag; /* of the first term of the call, live or not */
+  uint32_t rounding_tag; /* of the first term of the pass, live or not */
+  const Job *next;       /* the pass that follows on each tile while it lies in L1, or nullptr */
 };
 
-/* Local elements [begin, end) of one tensor. */
+/* All passes from `job` on, over local elements [begin, end) of one tensor. */
 typedef void PerturbRange(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end);
 
 PerturbRange perturb_portable;

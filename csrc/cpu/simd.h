@@ -33,6 +33,7 @@ template <class V> struct SimdStages {
   static constexpr int LANES = V::LANES;
   static constexpr int64_t TILE = 2048; /* what 16 Rademacher calls feed; 8 KiB of sums */
   static constexpr bool LEAN = true;
+  static constexpr int64_t BLOCK = 16 * LANES; /* elements that LANES calls feed */
 
   /* ---- 1. Philox: the words of the calls q, q + 1, ..., q + LANES - 1 ------------------------------------------- */
 
@@ -122,7 +123,6 @@ template <class V> struct SimdStages {
    * tile.h. Returns how many of the n elements, the first of which has index i, it has done. */
   template <class Weight>
   static int64_t lean(const Job &job, const zo_tensor &t, const Weight *src, Weight *dst, int64_t n, uint64_t i) {
-    constexpr int64_t BLOCK = 16 * LANES;
     if (n < BLOCK || i % 32 || !job.gaussian || !job.n_terms || job.has_decay || job.stochastic || t.mask || t.keep ||
         t.scale) {
       return 0;

@@ -1,11 +1,11 @@
 /* tile.h - a range of one tensor, tile by tile: the walk that every instruction set shares.
  *
- * Per tile of at most Stages::TILE consecutive elements, all in L1:
- *   sum:   s[a] = sum_k c_k z_k (Stages::sum); K Philox calls per 16 elements (Gaussian) or 128 (Rademacher)
- *   scale: s[a] *= scale[i div B], only if there is a scale
- *   keep:  1 bit per element, only if there is a mask (Stages::random_keep); one call per 8 elements
- *   round: 16 bits per element, only if stochastic (Stages::rounding_bits); one call per 8 elements
- *   apply: dst = cast(d + s) (Stages::apply); one read and one write of the weights
+ * Per tile of at most Stages::TILE consecutive elements, all in L1, for every pass of the job:
+ *   sum      s[a] = sum_k c_k z_k        Stages::sum: K Philox calls per 16 (Gaussian) or 128 (Rademacher) elements
+ *   scale    s[a] *= scale[i div B]      only if there is a scale
+ *   keep     1 bit per element           only if there is a mask; Stages::random_keep: one call per 8 elements; once
+ *   round    16 bits per element         only if stochastic; Stages::rounding_bits: one call per 8 elements
+ *   apply    dst = cast(d + s)           Stages::apply: reads and writes the weights, from the second pass on in L1
  *
  * The noise goes through an L1 buffer, which makes offsets, tails, rows, masks, scales and both casts one path. A pass
  * of Gaussian terms and nothing else goes straight from registers to the weights instead, in whole blocks
@@ -65,33 +65,47 @@ void perturb_run(const Job &job, const zo_tensor &t, int64_t e, int64_t end, uin
   alignas(64) uint8_t keep[(Stages::TILE + PAD) / 8];
   const Weight *src = (const Weight *)t.src;
   Weight *dst = (Weight *)t.dst;
-  const bool masked = job.n_terms && (t.mask || t.keep);
+  const bool masked = t.mask || t.keep;
   while (e < end) {
     if constexpr (Stages::LEAN) {
-      if (const int64_t done = Stages::template lean<Weight>(job, t, src + e, dst + e, end - e, i)) {
-        e += done;
-        i += (uint64_t)done;
-        continue;
+      if (!job.next) {
+        if (const int64_t done = Stages::template lean<Weight>(job, t, src + e, dst + e, end - e, i)) {
+          e += done;
+          i += (uint64_t)done;
+          continue;
+        }
       }
     }
     const uint64_t start = i & ~(uint64_t)127; /* where a call of every purpose begins */
     const int64_t head = (int64_t)(i - start);
     const int64_t n = smaller(end - e, Stages::TILE - head), len = head + n;
-    if (job.n_terms) {
-      Stages::sum(job, t.stream, start, len, s);
-      if (t.scale) multiply_scales(t, i, n, s + head);
-    }
-    if (masked) {
-      if (t.keep) {
-        Stages::random_keep(job.seed, t, start, len, keep);
-      } else {
-        memset(keep, 0xFF, sizeof keep);
+    const Weight *from = src + e;
+    bool kept = false; /* whether `keep` is that of this tile */
+    for (const Job *pass = &job; pass; pass = pass->next) {
+      if constexpr (Stages::LEAN) { /* all of the tile or none of it */
+        if (n % Stages::BLOCK == 0 && Stages::template lean<Weight>(*pass, t, from, dst + e, n, i)) {
+          from = dst + e;
+          continue;
+        }
       }
-      if (t.mask) and_bit_mask(t.mask, e, n, keep, head);
+      if (pass->n_terms) {
+        Stages::sum(*pass, t.stream, start, len, s);
+        if (t.scale) multiply_scales(t, i, n, s + head);
+        if (masked && !kept) {
+          if (t.keep) {
+            Stages::random_keep(pass->seed, t, start, len, keep);
+          } else {
+            memset(keep, 0xFF, sizeof keep);
+          }
+          if (t.mask) and_bit_mask(t.mask, e, n, keep, head);
+          kept = true;
+        }
+      }
+      if (pass->stochastic) Stages::rounding_bits(*pass, t.stream, start, len, rounding);
+      Stages::template apply<Weight>(*pass, from, dst + e, s + head, masked && pass->n_terms ? keep : nullptr, head,
+                                     pass->stochastic ? rounding + head : nullptr, n);
+      from = dst + e;
     }
-    if (job.stochastic) Stages::rounding_bits(job, t.stream, start, len, rounding);
-    Stages::template apply<Weight>(job, src + e, dst + e, s + head, masked ? keep : nullptr, head,
-                                   job.stochastic ? rounding + head : nullptr, n);
     e += n;
     i += (uint64_t)n;
   }

@@ -1,4 +1,5 @@
-/* perturb.cu - the launch of the CUDA kernel: one for a whole list of tensors.
+/* perturb.cu - the launch of the CUDA kernel: one for a whole list of tensors, after that of the kernel which prepares
+ * a sequence's terms.
  *
  * Belongs here: what the host does. Does not belong here: arithmetic and memory access (perturb.cuh). Nothing here
  * allocates, copies or waits, so that a launch can be captured in a CUDA graph.
@@ -19,12 +20,18 @@ namespace cuda {
  */
 template <class V>
 constexpr int BLOCKS =
-    V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32> ? 6 : 5;
+    V::ROUNDING == SEQUENCE && !V::LEAN ? 4 /* bound by instructions, and 96 registers would spill */
+    : V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32> ? 6
+                                                                                                            : 5;
 
 template <class V>
 __global__ void __launch_bounds__(THREADS, BLOCKS<V>) perturb(const __grid_constant__ Launch launch) {
   __shared__ Shared shared;
   perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::LEAN>(launch, shared);
+}
+
+template <int KIND> __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ zo_pass pass) {
+  prepare_step<KIND>(pass, (int64_t)blockIdx.x * THREADS + threadIdx.x);
 }
 
 } // namespace cuda
@@ -37,9 +44,19 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
   if (tiles < 0 || tiles > 0x7FFFFFFF || tile <= 0 || tile % SPAN || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16) {
     return cudaErrorInvalidValue;
   }
+  const auto on_stream = static_cast<cudaStream_t>(stream);
+  if (pass->first) {
+    const int64_t most = pass->n_passes > pass->n_terms ? pass->n_passes : pass->n_terms;
+    if ((most && !pass->scratch) || most > 0x7FFFFFFF) return cudaErrorInvalidValue;
+    if (most) {
+      const unsigned blocks = (unsigned)((most + THREADS - 1) / THREADS);
+      const auto kernel = pass->kind == ZO_GAUSSIAN ? prepare<ZO_GAUSSIAN> : prepare<ZO_RADEMACHER>;
+      kernel<<<blocks, THREADS, 0, on_stream>>>(*pass);
+    }
+  }
   Launch launch = {*pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
   return dispatch(*pass, lean != 0, [&](auto variant) -> int {
-    perturb<decltype(variant)><<<(unsigned)tiles, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+    perturb<decltype(variant)><<<(unsigned)tiles, THREADS, 0, on_stream>>>(launch);
     return cudaGetLastError();
   });
 }

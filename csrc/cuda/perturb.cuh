@@ -3,8 +3,9 @@
  *   dst_i <- cast(decay * src_i + scale * mask_i * sum_k c_k z(seed, stream, tag_k, i))    over a whole list of tensors
  *
  * Cost: 2 * sizeof(weight) bytes of memory traffic per element. Instructions per element on 16-bit weights: 13.6 for
- * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding (benchmarks/sass.py prints all of them,
- * tests/kernels/test_cuda_host.py asserts bounds).
+ * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding. A sequence of passes, each rounded
+ * while the weights stay in registers, has the same traffic and takes 11.9 for each pass of one term
+ * (benchmarks/sass.py prints all of them, tests/kernels/test_cuda_host.py asserts bounds).
  *
  * Belongs here: device code only. It also compiles as host C++ (tests/kernels/cuda_host.cpp provides threadIdx and the
  * barriers), so nothing here may need a header of the CUDA toolkit. Does not belong here: launches (perturb.cu), the
@@ -200,11 +201,11 @@ template <int KIND> ZO_DEVICE Term make_term(const zo_pass &pass, int64_t k) {
   return t;
 }
 
-/* The first STAGE terms into shared memory, by the whole block; returns whether any term at all is live. Ends with a
- * barrier. */
-template <int KIND> ZO_DEVICE bool stage(const zo_pass &pass, Term *terms) {
+/* The first STAGE of n_terms terms into shared memory, by the whole block; returns whether any of them all is live.
+ * Ends with a barrier. */
+template <int KIND> ZO_DEVICE bool stage(const zo_pass &pass, Term *terms, int64_t n_terms) {
   bool live = false;
-  for (int64_t k = threadIdx.x; k < pass.n_terms; k += THREADS) {
+  for (int64_t k = threadIdx.x; k < n_terms; k += THREADS) {
     const Term t = make_term<KIND>(pass, k);
     live |= t.c != 0.0f;
     if (k < STAGE) terms[k] = t;
@@ -236,23 +237,64 @@ ZO_DEVICE void add_term(float *s, Term t, uint64_t q, uint32_t stream, const Key
   }
 }
 
-/* s = sum_k c'_k f_k over all terms, at least one; for Gaussian noise, mixed. `staged`: how many of them shared memory
- * holds. */
-template <int KIND>
-ZO_DEVICE void noise(float *s, const zo_pass &pass, const Term *terms, uint32_t staged, uint64_t q, uint32_t stream,
-                     const Keys &keys, uint32_t base) {
+/* s = sum_k c'_k f_k over terms[0 .. count - 1], at least one, and what `further` adds if there is more than one; for
+ * Gaussian noise, mixed. */
+template <int KIND, class Further>
+ZO_DEVICE void sum(float *s, const Term *terms, uint32_t count, uint64_t q, uint32_t stream, const Keys &keys,
+                   uint32_t base, Further further) {
   add_term<KIND, true>(s, terms[0], q, stream, keys, base);
-  if (staged > 1) {
+  if (count > 1) {
     uint32_t k = 1;
 #pragma unroll 1
     do add_term<KIND, false>(s, terms[k], q, stream, keys, base);
-    while (++k != staged);
+    while (++k != count);
+    further();
+  }
+  if constexpr (KIND == ZO_GAUSSIAN) mix<1>(s);
+}
+
+/* The same over all terms of one pass, of which shared memory holds the first `staged`. */
+template <int KIND>
+ZO_DEVICE void noise(float *s, const zo_pass &pass, const Term *terms, uint32_t staged, uint64_t q, uint32_t stream,
+                     const Keys &keys, uint32_t base) {
+  sum<KIND>(s, terms, staged, q, stream, keys, base, [&] {
 #pragma unroll 1
     for (int64_t far = STAGE; far < pass.n_terms; ++far) {
       add_term<KIND, false>(s, make_term<KIND>(pass, far), q, stream, keys, base);
     }
+  });
+}
+
+/* ---- sequences of passes ---------------------------------------------------------------------------------------- */
+
+/* One pass, as the loop over passes wants it: most have one live term, no decay and the nearest rounding. */
+enum : uint32_t { STEP_USUAL = 0, STEP_OTHER = 1, STEP_LIVE = 2, STEP_STOCHASTIC = 4 };
+
+struct alignas(16) Step {
+  uint32_t tag; /* of the first term, 0 if there is none */
+  float c;      /* the coefficient, if the step is STEP_USUAL */
+  float decay;
+  uint32_t flags; /* STEP_USUAL, or STEP_OTHER and what applies */
+};
+
+ZO_DEVICE Step *steps_of(const zo_pass &pass) { return static_cast<Step *>(pass.scratch); }
+ZO_DEVICE Term *terms_of(const zo_pass &pass) { return reinterpret_cast<Term *>(steps_of(pass) + pass.n_passes); }
+
+/* Term `index` and pass `index` into the scratch memory; for every index below both counts. */
+template <int KIND> ZO_DEVICE void prepare_step(const zo_pass &pass, int64_t index) {
+  if (index < pass.n_terms) terms_of(pass)[index] = make_term<KIND>(pass, index);
+  if (index >= pass.n_passes) return;
+  const int64_t begin = pass.first[index], end = pass.first[index + 1];
+  Step step = {0, 0.0f, pass.decays[index], STEP_OTHER};
+  if ((as_bits(step.decay) & 0x7F800000u) == 0x7F800000u) step.decay = 1.0f;
+  if (begin < end) step.tag = term_tag(pass, begin);
+  for (int64_t k = begin; k < end; ++k) {
+    step.c = make_term<KIND>(pass, k).c;
+    if (step.c != 0.0f) step.flags |= STEP_LIVE;
   }
-  if constexpr (KIND == ZO_GAUSSIAN) mix<1>(s);
+  if (pass.roundings[index] == ZO_STOCHASTIC && pass.dtype != ZO_F32) step.flags |= STEP_STOCHASTIC;
+  if (end - begin == 1 && step.decay == 1.0f && step.flags == (STEP_OTHER | STEP_LIVE)) step.flags = STEP_USUAL;
+  steps_of(pass)[index] = step;
 }
 
 /* ---- mask, scale ------------------------------------------------------------------------------------------------ */
@@ -315,8 +357,8 @@ ZO_DEVICE void apply_scale(float *s, const float *scale, uint64_t block, uint64_
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------- */
 
-/* theta of group q, packed in w, to its new value. keep: bit a = the sum is added to output a. */
-template <class T, int ROUNDING, bool LEAN>
+/* theta of group q, packed in w, to its new value. MASKED: bit a of keep = the sum is added to output a. */
+template <class T, int ROUNDING, bool DECAY, bool MASKED>
 ZO_DEVICE void update(uint32_t *w, const float *s, uint32_t keep, float decay, uint64_t q, uint32_t stream,
                       uint32_t tag, const Keys &keys) {
 #pragma unroll
@@ -328,14 +370,16 @@ ZO_DEVICE void update(uint32_t *w, const float *s, uint32_t keep, float decay, u
       const int pair = 4 * chunk + k, a = 2 * pair;
       float x, y;
       T::get(w, pair, x, y);
-      if constexpr (LEAN) {
-        x += s[a];
-        y += s[a + 1];
-      } else {
+      if constexpr (DECAY) {
         x = mul_rn(x, decay);
         y = mul_rn(y, decay);
+      }
+      if constexpr (MASKED) {
         x = keep >> a & 1u ? x + s[a] : x;
         y = keep >> (a + 1) & 1u ? y + s[a + 1] : y;
+      } else {
+        x += s[a];
+        y += s[a + 1];
       }
       if constexpr (ROUNDING == ZO_STOCHASTIC)
         T::put_stochastic(w, pair, x, y, v.w[k]);
@@ -345,8 +389,41 @@ ZO_DEVICE void update(uint32_t *w, const float *s, uint32_t keep, float decay, u
   }
 }
 
-/* One block per tile. `map[block]` is (tensor, tile within it). LEAN: no decay, and no tensor has a mask, a scale or
- * rows. */
+/* theta of group q through all passes of a sequence. `scaled(s)` applies the scale, if there is one. */
+template <class T, int KIND, bool LEAN, class Scaled>
+ZO_DEVICE void run_steps(uint32_t *w, const zo_pass &pass, uint32_t n_passes, uint32_t keep, uint64_t q,
+                         uint32_t stream, const Keys &keys, uint32_t base, Scaled scaled) {
+  const Step *next = steps_of(pass);
+#pragma unroll 1
+  for (uint32_t left = n_passes; left; --left) {
+    const Step step = *next++;
+    float s[16];
+    if (LEAN && step.flags == STEP_USUAL) {
+      add_term<KIND, true>(s, Term{step.tag, step.c}, q, stream, keys, base);
+      if constexpr (KIND == ZO_GAUSSIAN) mix<1>(s);
+      update<T, ZO_NEAREST, false, false>(w, s, keep, 1.0f, q, stream, step.tag, keys);
+      continue;
+    }
+    if (step.flags == STEP_USUAL || step.flags & STEP_LIVE) {
+      const int64_t *const first = pass.first + (n_passes - left);
+      sum<KIND>(s, terms_of(pass) + first[0], (uint32_t)(first[1] - first[0]), q, stream, keys, base, [] {});
+      scaled(s);
+    } else {
+#pragma unroll
+      for (int a = 0; a < 16; ++a) s[a] = -0.0f; /* x + -0 is x, for every x */
+    }
+    if (sizeof(typename T::element) == 2 && step.flags & STEP_STOCHASTIC)
+      update<T, ZO_STOCHASTIC, true, !LEAN>(w, s, keep, step.decay, q, stream, step.tag, keys);
+    else
+      update<T, ZO_NEAREST, true, !LEAN>(w, s, keep, step.decay, q, stream, step.tag, keys);
+  }
+}
+
+/* What ROUNDING of a kernel may be besides a zo_rounding: a sequence, whose passes have roundings of their own. */
+constexpr int SEQUENCE = 2;
+
+/* One block per tile. `map[block]` is (tensor, tile within it). LEAN: no tensor has a mask, a scale or rows, and there
+ * is no decay but those of a sequence. */
 template <class T, int KIND, int ROUNDING, bool LEAN>
 ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   using element = typename T::element;
@@ -359,21 +436,22 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   const uint32_t stream = t->stream;
 
   if (threadIdx.x == 0) shared.base = launch.base; /* stage() ends with a barrier */
-  const bool live = stage<KIND>(pass, shared.terms);
+  const bool live = stage<KIND>(pass, shared.terms, ROUNDING == SEQUENCE ? 0 : pass.n_terms);
   const uint32_t base = shared.base;
   const uint32_t staged = opaque(pass.n_terms < STAGE ? (uint32_t)pass.n_terms : STAGE);
+  const uint32_t n_passes = (uint32_t)pass.n_passes;
   Keys keys;
 #pragma unroll
   for (int k = 0; k < 20; ++k) keys.k[k] = opaque(launch.keys.k[k]);
   const uint32_t tag = ROUNDING == ZO_STOCHASTIC && pass.n_terms ? term_tag(pass, 0) : 0;
 
   float decay = 1.0f;
-  if constexpr (!LEAN) {
+  if constexpr (!LEAN && ROUNDING != SEQUENCE) {
     if (pass.has_decay) decay = pass.decay_ptr ? *pass.decay_ptr : pass.decay;
     if ((as_bits(decay) & 0x7F800000u) == 0x7F800000u) decay = 1.0f;
   }
-  const bool copy =
-      !live && decay == 1.0f; /* not one bit changes; known no earlier, since terms may lie on the device */
+  /* Not one bit changes; known no earlier, since terms may lie on the device. */
+  const bool copy = ROUNDING == SEQUENCE ? n_passes == 0 : !live && decay == 1.0f;
   if (copy && src == dst) return;
 
   /* Gathered rows whose length is a multiple of 32: e and i differ by a multiple of 32 within each row. Other rows:
@@ -425,9 +503,11 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
     if (!copy) {
       uint32_t keep = 0xFFFFu;
       float s[16];
-      if constexpr (LEAN) {
+      if constexpr (LEAN && ROUNDING == SEQUENCE) {
+        run_steps<T, KIND, LEAN>(w, pass, n_passes, keep, q, stream, keys, base, [](float *) {});
+      } else if constexpr (LEAN) {
         noise<KIND>(s, pass, shared.terms, staged, q, stream, keys, base);
-        update<T, ROUNDING, LEAN>(w, s, keep, decay, q, stream, tag, keys);
+        update<T, ROUNDING, false, false>(w, s, keep, decay, q, stream, tag, keys);
       } else {
         const int64_t e = element_here();
         const Places inside = places(e, numel);
@@ -438,13 +518,22 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
         }
         if (mask) keep = bit_mask(global(mask), mask_e + e, inside);
         if (t->keep) keep &= random_mask(call, t->keep, t->mask_tag, stream, keys);
-        if (live) {
-          noise<KIND>(s, pass, shared.terms, staged, call, stream, keys, base);
-          if (scale) apply_scale(s, global(scale), (uint64_t)t->scale_block, (call >> 1) * 32 + (call & 1) * 8, inside);
+        const auto scaled = [&](float *sum) {
+          if (scale) {
+            apply_scale(sum, global(scale), (uint64_t)t->scale_block, (call >> 1) * 32 + (call & 1) * 8, inside);
+          }
+        };
+        if constexpr (ROUNDING == SEQUENCE) {
+          run_steps<T, KIND, LEAN>(w, pass, n_passes, keep, call, stream, keys, base, scaled);
         } else {
-          keep = 0;
+          if (live) {
+            noise<KIND>(s, pass, shared.terms, staged, call, stream, keys, base);
+            scaled(s);
+          } else {
+            keep = 0;
+          }
+          update<T, ROUNDING, true, true>(w, s, keep, decay, call, stream, tag, keys);
         }
-        update<T, ROUNDING, LEAN>(w, s, keep, decay, call, stream, tag, keys);
       }
     }
     if (whole)
@@ -468,6 +557,10 @@ template <class T, int KIND, int ROUNDING, class F> int with_lean(bool lean, F f
 
 template <class T, class F> int with_kind(const zo_pass &pass, bool lean, F f) {
   /* The stochastic cast to fp32 is the identity: that kernel would be the same one. */
+  if (pass.first) {
+    return pass.kind == ZO_GAUSSIAN ? with_lean<T, ZO_GAUSSIAN, SEQUENCE>(lean, f)
+                                    : with_lean<T, ZO_RADEMACHER, SEQUENCE>(lean, f);
+  }
   const bool stochastic = pass.rounding == ZO_STOCHASTIC && sizeof(typename T::element) == 2;
   constexpr int OTHER = sizeof(typename T::element) == 2 ? ZO_STOCHASTIC : ZO_NEAREST;
   if (pass.kind == ZO_GAUSSIAN) {

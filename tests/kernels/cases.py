@@ -40,7 +40,8 @@ def weights(n: int, dtype: torch.dtype, salt: int = 0, special: bool = True) -> 
 
 @dataclass
 class Case:
-    """One call of `perturb_`. `make()` gives (params, keyword arguments) on the CPU, fresh each time."""
+    """One call of `perturb_`, or of `perturb_sequence_` if the arguments have `passes` instead of `terms`. `make()` gives (params,
+    keyword arguments) on the CPU, fresh each time."""
 
     name: str
     make: Callable[[], tuple[list[Tensor], dict[str, Any]]]
@@ -54,16 +55,36 @@ def terms(k: int) -> list[tuple[int, float]]:
     return [((0xFFFFFFF0 + 5 * j) & 0xFFFFFFFF, coefs[j % 8]) for j in range(k)]
 
 
+def one_each(s: int, **more: Any) -> list[dict[str, Any]]:
+    """s passes of one term, as most of a recorded run."""
+    return [{"terms": [term], **more} for term in terms(s)]
+
+
+# Numbers of terms, decays and roundings of every kind one after another; passes without a term, and without a live one.
+MIXED: list[dict[str, Any]] = [
+    {"terms": terms(1)},
+    {"terms": terms(3), "rounding": "stochastic"},
+    {"terms": [], "decay": 0.75},
+    {"terms": terms(2), "decay": 0.999},
+    {"terms": [], "decay": 0.7, "rounding": "stochastic"},
+    {"terms": [(77, 1e-3)], "decay": 1.01, "rounding": "stochastic"},
+    {"terms": [(5, 0.0), (6, 1e-40)]},
+    {"terms": [(5, 0.0), (6, 2e-3), (7, 2.0**-101)], "rounding": "stochastic"},
+    {"terms": [(9, 1e-41)], "decay": 0.3, "rounding": "stochastic"},
+    {"terms": []},
+    {"terms": terms(11)},
+    {"terms": [(1, -1e-3)]},
+]
+
+
 def build(sizes: tuple[int, ...], dtype: torch.dtype, **kw: Any) -> Callable[[], tuple[list[Tensor], dict[str, Any]]]:
     """A case over tensors of these sizes; a callable keyword is called with (index, tensor) to make each tensor's entry."""
 
     def make() -> tuple[list[Tensor], dict[str, Any]]:
         params = [weights(n, dtype, salt=j) for j, n in enumerate(sizes)]
-        args: dict[str, Any] = {
-            "seed": SEED,
-            "streams": [(0xDEADBEEF + 7 * j) & 0xFFFFFFFF for j in range(len(sizes))],
-            "terms": terms(1),
-        }
+        args: dict[str, Any] = {"seed": SEED, "streams": [(0xDEADBEEF + 7 * j) & 0xFFFFFFFF for j in range(len(sizes))]}
+        if "passes" not in kw:
+            args["terms"] = terms(1)
         for key, value in kw.items():
             args[key] = [value(j, p) for j, p in enumerate(params)] if callable(value) else value
         return params, args
@@ -124,6 +145,28 @@ def cases() -> Iterator[Case]:
         yield case("offset-odd-everything", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, masks=random_bits, rounding="stochastic",
                    scales=lambda j, p: (torch.linspace(-1, 2, 200), 11), decay=0.9)  # fmt: skip
         yield case("offset-8", sizes=(1000, 257), offsets=lambda j, p: 8 * (1 + j), terms=terms(2))
+        yield case("sequence", sizes=SIZES, passes=one_each(5))
+        yield case("sequence-out", passes=one_each(3), out=True)
+        yield case("sequence-mixed", sizes=(0, 1, 33, 511, 10007), passes=MIXED)
+        yield case("sequence-mixed-out", passes=MIXED, out=True)
+        yield case("sequence-misaligned3", passes=MIXED, misalign=3)
+        yield case("sequence-dead", passes=MIXED[6:7] * 2)
+        yield case("sequence-dead-out", passes=[{"terms": []}, *MIXED[6:7]], out=True)
+        yield case("sequence-none", passes=[])
+        yield case("sequence-none-out", passes=[], out=True)
+        yield case(
+            "sequence-overflow", passes=[{"terms": [(1, 3e38)]}, {"terms": [(1, -3e38)]}, *one_each(2, rounding="stochastic")]
+        )
+        yield case("sequence-offset-odd", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, passes=MIXED)
+        yield case(
+            "sequence-offset-2^36", sizes=(1000, 4097), offsets=lambda j, p: (1 << 36) - 512, passes=one_each(2) + MIXED[1:3]
+        )
+        yield case("sequence-bitmask", passes=MIXED, masks=random_bits)
+        yield case("sequence-random-mask", passes=MIXED, masks=lambda j, p: zk.RandomMask(0.3, tag=9 + j))
+        yield case("sequence-scale-block3", passes=MIXED, scales=block_scales(3))
+        yield case("sequence-everything", passes=MIXED, scales=block_scales(40), masks=random_bits, out=True)
+        yield case("sequence-offset-odd-everything", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, passes=MIXED, masks=random_bits,
+                   scales=lambda j, p: (torch.linspace(-1, 2, 200), 11))  # fmt: skip
         yield case("many", sizes=tuple(1 + (37 * j) % 301 for j in range(300)), terms=terms(2))
 
 
@@ -157,6 +200,14 @@ def to_device(value: Any, device: str) -> Any:
     return value
 
 
+def one_by_one(params: list[Tensor], passes: list[dict[str, Any]], out: list[Tensor] | None = None, **args: Any) -> None:
+    """What `perturb_sequence_` must equal: a call of `perturb_` for each pass, by the reference."""
+    for source, target in zip(params, params if out is None else out, strict=True):
+        target.copy_(source)
+    for p in passes:
+        zk.perturb_(params if out is None else out, backend="reference", **p, **args)
+
+
 def call(backend: str, case: Case, device: str) -> list[Tensor]:
     """Run a case; check that sentinels and sources are untouched; return the results on the CPU."""
     params, args = case.make()
@@ -168,8 +219,13 @@ def call(backend: str, case: Case, device: str) -> list[Tensor]:
     targets = [guarded(torch.zeros_like(p), case.misalign, device) for p in params] if case.out_of_place else sources
     if case.out_of_place:
         args["out"] = [view for _, view in targets]
-    all_terms = args.pop("terms")
-    zk.perturb_([view for _, view in sources], all_terms, backend=backend, **args)
+    views = [view for _, view in sources]
+    if "terms" in args:
+        zk.perturb_(views, args.pop("terms"), backend=backend, **args)
+    elif backend == "reference":
+        one_by_one(views, **args)
+    else:
+        zk.perturb_sequence_(views, args.pop("passes"), backend=backend, **args)
     for p, (buffer, view) in zip(params, targets, strict=True):
         start = view.data_ptr() - buffer.data_ptr()
         k = start // p.element_size()

@@ -38,6 +38,11 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
                                int64_t tile, int lean, void *) {
   using namespace zo::cuda;
   if (tile <= 0 || tile % SPAN) return 1;
+  if (pass->first) {
+    for (int64_t k = 0; k < pass->n_passes || k < pass->n_terms; ++k) {
+      pass->kind == ZO_GAUSSIAN ? prepare_step<ZO_GAUSSIAN>(*pass, k) : prepare_step<ZO_RADEMACHER>(*pass, k);
+    }
+  }
   const Launch launch = {
       *pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
   return dispatch(*pass, lean != 0, [&](auto variant) -> int {

@@ -1,10 +1,10 @@
 /* remote.cpp - answers calls of zo_cpu_perturb that arrive on standard input, so that a build for another processor,
  * run by an emulator, can be tested from this one; test_portable.py compiles it.
  *
- * A call: int64 n, int64 number of terms, zo_pass; the terms' tags (int64) and coefficients (fp32); then for each
- * tensor zo_tensor, int64 bytes of weights, of mask, of scales, of rows, and those bytes. Where a pointer of zo_tensor
- * is not null, it stands for the bytes that follow; src == dst is an in-place pass. The answer: int64 code, 1 if
- * anything was written outside the weights, and the weights written.
+ * A call: int64 n; the bytes (int64) of tags, coefficients, `first`, decays and roundings (of one pass, the last three
+ * are empty); zo_pass; those five arrays; then for each tensor zo_tensor, int64 bytes of weights, of mask, of scales,
+ * of rows, and those bytes. Where a pointer of zo_tensor is not null, it stands for the bytes that follow; src == dst
+ * is an in-place pass. The answer: int64 code, 1 if anything was written outside the weights, and the weights written.
  *
  * Belongs here: transport. Does not belong here: expected values.
  */
@@ -44,14 +44,20 @@ struct Guarded {
 
 int main() {
   for (;;) {
-    int64_t n, n_terms;
+    int64_t n, bytes_of[5];
     zo_pass pass;
-    take(&n, 8), take(&n_terms, 8), take(&pass, sizeof pass);
-    std::vector<int64_t> tags((size_t)n_terms);
-    std::vector<float> coefs((size_t)n_terms);
-    take(tags.data(), 8 * tags.size()), take(coefs.data(), 4 * coefs.size());
-    pass.tags = tags.data(), pass.coefs = coefs.data(), pass.n_terms = n_terms;
-    if (!n_terms) pass.tags = nullptr, pass.coefs = nullptr;
+    take(&n, sizeof n), take(bytes_of, sizeof bytes_of), take(&pass, sizeof pass);
+    std::vector<uint8_t> arrays[5];
+    for (int k = 0; k < 5; ++k) {
+      arrays[k].resize((size_t)bytes_of[k]);
+      take(arrays[k].data(), arrays[k].size());
+    }
+    pass.n_terms = bytes_of[0] / 8;
+    pass.tags = pass.n_terms ? reinterpret_cast<const int64_t *>(arrays[0].data()) : nullptr;
+    pass.coefs = pass.n_terms ? reinterpret_cast<const float *>(arrays[1].data()) : nullptr;
+    pass.first = bytes_of[2] ? reinterpret_cast<const int64_t *>(arrays[2].data()) : nullptr;
+    pass.decays = reinterpret_cast<const float *>(arrays[3].data());
+    pass.roundings = arrays[4].data();
 
     std::vector<zo_tensor> tensors((size_t)n);
     std::vector<Guarded> sources, targets;

@@ -58,6 +58,13 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
     p.seed = 42, p.dtype = dtype, p.kind = kind, p.rounding = rounding, p.n_terms = 3;
     p.inline_tags[1] = 1, p.inline_tags[2] = 2;
     p.inline_coefs[0] = 1e-3f, p.inline_coefs[1] = -2.0f, p.inline_coefs[2] = 0.5f;
+    const int64_t tags[] = {0, 1, 2}, first[] = {0, 1, 1, 3};
+    const float decays[] = {1, 0.5f, 1};
+    const uint8_t roundings[] = {(uint8_t)rounding, ZO_NEAREST, (uint8_t)rounding};
+    if (features & 32) {
+      p.tags = tags, p.coefs = p.inline_coefs;
+      p.n_passes = 3, p.first = first, p.decays = decays, p.roundings = roundings;
+    }
     const int code = zo_cpu_perturb(&p, &t, 1, threads, isa);
     const uint8_t *out = static_cast<const uint8_t *>(t.dst);
     if (isa == 1) expected.assign(out, out + size * (size_t)n);
@@ -110,7 +117,7 @@ int main() {
     for (int kind = ZO_GAUSSIAN; kind <= ZO_RADEMACHER; ++kind) {
       for (int64_t n : SIZES) {
         for (int64_t offset : OFFSETS) {
-          for (int features = 0; features < 32; features += 3) { /* every feature and every pair of them occurs */
+          for (int features = 0; features < 64; features += 3) { /* every feature and every pair of them occurs */
             failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
           }
         }

@@ -22,7 +22,7 @@ from zo_kernels import _backends as registry
 CHOSEN = re.compile(
     "(float16-gaussian|bfloat16-rademacher|float32-gaussian)-"
     "(K1|K3|K21|out-of-place|misaligned1|misaligned-out|stochastic|decay-only|bitmask|random-mask|scale-block3|everything"
-    "|offset-odd-everything|offset-8)"
+    "|offset-odd-everything|offset-8|sequence-mixed|sequence-misaligned3|sequence-everything)"
 )
 
 

@@ -44,7 +44,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Forces an instruction set (indirect parameter) on everything that goes through the backend."""
     index: int = request.param
-    monkeypatch.setattr(cpu, "perturb", functools.partial(cpu.perturb, isa=index))
+    for name in ("perturb", "sequence"):
+        monkeypatch.setattr(cpu, name, functools.partial(getattr(cpu, name), isa=index))
     return index
 
 

@@ -43,6 +43,8 @@ class CPass(ctypes.Structure):
         ("decay", ctypes.c_float),
         ("inline_tags", ctypes.c_uint32 * INLINE),
         ("inline_coefs", ctypes.c_float * INLINE),
+        ("n_passes", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("first", "decays", "roundings", "scratch")],
     ]
 
 
@@ -61,8 +63,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, device_terms: bool = False) -> None:
     """What `cuda.perturb` does, with host memory in the place of device memory."""
-    tile = spans * cuda.SPAN
-    blocks = cuda.work_map(plan.table, tile)
     tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
     coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
     decay = None if p.decay is None else np.asarray(float(p.decay), dtype=np.float32)
@@ -75,13 +75,30 @@ def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, d
         c.decay_ptr = decay.ctypes.data
     elif decay is not None:
         c.decay = float(decay)
+    launch(library, plan, c, spans, plan.plain and decay is None)
+
+
+def sequence(library: ctypes.CDLL, plan: ops.Plan, passes: ops.Passes, spans: int = 1) -> None:
+    """What `cuda.sequence` does. The scratch memory starts as NaNs."""
+    n, n_terms = len(passes), passes.tags.numel()
+    scratch = np.full(16 * n + 8 * n_terms + 16, 255, dtype=np.uint8)
+    start = scratch[-scratch.ctypes.data % 16 :]
+    c = CPass(passes.seed, ops.DTYPES[plan.dtype], ops.KINDS[passes.kind], n_terms=n_terms, n_passes=n)
+    c.tags, c.coefs, c.first = passes.tags.data_ptr(), passes.coefs.data_ptr(), passes.first.data_ptr()
+    c.decays, c.roundings, c.scratch = passes.decay.data_ptr(), passes.rounding.data_ptr(), start.ctypes.data
+    launch(library, plan, c, spans, plan.plain)
+
+
+def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, lean: bool) -> None:
+    tile = spans * cuda.SPAN
+    blocks = cuda.work_map(plan.table, tile)
     code = library.zo_cuda_perturb(
         ctypes.byref(c),
         ctypes.c_void_p(plan.table.ctypes.data),
         ctypes.c_void_p(blocks.ctypes.data),
         ctypes.c_int64(len(blocks)),
         ctypes.c_int64(tile),
-        ctypes.c_int(plan.plain and decay is None),
+        ctypes.c_int(lean),
         None,
     )
     assert code == 0
@@ -96,7 +113,12 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
         def run(plan: ops.Plan, p: ops.Pass, spans: int = spans, device_terms: bool = device_terms) -> None:
             perturb(library, plan, p, spans, device_terms)
 
-        def pick_body(device: torch.device, name: str | None = None, body: object = SimpleNamespace(perturb=run)) -> object:
+        def run_sequence(plan: ops.Plan, passes: ops.Passes, spans: int = spans) -> None:
+            sequence(library, plan, passes, spans)
+
+        body = SimpleNamespace(perturb=run, sequence=run_sequence)
+
+        def pick_body(device: torch.device, name: str | None = None, body: object = body) -> object:
             return body if name == "body" else pick(device, name)
 
         with monkeypatch.context() as patch:
@@ -106,7 +128,7 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("v", vectors())
 def test_vectors(v: dict[str, Any], library: ctypes.CDLL) -> None:
-    check(v, functools.partial(perturb, library))
+    check(v, functools.partial(perturb, library), functools.partial(sequence, library))
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)
@@ -200,7 +222,7 @@ def test_constants_match_the_header() -> None:
     header = (ROOT / "csrc" / "zo_kernels.h").read_text()
     assert int(re.findall(r"ZO_CUDA_SPAN (\d+)", header)[0]) == cuda.SPAN
     assert int(re.findall(r"ZO_INLINE_TERMS (\d+)", header)[0]) == INLINE
-    assert ctypes.sizeof(CPass) == 128
+    assert ctypes.sizeof(CPass) == 168
 
 
 # ---- machine code -----------------------------------------------------------------------------------------------------
@@ -220,6 +242,15 @@ BOUNDS = {
     "rademacher-stochastic": (26.0, 6.0),
     "rademacher-general": (15.0, 6.0),
     "rademacher-stochastic-general": (31.0, 6.0),
+    # Sequences: per element and pass of one term; per element and further term of a pass.
+    "gaussian-sequence": (12.0, 5.75),
+    "gaussian-sequence-stochastic": (31.0, 5.75),
+    "gaussian-sequence-general": (18.0, 5.75),
+    "gaussian-sequence-stochastic-general": (33.0, 5.75),
+    "rademacher-sequence": (8.75, 6.5),
+    "rademacher-sequence-stochastic": (27.5, 6.5),
+    "rademacher-sequence-general": (14.0, 6.5),
+    "rademacher-sequence-stochastic-general": (29.0, 6.5),
 }
 
 
@@ -239,7 +270,8 @@ def test_machine_code(arch: int) -> None:
     import sass
 
     kernels = disassembled(arch)
-    assert len(kernels) == 20  # 2 kinds x (2 types x 2 roundings + fp32) x lean and general
+    assert len(kernels) == 32  # 2 kinds x (2 types x 2 roundings + fp32 + 3 types of sequences) x lean and general
+    counted = set()
     for kernel in kernels:
         label = f"sm_{arch} {kernel.dtype} {kernel.name}"
         assert kernel.spill_bytes == 0, label
@@ -248,8 +280,10 @@ def test_machine_code(arch: int) -> None:
         for name, (bits, per_element, per_term) in sass.counts(kernel).items():
             assert bits == 128, f"{label}: {name} accesses {bits} bits"
             if name in BOUNDS:
+                counted.add(name)
                 assert per_element <= BOUNDS[name][0], f"{label}: {name} takes {per_element} instructions per element"
                 assert per_term <= BOUNDS[name][1], f"{label}: {name} takes {per_term} per element and term"
+    assert counted == set(BOUNDS)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -263,5 +297,6 @@ def test_accesses_of_a_group(arch: int) -> None:
         wanted = 4 if kernel.dtype == "float32" else 2
         assert sum(name.startswith("STG") for name in names) == wanted
         assert sum(name.startswith("STG.E.128") for name in names) == wanted
-        assert sum(name.startswith("LDG.E.128") for name in names) == wanted
-        assert kernel.registers <= 96
+        loads = [n for n in shape.usual if n != shape.term and sass.opcode(kernel.code[n][1]).startswith("LDG.E.128")]
+        assert len(loads) == wanted
+        assert kernel.registers <= (128 if kernel.sequence and not kernel.lean else 96)

@@ -12,7 +12,6 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,19 +53,27 @@ def compiler(name: str) -> tuple[list[str], str, str]:
 
 
 class Remote:
-    """A process that runs remote.cpp; `perturb` is a backend's."""
+    """A process that runs remote.cpp; `perturb` and `sequence` are a backend's."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def perturb(self, plan: ops.Plan, p: ops.Pass) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
-        coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
         c = CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], p.decay is not None)
         c.decay = 0.0 if p.decay is None else float(p.decay)
-        message = [struct.pack("<qq", len(plan.entries), len(tags)), bytes(c), tags.tobytes(), coefs.tobytes()]
+        tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
+        coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
+        self.call(plan, c, [tags.tobytes(), coefs.tobytes(), b"", b"", b""])
+
+    def sequence(self, plan: ops.Plan, passes: ops.Passes) -> None:
+        c = CPass(passes.seed, ops.DTYPES[plan.dtype], ops.KINDS[passes.kind])
+        c.n_passes = len(passes)
+        self.call(plan, c, [raw(t) for t in (passes.tags, passes.coefs, passes.first, passes.decay, passes.rounding)])
+
+    def call(self, plan: ops.Plan, c: CPass, arrays: list[bytes]) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        message = [struct.pack("<6q", len(plan.entries), *map(len, arrays)), bytes(c), *arrays]
         for entry, record in zip(plan.entries, plan.table, strict=True):
             parts = [raw(entry.src), raw(entry.mask), raw(entry.scale), raw(entry.rows)]
             message += [record.tobytes(), struct.pack("<4q", *map(len, parts)), *parts]
@@ -111,7 +118,7 @@ def test_cases(case: cases.Case, aarch64: Remote, monkeypatch: pytest.MonkeyPatc
     pick = ops.backends.pick
 
     def pick_remote(device: torch.device, name: str | None = None) -> object:
-        return SimpleNamespace(perturb=aarch64.perturb) if name == "aarch64" else pick(device, name)
+        return aarch64 if name == "aarch64" else pick(device, name)
 
     monkeypatch.setattr(ops.backends, "pick", pick_remote)
     cases.check("aarch64", case)
@@ -119,7 +126,7 @@ def test_cases(case: cases.Case, aarch64: Remote, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("v", vectors())
 def test_vectors(v: dict[str, Any], aarch64: Remote) -> None:
-    check(v, aarch64.perturb)
+    check(v, aarch64.perturb, aarch64.sequence)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -34,14 +34,15 @@ ffffffff ffffffff ffffffff ffffffff | ffffffff ffffffff 408f276d 41c83b0e a20bc7
 @pytest.mark.parametrize("v", vectors())
 def test_vector(v: dict[str, Any], backend: str, device: str) -> None:
     if backend not in ISAS:
-        check(v, _backends.load(backend).perturb, device)
+        module = _backends.load(backend)
+        check(v, module.perturb, module.sequence, device)
         return
     if reason := cpu.status():
         pytest.skip(reason)
     index = cpu.extension().ISA_NAMES.index(backend)
     if index > cpu.extension().cpu_best_isa():
         pytest.skip(f"this processor or build has no {backend}")
-    check(v, functools.partial(cpu.perturb, isa=index))
+    check(v, functools.partial(cpu.perturb, isa=index), functools.partial(cpu.sequence, isa=index))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", *[pytest.param(b, marks=pytest.mark.gpu) for b in ("triton", "cuda")]])

@@ -1,7 +1,8 @@
 """Reads the vector files beside it, and writes them from the reference: run once per contract version, never to make a failing test pass.
 
 `noise_v1.json` came with the contract's specification and is not written here. `features_v1.json` freezes what the specification left
-open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. Weights follow noise_v1's formula.
+open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. `sequences_v1.json` freezes passes one after another.
+Weights follow noise_v1's formula.
 
     python -m tests.vectors.make
 """
@@ -22,6 +23,8 @@ from zo_kernels import ops, reference
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HERE = Path(__file__).parent
+Perturb = Callable[[ops.Plan, ops.Pass], None]
+Sequence = Callable[[ops.Plan, ops.Passes], None]
 
 # name, arguments of perturb_ in JSON form
 FEATURES: list[dict[str, Any]] = [
@@ -41,6 +44,24 @@ FEATURES: list[dict[str, Any]] = [
      "rounding": "stochastic", "terms": [[4294967295, -1e-3], [0, 5e-4], [3, 0.0]], "n": 59},
 ]  # fmt: skip
 
+# The same with `passes` in the place of terms, decay and rounding.
+ALL_SORTS: list[dict[str, Any]] = [
+    {"terms": [[7, 1e-3]]},
+    {"terms": [[8, -1e-3], [9, 2e-4]], "decay": 0.99},
+    {"terms": [], "decay": 0.9, "rounding": "stochastic"},
+    {"terms": [[10, 1e-4]], "rounding": "stochastic"},
+    {"terms": [[11, 0.0]]},
+    {"terms": [[12, 0.0], [13, 3e-4], [14, 1e-5]], "decay": 1.001, "rounding": "stochastic"},
+    {"terms": [[15, 0.0]], "decay": 0.7, "rounding": "stochastic"},
+]
+SEQUENCES: list[dict[str, Any]] = [
+    {"name": "sequence of single terms", "passes": [{"terms": [[k, 1e-3 * (-1) ** k]]} for k in range(40)], "n": 67},
+    {"name": "sequence of all sorts", "passes": ALL_SORTS, "n": 67},
+    {"name": "sequence of all sorts rademacher", "kind": "rademacher", "passes": ALL_SORTS, "n": 67},
+    {"name": "sequence with everything", "offset": 37, "scale": [0.5, 2.0, 0.25, 1.5], "block": 24,
+     "random_mask": {"keep": 0.5, "tag": 1}, "passes": ALL_SORTS, "n": 59},
+]  # fmt: skip
+
 
 def theta(n: int, dtype: torch.dtype) -> Tensor:
     i = torch.arange(n)
@@ -53,10 +74,17 @@ def to_hex(t: Tensor) -> list[str]:
     return [format(b & ((1 << 4 * width) - 1), f"0{width}x") for b in integers]
 
 
+def terms(given: list[list[Any]]) -> list[tuple[int, float]]:
+    return [(tag, float.fromhex(c) if isinstance(c, str) else c) for tag, c in given]
+
+
 def arguments(v: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """The keyword arguments of perturb_ for a vector."""
+    """The keyword arguments of perturb_ for a vector, or of perturb_sequence_."""
     args: dict[str, Any] = {"seed": int(v["seed"], 16), "streams": [v["stream"]]}
-    args["terms"] = [(tag, float.fromhex(c) if isinstance(c, str) else c) for tag, c in v["terms"]]
+    if "passes" in v:
+        args["passes"] = [{**p, "terms": terms(p["terms"])} for p in v["passes"]]
+    else:
+        args["terms"] = terms(v["terms"])
     for key in ("kind", "rounding", "decay"):
         if key in v:
             args[key] = v[key]
@@ -71,13 +99,18 @@ def arguments(v: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     return args
 
 
-def result(v: dict[str, Any], dtype: str, perturb: Callable[[ops.Plan, ops.Pass], None], device: str = "cpu") -> list[str]:
-    """The vector's weights after a backend's `perturb`, in hexadecimal."""
+def result(v: dict[str, Any], dtype: str, perturb: Perturb, sequence: Sequence, device: str = "cpu") -> list[str]:
+    """The vector's weights after a backend's `perturb` or `sequence`, in hexadecimal."""
     x = theta(v["n"], DTYPES[dtype]).to(device)
     args = arguments(v, device)
-    terms, fields = args.pop("terms"), {k: args.pop(k) for k in ("seed", "decay", "kind", "rounding") if k in args}
+    fields = {k: args.pop(k) for k in ("seed", "decay", "kind", "rounding") if k in args}
+    given, passes = args.pop("terms", None), args.pop("passes", None)
     (plan,) = ops.make_plans([x], **args)
-    perturb(plan, ops.Pass(tags=[t for t, _ in terms], coefs=[c for _, c in terms], **fields))
+    if passes is None:
+        perturb(plan, ops.Pass(tags=[t for t, _ in given], coefs=[c for _, c in given], **fields))
+    else:
+        seed = fields.pop("seed")
+        sequence(plan, ops.Passes(seed, *ops.make_passes(passes), **fields).on(plan.device))
     return to_hex(x.cpu())
 
 
@@ -87,20 +120,21 @@ def vectors() -> list[Any]:
     return [pytest.param(v, id=f"{file}-{v.get('name', k)}") for k, (file, v) in enumerate(found)]
 
 
-def check(v: dict[str, Any], perturb: Callable[[ops.Plan, ops.Pass], None], device: str = "cpu") -> None:
+def check(v: dict[str, Any], perturb: Perturb, sequence: Sequence, device: str = "cpu") -> None:
     for dtype, expected in v["out"].items():
-        assert result(v, dtype, perturb, device) == expected, dtype
+        assert result(v, dtype, perturb, sequence, device) == expected, dtype
 
 
 def main() -> None:
-    vectors = []
-    for feature in FEATURES:
-        v = {"seed": "0123456789abcdef", "stream": 5, **feature}
-        v["out"] = {name: result(v, name, reference.perturb) for name in feature.get("only", DTYPES)}
-        vectors.append(v)
-    (HERE / "features_v1.json").write_text(
-        json.dumps({"contract": "noise v1", "theta": "as noise_v1.json", "vectors": vectors}) + "\n"
-    )
+    for name, described in (("features_v1", FEATURES), ("sequences_v1", SEQUENCES)):
+        vectors = []
+        for feature in described:
+            v = {"seed": "0123456789abcdef", "stream": 5, **feature}
+            v["out"] = {dtype: result(v, dtype, reference.perturb, reference.sequence) for dtype in feature.get("only", DTYPES)}
+            vectors.append(v)
+        (HERE / f"{name}.json").write_text(
+            json.dumps({"contract": "noise v1", "theta": "as noise_v1.json", "vectors": vectors}) + "\n"
+        )
 
 
 if __name__ == "__main__":

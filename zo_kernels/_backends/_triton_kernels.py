@@ -5,7 +5,8 @@
 Cost of an element, in SASS instructions, for one Gaussian term on 16-bit weights: Philox 40 / 16 = 2.5, the sixteen numbers 1.75,
 their products 1, the mix 4, load, convert, add, round and store 3: about 12, and 3 of addresses and loop. In a loop over terms each
 costs Philox, numbers and products again, less what does not depend on the tag: 5, and 0.3
-for the loop. tests/kernels/test_triton_aot.py counts them.
+for the loop. A sequence of passes keeps the weights in registers: 12.5 to 13.1 for each pass of one term, roundings included.
+tests/kernels/test_triton_aot.py counts them.
 
 Belongs here: device code, in the order of the contract's sections. Does not belong here: anything that imports torch, launch
 parameters, checks (triton.py).
@@ -17,7 +18,7 @@ Chunks are put together by tl.join, whose result keeps a lane's values in its th
 W = 8 for fp32 the loads would be laid out 4 to a thread and every chunk would go through shared memory.
 """
 # The functions are Triton's language in Python's syntax: annotations would mean tl types, and its compiler knows no (*x, y).
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # ruff: noqa: SIM300, RUF005
 
 import triton
@@ -29,6 +30,10 @@ ROUNDING: tl.constexpr = tl.constexpr(2)
 MASK: tl.constexpr = tl.constexpr(3)
 
 KAPPA: tl.constexpr = tl.constexpr(float.fromhex("0x1.251fbep+0"))
+
+STEP_OTHER: tl.constexpr = tl.constexpr(1)  # flags of a pass of a sequence that is not a usual one
+STEP_LIVE: tl.constexpr = tl.constexpr(2)
+STEP_STOCHASTIC: tl.constexpr = tl.constexpr(4)
 
 TILE_BITS = 40  # a span is tensor << TILE_BITS | first tile
 SPAN_TILE_BITS: tl.constexpr = tl.constexpr(TILE_BITS)
@@ -122,15 +127,36 @@ def mix4(a, b, c, d):
 @triton.jit
 def mix(s):
     """Steps H = 1, 2 inside quarters, then H = 4, 8 across them."""
-    a0, a1, a2, a3 = mix4(s[0], s[1], s[2], s[3])
-    a4, a5, a6, a7 = mix4(s[4], s[5], s[6], s[7])
-    a8, a9, a10, a11 = mix4(s[8], s[9], s[10], s[11])
-    a12, a13, a14, a15 = mix4(s[12], s[13], s[14], s[15])
+    a = mix4(s[0], s[1], s[2], s[3]) + mix4(s[4], s[5], s[6], s[7])
+    return mix_quarters(a + mix4(s[8], s[9], s[10], s[11]) + mix4(s[12], s[13], s[14], s[15]))
+
+
+@triton.jit
+def mix_quarters(a):
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = a
     a0, a4, a8, a12 = mix4(a0, a4, a8, a12)
     a1, a5, a9, a13 = mix4(a1, a5, a9, a13)
     a2, a6, a10, a14 = mix4(a2, a6, a10, a14)
     a3, a7, a11, a15 = mix4(a3, a7, a11, a15)
     return a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15
+
+
+@triton.jit
+def mixed_four(w, base, c, minus_c):
+    """c' f of one word through the steps H = 1, 2. The products are exact, so step 1 may take one in an fma: 10 instructions, not 12."""
+    x0 = scaled(w, 0, base, c, c, True)
+    x2 = scaled(w, 11, base, c, c, True)
+    a, b = scaled(w, 4, base, c, x0, False), scaled(w, 4, base, minus_c, x0, False)
+    d, e = scaled(w, 15, base, c, x2, False), scaled(w, 15, base, minus_c, x2, False)
+    return a + d, b + e, a - d, b - e
+
+
+@triton.jit
+def one_gaussian(i_tile, at, stream, tag, c, k0, k1, base, ROWS: tl.constexpr):
+    """What `add_term` and `mix` make of a single term."""
+    w0, w1, w2, w3 = call(i_tile >> 4, 2 * (at >> 5) + ((at >> 3) & 1), GAUSSIAN, stream, tag, k0, k1, ROWS)
+    quarters = mixed_four(w0, base, c, -c) + mixed_four(w1, base, c, -c)
+    return mix_quarters(quarters + mixed_four(w2, base, c, -c) + mixed_four(w3, base, c, -c))
 
 
 # ---- 3. Rademacher ----------------------------------------------------------------------------------------------------
@@ -259,11 +285,94 @@ def round_nearest(r, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def settle(
+    d, s, lots, dice, n: tl.constexpr, tensor, i_tile, at, e_tile, off, inside, start, live, decay,
+    DTYPE: tl.constexpr, DECAY: tl.constexpr, BIT_MASK: tl.constexpr, RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
+    SURE: tl.constexpr,
+):  # fmt: skip
+    """The new values of chunk n, whose old ones are d. SURE: a term is live. The other arguments are those of `perturb_tile`."""
+    mask, scales, block, k_span, keep_below = tensor[2], tensor[3], tensor[4], tensor[5], tensor[7]
+    j = tl.arange(0, W)[None, :]
+    shift = 16 * (n * W // 8) + n * W % 8
+    d = widen(d, DTYPE)
+    if DECAY:
+        d = d * decay
+    u = chunk(s, n * W, P, W)
+    if SCALE > 0:
+        has_scale = scales.to(tl.int64) != 0  # other tensors of the list have none: their factor is 1, which is exact
+        if ROWS:
+            i = i_tile + at + shift
+            at_k = (i[:, None] + j) // block - k_span
+        else:
+            place = start + (at + shift).to(tl.uint32)
+            k = place // block
+            place = place - k * block
+            k = k.to(tl.int64) + k_span
+        if SCALE == 1 and WHOLE and not ROWS:  # blocks of 8 and more: a chunk lies in one or in two of them
+            first = tl.load(scales + k, mask=has_scale, other=1.0)
+            second = tl.load(scales + k + 1, mask=has_scale & (place + (W - 1) >= block), other=1.0)
+            factor = tl.where(place[:, None] + j.to(tl.uint32) >= block, second[:, None], first[:, None])
+        else:
+            if not ROWS:
+                at_k = k[:, None] + ((place[:, None] + j.to(tl.uint32)) // block).to(tl.int64)
+            if WHOLE:
+                factor = tl.load(scales + at_k, mask=has_scale, other=1.0)
+            else:
+                factor = tl.load(scales + at_k, mask=has_scale & inside, other=1.0)
+        u = u * factor
+    r = d + u
+
+    keep = live
+    if BIT_MASK:
+        has_mask = mask.to(tl.int64) != 0
+        if WHOLE:
+            byte = tl.load(mask + (e_tile >> 3) + ((off + shift) >> 3), mask=has_mask, other=255)
+            bit = (byte.to(tl.int32)[:, None] >> ((shift & 7) + j)) & 1
+        else:
+            e = e_tile + off[:, None] + (shift + j)
+            byte = tl.load(mask + (e >> 3), mask=has_mask & inside, other=255)
+            bit = (byte.to(tl.int32) >> (e & 7).to(tl.int32)) & 1
+        keep = keep & (bit != 0)
+    if RANDOM_MASK:
+        keep = keep & ((chunk(lots, n * W, P, W) < keep_below) | (keep_below == 0))
+    if BIT_MASK or RANDOM_MASK or not SURE:
+        r = tl.where(keep, r, d)
+
+    if STOCHASTIC:
+        return round_stochastic(r, chunk(dice, n * W, P, W), DTYPE)
+    else:
+        return round_nearest(r, DTYPE, INTERPRETED)
+
+
+@triton.jit
+def settle_all(
+    x, s, lots, dice, tensor, i_tile, at, e_tile, off, low, high, start, live, decay,
+    DTYPE: tl.constexpr, DECAY: tl.constexpr, BIT_MASK: tl.constexpr, RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
+    SURE: tl.constexpr,
+):  # fmt: skip
+    """`settle` for all chunks x of a tile."""
+    y = ()
+    j = tl.arange(0, W)[None, :]
+    for n in tl.static_range(16 // W):
+        shift = 16 * (n * W // 8) + n * W % 8
+        inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
+        new = settle(
+            x[n], s, lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK, RANDOM_MASK,
+            SCALE, ROWS, STOCHASTIC, P, W, INTERPRETED, WHOLE, SURE,
+        )  # fmt: skip
+        y = y + (new,)
+    return y
+
+
+@triton.jit
 def perturb_tile(
-    tensor, i_tile, at, e_tile, off, low, high, start, c0, c1, live, n_terms, tag0, tag1, terms, decay, k0, k1, base,
+    tensor, i_tile, at, e_tile, off, low, high, start, c0, c1, live, n_terms, tag0, tag1, terms, decay, n_passes, firsts, steps,
+    k0, k1, base,
     DTYPE: tl.constexpr, KIND: tl.constexpr, TERMS: tl.constexpr, DECAY: tl.constexpr, BIT_MASK: tl.constexpr,
-    RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr,
-    NARROW: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
+    RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, SEQUENCE: tl.constexpr,
+    P: tl.constexpr, NARROW: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile. The lane's first element has index i_tile + at in the full tensor and e_tile + off in memory.
 
@@ -273,94 +382,149 @@ def perturb_tile(
     """
     W: tl.constexpr = 128 // DTYPE.primitive_bitwidth if WHOLE or not NARROW else 1
     CHUNKS: tl.constexpr = 16 // W
-    src, dst, mask, scales, block, k_span, stream, keep_below, mask_tag = tensor
+    src, dst, stream, mask_tag = tensor[0], tensor[1], tensor[6], tensor[8]
     j = tl.arange(0, W)[None, :]
-
-    # All loads first: they are in flight while the noise is computed. (The other path would pay for that with twice the registers.)
+    zero = tl.zeros([P], tl.float32)
+    zeros = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    # Kept for all passes of a sequence; for one pass all loads go first, and are in flight while the noise is computed. (The path of single
+    # elements would pay for that with twice the registers.)
     x = ()
-    if WHOLE:
+    if WHOLE or SEQUENCE:
         for n in tl.static_range(CHUNKS):
             shift = 16 * (n * W // 8) + n * W % 8
-            x = x + (tl.load(tl.multiple_of(src + e_tile + off[:, None] + (shift + j), (1, 16))),)
+            if WHOLE:
+                x = x + (tl.load(tl.multiple_of(src + e_tile + off[:, None] + (shift + j), (1, 16))),)
+            else:
+                inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
+                x = x + (tl.load(src + e_tile + off[:, None] + (shift + j), mask=inside),)
+    lots = ()
+    dice = ()
 
-    zero = tl.zeros([P], tl.float32)
-    s = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    if TERMS > 0:
-        s = add_term(s, i_tile, at, stream, tag0, c0, k0, k1, base, KIND, True, ROWS)
-        if TERMS > 1:
-            s = add_term(s, i_tile, at, stream, tag1, c1, k0, k1, base, KIND, False, ROWS)
+    if SEQUENCE:
+        if RANDOM_MASK:
+            lots = octets(i_tile, at, MASK, stream, mask_tag, k0, k1, ROWS)
+        for p in range(0, n_passes):
+            word = tl.load(steps + 2 * p)
+            tag = word.to(tl.uint32)
+            c = (word >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+            other = tl.load(steps + 2 * p + 1)
+            if other == 0:
+                if KIND == GAUSSIAN:
+                    s = one_gaussian(i_tile, at, stream, tag, c, k0, k1, base, ROWS)
+                else:
+                    s = add_term(zeros, i_tile, at, stream, tag, c, k0, k1, base, KIND, True, ROWS)
+                x = settle_all(
+                    x, s, lots, dice, tensor, i_tile, at, e_tile, off, low, high, start, True, decay,
+                    DTYPE, 0, BIT_MASK, RANDOM_MASK, SCALE, ROWS, False, P, W, INTERPRETED, WHOLE, True,
+                )  # fmt: skip
+            else:
+                s = add_term(zeros, i_tile, at, stream, tag, c, k0, k1, base, KIND, True, ROWS)
+                for k in range(tl.load(firsts + p) + 1, tl.load(firsts + p + 1)):
+                    term = tl.load(terms + k)
+                    more = (term >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+                    s = add_term(s, i_tile, at, stream, term.to(tl.uint32), more, k0, k1, base, KIND, False, ROWS)
+                if KIND == GAUSSIAN:
+                    s = mix(s)
+                flags = other.to(tl.uint32)
+                factor = (other >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+                some = (flags & STEP_LIVE) != 0
+                if STOCHASTIC:
+                    if (flags & STEP_STOCHASTIC) != 0:
+                        x = settle_all(
+                            x, s, lots, octets(i_tile, at, ROUNDING, stream, tag, k0, k1, ROWS), tensor, i_tile, at, e_tile, off, low,
+                            high, start, some, factor, DTYPE, 1, BIT_MASK, RANDOM_MASK, SCALE, ROWS, True, P, W, INTERPRETED, WHOLE,
+                            False,
+                        )  # fmt: skip
+                    else:
+                        x = settle_all(
+                            x, s, lots, dice, tensor, i_tile, at, e_tile, off, low, high, start, some, factor,
+                            DTYPE, 1, BIT_MASK, RANDOM_MASK, SCALE, ROWS, False, P, W, INTERPRETED, WHOLE, False,
+                        )  # fmt: skip
+                else:
+                    x = settle_all(
+                        x, s, lots, dice, tensor, i_tile, at, e_tile, off, low, high, start, some, factor,
+                        DTYPE, 1, BIT_MASK, RANDOM_MASK, SCALE, ROWS, False, P, W, INTERPRETED, WHOLE, False,
+                    )  # fmt: skip
     else:
-        for k in tl.range(0, n_terms, loop_unroll_factor=2):
-            term = tl.load(terms + k)
-            c = (term >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-            live = live | ((term >> 32) != 0)
-            s = add_term(s, i_tile, at, stream, term.to(tl.uint32), c, k0, k1, base, KIND, False, ROWS)
-    if KIND == GAUSSIAN:
-        s = mix(s)
+        s = zeros
+        if TERMS > 0:
+            s = add_term(s, i_tile, at, stream, tag0, c0, k0, k1, base, KIND, True, ROWS)
+            if TERMS > 1:
+                s = add_term(s, i_tile, at, stream, tag1, c1, k0, k1, base, KIND, False, ROWS)
+        else:
+            for k in tl.range(0, n_terms, loop_unroll_factor=2):
+                term = tl.load(terms + k)
+                c = (term >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+                live = live | ((term >> 32) != 0)
+                s = add_term(s, i_tile, at, stream, term.to(tl.uint32), c, k0, k1, base, KIND, False, ROWS)
+        if KIND == GAUSSIAN:
+            s = mix(s)
+        if RANDOM_MASK:
+            lots = octets(i_tile, at, MASK, stream, mask_tag, k0, k1, ROWS)
+        if STOCHASTIC:
+            dice = octets(i_tile, at, ROUNDING, stream, tag0, k0, k1, ROWS)
 
-    if RANDOM_MASK:
-        lots = octets(i_tile, at, MASK, stream, mask_tag, k0, k1, ROWS)
-    if STOCHASTIC:
-        dice = octets(i_tile, at, ROUNDING, stream, tag0, k0, k1, ROWS)
     for n in tl.static_range(CHUNKS):
         shift = 16 * (n * W // 8) + n * W % 8
         here = off[:, None] + (shift + j)
-        if WHOLE:
-            d = widen(x[n], DTYPE)
+        inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
+        if SEQUENCE:
+            y = x[n]
         else:
-            inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
-            d = widen(tl.load(src + e_tile + here, mask=inside), DTYPE)
-        if DECAY:
-            d = d * decay
-        u = chunk(s, n * W, P, W)
-        if SCALE > 0:
-            has_scale = scales.to(tl.int64) != 0  # other tensors of the list have none: their factor is 1, which is exact
-            if ROWS:
-                i = i_tile + at + shift
-                at_k = (i[:, None] + j) // block - k_span
-            else:
-                place = start + (at + shift).to(tl.uint32)
-                k = place // block
-                place = place - k * block
-                k = k.to(tl.int64) + k_span
-            if SCALE == 1 and WHOLE and not ROWS:  # blocks of 8 and more: a chunk lies in one or in two of them
-                first = tl.load(scales + k, mask=has_scale, other=1.0)
-                second = tl.load(scales + k + 1, mask=has_scale & (place + (W - 1) >= block), other=1.0)
-                factor = tl.where(place[:, None] + j.to(tl.uint32) >= block, second[:, None], first[:, None])
-            else:
-                if not ROWS:
-                    at_k = k[:, None] + ((place[:, None] + j.to(tl.uint32)) // block).to(tl.int64)
-                if WHOLE:
-                    factor = tl.load(scales + at_k, mask=has_scale, other=1.0)
-                else:
-                    factor = tl.load(scales + at_k, mask=has_scale & inside, other=1.0)
-            u = u * factor
-        r = d + u
-
-        keep = live
-        if BIT_MASK:
-            has_mask = mask.to(tl.int64) != 0
             if WHOLE:
-                byte = tl.load(mask + (e_tile >> 3) + ((off + shift) >> 3), mask=has_mask, other=255)
-                bit = (byte.to(tl.int32)[:, None] >> ((shift & 7) + j)) & 1
+                d = x[n]
             else:
-                e = e_tile + here
-                byte = tl.load(mask + (e >> 3), mask=has_mask & inside, other=255)
-                bit = (byte.to(tl.int32) >> (e & 7).to(tl.int32)) & 1
-            keep = keep & (bit != 0)
-        if RANDOM_MASK:
-            keep = keep & ((chunk(lots, n * W, P, W) < keep_below) | (keep_below == 0))
-        if TERMS == 0 or BIT_MASK or RANDOM_MASK or not WHOLE:  # otherwise `perturb_kernel` has looked whether a term is live
-            r = tl.where(keep, r, d)
-
-        if STOCHASTIC:
-            y = round_stochastic(r, chunk(dice, n * W, P, W), DTYPE)
-        else:
-            y = round_nearest(r, DTYPE, INTERPRETED)
+                d = tl.load(src + e_tile + here, mask=inside)
+            y = settle(
+                d, s, lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK,
+                RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, W, INTERPRETED, WHOLE,
+                TERMS > 0 and WHOLE,  # `perturb_kernel` has looked whether a term is live
+            )  # fmt: skip
         if WHOLE:
             tl.store(tl.multiple_of(dst + e_tile + here, (1, 16)), y)
         else:
             tl.store(dst + e_tile + here, y, mask=inside)
+
+
+# ---- sequences of passes ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_steps(
+    n_passes,
+    most_terms,
+    tags,
+    coefs,
+    firsts,
+    decays,
+    roundings,
+    steps,
+    KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Two words for each pass: its first term as (tag, c'), and 0 if it is a usual one (one live term, no decay, nearest), or else the
+    flags in the low half and the decay in the high one. As the terms, by every program."""
+    for p in range(0, n_passes, P):
+        some = p + tl.arange(0, P)
+        exists = some < n_passes
+        begin = tl.load(firsts + some, mask=exists, other=0)
+        end = tl.load(firsts + some + 1, mask=exists, other=0)
+        tag = tl.load(tags + 2 * begin, mask=begin < end, other=0).to(tl.uint32).to(tl.int64)
+        c = coefficient(tl.load(coefs + begin, mask=begin < end, other=0.0), KIND).to(tl.uint32, bitcast=True)
+        live = c
+        for k in range(1, most_terms):
+            there = begin + k < end
+            live = live | coefficient(tl.load(coefs + begin + k, mask=there, other=0.0), KIND).to(tl.uint32, bitcast=True)
+        decay = tl.load(decays + some, mask=exists, other=1.0).to(tl.uint32, bitcast=True)
+        decay = tl.where((decay & 0x7F800000) == 0x7F800000, 0x3F800000, decay)
+        flags = tl.where(live != 0, STEP_OTHER | STEP_LIVE, STEP_OTHER)
+        if STOCHASTIC:
+            flags = flags | tl.where(tl.load(roundings + some, mask=exists, other=0) != 0, STEP_STOCHASTIC, 0)
+        usual = (end - begin == 1) & (decay == 0x3F800000) & (flags == (STEP_OTHER | STEP_LIVE))
+        other = tl.where(usual, 0, (decay.to(tl.int64) << 32) | flags.to(tl.int64))
+        tl.store(steps + 2 * some, tag | (c.to(tl.int64) << 32), mask=exists)
+        tl.store(steps + 2 * some + 1, other, mask=exists)
 
 
 # ---- the launch -------------------------------------------------------------------------------------------------------
@@ -370,6 +534,7 @@ def perturb_tile(
 NOT_SPECIALISED = [
     *("tiles", "seed_low", "seed_high", "tag0", "tag1", "coef0", "coef1", "decay_bits"),
     *("n_terms", "tags", "coefs", "terms", "decay_ptr", "base"),
+    *("n_passes", "most_terms", "firsts", "decays", "roundings", "steps"),
 ]
 
 
@@ -382,6 +547,8 @@ def perturb_kernel(
     n_terms, tags, coefs,  # int32 [K, 2] (low word, high word), fp32 [K], in device memory; None if HOST_TERMS
     terms,  # int64 [K], scratch: what the kernel makes of tags and coefs; None if TERMS > 0
     decay_ptr,  # fp32 [1]; None unless DECAY == 2
+    n_passes, most_terms, firsts, decays, roundings,  # of a sequence: S, the most terms of a pass, int64 [S + 1], fp32 [S], uint8 [S]
+    steps,  # int64 [S, 2], scratch: what the kernel makes of the passes; None unless SEQUENCE
     base,  # 0x3C240000
     DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
     KIND: tl.constexpr,  # GAUSSIAN or RADEMACHER
@@ -394,6 +561,7 @@ def perturb_kernel(
     ROWS: tl.constexpr,  # every tensor of the list is gathered rows; otherwise none is
     STOCHASTIC: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    SEQUENCE: tl.constexpr,  # many passes, with TERMS = 0 and DECAY = 0; STOCHASTIC: some of them may be
     P: tl.constexpr,
     NARROW: tl.constexpr,  # masked accesses by columns [P, 1]; as [P, W] they would go through shared memory
     INTERPRETED: tl.constexpr,
@@ -445,8 +613,10 @@ def perturb_kernel(
             tag = tl.load(tags + 2 * some, mask=exists, other=0).to(tl.uint32).to(tl.int64)
             c = coefficient(tl.load(coefs + some, mask=exists, other=0.0), KIND).to(tl.uint32, bitcast=True).to(tl.int64)
             tl.store(terms + some, tag | (c << 32), mask=exists)
+        if SEQUENCE:
+            prepare_steps(n_passes, most_terms, tags, coefs, firsts, decays, roundings, steps, KIND, STOCHASTIC, P)
         tl.debug_barrier()
-        if STOCHASTIC:
+        if STOCHASTIC and not SEQUENCE:
             t0 = tl.load(tags, mask=n_terms > 0, other=0).to(tl.uint32)
     decay = 1.0
     if DECAY > 0:
@@ -531,11 +701,15 @@ def perturb_kernel(
         first = (start + (t - tile) * TILE).to(tl.uint32)
         if aligned & inside & (live | (TERMS == 0)):
             perturb_tile(
-                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, k0, k1, opaque,
-                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, NARROW, INTERPRETED, True,
+                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, n_passes, firsts,
+                steps, k0, k1, opaque,
+                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, SEQUENCE, P,
+                NARROW, INTERPRETED, True,
             )  # fmt: skip
         else:
             perturb_tile(
-                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, k0, k1, opaque,
-                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, NARROW, INTERPRETED, False,
+                tensor, i_tile, at, e_tile, off, low, high, first, c0, c1, live, n_terms, t0, t1, terms, decay, n_passes, firsts,
+                steps, k0, k1, opaque,
+                DTYPE, KIND, TERMS, DECAY, BIT_MASK, RANDOM_MASK, SCALE, ROWS, STOCHASTIC, SEQUENCE, P,
+                NARROW, INTERPRETED, False,
             )  # fmt: skip

@@ -1,6 +1,6 @@
 """The C++ kernels for tensors in host memory: AVX-512, AVX2 or portable code, chosen at run time (csrc/cpu).
 
-Belongs here: from a plan and a pass to the call of the extension. Does not belong here: arithmetic, checks of a user's arguments.
+Belongs here: from a plan and passes to the call of the extension. Does not belong here: arithmetic, checks of a user's arguments.
 
 `ZO_KERNELS_ISA` = portable, avx2 or avx512 forces an instruction set; one that this processor lacks is refused. It is read
 once, at the first use. Threads: as many as `torch.get_num_threads()`, if the pass is large enough for more than one.
@@ -20,7 +20,7 @@ from zo_kernels import ops
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from zo_kernels.ops import Pass, Plan
+    from zo_kernels.ops import Pass, Passes, Plan
 
 
 @functools.cache
@@ -94,3 +94,26 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
     kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
     isa = chosen_isa() if isa is None else isa
     call(address, n, p.seed, dtype, kind, rounding, tags, coefs, n_terms, decay, torch.get_num_threads(), isa)
+
+
+def sequence(plan: Plan, passes: Passes, isa: int | None = None) -> None:
+    """All passes over each tile while it lies in L1; `isa` as in `perturb`."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    module.cpu_sequence(
+        plan.table.ctypes.data,
+        len(plan.entries),
+        passes.seed,
+        ops.DTYPES[plan.dtype],
+        ops.KINDS[passes.kind],
+        passes.tags.data_ptr(),
+        passes.coefs.data_ptr(),
+        passes.tags.numel(),
+        passes.first.data_ptr(),
+        passes.decay.data_ptr(),
+        passes.rounding.data_ptr(),
+        len(passes),
+        torch.get_num_threads(),
+        chosen_isa() if isa is None else isa,
+    )

@@ -26,7 +26,7 @@ from zo_kernels import ops
 from zo_kernels._backends.cpu import extension
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Pass, Plan
+    from zo_kernels.ops import Pass, Passes, Plan
 
 SPAN = 2048  # ZO_CUDA_SPAN: elements that a block works on at a time
 BLOCKS = 6  # of 128 threads that a multiprocessor holds (perturb.cu)
@@ -94,15 +94,12 @@ class Resident:
     ready: torch.cuda.Event | None
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for (torch keeps the pinned buffer until it is over)."""
-    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
-
-
 def make_resident(plan: Plan, index: int, raw: int) -> Resident:
     tile = tile_size(int(plan.table[:, 2].sum()), torch.cuda.get_device_properties(index).multi_processor_count)
     blocks = work_map(plan.table, tile)
-    table, blocks_there = upload(plan.table.view(np.int64), plan.device), upload(blocks.view(np.int32), plan.device)
+    table, blocks_there = (
+        ops.move(torch.from_numpy(array), plan.device) for array in (plan.table.view(np.int64), blocks.view(np.int32))
+    )
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(index))
     launch = table.data_ptr(), blocks_there.data_ptr(), len(blocks), tile
@@ -136,7 +133,7 @@ def staged(values: Sequence[Any], dtype: type, device: torch.device) -> Tensor:
         raise RuntimeError(
             f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two device tensors, or fewer terms"
         )
-    return upload(np.asarray(values, dtype=dtype), device)
+    return ops.move(torch.from_numpy(np.asarray(values, dtype=dtype)), device)
 
 
 def perturb(plan: Plan, p: Pass) -> None:
@@ -173,3 +170,23 @@ def perturb(plan: Plan, p: Pass) -> None:
     lean = r.lean and decay is None
     kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
     module.cuda_perturb(*r.launch, lean, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
+
+
+def sequence(plan: Plan, passes: Passes) -> None:
+    """All passes over each group of weights while it lies in registers: one launch, after a small one that prepares the terms."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    with torch.cuda.device(plan.device):
+        index = torch.cuda.current_device()
+        raw = torch._C._cuda_getCurrentRawStream(index)
+        r: Resident | None = plan.cache.get("cuda")
+        if r is None or r.stream != raw:
+            r = resident(plan, r, index, raw)
+        n, n_terms = len(passes), passes.tags.numel()
+        scratch = torch.empty(16 * n + 8 * n_terms, dtype=torch.uint8, device=plan.device)  # ZO_CUDA_SCRATCH
+        there = (ops.move(passes.first, plan.device), passes.decay, ops.move(passes.rounding, plan.device))
+        first, decays, roundings = (t.data_ptr() for t in there)
+        tags, coefs = passes.tags.data_ptr(), passes.coefs.data_ptr()
+        terms = (tags, coefs, n_terms, first, decays, roundings, n, scratch.data_ptr())
+        module.cuda_sequence(*r.launch, r.lean, passes.seed, r.dtype, ops.KINDS[passes.kind], *terms, raw)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from zo_kernels.reference import perturb as perturb  # the interface's third function
+from zo_kernels.reference import perturb as perturb  # the interface's third and fourth functions
+from zo_kernels.reference import sequence as sequence
 
 
 def status() -> str | None:

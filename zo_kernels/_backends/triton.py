@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zo_kernels import ops
+from zo_kernels.ops import Pass
+
 if TYPE_CHECKING:
-    from zo_kernels.ops import Entry, Pass, Plan
+    from zo_kernels.ops import Entry, Passes, Plan
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ LINEAR_GPU = LinearLaunch(x_rows=64, w_rows=64, columns=64, warps=4, stages=3, p
 LINEAR_GPU_FP32 = replace(LINEAR_GPU, x_rows=32, stages=2)  # twice the bytes, and registers hold less without tensor cores
 LINEAR_INTERPRETER = LinearLaunch(x_rows=64, w_rows=256, columns=512, warps=1, stages=1, programs=1, least_tiles=1)
 F_BASE = 0x3C240000
+SEQUENCE_OPTIONS = {"maxnreg": 128}  # without a limit ptxas (of Triton 3.7) takes 96 registers for the loop over passes, and spills
 
 
 def gpu_launch(dtype: torch.dtype) -> Launch:
@@ -156,8 +160,8 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     first = (np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)) * tiles
     scale_blocks = [e.scale_block for e in entries if e.scale is not None]
     return Batch(
-        table=_to_device(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
-        spans=_to_device(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
+        table=ops.move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
+        spans=ops.move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
         tiles=tiles,
         flags={
             "BIT_MASK": any(e.mask is not None for e in entries),
@@ -198,11 +202,6 @@ def _float_bits(x: float) -> int:
     return int(np.float32(x).view(np.int32))
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy in device memory, without waiting for the device (a copy from pageable memory would)."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
 def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device.
 
@@ -214,8 +213,8 @@ def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
     arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
     if n > 2 and not isinstance(tags, Tensor):
-        tags = _to_device(torch.tensor(tags, dtype=torch.int64), device)
-        coefs = _to_device(torch.tensor(coefs, dtype=torch.float32), device)
+        tags = ops.move(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = ops.move(torch.tensor(coefs, dtype=torch.float32), device)
     if isinstance(tags, Tensor):
         arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
         if not unrolled:
@@ -232,19 +231,25 @@ def _decay(decay: float | Tensor | None) -> dict[str, Any]:
     return {"decay_bits": 0 if decay is None else _float_bits(decay), "decay_ptr": None, "DECAY": int(decay is not None)}
 
 
-def _common(p: Pass, dtype: torch.dtype) -> dict[str, Any]:
+def _common(seed: int, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """What every kernel takes."""
     import triton.language as tl
 
     kernels = _kernels()
     return {
-        "seed_low": _signed(p.seed & 0xFFFFFFFF),
-        "seed_high": _signed(p.seed >> 32),
+        "seed_low": _signed(seed & 0xFFFFFFFF),
+        "seed_high": _signed(seed >> 32),
         "base": F_BASE,
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
-        "KIND": kernels.GAUSSIAN if p.kind == "gaussian" else kernels.RADEMACHER,
+        "KIND": kernels.GAUSSIAN if kind == "gaussian" else kernels.RADEMACHER,
         "INTERPRETED": _interpreted(),
     }
+
+
+NO_SEQUENCE: dict[str, Any] = {
+    **{"n_passes": 0, "most_terms": 0, "SEQUENCE": False},
+    **dict.fromkeys(("firsts", "decays", "roundings", "steps")),
+}
 
 
 def perturb(plan: Plan, p: Pass) -> None:
@@ -252,20 +257,43 @@ def perturb(plan: Plan, p: Pass) -> None:
 
     (In two where the plan mixes gathered rows with other tensors.) The host never waits for the device.
     """
+    stochastic = p.rounding == "stochastic"
+    launch_all(plan, p.seed, p.kind, stochastic, {**_terms(p, plan.device), **_decay(p.decay), **NO_SEQUENCE})
+
+
+def sequence(plan: Plan, passes: Passes) -> None:
+    """The passes one after another, in the same number of launches."""
+    n, device = len(passes), plan.device
+    counts = passes.first.diff()
+    arguments = {
+        **_terms(Pass(passes.seed, [], []), device),
+        **_decay(None),
+        **{"tags": passes.tags.view(torch.int32), "coefs": passes.coefs, "n_terms": passes.tags.numel()},
+        **{"TERMS": 0, "HOST_TERMS": False, "SEQUENCE": True, "decays": passes.decay},
+        **{"n_passes": n, "most_terms": int(counts.max()) if n else 0, "firsts": ops.move(passes.first, device)},
+        "roundings": ops.move(passes.rounding, device),
+        "terms": torch.empty(passes.tags.numel(), dtype=torch.int64, device=device),
+        "steps": torch.empty(2 * n, dtype=torch.int64, device=device),
+    }
+    launch_all(plan, passes.seed, passes.kind, bool(passes.rounding.any()), arguments)
+
+
+def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: dict[str, Any]) -> None:
+    """A launch for each batch of the plan; `arguments`: those of the kernel that depend on the terms."""
     kernels = _kernels()
     interpreted = _interpreted()
     launch = INTERPRETER if interpreted else gpu_launch(plan.dtype)
-    arguments = {
-        **_terms(p, plan.device),
-        **_decay(p.decay),
-        **_common(p, plan.dtype),
-        "STOCHASTIC": p.rounding == "stochastic" and plan.dtype != torch.float32,
+    arguments |= {
+        **_common(seed, kind, plan.dtype),
+        "STOCHASTIC": stochastic and plan.dtype != torch.float32,
         "P": launch.groups,
         "NARROW": launch.narrow,
     }
     for batch in _batches(plan, launch):
         grid = (batch.spans.numel(),)
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
+        if arguments["SEQUENCE"] and not interpreted:
+            options |= SEQUENCE_OPTIONS
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **arguments, **batch.flags, **options)
 
@@ -281,8 +309,8 @@ def _linear_terms(p: Pass, device: torch.device) -> dict[str, Any]:
         return one
     tags, coefs = p.tags, p.coefs
     if not isinstance(tags, Tensor):
-        tags = _to_device(torch.tensor(tags, dtype=torch.int64), device)
-        coefs = _to_device(torch.tensor(coefs, dtype=torch.float32), device)
+        tags = ops.move(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = ops.move(torch.tensor(coefs, dtype=torch.float32), device)
     return {"tag": 0, "coef": 0, "n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "TERMS": 0}
 
 
@@ -307,7 +335,7 @@ def linear(x: Tensor, weight: Entry, bias: Entry | None, p: Pass, halves: bool) 
     y = torch.empty(rows, N, dtype=x.dtype, device=x.device)
     shared = {
         **_linear_terms(p, x.device),
-        **_common(p, x.dtype),
+        **_common(p.seed, p.kind, x.dtype),
         "bias": None if bias is None else bias.src,
         "bias_offset": 0 if bias is None else bias.offset,
         "bias_stream": 0 if bias is None else _signed(bias.stream),
