@@ -82,15 +82,70 @@ class Update:
     rounding: str = "nearest"
 
 
+def _changed(name: str, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"parameter {name} was {how} inside a step: nothing was updated. A closure only reads the weights; change them between two steps. "
+        "(In place, values that it wrote are off by the perturbation: load them again)"
+    )
+
+
 class View(abc.ABC):
     """What both ways share: the parameter groups, and the update of the clean weights.
 
     `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
-    which the weights are clean. Around both, `step()` guards the forwards.
+    which the weights are clean. Around both, `step()` guards the forwards, and after each forward `check()` refuses one that changed
+    the weights.
     """
 
-    def __init__(self, groups: Sequence[Weights], *, seed: int, kind: str, backend: str | None) -> None:
-        self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
+    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
+        self.groups, self.seed, self.kind, self.backend, self.model = groups, seed, kind, backend, model
+        self.names = {id(p): name for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
+        # Every attribute of the model that reads a trainable parameter: a tied one has several.
+        self.places: list[tuple[nn.Module, str, Tensor]] = [
+            (module, attribute, p)
+            for module in (model.modules() if model is not None else ())
+            for attribute, p in module._parameters.items()
+            if p is not None and id(p) in self.names
+        ]
+        # Parameters beside their memory as the plans have it.
+        self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
+        self.versions: dict[int, tuple[Tensor, int]] = {}
+
+    # -- forwards that change weights --
+
+    def expect(self, params: Iterable[Tensor] | None = None) -> None:
+        """From here on nobody but us may write to the weights."""
+        tensors = (p for p, _, _ in self.memories) if params is None else params
+        self.versions.update((id(p), (p, p._version)) for p in tensors if not p.is_inference())
+
+    def check(self) -> None:
+        """After a forward.
+
+        Raises:
+            RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
+        """
+        for module, attribute, p in self.places:
+            if module._parameters.get(attribute) is not p:
+                raise _changed(self.names[id(p)], "replaced")
+        for p, _, address in self.memories:
+            if p.data_ptr() != address:
+                raise _changed(self.names[id(p)], "moved or converted")
+        for p, version in self.versions.values():
+            if p._version != version:
+                raise _changed(self.names[id(p)], "written to")
+
+    def moved(self) -> bool:
+        """Whether an attribute of the model holds another tensor than when the view was made."""
+        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places)
+
+    def _undo(self) -> None:
+        """Parameters that a failed forward replaced, moved or converted are what they were."""
+        for module, attribute, p in self.places:
+            if module._parameters.get(attribute) is not p:
+                module._parameters[attribute] = p  # type: ignore[assignment]
+        for p, memory, address in self.memories:
+            if p.data_ptr() != address:
+                p.data = memory
 
     @abc.abstractmethod
     def step(self, recorded: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -149,16 +204,18 @@ class InPlace(View):
     """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
     first perturbation if `update` was told to go ahead to it."""
 
-    def __init__(self, groups: Sequence[Weights], **options: Any) -> None:
-        super().__init__(groups, **options)
+    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, **options: Any) -> None:
+        super().__init__(groups, model, **options)
         self.at: list[Shift] = [()] * len(groups)
 
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
         """If a forward fails, the weights go back, to within the rounding of the passes."""
+        self.expect()
         try:
             yield
         except BaseException:
+            self._undo()
             if recorded:
                 self.at = [()] * len(self.groups)
             else:
@@ -170,11 +227,16 @@ class InPlace(View):
             with uninterrupted():
                 self.run(k, _add(shift, [(tag, -c) for tag, c in self.at[k]]), 1.0, "nearest")
                 self.at[k] = shift
+        self.expect()
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
 
     def restore(self) -> None:
         """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
         if any(self.at):
+            if any(p.data_ptr() != address for p, _, address in self.memories):
+                # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
+                self.groups = [replace(w) for w in self.groups]
+                self.memories = [(p, e.src, e.src.data_ptr()) for w in self.groups for e, p in w.pairs]
             with torch.no_grad():
                 self.see([()] * len(self.groups))
 
@@ -206,7 +268,10 @@ _METADATA = {
 }
 
 
-# Functions whose result is never a view of a weight.
+# What changes a tensor without writing to its memory: `p.data = x`, `p.requires_grad = False`.
+_SETTERS = {"__set__", "requires_grad_"}
+
+# Functions whose result is never a view of a weight, and which write to none.
 _FRESH = {
     *(nn.functional.linear, nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.embedding),
     *(nn.functional.conv1d, nn.functional.conv2d, nn.functional.bilinear, torch.addmm, torch.mm, torch.matmul, torch.bmm),
@@ -222,6 +287,12 @@ def default_scratch_bytes(devices: Iterable[torch.device]) -> int:
     return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 23
 
 
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that may be written to at any time, whatever mode the closure is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -229,6 +300,50 @@ def _aligned(size: int) -> int:
 def compiled(model: nn.Module) -> bool:
     """Whether part of the model runs as a graph of torch.compile, which has the weights built in and would not see a shadow."""
     return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
+
+
+class Placed(dict[str, Any]):
+    """A module's `_parameters` while other values stand before it, in the module's `__dict__`.
+
+    Who puts another tensor there (`torch.func.functional_call`) has it read. Who copies or pickles the module is refused: the copy would
+    keep the values that stand before its parameters.
+    """
+
+    def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
+        super().__init__(module._parameters)
+        self.module, self.parameters, self.values_shown = module, module._parameters, values
+        module.__dict__["_parameters"] = self
+        module.__dict__.update(values)
+
+    def __setitem__(self, name: str, p: Any) -> None:
+        super().__setitem__(name, p)
+        if name in self.values_shown and p is self.parameters.get(name):
+            self.module.__dict__[name] = self.values_shown[name]
+        elif name in self.values_shown:
+            self.module.__dict__.pop(name, None)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        if name in self.values_shown:
+            self.module.__dict__.pop(name, None)
+
+    def keep(self) -> None:
+        """The step is done: parameters that the closure added stay."""
+        if self.keys() != self.parameters.keys():
+            self.parameters.clear()
+            self.parameters.update(self)
+
+    def remove(self) -> None:
+        self.module.__dict__["_parameters"] = self.parameters
+        for name, value in self.values_shown.items():
+            if self.module.__dict__.get(name) is value:
+                del self.module.__dict__[name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "a module is copied or pickled inside a scratch step, while perturbed values stand before its parameters: do it between two "
+            "steps; its state_dict() has the clean weights at any time"
+        )
 
 
 class PerturbedWeight(Tensor):
@@ -257,6 +372,9 @@ class PerturbedWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         found = _find(args, kwargs)
+        found[0].scratch.check_thread(found[0])
+        if getattr(func, "__name__", "") in _SETTERS:
+            raise _changed(found[0].scratch.names[id(found[0].param)], "changed")
         return found[0].scratch.call(func, args, kwargs, found)
 
     @classmethod
@@ -264,6 +382,7 @@ class PerturbedWeight(Tensor):
         """C++ code that did not ask `__torch_function__` (scripted functions): the values, in memory of their own."""
         kwargs = kwargs or {}
         found = _find(args, kwargs)
+        found[0].scratch.check_thread(found[0])
         args, kwargs = _replace(args, kwargs, found[0].scratch.values(found, keep=True))
         return func(*args, **kwargs)
 
@@ -354,22 +473,17 @@ class Scratch(View):
     """
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.model = model
+        super().__init__(groups, model, **options)
         shadows: dict[int, PerturbedWeight] = {}
         for k, weights in enumerate(groups):
             entries = weights.entries()
             for p in weights.params:
                 shadows[id(p)] = PerturbedWeight(p, entries[id(p)], k, self)
         self.limit = scratch_bytes or default_scratch_bytes(s.param.device for s in shadows.values())
-        self.names = {id(p): name for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
-        # Every attribute that reads a trainable parameter: a tied one has several.
-        self.sites: list[tuple[nn.Module, str, PerturbedWeight]] = [
-            (module, attribute, shadows[id(p)])
-            for module in model.modules()
-            for attribute, p in module._parameters.items()
-            if p is not None and id(p) in shadows
-        ]
+        self.sites: dict[nn.Module, list[tuple[str, PerturbedWeight]]] = {}
+        for module, attribute, p in self.places:
+            self.sites.setdefault(module, []).append((attribute, shadows[id(p)]))
+        self.thread: int | None = None  # that runs a step now
         self.passes: list[ops.Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
         self.storages: set[int] = set()  # the buffers', by address
@@ -380,13 +494,14 @@ class Scratch(View):
         self.changed = False  # a call came that no earlier forward had
         # Everything that the calls took, where the buffer holds it all; it has memory of its own, and the modules hold its values.
         self.resident: Fill | None = None
+        self.filled: list[tuple[int, Tensor, int]] = []  # its shadows' ids, values, and their versions after the pass
         self.parts: dict[Calls, list[Part]] = {}
         self.gathers: dict[tuple[int, int], Gather] = {}  # by the table's shadow and the number of rows
         self.gather_memory: dict[tuple[str, torch.device], Tensor] = {}
         self.inside = False  # our own reads of clean weights are under way
         # Parameters that code reaches past its module's attributes (a list of captured weights, a scripted module), and a copy of
         # their clean values while a forward runs. `missing` are those that no module owns at all.
-        reached = {id(shadow) for _, _, shadow in self.sites}
+        reached = {id(shadow) for sites in self.sites.values() for _, shadow in sites}
         self.held: dict[int, PerturbedWeight] = {i: s for i, s in shadows.items() if id(s) not in reached}
         self.copies: dict[int, Tensor] = {}
         self.told = 0  # how many held parameters the user knows of
@@ -403,23 +518,27 @@ class Scratch(View):
         if watched:
             self.resident, self.changed = None, True  # see() starts to learn
         there = self.resident.values if self.resident else {}
-        placed = []
+        placed: list[Placed] = []
+        self.thread = threading.get_ident()
+        self.expect()
         try:
-            for module, attribute, shadow in self.sites:
-                if module._parameters.get(attribute) is shadow.param:
-                    value = there[(id(shadow),)][0] if (id(shadow),) in there else shadow
-                    placed.append((module, attribute, value))
-                    module.__dict__[attribute] = value
+            for module, sites in self.sites.items():
+                placed.append(Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in sites}))
             if watched:
                 with Watch(self, self.shadows.values()):
                     yield
                 self.watched_mode = self.model.training
             else:
                 yield
+            for front in placed:
+                front.keep()
+        except BaseException:
+            self._undo()
+            raise
         finally:
-            for module, attribute, value in placed:
-                if module.__dict__.get(attribute) is value:
-                    del module.__dict__[attribute]
+            for front in placed:
+                front.remove()
+            self.thread = None
             self._put_back()
 
     def see(self, shifts: Sequence[Shift]) -> None:
@@ -432,6 +551,27 @@ class Scratch(View):
             self._perturb_held(shadow)
         if self.resident:
             self._fill(self.resident)
+            self.filled = [(key[0], t, t._version) for key, (t,) in self.resident.values.items()]
+        self.expect()
+
+    def check(self) -> None:
+        super().check()
+        for module, sites in self.sites.items():
+            for attribute, shadow in sites:
+                if attribute not in module.__dict__:
+                    raise _changed(self.names[id(shadow.param)], "perturbed by another step")
+        if self.resident:
+            for key, t, version in self.filled:
+                if t._version != version:
+                    raise _changed(next(self.names[i] for i, s in self.shadows.items() if id(s) == key), "written to")
+        for fill in (self.resident, *self.fills.values()):
+            for t in fill.written if fill else ():
+                if t.grad is not None:
+                    t.grad = None
+                    raise RuntimeError(
+                        "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. "
+                        "Leave it out (MeZO needs none), or take perturbation='inplace'"
+                    )
 
     def update(self, updates: Sequence[Update]) -> None:
         self._put_back()
@@ -448,6 +588,21 @@ class Scratch(View):
 
     # -- a function that receives weights --
 
+    def check_thread(self, shadow: PerturbedWeight) -> None:
+        """The buffer serves one forward at a time.
+
+        Raises:
+            RuntimeError: the shadow is used outside of a step, or by another thread than runs the step.
+        """
+        if threading.get_ident() != self.thread:
+            name = self.names[id(shadow.param)]
+            raise RuntimeError(
+                f"the perturbed {name} of a scratch step is used after the step: read it again from its module"
+                if self.thread is None
+                else f"the model runs in another thread than step() (read: {name}): in scratch mode one buffer serves one forward at a time. "
+                "Take perturbation='inplace', or run the model in the closure's thread"
+            )
+
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
         if func is nn.functional.embedding:
             rows = self._embedding(*args, **kwargs)
@@ -457,10 +612,16 @@ class Scratch(View):
             product = self._linear(*args, **kwargs)
             if product is not None:
                 return product
-        plain, named = _replace(args, kwargs, self.values(found))
-        result = func(*plain, **named)
+        values = self.values(found)
+        plain, named = _replace(args, kwargs, values)
         if func in _FRESH:
-            return result
+            return func(*plain, **named)
+        versions = [t._version for t in values]
+        result = func(*plain, **named)
+        for t, version, shadow in zip(values, versions, found, strict=True):
+            if t._version != version:
+                self.live = {}
+                raise _changed(self.names[id(shadow.param)], "written to")
         for t in (result,) if type(result) is Tensor else _walk(result):
             if isinstance(t, Tensor) and type(t) is not PerturbedWeight and t.untyped_storage().data_ptr() in self.storages:
                 # A view of the weight outlives the call (`weight.t()`): it needs values that the next call does not overwrite.
@@ -472,7 +633,7 @@ class Scratch(View):
         """theta + c z of each weight, in the buffer (valid until the next call) or, to keep, in memory of their own."""
         key = tuple(map(id, found))
         if keep:
-            fill = self._fill_of([found], [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in found])
+            fill = self._fill_of([found], [_empty(s.param.shape, s.param.dtype, s.param.device) for s in found])
             self._fill(fill)
             return fill.values[key]
         if self.asked is not None:
@@ -537,7 +698,7 @@ class Scratch(View):
             return
         taken = {id(s): s for call in asked for s in call or ()}
         if None not in asked and not self.resident and sum(_aligned(s.param.nbytes) for s in taken.values()) <= self.limit:
-            room = [torch.empty(s.param.shape, dtype=s.param.dtype, device=s.param.device) for s in taken.values()]
+            room = [_empty(s.param.shape, s.param.dtype, s.param.device) for s in taken.values()]
             self.resident = self._fill_of([[s] for s in taken.values()], room)
             self._drop_buffers()  # the modules hold the values themselves from the next step on
             return
@@ -585,7 +746,7 @@ class Scratch(View):
         if any(have.get(device, 0) < size for device, size in ends.items()):
             self._drop_buffers()
             for device, size in (have | {device: max(size, have.get(device, 0)) for device, size in ends.items()}).items():
-                whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+                whole = _empty((size + ALIGNMENT,), torch.uint8, device)
                 start = -whole.data_ptr() % ALIGNMENT
                 self.buffers[device] = whole[start : start + size]
             self.storages = {b.untyped_storage().data_ptr() for b in self.buffers.values()}
@@ -661,8 +822,10 @@ class Scratch(View):
         self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any, **more: Any
     ) -> Tensor | None:
         """theta + c z in the gathered rows only; None where the whole table is the only way."""
-        if type(weight) is not PerturbedWeight or not isinstance(input, Tensor) or max_norm is not None:
+        if type(weight) is not PerturbedWeight or not isinstance(input, Tensor):
             return None
+        if max_norm is not None:  # it writes to the table
+            raise _changed(self.names[id(weight.param)], "written to (max_norm)")
         entry, p = weight.entry, self.passes[weight.group]
         table = weight.param.detach()
         if p is None or id(weight.param) in self.held or (entry.mask is not None and table.shape[1] % 8):
@@ -703,7 +866,7 @@ class Scratch(View):
         """Bytes that all gathers share: one is over before the next begins."""
         room = self.gather_memory.get((purpose, device))
         if room is None or room.numel() < size:
-            room = self.gather_memory[purpose, device] = torch.empty(size, dtype=torch.uint8, device=device)
+            room = self.gather_memory[purpose, device] = _empty((size,), torch.uint8, device)
             self.gathers.clear()  # they point into the old memory
         return room[:size]
 
@@ -726,6 +889,7 @@ class Scratch(View):
             with uninterrupted():
                 self.copies[id(shadow.param)] = shadow.param.detach().clone()
                 ops.run((ops.Plan((shadow.entry,), shadow.param.device, shadow.param.dtype),), p, self.backend)
+                self.expect([shadow.param])
         finally:
             self.inside = False
 
@@ -771,6 +935,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.scratch.inside and not func.is_view:
+            if func._schema.is_mutable:
+                self._refuse_writes(func, args, kwargs)
             for t in _walk((args, kwargs)):
                 if not isinstance(t, Tensor) or type(t) is PerturbedWeight or t.is_meta:
                     continue
@@ -778,6 +944,16 @@ class Watch(TorchDispatchMode):
                     if id(shadow.param) not in self.scratch.held and _overlap(t, shadow.param):
                         self.scratch.hold(shadow)
         return func(*args, **kwargs)
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for k, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for t in _walk(args[k] if k < len(args) else kwargs.get(argument.name)):
+                if isinstance(t, Tensor) and type(t) is not PerturbedWeight and not t.is_meta:
+                    for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
+                        if _overlap(t, shadow.param):
+                            raise _changed(self.scratch.names[id(shadow.param)], "written to")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

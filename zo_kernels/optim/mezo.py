@@ -10,6 +10,7 @@ Belongs here: the step rule and its life as a `torch.optim.Optimizer`. Does not 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -160,6 +161,7 @@ class MeZOStep(torch.optim.Optimizer):
         self.projected_gradient: Tensor | None = None
         self._streams = parameters.streams_of(named.all_names)
         self._view: perturb.View | None = None
+        self._owned: set[str] = set()  # the parameters that the module had
         super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._refresh()
         if lazy and named.model is not None:
@@ -173,6 +175,7 @@ class MeZOStep(torch.optim.Optimizer):
 
     # -- the step --
 
+    @torch.inference_mode(False)
     def _refresh(self) -> perturb.View:
         """The view of the weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
         view = self._view
@@ -180,6 +183,7 @@ class MeZOStep(torch.optim.Optimizer):
             view is None
             or len(view.groups) != len(self.param_groups)
             or not all(w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True))
+            or view.moved()
         ):
             self.flush()  # of the weights as they were
             groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
@@ -191,11 +195,19 @@ class MeZOStep(torch.optim.Optimizer):
             if self._scratch and self._model is not None:
                 view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
             else:
-                view = perturb.InPlace(groups, **options)
+                view = perturb.InPlace(groups, self._model, **options)
                 if self._flush_at_exit is not None:
                     self._flush_at_exit.detach()
                 if self._lazy:
-                    self._flush_at_exit = weakref.finalize(self, view.restore)
+                    self._flush_at_exit = weakref.finalize(self, _restore, view, os.getpid())
+            there = {view.names[id(p)] for _, _, p in view.places}
+            if lost := sorted(self._owned & set(view.names.values()) - there):
+                raise RuntimeError(
+                    f"{len(lost)} parameters are no longer in the model ({', '.join(lost[:3])}): they were replaced (untied, "
+                    "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new MeZOStep "
+                    "of the model; load_state_dict(old.state_dict()) goes on with the run"
+                )
+            self._owned |= there
             self._view, self._graphs = view, None
         return view
 
@@ -208,18 +220,13 @@ class MeZOStep(torch.optim.Optimizer):
 
     def _guard(self, model: nn.Module) -> None:
         """Flush before anybody else reads the weights through the module."""
-        me = weakref.ref(self)
-
-        def flush(*_: Any, **__: Any) -> None:
-            optimizer = me()
-            if optimizer is not None:
-                optimizer.flush()
-
+        flush = _Flush(self)
         handles = [model.register_forward_pre_hook(flush)]
         for module in model.modules():
             handles += [module.register_state_dict_pre_hook(flush), module.register_load_state_dict_pre_hook(flush)]
         weakref.finalize(self, _remove, handles)
 
+    @torch.inference_mode(False)  # what a step makes is used by the next one, in whatever mode that is
     @torch.no_grad()
     def step(self, closure: Callable[..., Loss] | None = None, batches: Sequence[Any] | None = None) -> Tensor:  # type: ignore[override]
         """One step.
@@ -238,6 +245,7 @@ class MeZOStep(torch.optim.Optimizer):
             Whatever the closure raises: the weights, the random state and the module are then as before the step (in place: to
             within the rounding of the passes). TypeError if the closure returns no loss.
         """
+        self._refuse_inside("step()")
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
         if batches is not None and not len(batches):
@@ -354,9 +362,11 @@ class MeZOStep(torch.optim.Optimizer):
         with view.step(recorded=isinstance(tag, Tensor)):
             view.see([[(tag, n.eps)] for n in numbers])
             plus = _evaluate(closure, batches)
+            view.check()
             between()
             view.see([[(tag, -n.eps)] for n in numbers])
             minus = _evaluate(closure, batches)
+            view.check()
             updates = self._updates(tag, numbers, plus, minus)
             if self._lazy and isinstance(view, perturb.InPlace) and isinstance(tag, int) and tag + 1 < 1 << 32:
                 view.update(updates, [[(tag + 1, n.eps)] for n in numbers])
@@ -421,6 +431,7 @@ class MeZOStep(torch.optim.Optimizer):
         Raises:
             ValueError: not a state of this class, or of a model with other parameters.
         """
+        self._refuse_inside("load_state_dict()")
         self.flush()
         if "zo" not in state_dict:
             raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
@@ -442,6 +453,7 @@ class MeZOStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group's parameters need names (``(name, tensor)`` pairs) that the model had at the start or new ones."""
         if self.__dict__.get("_view") is not None:
+            self._refuse_inside("add_param_group()")
             self.flush()
         super().add_param_group(param_group)
         names = self.param_groups[-1].get("param_names")
@@ -450,6 +462,63 @@ class MeZOStep(torch.optim.Optimizer):
         missing = [n for n in names if n not in self._streams]
         if missing:
             self._streams = parameters.streams_of([*self._streams, *missing])
+
+
+    # -- copies --
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._inside:
+            raise RuntimeError(
+                f"{what} of an optimizer whose step is under way, by its closure or in another thread: call it between two steps"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: everything, the module too, but hooks and what the next step makes anew. A lazy optimizer is not
+        flushed: a module copied beside it stands where the original stands."""
+        self._refuse_inside("a copy")
+        state = {k: v for k, v in self.__dict__.items() if k not in _MADE_ANEW and not k.startswith("_optimizer_")}
+        state["_at"] = self._view.at if isinstance(self._view, perturb.InPlace) else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # torch calls it from load_state_dict too, with a part of the state
+        if "_at" not in state:
+            return
+        at = self.__dict__.pop("_at")
+        self._view = self._graphs = self._flush_at_exit = None
+        self._inside = False
+        view = self._refresh()
+        if isinstance(view, perturb.InPlace) and at is not None and len(at) == len(view.at):
+            view.at = at
+        if self._lazy and self._model is not None:
+            self._guard(self._model)
+
+    def __copy__(self) -> MeZOStep:
+        raise TypeError("a shallow copy would step the same weights with the same noise: copy.deepcopy((model, optimizer)) copies both")
+
+
+_MADE_ANEW = {"_view", "_graphs", "_flush_at_exit", "_inside", "step", "_zero_grad_profile_name"}
+
+
+class _Flush:
+    """A module's hook that makes a lazy optimizer's weights clean. A copy of it, in a copied or pickled module, does nothing."""
+
+    def __init__(self, optimizer: MeZOStep | None = None) -> None:
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else None
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if optimizer is not None:
+            optimizer.flush()
+
+    def __reduce__(self) -> Any:
+        return _Flush, ()
+
+
+def _restore(view: perturb.InPlace, process: int) -> None:
+    """A fork's child leaves the weights alone: in shared memory they are its parent's."""
+    if os.getpid() == process:
+        view.restore()
 
 
 def _remove(handles: Iterable[Any]) -> None:
@@ -472,12 +541,16 @@ def _as_loss(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise TypeError(f"closure returned a tensor of shape {tuple(value.shape)}: return one number, for example its mean()")
+        if value.is_complex() or value.is_meta:
+            raise TypeError(f"closure returned a {value.dtype} tensor on {value.device}: return a real number that has a value")
         return value.detach().reshape(()).double()
     if value is None:
         raise TypeError("closure returned None: return the loss (a missing `return`?)")
     try:
-        return torch.tensor(float(value), dtype=torch.float64)
-    except (TypeError, ValueError):
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
 
 
