@@ -172,6 +172,11 @@ class Weights:
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], streams: Mapping[str, int]) -> Weights:
+        if len(group["params"]) != len(group["param_names"]):
+            raise ValueError(
+                f"a parameter group has {len(group['params'])} parameters and {len(group['param_names'])} names: its list was edited; "
+                "add parameters with add_param_group, and freeze (requires_grad_(False)) what shall not be trained"
+            )
         active = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
         names = [n for n, _ in active]
         return cls(

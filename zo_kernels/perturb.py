@@ -98,25 +98,26 @@ class View(abc.ABC):
     """
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
-        self.groups, self.seed, self.kind, self.backend, self.model = groups, seed, kind, backend, model
+        self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
         self.names = {id(p): name for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
-        # Every attribute of the model that reads a trainable parameter: a tied one has several.
+        # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
         self.places: list[tuple[nn.Module, str, Tensor]] = [
             (module, attribute, p)
             for module in (model.modules() if model is not None else ())
+            if isinstance(module._parameters, dict)
             for attribute, p in module._parameters.items()
             if p is not None and id(p) in self.names
         ]
         # Parameters beside their memory as the plans have it.
         self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
-        self.versions: dict[int, tuple[Tensor, int]] = {}
+        self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
+        self.versions: list[int] = []
 
     # -- forwards that change weights --
 
-    def expect(self, params: Iterable[Tensor] | None = None) -> None:
+    def expect(self) -> None:
         """From here on nobody but us may write to the weights."""
-        tensors = (p for p, _, _ in self.memories) if params is None else params
-        self.versions.update((id(p), (p, p._version)) for p in tensors if not p.is_inference())
+        self.versions = [p._version for p in self.counted]
 
     def check(self) -> None:
         """After a forward.
@@ -124,15 +125,15 @@ class View(abc.ABC):
         Raises:
             RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
         """
-        for module, attribute, p in self.places:
-            if module._parameters.get(attribute) is not p:
-                raise _changed(self.names[id(p)], "replaced")
+        if self.versions != [p._version for p in self.counted]:
+            p = next(p for p, version in zip(self.counted, self.versions, strict=True) if p._version != version)
+            raise _changed(self.names[id(p)], "written to")
         for p, _, address in self.memories:
             if p.data_ptr() != address:
                 raise _changed(self.names[id(p)], "moved or converted")
-        for p, version in self.versions.values():
-            if p._version != version:
-                raise _changed(self.names[id(p)], "written to")
+        for module, attribute, p in self.places:
+            if module._parameters.get(attribute) is not p:
+                raise _changed(self.names[id(p)], "replaced")
 
     def moved(self) -> bool:
         """Whether an attribute of the model holds another tensor than when the view was made."""
@@ -310,13 +311,21 @@ class Placed(dict[str, Any]):
     """
 
     def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
-        super().__init__(module._parameters)
-        self.module, self.parameters, self.values_shown = module, module._parameters, values
-        module.__dict__["_parameters"] = self
-        module.__dict__.update(values)
+        super().__init__()
+        self.module, self.values_shown = module, values
+        self.parameters: dict[str, Any] = {}  # the module's own
+        self.touched = False
+
+    def place(self) -> None:
+        self.parameters, self.touched = self.module._parameters, False
+        self.clear()
+        self.update(self.parameters)
+        self.module.__dict__["_parameters"] = self
+        self.module.__dict__.update(self.values_shown)
 
     def __setitem__(self, name: str, p: Any) -> None:
         super().__setitem__(name, p)
+        self.touched = True
         if name in self.values_shown and p is self.parameters.get(name):
             self.module.__dict__[name] = self.values_shown[name]
         elif name in self.values_shown:
@@ -324,20 +333,21 @@ class Placed(dict[str, Any]):
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
+        self.touched = True
         if name in self.values_shown:
             self.module.__dict__.pop(name, None)
 
     def keep(self) -> None:
         """The step is done: parameters that the closure added stay."""
-        if self.keys() != self.parameters.keys():
-            self.parameters.clear()
-            self.parameters.update(self)
+        self.parameters.clear()
+        self.parameters.update(self)
 
     def remove(self) -> None:
-        self.module.__dict__["_parameters"] = self.parameters
-        for name, value in self.values_shown.items():
-            if self.module.__dict__.get(name) is value:
-                del self.module.__dict__[name]
+        attributes = self.module.__dict__
+        if attributes["_parameters"] is self:
+            attributes["_parameters"] = self.parameters
+            for name in self.values_shown:
+                attributes.pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(
@@ -372,17 +382,18 @@ class PerturbedWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         found = _find(args, kwargs)
-        found[0].scratch.check_thread(found[0])
-        if getattr(func, "__name__", "") in _SETTERS:
-            raise _changed(found[0].scratch.names[id(found[0].param)], "changed")
-        return found[0].scratch.call(func, args, kwargs, found)
+        scratch = found[0].scratch
+        if threading.get_ident() != scratch.thread:
+            scratch.refuse_thread(found[0])
+        return scratch.call(func, args, kwargs, found)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """C++ code that did not ask `__torch_function__` (scripted functions): the values, in memory of their own."""
         kwargs = kwargs or {}
         found = _find(args, kwargs)
-        found[0].scratch.check_thread(found[0])
+        if threading.get_ident() != found[0].scratch.thread:
+            found[0].scratch.refuse_thread(found[0])
         args, kwargs = _replace(args, kwargs, found[0].scratch.values(found, keep=True))
         return func(*args, **kwargs)
 
@@ -474,6 +485,7 @@ class Scratch(View):
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
         super().__init__(groups, model, **options)
+        self.model: nn.Module = model
         shadows: dict[int, PerturbedWeight] = {}
         for k, weights in enumerate(groups):
             entries = weights.entries()
@@ -483,6 +495,7 @@ class Scratch(View):
         self.sites: dict[nn.Module, list[tuple[str, PerturbedWeight]]] = {}
         for module, attribute, p in self.places:
             self.sites.setdefault(module, []).append((attribute, shadows[id(p)]))
+        self.number = {id(p): k for k, p in enumerate(self.counted)}
         self.thread: int | None = None  # that runs a step now
         self.passes: list[ops.Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
@@ -494,7 +507,9 @@ class Scratch(View):
         self.changed = False  # a call came that no earlier forward had
         # Everything that the calls took, where the buffer holds it all; it has memory of its own, and the modules hold its values.
         self.resident: Fill | None = None
-        self.filled: list[tuple[int, Tensor, int]] = []  # its shadows' ids, values, and their versions after the pass
+        self.filled: list[int] = []  # the versions of its values after the pass
+        self.fronts: list[Placed] = []
+        self.fronts_of: Fill | None = None  # `resident` when they were made
         self.parts: dict[Calls, list[Part]] = {}
         self.gathers: dict[tuple[int, int], Gather] = {}  # by the table's shadow and the number of rows
         self.gather_memory: dict[tuple[str, torch.device], Tensor] = {}
@@ -518,25 +533,38 @@ class Scratch(View):
         if watched:
             self.resident, self.changed = None, True  # see() starts to learn
         there = self.resident.values if self.resident else {}
-        placed: list[Placed] = []
+        if not self.fronts or self.fronts_of is not self.resident:
+            self.fronts_of = self.resident
+            self.fronts = [
+                Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in sites})
+                for module, sites in self.sites.items()
+            ]
+        held = dict(self.held)
         self.thread = threading.get_ident()
         self.expect()
         try:
-            for module, sites in self.sites.items():
-                placed.append(Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in sites}))
+            for front in self.fronts:
+                front.place()
             if watched:
                 with Watch(self, self.shadows.values()):
                     yield
                 self.watched_mode = self.model.training
             else:
                 yield
-            for front in placed:
-                front.keep()
+            for front in self.fronts:
+                if front.touched:
+                    front.keep()
         except BaseException:
             self._undo()
+            self._drop_gradients()
+            self._put_back()
+            if len(held) < len(self.held):  # what the failed closure read may be what made it fail
+                self.held, self.live = held, {}
+                self.fills.clear()
+                self.parts.clear()
             raise
         finally:
-            for front in placed:
+            for front in self.fronts:
                 front.remove()
             self.thread = None
             self._put_back()
@@ -551,27 +579,36 @@ class Scratch(View):
             self._perturb_held(shadow)
         if self.resident:
             self._fill(self.resident)
-            self.filled = [(key[0], t, t._version) for key, (t,) in self.resident.values.items()]
+            self.filled = [t._version for t in self.resident.written]
         self.expect()
 
     def check(self) -> None:
         super().check()
-        for module, sites in self.sites.items():
-            for attribute, shadow in sites:
-                if attribute not in module.__dict__:
-                    raise _changed(self.names[id(shadow.param)], "perturbed by another step")
-        if self.resident:
-            for key, t, version in self.filled:
-                if t._version != version:
-                    raise _changed(next(self.names[i] for i, s in self.shadows.items() if id(s) == key), "written to")
-        for fill in (self.resident, *self.fills.values()):
-            for t in fill.written if fill else ():
-                if t.grad is not None:
-                    t.grad = None
-                    raise RuntimeError(
-                        "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. "
-                        "Leave it out (MeZO needs none), or take perturbation='inplace'"
-                    )
+        if self.resident and self.filled != [t._version for t in self.resident.written]:
+            at = next(k for k, t in enumerate(self.resident.written) if t._version != self.filled[k])
+            raise _changed(
+                self._name_of(next(k for k, (t,) in self.resident.values.items() if t is self.resident.written[at])[0]),
+                "written to",
+            )
+        for front in self.fronts:
+            for attribute in front.values_shown:
+                if attribute not in front.module.__dict__:
+                    raise _changed(self.names[id(front.parameters[attribute])], "perturbed by another step")
+        if self._drop_gradients():
+            raise RuntimeError(
+                "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. Leave it out "
+                "(MeZO needs none), or take perturbation='inplace'"
+            )
+
+    def _name_of(self, shadow: int) -> str:
+        return next(self.names[i] for i, s in self.shadows.items() if id(s) == shadow)
+
+    def _drop_gradients(self) -> bool:
+        """Those of the buffer's tensors; whether there were any."""
+        found = [t for fill in (self.resident, *self.fills.values()) if fill for t in fill.written if t.grad is not None]
+        for t in found:
+            t.grad = None
+        return bool(found)
 
     def update(self, updates: Sequence[Update]) -> None:
         self._put_back()
@@ -588,20 +625,14 @@ class Scratch(View):
 
     # -- a function that receives weights --
 
-    def check_thread(self, shadow: PerturbedWeight) -> None:
-        """The buffer serves one forward at a time.
-
-        Raises:
-            RuntimeError: the shadow is used outside of a step, or by another thread than runs the step.
-        """
-        if threading.get_ident() != self.thread:
-            name = self.names[id(shadow.param)]
-            raise RuntimeError(
-                f"the perturbed {name} of a scratch step is used after the step: read it again from its module"
-                if self.thread is None
-                else f"the model runs in another thread than step() (read: {name}): in scratch mode one buffer serves one forward at a time. "
-                "Take perturbation='inplace', or run the model in the closure's thread"
-            )
+    def refuse_thread(self, shadow: PerturbedWeight) -> None:
+        name = self.names[id(shadow.param)]
+        raise RuntimeError(
+            f"the perturbed {name} of a scratch step is used after the step: read it again from its module"
+            if self.thread is None
+            else f"the model runs in another thread than step() (read: {name}): in scratch mode one buffer serves one forward at a time. "
+            "Take perturbation='inplace', or run the model in the closure's thread"
+        )
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
         if func is nn.functional.embedding:
@@ -616,6 +647,8 @@ class Scratch(View):
         plain, named = _replace(args, kwargs, values)
         if func in _FRESH:
             return func(*plain, **named)
+        if getattr(func, "__name__", "") in _SETTERS:
+            raise _changed(self.names[id(found[0].param)], "changed")
         versions = [t._version for t in values]
         result = func(*plain, **named)
         for t, version, shadow in zip(values, versions, found, strict=True):
@@ -889,7 +922,8 @@ class Scratch(View):
             with uninterrupted():
                 self.copies[id(shadow.param)] = shadow.param.detach().clone()
                 ops.run((ops.Plan((shadow.entry,), shadow.param.device, shadow.param.dtype),), p, self.backend)
-                self.expect([shadow.param])
+                if not shadow.param.is_inference():
+                    self.versions[self.number[id(shadow.param)]] = shadow.param._version
         finally:
             self.inside = False
 

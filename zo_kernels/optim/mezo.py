@@ -71,7 +71,7 @@ class MeZOStep(torch.optim.Optimizer):
         lazy: in place only: restore, update and the next step's perturbation are one pass, two passes a step. **Between steps the
             weights then stand at theta + eps z.** `flush()` makes them clean, and is called by itself before a forward outside of
             a step, before the module's or the optimizer's state is saved or loaded, when the optimizer goes away and when the
-            interpreter exits. What reads the parameters in another way must call it.
+            interpreter exits. What reads or assigns the parameters in another way must call it.
         scratch_bytes: size of the scratch buffer. A matrix larger than it is multiplied in parts, whose last bits may differ from those
             of one product; what is smaller gives the same bits as in place. Adapters or a small model that fit whole cost no Python
             in the forwards. Default: 32 MiB on a GPU, 8 MiB on a CPU.
@@ -243,7 +243,8 @@ class MeZOStep(torch.optim.Optimizer):
 
         Raises:
             Whatever the closure raises: the weights, the random state and the module are then as before the step (in place: to
-            within the rounding of the passes). TypeError if the closure returns no loss.
+            within the rounding of the passes). TypeError if the closure returns no loss. RuntimeError if it changes the weights, or steps
+            this optimizer, or if the module lost a parameter since it was given; docs/faults.md has every case.
         """
         self._refuse_inside("step()")
         if not callable(closure):
@@ -463,7 +464,6 @@ class MeZOStep(torch.optim.Optimizer):
         if missing:
             self._streams = parameters.streams_of([*self._streams, *missing])
 
-
     # -- copies --
 
     def _refuse_inside(self, what: str) -> None:
@@ -494,7 +494,9 @@ class MeZOStep(torch.optim.Optimizer):
             self._guard(self._model)
 
     def __copy__(self) -> MeZOStep:
-        raise TypeError("a shallow copy would step the same weights with the same noise: copy.deepcopy((model, optimizer)) copies both")
+        raise TypeError(
+            "a shallow copy would step the same weights with the same noise: copy.deepcopy((model, optimizer)) copies both"
+        )
 
 
 _MADE_ANEW = {"_view", "_graphs", "_flush_at_exit", "_inside", "step", "_zero_grad_profile_name"}
@@ -527,6 +529,11 @@ def _remove(handles: Iterable[Any]) -> None:
 
 
 def _check_group(where: str, group: dict[str, Any]) -> None:
+    for key in ("lr", "eps", "weight_decay"):
+        if key not in group:
+            raise ValueError(f"{where}the group has no {key!r}: put it back")
+        if isinstance(group[key], Tensor) and group[key].numel() != 1:
+            raise ValueError(f"{where}{key} is a tensor of shape {tuple(group[key].shape)}: give one number")
     lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
     if not (isinstance(lr, (int, float)) and 0 <= lr < math.inf):
         raise ValueError(f"{where}lr={lr!r} must be a finite number >= 0 (to ascend, use maximize=True)")
