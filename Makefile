@@ -3,6 +3,7 @@
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks that fit this machine, as CSV and figures
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
+# make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
 #
@@ -22,7 +23,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 RUNS ?= 100000
 
-.PHONY: demo test lint format bench fuzz sass gpu-check clean
+.PHONY: demo test lint format bench fuzz sanitize sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -46,6 +47,9 @@ bench: $(READY)
 
 fuzz: $(READY)
 	nice $(PYTHON) -m tests.fuzz.run --runs $(RUNS)
+
+sanitize: $(READY)
+	nice tests/kernels/sanitize.sh $(PYTHON)
 
 sass: $(READY)
 	@$(PYTHON) benchmarks/sass.py
