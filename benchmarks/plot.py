@@ -58,6 +58,55 @@ def draw_drift(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.12))
 
 
+FIDELITY = {  # (mode, rounding) -> colour, width, label
+    ("scratch", "stochastic"): ("#1b7f5c", 1.8, "scratch, stochastic"),
+    ("scratch", "nearest"): ("#2f6fb0", 1.8, "scratch, nearest"),
+    ("inplace", "nearest"): ("#d98c1f", 4.5, "in place"),
+    ("inplace", "stochastic"): ("#c9a227", 1.2, "in place, stochastic"),
+    ("lazy", "nearest"): ("#7a5ba6", 1.2, "lazy"),
+    ("public", "nearest"): ("#b03a48", 1.2, "public implementations"),
+}
+
+
+def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]]) -> None:
+    """Distance from the fp32 trajectory over the distance travelled, driven with the same losses; the fused replay beside it."""
+    rows = [row for row in rows if row["loop"] == "open" and row["dtype"] == "bfloat16"]
+    for (mode, rounding), (colour, width, label) in FIDELITY.items():
+        mine = [row for row in rows if (row["mode"], row["rounding"]) == (mode, rounding)]
+        if mine:
+            axes.plot(*columns(mine, "distance"), color=colour, linewidth=width, label=label)
+    mine = [row for row in rows if (row["mode"], row["rounding"]) == (rows[0]["mode"], rows[0]["rounding"])]
+    axes.plot(*columns(mine, "replay_rounded_distance"), ":", color="black", label="fused replay, rounded once")
+    axes.axhline(1, color="#9aa3ab", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"steps (lr {rows[0]['lr']}, ε {rows[0]['eps']})")
+    axes.set_ylabel("distance from fp32 / distance travelled")
+    axes.set_title(f"Rounding alone, bfloat16, {rows[0]['model']}", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_fidelity_loss(axes: Any, rows: list[dict[str, str]]) -> None:
+    """Validation loss of runs that compute their own g, evaluated in fp32."""
+    start = [row for row in rows if row["loop"] == "start"][:1]
+    closed = [row for row in rows if row["loop"] == "closed" and row["validation_loss"]]
+    styles = {("scratch", "nearest", "float32"): ("black", 1.2, "fp32, scratch")}
+    styles |= {(*key, "bfloat16"): style for key, style in FIDELITY.items()}
+    for (mode, rounding, dtype), (colour, width, label) in styles.items():
+        mine = [row for row in closed if (row["mode"], row["rounding"], row["dtype"]) == (mode, rounding, dtype)]
+        if mine:
+            axes.plot(*columns(start + mine, "validation_loss"), color=colour, linewidth=width, label=label)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation loss (evaluated in fp32)")
+    axes.set_title(f"Whole runs, bfloat16, {closed[0]['model']} on {closed[0]['text']}", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def columns(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    """Steps, and the values of a column."""
+    return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
 def draw_cpu(axes: Any, rows: list[dict[str, str]], dtype: str) -> None:
     threads = max(int(row["threads"]) for row in rows)
     rate = {
@@ -155,11 +204,15 @@ def figures(results: Path) -> dict[str, list[Panel]]:
         path = results / f"{name}.csv"
         return harness.read_csv(path) if path.exists() else []
 
-    panels: dict[str, list[Panel]] = {"benchmarks.png": [], "scaling.png": [], "step.png": []}
+    panels: dict[str, list[Panel]] = {"benchmarks.png": [], "fidelity.png": [], "scaling.png": [], "step.png": []}
     if rows := read("drift"):
         panels["benchmarks.png"].append((draw_drift, (rows,)))
     if rows := read("cpu_pass"):
         panels["benchmarks.png"].append((draw_cpu, (rows, "bfloat16")))
+    if rows := read("fidelity"):
+        for loop, draw in (("open", draw_fidelity_distance), ("closed", draw_fidelity_loss)):
+            if any(row["loop"] == loop and row["dtype"] == "bfloat16" for row in rows):
+                panels["fidelity.png"].append((draw, (rows,)))
     for name in ("scaling", "gpu_scaling"):
         rows = read(name)
         for question, draw in (("size", draw_size), ("terms", draw_terms)):

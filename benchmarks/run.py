@@ -52,6 +52,10 @@ def drift(out: Path, quick: bool) -> bool:
     return run(str(HERE / "drift.py"), "--out", str(out / "drift.csv"), *(["--steps", "20"] if quick else []))
 
 
+def fidelity(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "fidelity.py"), "--out", str(out / "fidelity.csv"), *(["--quick"] if quick else []))
+
+
 def step(out: Path, quick: bool) -> bool:
     size = ["--model-shape", "llama-tiny", "--tokens", "2x8", "--rounds", "2"] if quick else []
     return run(str(HERE / "step.py"), "--device", "cpu", "--out", str(out / "step.csv"), *size)
@@ -92,7 +96,7 @@ def gpu_replay(out: Path, quick: bool) -> bool:
     return run(str(HERE / "replay.py"), "--device", "cuda", "--out", str(out / "gpu_replay.csv"), *(["--quick"] if quick else []))
 
 
-SCRIPTS = (cpu_pass, drift, step, scaling, replay, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay)
+SCRIPTS = (cpu_pass, drift, fidelity, step, scaling, replay, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay)
 RUNS = {script.__name__: script for script in SCRIPTS}
 
 

@@ -46,6 +46,40 @@ def drift(rows: list[Row]) -> str:
     return "`drift` is ‖θ − θ₀‖ / ‖θ₀‖.\n\n" + markdown(header, body)
 
 
+def fidelity(rows: list[Row], loop: str) -> str:
+    """The last step of every run."""
+    start = next(row for row in rows if row["loop"] == "start")
+    rows = [row for row in rows if row["loop"] == loop]
+    if not rows:
+        return "Not yet measured."
+    body = []
+    for key in dict.fromkeys((row["dtype"], row["mode"], row["rounding"]) for row in rows):
+        row = [row for row in rows if (row["dtype"], row["mode"], row["rounding"]) == key][-1]
+        numbers = [f"{float(row['distance']):.3g}"]
+        if loop == "closed":
+            numbers.append(f"{float(row['own_distance']):.3g}")
+        numbers += [f"{float(row[name]):.2g}" for name in ("replay_distance", "replay_rounded_distance")]
+        if loop == "open":
+            numbers += [f"{100 * float(row['vanished_fraction']):.3g} %", f"{float(row['realised']):.3f}"]
+            numbers.append(f"{float(row['step_error']):.2g}")
+        numbers += [f"{float(row[name]):.4f}" for name in ("validation_loss", "train_loss")]
+        if loop == "closed":
+            numbers += [f"{float(row[name]):.4f}" for name in ("replay_validation_loss", "replay_rounded_validation_loss")]
+        body.append([*key, *numbers])
+    header = ["dtype", "mode", "rounding", "distance", *(["of own trajectory"] if loop == "closed" else [])]
+    header += ["fused replay", "rounded once"]
+    header += ["vanished", "realised", "error of a step"] if loop == "open" else []
+    header += ["validation loss", "train loss"]
+    header += ["validation, replay", "validation, rounded once"] if loop == "closed" else []
+    row = rows[-1]
+    note = (
+        f"{row['model']} ({int(row['weights']) / 1e6:.1f} M) on {row['text']}, lr {row['lr']}, ε {row['eps']}, {row['step']} steps of "
+        f"{row['batch']}×{row['sequence']} tokens; at the start the losses are {float(start['validation_loss']):.4f} (validation) and "
+        f"{float(start['train_loss']):.4f} (train)."
+    )
+    return f"{note}\n\n" + markdown(header, body)
+
+
 def cpu_pass(rows: list[Row]) -> str:
     """10^9 weights a second and the ratio to torch.normal + add_, by type and thread count."""
     columns = list(dict.fromkeys((row["threads"], row["dtype"]) for row in rows))
@@ -234,6 +268,8 @@ def host(rows: list[Row]) -> str:
 # table -> (CSV file, function of its rows, figure that shows them too)
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "drift": ("drift", drift, ""),
+    "fidelity_open": ("fidelity", lambda rows: fidelity(rows, "open"), "fidelity.png"),
+    "fidelity_closed": ("fidelity", lambda rows: fidelity(rows, "closed"), ""),
     "cpu_pass": ("cpu_pass", cpu_pass, ""),
     "step": ("step", step, "step.png"),
     "journal": ("journal", journal, ""),

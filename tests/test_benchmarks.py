@@ -70,6 +70,138 @@ def test_drift_never_names_a_path(tmp_path: Path) -> None:
     assert "--model-name" in refused.stderr
 
 
+def test_fidelity(tmp_path: Path) -> None:
+    path = tmp_path / "fidelity.csv"
+    done = run(str(BENCHMARKS / "fidelity.py"), "--quick", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "model random-llama-0.5m, text synthetic" in done.stdout
+    assert "UserWarning" not in done.stderr
+    start, *table = rows(path)
+    assert start["loop"] == "start"
+    numbers = {(r["loop"], r["dtype"], r["mode"], r["rounding"], r["step"]): r for r in table}
+    assert len(numbers) == len(table) == 2 * (16 + 13)  # two marks; closed loops in fp16 are three
+
+    def get(*key: str, name: str) -> float:
+        return float(numbers[key][name])
+
+    for loop in ("closed", "open"):
+        # The yardstick is replayed from its coefficients, bit for bit.
+        assert get(loop, "float32", "scratch", "nearest", "3", name="distance") == 0
+        assert get(loop, "float32", "scratch", "nearest", "3", name="own_distance") == 0
+        # After one step a run in scratch mode, rounded to nearest, is the replay rounded once.
+        of_one = [
+            numbers[loop, "bfloat16", "scratch", "nearest", "1"][name] for name in ("own_distance", "replay_rounded_distance")
+        ]
+        assert of_one[0] == of_one[1]
+        # Rounded once is closer than rounded at every step; and not rounded closer still.
+        for dtype in ("float16", "bfloat16"):
+            for mode, rounding in (("scratch", "stochastic"), ("inplace", "nearest"), ("public", "nearest")):
+                key = (loop, dtype, mode, rounding, "3")
+                assert (
+                    get(*key, name="replay_distance") < get(*key, name="replay_rounded_distance") < get(*key, name="own_distance")
+                )
+    same = [numbers[loop, "float32", "scratch", "nearest", "3"] for loop in ("closed", "open")]
+    assert same[0] == {**same[1], "loop": "closed"}
+    for key, row in numbers.items():
+        if key[0] == "open":
+            assert row["distance"] == row["own_distance"]
+            assert row["travelled"] == same[0]["travelled"] or row["step"] != "3"
+    # Half of the updates or more are below half a unit of bf16; stochastic rounding keeps them on average, nearest does not.
+    assert 0.9 < get("open", "bfloat16", "scratch", "stochastic", "3", name="realised") < 1.1
+    assert get("open", "bfloat16", "scratch", "nearest", "3", name="realised") < 0.7
+    assert get("open", "bfloat16", "scratch", "nearest", "3", name="vanished_fraction") > 0.5
+
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert "| bfloat16 | lazy | nearest |" in page.read_text()
+    assert run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path)).returncode == 0
+    assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fidelity_never_names_a_path(tmp_path: Path) -> None:
+    for option in ("--model", "--text"):
+        refused = run(str(BENCHMARKS / "fidelity.py"), "--out", str(tmp_path / "fidelity.csv"), option, str(tmp_path))
+        assert refused.returncode != 0
+        assert "go together" in refused.stderr
+
+
+class TestFidelity:
+    """What the figures of fidelity.py rest on."""
+
+    @pytest.fixture(autouse=True)
+    def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    @staticmethod
+    def setting(lr: float) -> Any:
+        import fidelity
+
+        train, validation = (fidelity.synthetic_tokens(512, seed, 4, 8) for seed in (1, 2))
+        return fidelity.Setting(None, "random", "synthetic", train, validation, lr, 1e-3, 2, 2, 0)
+
+    def test_all_types_hold_the_start(self) -> None:
+        import torch
+
+        for s in self.setting(0.0).start:
+            assert torch.equal(s, s.half().float())
+            assert torch.equal(s, s.bfloat16().float())
+
+    def test_scratch_at_lr_0_stays(self) -> None:
+        import fidelity
+
+        setting = self.setting(0.0)
+        validation, train = (setting.loss(setting.start, ids) for ids in (setting.validation, setting.train))
+        for dtype in ("float32", "float16", "bfloat16"):
+            found, differences = fidelity.measure(setting, dtype, "scratch", "nearest", "closed", [0.0, 0.0])
+            assert len(differences) == 2
+            assert any(differences)
+            assert found[-1]["distance"] == found[-1]["travelled"] == 0
+            assert (found[-1]["validation_loss"], found[-1]["train_loss"]) == (validation, train)
+        assert fidelity.measure(setting, "bfloat16", "inplace", "nearest", "closed", [0.0, 0.0])[0][-1]["distance"] == ""
+
+    def test_a_step_without_its_update(self) -> None:
+        """At lr = 0 it is the step itself, whatever the mode: an update counts as vanished for no other reason."""
+        import fidelity
+        import torch
+
+        setting = self.setting(0.0)
+        for dtype, mode, rounding in fidelity.RUNS:
+            made = fidelity.Public(setting, dtype) if mode == "public" else fidelity.Ours(setting, dtype, mode, rounding)
+            for tag in range(2):
+                before, second, calls = made.clean(tag), [], []
+
+                def closure(made: Any = made, second: Any = second, calls: Any = calls, mode: str = mode) -> torch.Tensor:
+                    if calls and mode != "scratch":
+                        second += [p.detach().clone() for p in made.params]
+                    calls.append(1)
+                    return torch.tensor(float(len(calls)))
+
+                made.step(tag, closure)
+                without = made.without_update(tag, before, second)
+                assert all(torch.equal(p, w) for p, w in zip(made.params, without, strict=True)), (dtype, mode, rounding)
+
+    def test_clean_weights_of_a_lazy_run_are_those_of_a_flush(self) -> None:
+        import fidelity
+        import torch
+
+        setting = self.setting(1e-4)
+        lazy = fidelity.Ours(setting, "bfloat16", "lazy", "nearest")
+        for tag in range(2):
+            lazy.step(tag, lambda: fidelity.loss_of(lazy.model, setting.train))
+        clean, ahead = lazy.clean(2), [p.detach().clone() for p in lazy.params]
+        lazy.optimizer.flush()
+        assert all(torch.equal(c, p) for c, p in zip(clean, lazy.params, strict=True))
+        assert not all(torch.equal(c, a) for c, a in zip(clean, ahead, strict=True))
+
+    def test_an_open_loop_takes_the_recorded_differences(self) -> None:
+        import fidelity
+
+        reference = [0.1, -1 / 3]
+        for mode in ("scratch", "inplace", "public"):
+            assert fidelity.measure(self.setting(1e-4), "bfloat16", mode, "nearest", "open", reference)[1] == reference
+
+
 def test_step(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     done = run(
