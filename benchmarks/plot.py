@@ -68,9 +68,9 @@ FIDELITY = {  # (mode, rounding) -> colour, width, label
 }
 
 
-def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]]) -> None:
+def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]], lr: str) -> None:
     """Distance from the fp32 trajectory over the distance travelled, driven with the same losses; the fused replay beside it."""
-    rows = [row for row in rows if row["loop"] == "open" and row["dtype"] == "bfloat16"]
+    rows = [row for row in rows if (row["loop"], row["dtype"], row["lr"]) == ("open", "bfloat16", lr)]
     for (mode, rounding), (colour, width, label) in FIDELITY.items():
         mine = [row for row in rows if (row["mode"], row["rounding"]) == (mode, rounding)]
         if mine:
@@ -80,9 +80,9 @@ def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.axhline(1, color="#9aa3ab", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel(f"steps (lr {rows[0]['lr']}, ε {rows[0]['eps']})")
+    axes.set_xlabel("steps")
     axes.set_ylabel("distance from fp32 / distance travelled")
-    axes.set_title(f"Rounding alone, bfloat16, {rows[0]['model']}", fontsize=10)
+    axes.set_title(f"Rounding alone, bfloat16, {rows[0]['model']}, lr {lr}, ε {rows[0]['eps']}", fontsize=10)
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -210,9 +210,11 @@ def figures(results: Path) -> dict[str, list[Panel]]:
     if rows := read("cpu_pass"):
         panels["benchmarks.png"].append((draw_cpu, (rows, "bfloat16")))
     if rows := read("fidelity"):
-        for loop, draw in (("open", draw_fidelity_distance), ("closed", draw_fidelity_loss)):
-            if any(row["loop"] == loop and row["dtype"] == "bfloat16" for row in rows):
-                panels["fidelity.png"].append((draw, (rows,)))
+        of_bf16 = [row for row in rows if row["dtype"] == "bfloat16"]
+        for lr in dict.fromkeys(row["lr"] for row in of_bf16 if row["loop"] == "open"):
+            panels["fidelity.png"].append((draw_fidelity_distance, (rows, lr)))
+        if any(row["loop"] == "closed" for row in of_bf16):
+            panels["fidelity.png"].append((draw_fidelity_loss, (rows,)))
     for name in ("scaling", "gpu_scaling"):
         rows = read(name)
         for question, draw in (("size", draw_size), ("terms", draw_terms)):

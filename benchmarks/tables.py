@@ -53,8 +53,8 @@ def fidelity(rows: list[Row], loop: str) -> str:
     if not rows:
         return "Not yet measured."
     body = []
-    for key in dict.fromkeys((row["dtype"], row["mode"], row["rounding"]) for row in rows):
-        row = [row for row in rows if (row["dtype"], row["mode"], row["rounding"]) == key][-1]
+    for key in dict.fromkeys((row["lr"], row["dtype"], row["mode"], row["rounding"]) for row in rows):
+        row = [row for row in rows if (row["lr"], row["dtype"], row["mode"], row["rounding"]) == key][-1]
         numbers = [f"{float(row['distance']):.3g}"]
         if loop == "closed":
             numbers.append(f"{float(row['own_distance']):.3g}")
@@ -66,14 +66,14 @@ def fidelity(rows: list[Row], loop: str) -> str:
         if loop == "closed":
             numbers += [f"{float(row[name]):.4f}" for name in ("replay_validation_loss", "replay_rounded_validation_loss")]
         body.append([*key, *numbers])
-    header = ["dtype", "mode", "rounding", "distance", *(["of own trajectory"] if loop == "closed" else [])]
+    header = ["lr", "dtype", "mode", "rounding", "distance", *(["of own trajectory"] if loop == "closed" else [])]
     header += ["fused replay", "rounded once"]
     header += ["vanished", "realised", "error of a step"] if loop == "open" else []
     header += ["validation loss", "train loss"]
     header += ["validation, replay", "validation, rounded once"] if loop == "closed" else []
     row = rows[-1]
     note = (
-        f"{row['model']} ({int(row['weights']) / 1e6:.1f} M) on {row['text']}, lr {row['lr']}, ε {row['eps']}, {row['step']} steps of "
+        f"{row['model']} ({int(row['weights']) / 1e6:.1f} M) on {row['text']}, ε {row['eps']}, {row['step']} steps of "
         f"{row['batch']}×{row['sequence']} tokens; at the start the losses are {float(start['validation_loss']):.4f} (validation) and "
         f"{float(start['train_loss']):.4f} (train)."
     )

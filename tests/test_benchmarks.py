@@ -79,7 +79,7 @@ def test_fidelity(tmp_path: Path) -> None:
     start, *table = rows(path)
     assert start["loop"] == "start"
     numbers = {(r["loop"], r["dtype"], r["mode"], r["rounding"], r["step"]): r for r in table}
-    assert len(numbers) == len(table) == 2 * (16 + 13)  # two marks; closed loops in fp16 are three
+    assert len(numbers) == len(table) == 2 * (16 + 16)  # two marks
 
     def get(*key: str, name: str) -> float:
         return float(numbers[key][name])
@@ -114,7 +114,7 @@ def test_fidelity(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
     assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
-    assert "| bfloat16 | lazy | nearest |" in page.read_text()
+    assert "| 2e-05 | bfloat16 | lazy | nearest |" in page.read_text()
     assert run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path)).returncode == 0
     assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
 
