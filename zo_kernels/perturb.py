@@ -285,7 +285,7 @@ def default_scratch_bytes(devices: Iterable[torch.device]) -> int:
 
     On a GPU half of the L2 cache of an H100 and most of an A100's; on a CPU a share of the last level.
     """
-    return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 23
+    return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 22
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
