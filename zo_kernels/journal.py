@@ -28,7 +28,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -44,7 +44,8 @@ FORMAT = 1
 CONTRACT = 1  # of the noise: docs/numerics.md
 MAGIC = b"\x89ZOJ\r\n\x1a\n"  # as PNG's: a transfer that changes line ends or the eighth bit breaks it at once
 PERTURBATIONS = ("scratch", "inplace", "lazy")
-FLAGS = {"skipped": 1, "clipped": 2, "stochastic": 4, "flushed": 8}
+FLAGS = {"skipped": 1, "clipped": 2, "stochastic": 4, "flushed": 8, "failed_plus": 16, "failed_minus": 32}
+_FAILED = FLAGS["failed_plus"] | FLAGS["failed_minus"]
 
 # What a reader accepts; far above any run, far below what could exhaust a machine.
 MAX_HEADER = 16 << 20  # bytes of JSON, some 60,000 parameters
@@ -68,6 +69,10 @@ class DamagedError(ValueError):
     def __init__(self, message: str, offset: int = 0) -> None:  # the default serves unpickling, which then sets it
         super().__init__(message)
         self.offset = offset
+
+
+class UnbegunError(DamagedError):
+    """The file ends inside its header, as a process leaves it that died creating it: no step was recorded."""
 
 
 class TornError(DamagedError):
@@ -229,14 +234,7 @@ class Parameter(Frozen):
         cls, name: str, tensor: Tensor, stream: int, group: int = 0, mask: ops.Mask = None, scale: Any = None
     ) -> Parameter:
         """The entry of a tensor, with `mask` and `scale` as `perturb_` takes them."""
-        bits, keep, tag = ops.check_mask(f"mask of {name}", mask, tensor)
-        values, block = ops.check_scale(f"scale of {name}", scale, tensor, 0)
-        described_mask = {"sha256": digest(bits)} if bits is not None else {"keep": keep, "tag": tag} if keep else None
-        described_scale: dict[str, Any] | None = None
-        if values is not None and values.numel() == 1:
-            described_scale = {"value": float(values)}
-        elif values is not None:
-            described_scale = {"sha256": digest(values), "values": values.numel(), "block": block}
+        described_mask, described_scale = described(name, tensor, mask, scale)
         return cls(
             name,
             tuple(tensor.shape),
@@ -247,6 +245,18 @@ class Parameter(Frozen):
             mask=described_mask,
             scale=described_scale,
         )
+
+
+def described(name: str, tensor: Tensor, mask: ops.Mask, scale: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """`Parameter.mask` and `Parameter.scale` of what `perturb_` takes."""
+    bits, keep, tag = ops.check_mask(f"mask of {name}", mask, tensor)
+    values, block = ops.check_scale(f"scale of {name}", scale, tensor, 0)
+    limits = {"sha256": digest(bits)} if bits is not None else {"keep": keep, "tag": tag} if keep else None
+    if values is None:
+        return limits, None
+    if values.numel() == 1:
+        return limits, {"value": float(values)}
+    return limits, {"sha256": digest(values), "values": values.numel(), "block": block}
 
 
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in ops.DTYPES)
@@ -298,7 +308,7 @@ class Header:
         for name, most in (("groups", MAX_GROUPS), ("terms", MAX_TERMS)):
             if not 1 <= ops.check_word(name, getattr(self, name)) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must be in 1 .. {most}")
-        if 16 + 4 * self.groups * (self.terms + 2) > MAX_RECORD:
+        if 20 + 4 * self.groups * (self.terms + 2) > MAX_RECORD:
             raise ValueError(f"groups={self.groups} with terms={self.terms} makes records of more than {MAX_RECORD} bytes")
         if not isinstance(self.hyperparameters, Mapping) or not isinstance(self.versions, Mapping):
             raise TypeError("hyperparameters and versions must be JSON objects")
@@ -328,10 +338,11 @@ class Header:
 
     @property
     def record(self) -> np.dtype[Any]:
-        """A record: tag, flags, loss, per group (decay, eps unless scratch, coef [T]), crc; packed, little-endian."""
+        """A record: tag, flags, loss, gradient, per group (decay, eps unless scratch, coef [T]), crc; packed, little-endian."""
         eps = [] if self.perturbation == "scratch" else [("eps", "<f4")]
         group = np.dtype([("decay", "<f4"), *eps, ("coef", "<f4", (self.terms,))])
-        return np.dtype([("tag", "<u4"), ("flags", "<u4"), ("loss", "<f4"), ("groups", group, (self.groups,)), ("crc", "<u4")])
+        summary = [("loss", "<f4"), ("gradient", "<f4")]
+        return np.dtype([("tag", "<u4"), ("flags", "<u4"), *summary, ("groups", group, (self.groups,)), ("crc", "<u4")])
 
     def encode(self) -> bytes:
         """Preamble, JSON and checksum: the file up to its first record."""
@@ -400,6 +411,22 @@ def _read_entry(cls: type[P], entry: Any) -> P:
     return cls(**mine, extra={k: v for k, v in entry.items() if k not in known})
 
 
+def find(named: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of a recorded name; a name may differ by the prefixes of wrappers.
+
+    Raises:
+        KeyError: there is none, or more than one; says which.
+    """
+    if name in named:
+        return named[name]
+    candidates = [p for n, p in named.items() if canonical_name(n) == canonical_name(name)]
+    if len(candidates) != 1:
+        raise KeyError(
+            "missing" if not candidates else f"ambiguous ({len(candidates)} have that name without their wrappers' prefixes)"
+        )
+    return candidates[0]
+
+
 def verify_base(header: Header, named_params: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse a model that is not the one the run started from. Names may differ by the prefixes of wrappers; parameters that the
     header does not list are not looked at.
@@ -408,17 +435,15 @@ def verify_base(header: Header, named_params: Iterable[tuple[str, Tensor]]) -> N
         ValueError: names the first parameter, in the header's order, that is missing or has another shape, dtype or content.
     """
     given = dict(named_params)
-    by_canonical: dict[str, list[Tensor]] = {}
-    for name, p in given.items():
-        by_canonical.setdefault(canonical_name(name), []).append(p)
     wrong = "the model is not the one that this run started from"
     pairs: list[tuple[Frozen, Tensor]] = []
     for entry in (*header.parameters, *header.frozen):
-        candidates = [given[entry.name]] if entry.name in given else by_canonical.get(canonical_name(entry.name), [])
-        if len(candidates) != 1:
-            what = "missing" if not candidates else f"ambiguous ({len(candidates)} have that name without their wrappers' prefixes)"
-            raise ValueError(f"{wrong}: parameter {entry.name!r} is {what}; load the base model {_whose(header)}")
-        pairs.append((entry, candidates[0]))
+        try:
+            pairs.append((entry, find(given, entry.name)))
+        except KeyError as error:
+            raise ValueError(
+                f"{wrong}: parameter {entry.name!r} is {error.args[0]}; load the base model {_whose(header)}"
+            ) from None
     for entry, p in pairs:  # what costs nothing first: hashing a large model takes long
         for what, recorded, found in (("shape", entry.shape, tuple(p.shape)), ("dtype", entry.dtype, _dtype_name(p))):
             if recorded != found:
@@ -470,8 +495,18 @@ class Journal:
         return self.start + len(self) * self.header.record.itemsize
 
     def flag(self, name: str) -> np.ndarray:
-        """bool [records]: "skipped", "clipped", "stochastic" or "flushed"."""
+        """bool [records]: one of `FLAGS`."""
         return (self.records["flags"] & FLAGS[name]) != 0
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The records of steps: all but those of steps that failed, which the run did not count."""
+        return self.records[(self.records["flags"] & _FAILED) == 0]
+
+    @property
+    def next_tag(self) -> int:
+        """The first tag that no step has used."""
+        return _next_tag(self.header, self.records)
 
 
 @dataclass(frozen=True)
@@ -512,8 +547,8 @@ def _good(chunk: bytes, size: int, first: int, header_crc: int) -> int:
 def _read_header(source: _Source) -> tuple[Header, int, int]:
     """(header, byte of record 0, the header's checksum)."""
 
-    def refuse(offset: int, what: str) -> NoReturn:
-        raise DamagedError(f"{source.name}: {what}", offset)
+    def refuse(offset: int, what: str, kind: type[DamagedError] = DamagedError) -> NoReturn:
+        raise kind(f"{source.name}: {what}", offset)
 
     head = source.at(0, _PREAMBLE.size)
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
@@ -522,6 +557,7 @@ def _read_header(source: _Source) -> tuple[Header, int, int]:
         refuse(
             len(head),
             f"ends after {len(head)} bytes, inside its header: no step was recorded; delete it, or create with replace=True",
+            UnbegunError,
         )
     _, version, length = _PREAMBLE.unpack(head)
     if version != FORMAT:
@@ -533,6 +569,7 @@ def _read_header(source: _Source) -> tuple[Header, int, int]:
         refuse(
             source.size,
             f"ends after {source.size} of its header's {start} bytes: no step was recorded; delete it, or create with replace=True",
+            UnbegunError,
         )
     text, stored = source.at(_PREAMBLE.size, length), source.at(_PREAMBLE.size + length, _CRC.size)
     if len(text) + len(stored) != length + _CRC.size:
@@ -551,7 +588,8 @@ def _impossible(header: Header, records: np.ndarray) -> tuple[int, str] | None:
     if not len(records):
         return None
     tags, flags, groups = records["tag"].astype(np.int64), records["flags"], records["groups"]
-    skipped = (flags & FLAGS["skipped"]) != 0
+    skipped, failed = (flags & FLAGS["skipped"]) != 0, (flags & _FAILED) != 0
+    used = tags + np.where(failed, 0, header.terms)  # a failed step is tried again with the same directions
     numbers = [groups[name].reshape(len(records), header.groups, -1) for name in groups.dtype.names or ()]
     coef = groups["coef"].reshape(len(records), -1)
     with np.errstate(invalid="ignore"):  # a signalling NaN
@@ -559,13 +597,25 @@ def _impossible(header: Header, records: np.ndarray) -> tuple[int, str] | None:
             ("flags that this version of zo_kernels does not know", (flags & ~np.uint32(sum(FLAGS.values()))) != 0),
             ("a coefficient, decay or eps that is not finite", ~np.all([np.isfinite(n).all((1, 2)) for n in numbers], axis=0)),
             ("an update although it was skipped", skipped & ((coef != 0).any(1) | (groups["decay"] != 1).any(1))),
+            ("an update although it failed", failed & ((coef != 0).any(1) | (groups["decay"] != 1).any(1))),
+            (
+                "flags that exclude each other",
+                failed & ((flags & _FAILED == _FAILED) | skipped | (header.perturbation == "scratch")),
+            ),
             ("tags beyond 2^32", tags + header.terms > 1 << 32),
-            ("a tag that was used before", np.diff(tags, prepend=-header.terms) < header.terms),
+            ("a tag that was used before", tags < np.concatenate(([0], used[:-1]))),
         ]
         if "eps" in (groups.dtype.names or ()):
             checks.append(("an eps that is not positive", ~(groups["eps"] > 0).all(1)))
     found = [(int(wrong.argmax()), why) for why, wrong in checks if wrong.any()]
     return min(found) if found else None
+
+
+def _next_tag(header: Header, records: np.ndarray) -> int:
+    """The first tag that no step among the records has used."""
+    if not len(records):
+        return 0
+    return int(records["tag"][-1]) + (0 if records["flags"][-1] & _FAILED else header.terms)
 
 
 def _read(source: _Source, most: int | None = None) -> Journal:
@@ -745,10 +795,11 @@ class Writer:
         self, fd: int, path: str, header: Header, crc: int, start: int, records: int, next_tag: int, fsync_every: int
     ) -> None:
         self.header, self.path, self.records, self._fd = header, path, records, fd
-        self._crc, self._start, self._next_tag, self._fsync_every, self._unsynced = crc, start, next_tag, fsync_every, 0
+        self._crc, self._start, self._next_tag, self._unsynced = crc, start, next_tag, 0
         self._size, self._pid, self._refusal = header.record.itemsize, os.getpid(), ""
+        self.fsync_every = fsync_every
         per_group = header.terms + (1 if header.perturbation == "scratch" else 2)
-        self._pack = struct.Struct(f"<IIf{header.groups * per_group}f").pack
+        self._pack = struct.Struct(f"<IIff{header.groups * per_group}f").pack
         _writers.add(self)
 
     def append(
@@ -759,20 +810,23 @@ class Writer:
         decay: Sequence[float] | None = None,
         eps: Sequence[float] | None = None,
         loss: float = math.nan,
+        gradient: float = math.nan,
         skipped: bool = False,
         clipped: bool = False,
         stochastic: bool = False,
         flushed: bool = False,
+        failed: str | None = None,
     ) -> None:
         """Record one update. When this returns, the record survives the end of the process.
 
         Args:
-            tag: of the first direction; above all tags recorded before.
-            coefs: the update's coefficients [G][T], rounded to fp32; all 0 in a skipped step.
+            tag: of the first direction; above all tags of the steps recorded before.
+            coefs: the update's coefficients [G][T], rounded to fp32; all 0 in a skipped or failed step.
             decay: factor of the weights [G], default 1.
             eps: perturbation scale [G]; needed unless the run is in scratch mode, where it is left out.
-            loss: any number, NaN included.
+            loss, gradient: for people and logs; any number, NaN included.
             skipped, clipped, stochastic, flushed: the flags of docs/journal.md.
+            failed: "plus" or "minus": a step in place whose forward at theta + eps z, or theta - eps z, failed; it does not use up its tag.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was written and the writer goes on.
@@ -783,7 +837,8 @@ class Writer:
         if self._refusal or os.getpid() != self._pid:
             raise RuntimeError(f"{self.path}: the journal {self._refusal or 'was forked'}; reopen it")
         tag = ops.check_word("tag", tag)
-        record = self._record(tag, coefs, decay, eps, loss, skipped, clipped, stochastic, flushed)
+        flags = (skipped, clipped, stochastic, flushed, failed == "plus", failed == "minus")
+        record = self._record(tag, coefs, decay, eps, loss, gradient, failed, flags)
         end = self._start + self.records * self._size
         # Until this append is known to be whole, an interrupt (Ctrl-C) between any two lines leaves the writer refusing.
         self._refusal = f"was interrupted while it wrote record {self.records}"
@@ -799,13 +854,13 @@ class Writer:
             if written != len(record):
                 raise OSError(errno.ENOSPC, f"only {written} of {len(record)} bytes were taken: no space left?")
             self._unsynced += 1
-            if self._fsync_every and self._unsynced >= self._fsync_every:
+            if self.fsync_every and self._unsynced >= self.fsync_every:
                 os.fsync(self._fd)
                 self._unsynced = 0
         except OSError as error:
             self._fail(error, end, mine)
         self.records += 1
-        self._next_tag = tag + self.header.terms
+        self._next_tag = tag + (self.header.terms if failed is None else 0)
         self._refusal = ""
 
     def _record(
@@ -815,7 +870,9 @@ class Writer:
         decay: Sequence[float] | None,
         eps: Sequence[float] | None,
         loss: float,
-        *flags: bool,
+        gradient: float,
+        failed: str | None,
+        flags: Sequence[bool],
     ) -> bytes:
         header, G = self.header, self.header.groups
         if tag < self._next_tag or tag + header.terms > 1 << 32:
@@ -832,13 +889,15 @@ class Writer:
             numbers += [decay[k], *([] if eps is None else [eps[k]]), *coefs[k]]
         if eps is not None and not all(e > 2.0**-150 for e in eps):
             raise ValueError(f"eps={list(eps)} must be positive in fp32")
-        if flags[0] and (any(c != 0 for group in coefs for c in group) or any(d != 1 for d in decay)):
-            raise ValueError("skipped=True, but a coefficient is not 0 or a decay is not 1: a skipped step changes nothing")
+        if (flags[0] or failed) and (any(c != 0 for group in coefs for c in group) or any(d != 1 for d in decay)):
+            what = "skipped=True" if flags[0] else f"failed={failed!r}"
+            raise ValueError(f"{what}, but a coefficient is not 0 or a decay is not 1: such a step updates nothing")
+        if failed is not None and (failed not in ("plus", "minus") or flags[0] or eps is None):
+            raise ValueError(f"failed={failed!r} must be None, or 'plus' or 'minus' in a run in place, and not with skipped=True")
         word = sum(bit for bit, flag in zip(FLAGS.values(), flags, strict=True) if flag)
-        if abs(loss) > 3.4028235e38:
-            loss = math.copysign(math.inf, loss)
+        loss, gradient = (math.copysign(math.inf, x) if abs(x) > 3.4028235e38 else x for x in (loss, gradient))
         try:
-            payload = self._pack(tag, word, loss, *numbers)
+            payload = self._pack(tag, word, loss, gradient, *numbers)
         except (OverflowError, struct.error):
             payload = b""
         if not payload or not all(map(math.isfinite, numbers)):
@@ -895,6 +954,13 @@ class Writer:
     @property
     def closed(self) -> bool:
         return self._fd < 0
+
+    @property
+    def refusal(self) -> str:
+        """Why the next append would be refused; '' if it would not."""
+        if not self._refusal and os.getpid() != self._pid:
+            return "was forked"
+        return self._refusal
 
     def __enter__(self) -> Writer:
         return self
@@ -975,8 +1041,13 @@ def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 1
         raise
 
 
-def reopen(path: str | os.PathLike[str], *, fsync_every: int = 100) -> tuple[Writer, Journal]:
+def reopen(path: str | os.PathLike[str], *, fsync_every: int = 100, after_steps: bool = False) -> tuple[Writer, Journal]:
     """Go on with a journal: lock it, read it, cut off a torn tail (which the result's `tail` tells), and append behind it.
+
+    Args:
+        fsync_every: as in `create`.
+        after_steps: cut off failed attempts behind the last step too: the weights that they rounded are gone when a run is resumed from its
+            base, and without them it ends with the bits of a run that was never interrupted.
 
     Raises:
         DamagedError: the damage is not a torn tail; nothing was changed.
@@ -992,11 +1063,13 @@ def reopen(path: str | os.PathLike[str], *, fsync_every: int = 100) -> tuple[Wri
     try:
         _lock(fd, path)
         journal = _read(_of_descriptor(fd, path))
-        if journal.tail:
-            os.ftruncate(fd, journal.tail.offset)
+        if after_steps and len(journal.steps) < len(journal):
+            counted = np.flatnonzero((journal.records["flags"] & _FAILED) == 0)
+            journal = replace(journal, records=journal.records[: int(counted[-1]) + 1 if len(counted) else 0])
+        if journal.end < os.fstat(fd).st_size:
+            os.ftruncate(fd, journal.end)
             os.fsync(fd)
-        next_tag = int(journal.records["tag"][-1]) + journal.header.terms if len(journal) else 0
-        return Writer(fd, path, journal.header, journal.crc, journal.start, len(journal), next_tag, fsync_every), journal
+        return Writer(fd, path, journal.header, journal.crc, journal.start, len(journal), journal.next_tag, fsync_every), journal
     except BaseException:
         os.close(fd)
         raise

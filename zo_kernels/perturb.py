@@ -165,11 +165,11 @@ class View(abc.ABC):
         tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
         device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
         if device is None:
-            live = [(int(tag), float(c)) for tag, c in terms if c]
-            if not live and decay == 1.0:
+            if not any(coefs) and decay == 1.0:
                 return None
+            # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
             factor = None if decay == 1.0 else float(decay)
-            return ops.Pass(self.seed, [tag for tag, _ in live], [c for _, c in live], factor, self.kind, rounding)
+            return ops.Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
         # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
         on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
         values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
@@ -205,13 +205,17 @@ class InPlace(View):
     """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
     first perturbation if `update` was told to go ahead to it."""
 
-    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, **options: Any) -> None:
+    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, lazy: bool = False, **options: Any) -> None:
         super().__init__(groups, model, **options)
+        self.lazy = lazy
         self.at: list[Shift] = [()] * len(groups)
+        self.seen = 0  # shifts of this step that are whole in the weights
+        self.whole = True  # every pass that began has ended: `at` is where the weights are
 
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
-        """If a forward fails, the weights go back, to within the rounding of the passes."""
+        """If a forward fails, the weights go back, to within the rounding of the passes; `seen` then tells which passes there were."""
+        self.seen = 0
         self.expect()
         try:
             yield
@@ -220,14 +224,18 @@ class InPlace(View):
             if recorded:
                 self.at = [()] * len(self.groups)
             else:
+                seen = self.seen
                 self.restore()
+                self.seen = seen
             raise
 
     def see(self, shifts: Sequence[Shift]) -> None:
-        for k, shift in enumerate(shifts):
-            with uninterrupted():
+        with uninterrupted():
+            self.whole = False
+            for k, shift in enumerate(shifts):
                 self.run(k, _add(shift, [(tag, -c) for tag, c in self.at[k]]), 1.0, "nearest")
                 self.at[k] = shift
+            self.whole, self.seen = True, self.seen + 1
         self.expect()
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
 
@@ -245,10 +253,18 @@ class InPlace(View):
         """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
         decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
         with uninterrupted():
+            self.whole = False
             for k, u in enumerate(updates):
                 target = ahead[k] if ahead else ()
                 self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding)
                 self.at[k] = target
+            self.whole = True
+
+    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
+        """Where `update` goes on to behind the step of `tag`; None: it ends at the clean weights."""
+        if not self.lazy or not isinstance(tag, int) or tag + 1 >= 1 << 32:
+            return None
+        return [[(tag + 1, e)] for e in eps]
 
 
 # ---- scratch ----------------------------------------------------------------------------------------------------------

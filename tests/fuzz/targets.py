@@ -168,8 +168,8 @@ def reseal(data: bytes, records: bool) -> bytes:
             content = json.loads(text)
             eps = content["perturbation"] != "scratch"
             groups, terms = int(content["groups"]), int(content["terms"])
-            size = 16 + 4 * groups * (terms + 1 + eps)
-            if not 16 < size <= len(rest):
+            size = 20 + 4 * groups * (terms + 1 + eps)
+            if not 20 < size <= len(rest):
                 return out + rest
             sealed = b""
             for k in range(len(rest) // size):

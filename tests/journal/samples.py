@@ -38,7 +38,7 @@ def append(writer: journal.Writer, k: int) -> None:
     coefs = [[0.0 if skipped else coefficient(k, g, t) for t in range(T)] for g in range(G)]
     decay = None if skipped else [1 - 2.0**-k if k < 20 else 1.0] * G
     eps = None if head.perturbation == "scratch" else [2.0**-10] * G
-    writer.append(k * T + k // 2, coefs, decay=decay, eps=eps, loss=k / 4, skipped=skipped, stochastic=k % 2 == 0)
+    writer.append(k * T + k // 2, coefs, decay=decay, eps=eps, loss=k / 4, gradient=-k / 8, skipped=skipped, stochastic=k % 2 == 0)
 
 
 def write(path: Path, records: int, head: journal.Header | None = None) -> bytes:
@@ -57,7 +57,7 @@ def second_reader(data: bytes) -> tuple[dict[str, Any], list[tuple[Any, ...]], i
     assert struct.unpack_from("<I", data, 16 + length)[0] == head_crc
     head = json.loads(data[16 : 16 + length])
     per_group = head["terms"] + (1 if head["perturbation"] == "scratch" else 2)
-    record = struct.Struct(f"<IIf{head['groups'] * per_group}fI")
+    record = struct.Struct(f"<IIff{head['groups'] * per_group}fI")
     rows: list[tuple[Any, ...]] = []
     while start + record.size <= len(data):
         body = data[start : start + record.size]

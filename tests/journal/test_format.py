@@ -45,33 +45,41 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
         for _ in range(draw(st.integers(0, 6))):
             tag += draw(st.integers(0, 2**20))
             skipped, clipped, stochastic, flushed = (draw(st.booleans()) for _ in range(4))
-            coefs = [[0.0 if skipped else draw(fp32) for _ in range(T)] for _ in range(G)]
-            decay = [1.0 if skipped else draw(fp32) for _ in range(G)]
+            failed = None if mode == "scratch" or skipped else draw(st.sampled_from((None, "plus", "minus")))
+            still = skipped or failed
+            coefs = [[0.0 if still else draw(fp32) for _ in range(T)] for _ in range(G)]
+            decay = [1.0 if still else draw(fp32) for _ in range(G)]
             eps = None if mode == "scratch" else [draw(st.floats(2.0**-40, 1, width=32)) for _ in range(G)]
-            loss = draw(st.floats(width=32))
+            loss, gradient = draw(st.floats(width=32)), draw(st.floats(width=32))
             writer.append(
                 tag,
                 coefs,
                 decay=decay,
                 eps=eps,
                 loss=loss,
+                gradient=gradient,
                 skipped=skipped,
                 clipped=clipped,
                 stochastic=stochastic,
                 flushed=flushed,
+                failed=failed,
             )
-            wanted.append((tag, (skipped, clipped, stochastic, flushed), loss, coefs, decay, eps))
-            tag += T
+            flags = (skipped, clipped, stochastic, flushed, failed == "plus", failed == "minus")
+            wanted.append((tag, flags, loss, gradient, coefs, decay, eps))
+            tag += 0 if failed else T
     got = journal.read(path)
     assert got.header == head
     assert got.header.fingerprint == journal.fingerprint([*WEIGHTS.items(), ("base", torch.ones(3, dtype=torch.int8))])
     assert got.tail is None and got.end == path.stat().st_size
     assert len(got) == len(wanted)
-    for k, (tag, flags, loss, coefs, decay, eps) in enumerate(wanted):
+    assert got.next_tag == tag if wanted else got.next_tag == 0
+    assert len(got.steps) == sum(not any(flags[4:]) for _, flags, *_ in wanted)
+    for k, (tag, flags, loss, gradient, coefs, decay, eps) in enumerate(wanted):
         r = got.records[k]
         assert r["tag"] == tag
         assert tuple(bool(got.flag(name)[k]) for name in journal.FLAGS) == flags
         assert np.float32(loss).tobytes() == r["loss"].tobytes() or math.isnan(loss)
+        assert np.float32(gradient).tobytes() == r["gradient"].tobytes() or math.isnan(gradient)
         assert r["groups"]["coef"].tobytes() == np.array(coefs, np.float32).tobytes()
         assert r["groups"]["decay"].tobytes() == np.array(decay, np.float32).tobytes()
         if eps is not None:
@@ -80,21 +88,21 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
 
 
 def test_sizes(tmp_path: Path) -> None:
-    """At most 32 bytes a record for plain MeZO, and for two groups in scratch mode; 20,000 steps and 400 parameters under 1 MB."""
+    """At most 32 bytes a record for plain MeZO; 20,000 steps and 400 parameters under 1 MB."""
     sizes = {(mode, G): header(mode, G).record.itemsize for mode in journal.PERTURBATIONS for G in (1, 2)}
     assert sizes == {
-        ("scratch", 1): 24,
-        ("scratch", 2): 32,
-        ("inplace", 1): 28,
-        ("inplace", 2): 40,
-        ("lazy", 1): 28,
-        ("lazy", 2): 40,
+        ("scratch", 1): 28,
+        ("scratch", 2): 36,
+        ("inplace", 1): 32,
+        ("inplace", 2): 44,
+        ("lazy", 1): 32,
+        ("lazy", 2): 44,
     }
     entry = header().parameters[0]
     name = "model.decoder.layers.{}.self_attn.out_proj.weight"
     table = tuple(journal.Parameter(name.format(k), (2048, 2048), "float16", entry.sha256, stream=k) for k in range(400))
     head = journal.Header(0, table).encode()
-    assert len(head) + 20_000 * 24 < 1_000_000
+    assert len(head) + 20_000 * 32 < 1_000_000
 
 
 def test_the_bytes_are_those_of_the_format(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ def test_the_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     )
     assert head["fingerprint"] == hashlib.sha256(lines).hexdigest()
     c = [[coefficient(2, g, t) for t in range(2)] for g in range(2)]
-    assert rows[2] == (5, 4, 0.5, 0.75, 2.0**-10, *c[0], 0.75, 2.0**-10, *c[1])
+    assert rows[2] == (5, 4, 0.5, -0.25, 0.75, 2.0**-10, *c[0], 0.75, 2.0**-10, *c[1])
 
 
 def test_the_documented_reader_reads(tmp_path: Path) -> None:
@@ -216,19 +224,19 @@ def test_records_have_their_place(tmp_path: Path) -> None:
     assert foreign != records[0]
 
 
-@pytest.mark.parametrize("zeros", [1, 23, 24, 25, 4096, 3 << 20])
+@pytest.mark.parametrize("zeros", [1, 27, 28, 29, 4096, 3 << 20])
 def test_zeros_of_a_crashed_file_system_are_a_torn_tail(tmp_path: Path, zeros: int) -> None:
     path = tmp_path / "run.zoj"
     data = write(path, 3)
-    for piece in (b"", data[-24:-1] + b"\x01"):
+    for piece in (b"", data[-28:-1] + b"\x01"):
         torn = data + piece + bytes(zeros)
         path.write_bytes(torn)
         tail = journal.read(path, strict=False).tail
         assert tail is not None and (tail.offset, tail.length) == (len(data), len(torn) - len(data))
         assert journal.recover(path) == tail
         assert path.read_bytes() == data
-    path.write_bytes(data + bytes(zeros) + b"\x01" + bytes(24))
-    if zeros >= 24:
+    path.write_bytes(data + bytes(zeros) + b"\x01" + bytes(28))
+    if zeros >= 28:
         with pytest.raises(journal.DamagedError, match="something changed the file"):
             journal.recover(path)
 
@@ -365,21 +373,26 @@ def test_records_that_no_writer_writes_are_refused() -> None:
     def refused(*rows: tuple[Any, ...]) -> str:
         file = data
         for k, row in enumerate(rows):
-            body = struct.pack("<IIffff", *row)
+            body = struct.pack("<IIfffff", *row)
             file += body + struct.pack("<I", zlib.crc32(body, zlib.crc32(struct.pack("<Q", k), crc)))
         with pytest.raises(journal.DamagedError) as error:
             journal.loads(file)
-        assert error.value.offset == len(data) + (len(rows) - 1) * 28
+        assert error.value.offset == len(data) + (len(rows) - 1) * 32
         return str(error.value)
 
-    good = (0, 0, 0.5, 1.0, 1e-3, 0.25)
-    assert "flags that this version" in refused(good, (1, 16, 0.5, 1.0, 1e-3, 0.25))
-    assert "not finite" in refused(good, (1, 0, 0.5, 1.0, 1e-3, math.nan))
-    assert "not finite" in refused((0, 0, 0.5, math.inf, 1e-3, 0.25))
-    assert "although it was skipped" in refused(good, (1, 1, 0.5, 1.0, 1e-3, 0.25))
-    assert "although it was skipped" in refused(good, (1, 1, 0.5, 0.5, 1e-3, 0.0))
+    good = (0, 0, 0.5, 2.0, 1.0, 1e-3, 0.25)
+    assert "flags that this version" in refused(good, (1, 64, 0.5, 2.0, 1.0, 1e-3, 0.25))
+    assert "not finite" in refused(good, (1, 0, 0.5, 2.0, 1.0, 1e-3, math.nan))
+    assert "not finite" in refused((0, 0, 0.5, 2.0, math.inf, 1e-3, 0.25))
+    assert "although it was skipped" in refused(good, (1, 1, 0.5, 2.0, 1.0, 1e-3, 0.25))
+    assert "although it was skipped" in refused(good, (1, 1, 0.5, 2.0, 0.5, 1e-3, 0.0))
+    assert "although it failed" in refused(good, (1, 16, 0.5, 2.0, 1.0, 1e-3, 0.25))
+    for flags in (16 + 32, 1 + 16):
+        assert "exclude each other" in refused(good, (1, flags, 0.5, 2.0, 1.0, 1e-3, 0.0))
     assert "used before" in refused(good, good)
-    assert "eps that is not positive" in refused((0, 0, 0.5, 1.0, 0.0, 0.25))
+    failed = (1, 32, 0.5, 2.0, 1.0, 1e-3, 0.0)
+    assert "used before" in refused(good, failed, failed, good)
+    assert "eps that is not positive" in refused((0, 0, 0.5, 2.0, 1.0, 0.0, 0.25))
 
 
 # ---- the starting weights ---------------------------------------------------------------------------------------------

@@ -61,8 +61,11 @@ def path(tmp_path: Path) -> Path:
         ((5, [[1e39]]), {}, "must be finite in fp32"),
         ((5, [[1.0]]), {"decay": [math.inf]}, "must be finite in fp32"),
         ((5, [[1.0]]), {"eps": [1e-3]}, "scratch mode records no eps"),
-        ((5, [[1.0]]), {"skipped": True}, "a skipped step changes nothing"),
-        ((5, [[0.0]]), {"skipped": True, "decay": [0.5]}, "a skipped step changes nothing"),
+        ((5, [[1.0]]), {"skipped": True}, "such a step updates nothing"),
+        ((5, [[0.0]]), {"skipped": True, "decay": [0.5]}, "such a step updates nothing"),
+        ((5, [[1.0]]), {"failed": "plus"}, "failed='plus', but a coefficient"),
+        ((5, [[0.0]]), {"failed": "plus"}, "failed='plus' must be None, or"),
+        ((5, [[0.0]]), {"failed": True}, "failed=True must be None, or"),
     ],
 )
 def test_bad_arguments_change_nothing(path: Path, arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
@@ -269,7 +272,7 @@ def test_a_failed_append_is_not_recorded_and_the_last(path: Path, monkeypatch: p
     assert error.value.errno == (errno.EIO if kind in ("broken", "fsync") else errno.ENOSPC)
     if kind == "short and no way back":
         assert "reopening looks at it" in str(error.value)
-        assert len(path.read_bytes()) == len(data) + 19
+        assert len(path.read_bytes()) == len(data) + 23
     else:
         assert path.read_bytes() == data
     for refused in (lambda: append(writer, 3), writer.sync):
@@ -358,8 +361,8 @@ def test_a_full_disk(path: Path) -> None:
         path,
     )
     out, err = child.communicate(timeout=120)
-    assert out.split() == ["4", str(errno.ENOSPC), "96"], err
-    assert len(journal.read(path)) == 4
+    assert out.split() == ["3", str(errno.ENOSPC), "84"], err
+    assert len(journal.read(path)) == 3
 
 
 def test_a_full_device(path: Path) -> None:

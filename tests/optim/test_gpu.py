@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.models import FAMILIES, loss_of, make, tokens
+from zo_kernels import journal
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,3 +193,33 @@ def test_a_large_matrix_needs_no_copy_of_itself() -> None:
     for _ in range(3):
         step.step(closure)
     assert torch.cuda.max_memory_allocated() - inference <= 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"perturbation": "inplace"}, {"perturbation": "inplace", "lazy": True}, {"cuda_graph": True}], ids=str
+)
+def test_recorded_runs_are_replayed_to_their_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    """On the device and on the CPU; no step waits for the device, so the file lags, and state_dict() brings it up to date."""
+    base, ids, path = make("llama", torch.float16), tokens().cuda(), tmp_path / "run.zoj"
+    model = copy.deepcopy(base).cuda()
+    step = zk.MeZOStep(model, lr=1e-2, eps=1e-2, seed=3, clip=5.0, weight_decay=0.1, journal=path, **options)
+
+    def closure(x: Tensor) -> Tensor:
+        return loss_of(model, ids) + x
+
+    xs = [torch.tensor(x, device="cuda") for x in (0.1, 0.2, math.nan, 0.3, 0.4, 0.5)]
+    for k, x in enumerate(xs):
+        if k >= 3:  # everything is warm, and captured
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.step(closure, [x])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    step.state_dict()
+    past = journal.read(path)
+    assert len(past) == 6 and past.flag("skipped").tolist() == [k == 2 for k in range(6)]
+    step.close_journal()
+    for device in ("cuda", "cpu"):
+        again = copy.deepcopy(base).to(device)
+        zk.replay(again, past)
+        assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(again.parameters(), model.parameters(), strict=True)), device

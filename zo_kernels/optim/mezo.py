@@ -9,19 +9,22 @@ Belongs here: the step rule and its life as a `torch.optim.Optimizer`. Does not 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
+from zo_kernels import _replay as replays
+from zo_kernels import journal as journals
 from zo_kernels import ops, parameters, perturb
-from zo_kernels.optim import graph
+from zo_kernels.optim import graph, record
 
 Loss = Tensor | float
 
@@ -42,7 +45,8 @@ class _RNG:
 
 
 class Numbers(NamedTuple):
-    """One parameter group's numbers in one step: floats, or 0-d float64 tensors where a graph reads them from device memory."""
+    """One parameter group's numbers in one step: floats, or 0-d float64 tensors where a graph reads them from device memory. eps and decay
+    are fp32 numbers, as a journal records them, whatever holds them."""
 
     lr: float | Tensor
     eps: float | Tensor
@@ -86,10 +90,14 @@ class MeZOStep(torch.optim.Optimizer):
         maximize: ascend, for rewards.
         model: the module, where the first argument is not one: enables scratch mode for parameter groups.
         backend: see `perturb_`.
+        journal: path of a journal that records the run (docs/journal.md), one record a step; None: none. `open_journal` takes more options.
+        resume: go on with the run in `journal`, if there is one: the weights given must be those that it started from, its steps are
+            replayed onto them, and `steps` tells how many there were.
 
     Attributes:
         projected_gradient: g of the last step and first group, before clipping: 0-d float64 tensor on the losses' device.
-        skipped: number of steps whose g was not finite; such a step leaves the weights as they were.
+        skipped: number of steps whose g, or coefficient in fp32, was not finite; such a step leaves the weights as they were.
+        steps: number of steps done.
 
     Raises:
         TypeError, ValueError: an argument is wrong; names it, its value and the remedy.
@@ -113,7 +121,11 @@ class MeZOStep(torch.optim.Optimizer):
         maximize: bool = False,
         model: nn.Module | None = None,
         backend: str | None = None,
+        journal: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> None:
+        if resume and journal is None:
+            raise ValueError("resume=True needs journal=PATH, the journal of the run to go on with")
         ops.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
         ops.check_choice("rounding", rounding, ("auto", *ops.ROUNDINGS))
         ops.check_choice("kind", kind, ops.KINDS)
@@ -156,12 +168,16 @@ class MeZOStep(torch.optim.Optimizer):
         self._flush_at_exit: weakref.finalize[..., Any] | None = None
         self._inside = False  # a step is under way
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
-        self._tag = 0  # of the next direction: one a step
+        self._tag = self._first_tag = 0  # of the next direction, one a step, and of the run's first
         self._skipped: Tensor | int = 0
         self.projected_gradient: Tensor | None = None
         self._streams = parameters.streams_of(named.all_names)
         self._view: perturb.View | None = None
         self._owned: set[str] = set()  # the parameters that the module had
+        self._recorder: record.Recorder | None = None
+        self._recorder_closes: weakref.finalize[..., Any] | None = None
+        self._flushed = False  # since the last record
+        self._summary: record.Summary | None = None  # of the step under way
         super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         self._refresh()
         if lazy and named.model is not None:
@@ -172,6 +188,8 @@ class MeZOStep(torch.optim.Optimizer):
                 "(docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
                 stacklevel=2,
             )
+        if journal is not None:
+            self.open_journal(journal, resume=resume)
 
     # -- the step --
 
@@ -195,7 +213,7 @@ class MeZOStep(torch.optim.Optimizer):
             if self._scratch and self._model is not None:
                 view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
             else:
-                view = perturb.InPlace(groups, self._model, **options)
+                view = perturb.InPlace(groups, self._model, self._lazy, **options)
                 if self._flush_at_exit is not None:
                     self._flush_at_exit.detach()
                 if self._lazy:
@@ -207,6 +225,8 @@ class MeZOStep(torch.optim.Optimizer):
                     "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new MeZOStep "
                     "of the model; load_state_dict(old.state_dict()) goes on with the run"
                 )
+            if self._recorder is not None:
+                self._check_recorded(groups)
             self._owned |= there
             self._view, self._graphs = view, None
         return view
@@ -216,7 +236,10 @@ class MeZOStep(torch.optim.Optimizer):
     def flush(self) -> None:
         """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
         if isinstance(self._view, perturb.InPlace) and not self._inside:
+            self._flushed |= any(self._view.at)
             self._view.restore()
+        if self._recorder is not None and not self._inside:
+            self._recorder.drain(wait=True)
 
     def _guard(self, model: nn.Module) -> None:
         """Flush before anybody else reads the weights through the module."""
@@ -256,20 +279,27 @@ class MeZOStep(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             _check_group(f"param_groups[{number}]: ", group)
         view = self._refresh()
-        self._inside = True
+        if self._recorder is not None:
+            self._recorder.check()
+        self._inside, tag = True, self._tag
         try:
             loss = self._graphed(view, closure, batches) if self._graph_wanted else None
             if loss is None:
                 loss = self._eager(view, closure, batches)
+        except BaseException:
+            self._record_failure(view, tag)
+            raise
         finally:
             self._inside = False
-        self._tag += 1
         if isinstance(view, perturb.Scratch) and (note := view.news()):
             warnings.warn(note, stacklevel=2)
         return loss.float()
 
     def _numbers(self) -> list[Numbers]:
-        return [Numbers(float(g["lr"]), float(g["eps"]), 1 - float(g["lr"]) * float(g["weight_decay"])) for g in self.param_groups]
+        return [
+            Numbers(float(g["lr"]), _fp32(float(g["eps"])), _fp32(1 - float(g["lr"]) * float(g["weight_decay"])))
+            for g in self.param_groups
+        ]
 
     def _eager(
         self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, rehearsal: bool = False
@@ -285,7 +315,7 @@ class MeZOStep(torch.optim.Optimizer):
 
         numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
         try:
-            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between)
+            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, commit=not rehearsal)
         except BaseException:
             rng.set(before)
             raise
@@ -325,6 +355,8 @@ class MeZOStep(torch.optim.Optimizer):
                 self._rehearse(view, closure, batches)
                 if not self._graph_wanted:
                     return None
+            values = self._numbers()
+            graphs.inputs.set(self._tag, values)
             if key.value not in graphs.captured:
                 inputs = graphs.inputs
                 numbers = [
@@ -333,14 +365,17 @@ class MeZOStep(torch.optim.Optimizer):
                 self._skipped = torch.as_tensor(self._skipped, device=inputs.tag.device)
 
                 def whole(static: list[Any]) -> tuple[Tensor, ...]:
-                    loss = self._evaluate_and_update(view, closure, static, inputs.tag, numbers)
-                    assert self.projected_gradient is not None
-                    return loss, self.projected_gradient
+                    loss = self._evaluate_and_update(view, closure, static, inputs.tag, numbers, commit=False)
+                    assert self.projected_gradient is not None and self._summary is not None
+                    return loss, self.projected_gradient, *([self._summary.queued()] if self._recorder is not None else [])
 
                 graphs.capture(key, batches, whole, view.memory)
-            graphs.inputs.set(self._tag, self._numbers())
-            loss, self.projected_gradient = graphs.replay(key, batches)
-            ops.written([plan for w in view.groups for plan in w.plans])
+            with perturb.uninterrupted():
+                loss, self.projected_gradient, *summary = graphs.replay(key, batches)
+                ops.written([plan for w in view.groups for plan in w.plans])
+                if self._recorder is not None:
+                    self._recorder.put(self._entry(values), summary[0])
+                self._tag += 1
             return loss
         except graph.Refused as refused:
             self._refuse_graph(str(refused))
@@ -358,8 +393,10 @@ class MeZOStep(torch.optim.Optimizer):
         tag: perturb.Tag,
         numbers: Sequence[Numbers],
         between: Callable[[], None] = lambda: None,
+        *,
+        commit: bool,
     ) -> Tensor:
-        """Two forwards and the update; the mean loss, 0-d float64. `between` is called between the forwards."""
+        """Two forwards and the update; the mean loss, 0-d float64. `between` is called between the forwards. `commit`: the step counts."""
         with view.step(recorded=isinstance(tag, Tensor)):
             view.see([[(tag, n.eps)] for n in numbers])
             plus = _evaluate(closure, batches)
@@ -369,10 +406,13 @@ class MeZOStep(torch.optim.Optimizer):
             minus = _evaluate(closure, batches)
             view.check()
             updates = self._updates(tag, numbers, plus, minus)
-            if self._lazy and isinstance(view, perturb.InPlace) and isinstance(tag, int) and tag + 1 < 1 << 32:
-                view.update(updates, [[(tag + 1, n.eps)] for n in numbers])
-            else:
-                view.update(updates)
+            ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
+            with perturb.uninterrupted():  # record, weights and tag agree, or none has changed
+                queued = self._record(numbers) if commit else None
+                view.update(updates, *ahead)
+                if queued is not None and self._recorder is not None:
+                    self._recorder.put(*queued)
+                self._tag += commit
         return (plus + minus) / 2
 
     def _updates(self, tag: perturb.Tag, numbers: Sequence[Numbers], plus: Tensor, minus: Tensor) -> list[perturb.Update]:
@@ -383,33 +423,199 @@ class MeZOStep(torch.optim.Optimizer):
             raise graph.Refused(f"the closure returns a loss on {difference.device}: return the tensor that the device computed")
         self.projected_gradient = difference / (2 * numbers[0].eps)
         on_host = difference.device.type == "cpu" and isinstance(tag, int)
-        finite = difference.isfinite()
-        d: Tensor | float
+        sign = 1.0 if self._maximize else -1.0
+        raw: list[Any] = [(difference if not on_host else float(difference)) / (2 * n.eps) for n in numbers]
+        gs, clipped = raw, False if on_host else torch.zeros_like(difference, dtype=torch.bool)
+        if self._clip is not None and on_host:
+            gs = [min(max(g, -self._clip), self._clip) for g in raw]
+            clipped = any(abs(g) > self._clip for g in raw)
+        elif self._clip is not None:
+            gs = [g.clamp(-self._clip, self._clip) for g in raw]
+            clipped = torch.stack([g.abs() > self._clip for g in raw]).any()
+        # The update as it is recorded, an fp32 number: what is formed of it later is formed from that.
+        us: list[Any] = [
+            _fp32(sign * n.lr * g) if on_host else (sign * n.lr * g).float().double() for n, g in zip(numbers, gs, strict=True)
+        ]
+        decays: list[perturb.Coefficient] = [n.decay for n in numbers]
+        finite: Any
         if on_host:
+            finite = math.isfinite(float(difference)) and all(map(math.isfinite, us))
             if not finite:
                 self._skipped = self._skipped + 1
-                return [perturb.Update(())] * len(numbers)
-            d = float(difference)
+                us, decays = [0.0] * len(us), [1.0] * len(us)
         else:
+            finite = difference.isfinite() & torch.stack(us).isfinite().all()
             if isinstance(self._skipped, Tensor):
                 self._skipped += ~finite  # in place: a graph counts here too
             else:
                 self._skipped = self._skipped + (~finite).long()
-            d = torch.where(finite, difference, 0.0)
-        updates = []
-        for n in numbers:
-            g = d / (2 * n.eps)
-            if self._clip is not None:
-                g = g.clamp(-self._clip, self._clip) if isinstance(g, Tensor) else min(max(g, -self._clip), self._clip)
-            decay: perturb.Coefficient = n.decay
-            if not on_host and not (isinstance(decay, float) and decay == 1.0):
-                decay = torch.where(finite, torch.as_tensor(decay, dtype=torch.float64, device=difference.device), 1.0)
-            updates.append(perturb.Update([(tag, (n.lr if self._maximize else -n.lr) * g)], decay, self._rounding))
-        return updates
+            us = [torch.where(finite, u, 0.0) for u in us]
+            decays = [
+                d if isinstance(d, float) and d == 1.0
+                else torch.where(finite, torch.as_tensor(d, dtype=torch.float64, device=difference.device), 1.0)
+                for d in decays
+            ]  # fmt: skip
+        loss = (plus + minus) / 2
+        self._summary = record.Summary(float(loss) if on_host else loss, raw[0], finite, clipped, us)
+        return [perturb.Update([(tag, u)], d, self._rounding) for u, d in zip(us, decays, strict=True)]
 
     @property
     def skipped(self) -> int:
         return int(self._skipped)
+
+    @property
+    def steps(self) -> int:
+        return self._tag - self._first_tag
+
+    # -- the journal --
+
+    def open_journal(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        replace: bool = False,
+        fsync_every: int = 100,
+        hyperparameters: Mapping[str, Any] | None = None,
+        notes: Any = "",
+    ) -> journals.Journal | None:
+        """Record every step from now on. The journal's base are the weights as they are now; nothing but steps may change them.
+
+        Args:
+            path: of the file, which must not exist; its folder must.
+            resume: go on with the run in it, if it exists: it is recovered, its steps are replayed onto the weights, which must be those
+                that it started from, and the next step is the run's next.
+            replace, fsync_every: see `journal.create`.
+            hyperparameters, notes: any JSON, for people.
+
+        Returns:
+            What was there, if it was resumed.
+
+        Raises:
+            ValueError: the journal is of another run or base model; neither was changed. Otherwise what `journal.create` and
+            `journal.reopen` raise.
+        """
+        self._refuse_inside("open_journal()")
+        if self._recorder is not None:
+            raise RuntimeError(f"the steps are recorded already, in {self._recorder.writer.path}: one run has one journal")
+        self.flush()
+        view = self._refresh()
+        mine: dict[str, Any] = {
+            "seed": self._seed,
+            "kind": self._kind,
+            "perturbation": "scratch" if self._scratch else "lazy" if self._lazy else "inplace",
+        }
+        trained = [(n, p) for w in view.groups for n, p in zip(w.names, w.params, strict=True)]
+        ids = {id(p) for _, p in trained}
+        frozen = [(n, p) for n, p in (self._model.named_parameters() if self._model is not None else ()) if id(p) not in ids]
+        past = writer = None
+        if resume and os.path.lexists(path):
+            if self._tag:
+                raise RuntimeError(
+                    f"resume=True after {self._tag} steps: only an optimizer that has not stepped can resume a journal"
+                )
+            try:
+                writer, past = journals.reopen(path, fsync_every=fsync_every, after_steps=True)
+            except journals.UnbegunError:
+                replace = True
+        if writer is not None and past is not None:
+            try:
+                record.check_header(past.header, mine, view.groups)
+                journals.verify_base(past.header, [*trained, *frozen])
+                self._replay(view, past)
+            except BaseException:
+                writer.close()
+                raise
+        else:
+            about: dict[str, Any] = {
+                "lr": [float(g["lr"]) for g in self.param_groups],
+                "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
+            }
+            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": self._clip, "maximize": self._maximize}
+            header = journals.Header(
+                parameters=record.table(view.groups),
+                groups=len(view.groups),
+                frozen=tuple(journals.Frozen.of(n, p) for n, p in frozen),
+                hyperparameters={**about, **(hyperparameters or {})},
+                notes=notes,
+                **mine,
+            )
+            writer = journals.create(path, header, fsync_every=fsync_every, replace=replace)
+        self._recorder, self._graphs = record.Recorder(writer), None  # graphs must hand over their numbers
+        self._recorder_closes = weakref.finalize(self, self._recorder.close)
+        return past
+
+    def close_journal(self) -> None:
+        """Write what is queued, make it durable, release the lock; later steps are not recorded."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None and self._recorder_closes is not None:
+            self._recorder_closes.detach()
+            recorder.close()
+
+    def reopen_journal(self) -> None:
+        """Go on after a record could not be written (a full disk) and the cause was mended. The step that failed was not done."""
+        if self._recorder is not None:
+            self._recorder.reopen()
+
+    def _replay(self, view: perturb.View, past: journals.Journal) -> None:
+        replayer = replays.Replayer(view.groups, past.header, self._backend)
+        replayer.records(past.records)
+        if isinstance(view, perturb.InPlace):
+            view.at = list(replayer.at)
+        self._tag, self._first_tag = past.next_tag, past.next_tag - len(past.steps)
+        self._skipped = int(past.flag("skipped").sum())
+        if len(past.steps):
+            self.projected_gradient = torch.tensor(float(past.steps["gradient"][-1]), dtype=torch.float64)
+
+    def _entry(self, numbers: Sequence[Numbers]) -> dict[str, Any]:
+        """What the host knows of the step's record."""
+        entry = {
+            "tag": self._tag,
+            "decay": [n.decay for n in numbers],
+            "stochastic": self._rounding == "stochastic",
+            "flushed": self._flushed,
+        }
+        self._flushed = False
+        return entry if self._scratch else {**entry, "eps": [n.eps for n in numbers]}
+
+    def _record(self, numbers: Sequence[Numbers]) -> tuple[dict[str, Any], Tensor] | None:
+        """Write the step's record, or, where the host does not know its numbers, return what is to be queued behind the update."""
+        if self._recorder is None or self._summary is None:
+            return None
+        s, flushed = self._summary, self._flushed
+        entry = self._entry(numbers)
+        if isinstance(s.finite, Tensor):
+            return entry, s.queued()
+        try:
+            self._recorder.append(record.complete(entry, [s.loss, s.gradient, s.finite, s.clipped, *s.coefs]))
+        except BaseException:
+            self._flushed = flushed
+            raise
+        return None
+
+    def _record_failure(self, view: perturb.View, tag: int) -> None:
+        """A failed step in place has rounded the weights without an update; scratch mode has nothing to tell."""
+        if self._recorder is None or not isinstance(view, perturb.InPlace):
+            return
+        if not view.whole:
+            self._recorder.broken = "a pass over the weights was cut short"
+        elif view.seen and self._tag == tag:
+            entry = self._entry([n._replace(decay=1.0) for n in self._numbers()])
+            entry |= {"coefs": [[0.0]] * len(view.groups), "failed": "plus" if view.seen == 1 else "minus"}
+            self._recorder.put(entry)
+        else:
+            self._flushed = self._lazy  # the step was done, or not begun, and the weights were restored from ahead
+
+    def _check_recorded(self, groups: Sequence[parameters.Weights]) -> None:
+        """The journal's table of parameters is that of the whole run."""
+        assert self._recorder is not None
+        recorded = {(p.name, p.group) for p in self._recorder.writer.header.parameters}
+        now = {(n, k) for k, w in enumerate(groups) for n in w.names}
+        if recorded != now:
+            raise RuntimeError(
+                f"parameter {min(recorded ^ now)[0]!r} was frozen, unfrozen, added or moved to another group, and the journal "
+                f"{self._recorder.writer.path} has one table for the run: close_journal(), and open_journal() another one"
+            )
 
     # -- a run that goes on --
 
@@ -433,6 +639,10 @@ class MeZOStep(torch.optim.Optimizer):
             ValueError: not a state of this class, or of a model with other parameters.
         """
         self._refuse_inside("load_state_dict()")
+        if self._recorder is not None:
+            raise RuntimeError(
+                "load_state_dict() of an optimizer with a journal: load first, then open_journal(); or resume the journal"
+            )
         self.flush()
         if "zo" not in state_dict:
             raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
@@ -449,6 +659,7 @@ class MeZOStep(torch.optim.Optimizer):
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
+        self._first_tag = 0
         self._view = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -485,7 +696,7 @@ class MeZOStep(torch.optim.Optimizer):
         if "_at" not in state:
             return
         at = self.__dict__.pop("_at")
-        self._view = self._graphs = self._flush_at_exit = None
+        self._view = self._graphs = self._flush_at_exit = self._recorder = self._recorder_closes = None
         self._inside = False
         view = self._refresh()
         if isinstance(view, perturb.InPlace) and at is not None and len(at) == len(view.at):
@@ -499,7 +710,7 @@ class MeZOStep(torch.optim.Optimizer):
         )
 
 
-_MADE_ANEW = {"_view", "_graphs", "_flush_at_exit", "_inside", "step", "_zero_grad_profile_name"}
+_MADE_ANEW = {"_view", "_graphs", "_flush_at_exit", "_recorder", "_recorder_closes", "_inside", "step", "_zero_grad_profile_name"}
 
 
 class _Flush:
@@ -523,6 +734,11 @@ def _restore(view: perturb.InPlace, process: int) -> None:
         view.restore()
 
 
+def _fp32(x: float) -> float:
+    """x rounded to fp32; infinity beyond it."""
+    return ctypes.c_float(x).value
+
+
 def _remove(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
@@ -537,8 +753,8 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
     lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
     if not (isinstance(lr, (int, float)) and 0 <= lr < math.inf):
         raise ValueError(f"{where}lr={lr!r} must be a finite number >= 0 (to ascend, use maximize=True)")
-    if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
-        raise ValueError(f"{where}eps={eps!r} must be a finite number > 0")
+    if not (isinstance(eps, (int, float)) and 0 < _fp32(eps) < math.inf):
+        raise ValueError(f"{where}eps={eps!r} must be a finite number > 0, in fp32 too")
     if not (isinstance(decay, (int, float)) and 0 <= decay < math.inf):
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
 

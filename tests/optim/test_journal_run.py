@@ -1,0 +1,520 @@
+"""A run is its journal: what is recorded, replayed and resumed has the bits of the run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_kernels as zk
+from tests.kernels.cases import same_bits
+from tests.optim import emulated_graph
+from tests.optim.models import loss_of, make, tokens
+from zo_kernels import journal
+from zo_kernels.optim import record
+
+MODES: dict[str, dict[str, Any]] = {
+    "scratch": {"perturbation": "scratch"},
+    "inplace": {"perturbation": "inplace"},
+    "lazy": {"perturbation": "inplace", "lazy": True},
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMS = [(mode, dtype, rounding) for mode in MODES for dtype in DTYPES for rounding in ("nearest", "stochastic")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Small(nn.Module):
+    """Odd sizes, a bias and a norm; a smooth loss of the step's data."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.a, self.norm, self.b = nn.Linear(7, 19), nn.LayerNorm(19), nn.Linear(19, 3)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=g).to(dtype)
+
+    def forward(self, step: int) -> Tensor:
+        x = torch.randn(5, 7, generator=torch.Generator().manual_seed(step))
+        h = nn.functional.layer_norm(
+            nn.functional.linear(x, self.a.weight.float(), self.a.bias.float()),
+            (19,),
+            self.norm.weight.float(),
+            self.norm.bias.float(),
+        )
+        return nn.functional.linear(h.tanh(), self.b.weight.float(), self.b.bias.float()).square().mean()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(same_bits(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def optimizer_of(params: Any, mode: str, rounding: str = "nearest", **options: Any) -> zk.MeZOStep:
+    settings = {"lr": 3e-3, "eps": 1e-2, "seed": 11, "weight_decay": 0.1, "rounding": rounding, **MODES[mode], **options}
+    return zk.MeZOStep(params, **settings)
+
+
+def go_on(optimizer: zk.MeZOStep, model: nn.Module, until: int, look_every: int = 4) -> None:
+    """Steps with a learning rate that falls and an eps that changes once; now and then somebody looks at the weights."""
+    while (k := optimizer.steps) < until:
+        if k % look_every == 0:
+            with torch.no_grad():
+                model(0)
+        for group in optimizer.param_groups:
+            group["lr"], group["eps"] = 3e-3 * (1 - k / 100), 1e-2 if k < 6 else 2e-2
+        optimizer.step(lambda k=k: model(k) if k != 5 else model(k) * math.nan)
+
+
+@pytest.mark.parametrize(("mode", "dtype", "rounding"), FORMS, ids=str)
+def test_replay_and_resume_give_the_bits_of_the_run(tmp_path: Path, mode: str, dtype: torch.dtype, rounding: str) -> None:
+    base, path = Small(dtype), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, mode, rounding, journal=path, clip=2.0)
+    states: list[list[Tensor]] = []
+    for k in range(14):
+        go_on(optimizer, live, k + 1)
+        if k in (3, 8):  # in place this changes a lazy run's bits, and the record of the next step tells
+            optimizer.flush()
+        if mode != "lazy" or k in (3, 8):
+            states.append([p.detach().clone() for p in live.parameters()])
+    optimizer.close_journal()
+    optimizer.flush()
+
+    past = journal.read(path)
+    assert len(past) == 14 and past.flag("skipped").tolist() == [k == 5 for k in range(14)]
+    assert past.flag("clipped").any() and not past.flag("clipped").all()
+    assert past.flag("stochastic").all() == (rounding == "stochastic")
+    again = copy.deepcopy(base)
+    assert zk.replay(again, path).header == past.header
+    assert same(again, live)
+    for n, state in zip((4, 9) if mode == "lazy" else range(1, 15), states, strict=True):
+        earlier = copy.deepcopy(base)
+        zk.replay(earlier, past, upto=n, backend="reference" if n == 4 else None)
+        assert all(same_bits(p, q) for p, q in zip(earlier.parameters(), state, strict=True)), n
+
+    # killed after any number of records, or inside one, and gone on
+    whole = path.read_bytes()
+    for records in (0, 1, 5, 9, 14):
+        cut = tmp_path / f"{records}.zoj"
+        cut.write_bytes(whole[: past.start + records * past.header.record.itemsize + (7 if records < 14 else 0)])
+        other = copy.deepcopy(base)
+        resumed = optimizer_of(other, mode, rounding, journal=cut, resume=True, clip=2.0)
+        assert resumed.steps == records and resumed.skipped == (records > 5)
+        for k in range(records, 14):
+            if mode == "lazy" and k in (4, 9) and k == records:
+                resumed.flush()
+            go_on(resumed, other, k + 1)
+            if k in (3, 8):
+                resumed.flush()
+        resumed.close_journal()
+        resumed.flush()
+        assert same(other, live), records
+        assert cut.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("scratch", torch.bfloat16), ("inplace", torch.float16), ("lazy", torch.bfloat16)], ids=str
+)
+def test_two_thousand_steps_of_16_bit_weights(tmp_path: Path, mode: str, dtype: torch.dtype) -> None:
+    base, path = Small(dtype), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, mode, "stochastic" if dtype == torch.bfloat16 else "nearest", journal=path)
+    for k in range(2000):
+        optimizer.step(lambda k=k: live(k))
+    optimizer.close_journal()
+    optimizer.flush()
+    assert not same(base, live)
+    for backend in ("cpu", "reference") if "cpu" in zk.backends() else ("reference",):
+        again = copy.deepcopy(base)
+        zk.replay(again, path, backend=backend)
+        assert same(again, live), backend
+
+
+def test_a_fused_replay_is_closer_to_fp32_than_the_run(tmp_path: Path) -> None:
+    """Against the same sum, same noise and recorded coefficients, in float64: the run rounds at every step, a fused replay once."""
+    for dtype in (torch.float16, torch.bfloat16):
+        base, path = Small(dtype), tmp_path / f"{dtype}.zoj"
+        live = copy.deepcopy(base)
+        optimizer = optimizer_of(live, "scratch", "nearest", journal=path)
+        for k in range(1500):
+            optimizer.step(lambda k=k, live=live: live(k))
+        optimizer.close_journal()
+        past = journal.read(path)
+        exact = {n: p.detach().double() for n, p in base.named_parameters()}
+        table = {p.name: p for p in past.header.parameters}
+        for r in past.records:
+            for n in exact:
+                entry, numbers = table[n], r["groups"][table[n].group]
+                z = zk.normal(exact[n].shape, seed=11, stream=entry.stream, tag=int(r["tag"])).double()
+                exact[n] = float(numbers["decay"]) * exact[n] + float(numbers["coef"][0]) * z
+        fused = copy.deepcopy(base)
+        zk.replay(fused, past, mode="fused")
+        ulp = torch.finfo(dtype).eps
+
+        def distance(model: nn.Module, exact: dict[str, Tensor] = exact) -> float:
+            return math.sqrt(sum(float((p.double() - exact[n]).square().sum()) for n, p in model.named_parameters()))
+
+        assert distance(fused) < 0.1 * distance(live)
+        for n, p in fused.named_parameters():  # half a unit in the last place, and the 17 bits of the coefficients
+            assert ((p.double() - exact[n]).abs() <= 0.5 * ulp * exact[n].abs() + 1e-4).all(), n
+
+
+def test_masks_scales_groups_and_kinds(tmp_path: Path) -> None:
+    for mode in MODES:
+        for kind in ("gaussian", "rademacher"):
+            base, path = Small(torch.float16), tmp_path / f"{mode}.{kind}.zoj"
+            live = copy.deepcopy(base)
+            stored = torch.rand(19, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+            rows = torch.rand(19, generator=torch.Generator().manual_seed(2))
+            pairs = list(live.named_parameters())
+            groups = [
+                {
+                    "params": pairs[:3],
+                    "mask": {"a.weight": stored, "a.bias": zk.RandomMask(0.4, 7)},
+                    "lr": 0.02,
+                    "weight_decay": 0.5,
+                },
+                {"params": pairs[3:], "scale": {"b.weight": 0.5, "norm.bias": rows}, "eps": 2e-2},
+            ]
+            optimizer = optimizer_of(groups, mode, "nearest", model=live, kind=kind, journal=path)
+            for k in range(9):
+                optimizer.step(lambda k=k, live=live: live(k))  # type: ignore[misc]
+            optimizer.close_journal()
+            optimizer.flush()
+            given: dict[str, Any] = {"masks": {"a.weight": stored}, "scales": {"norm.bias": rows}}
+            again = copy.deepcopy(base)
+            zk.replay(again, path, **given)
+            assert same(again, live)
+            for missing, what in (("masks", "mask"), ("scales", "scale")):
+                wrong = {**given, missing: {}}
+                with pytest.raises(ValueError, match=rf"the run's {what} is .*sha256.*given is None.*give it as {what}s="):
+                    zk.replay(again, path, check=False, **wrong)
+            with pytest.raises(ValueError, match="the run's mask is"):
+                zk.replay(again, path, check=False, masks={"a.weight": ~stored}, scales=given["scales"])
+
+
+@pytest.mark.parametrize("family", ["lora", "prompt", "llama-tied"])
+def test_real_architectures(tmp_path: Path, family: str) -> None:
+    base, path = make(family), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = zk.MeZOStep(live, lr=1e-2, eps=1e-2, seed=5, journal=path)
+    for k in range(5):
+        optimizer.step(lambda k=k: loss_of(live, tokens(seed=k)))
+    optimizer.close_journal()
+    past = journal.read(path)
+    assert {p.name for p in past.header.frozen} == {n for n, p in base.named_parameters() if not p.requires_grad}
+    again = copy.deepcopy(base)
+    zk.replay(again, path)
+    assert same(again, live)
+    if past.header.frozen:  # an adapter belongs to its base model
+        with torch.no_grad():
+            next(p for p in base.parameters() if not p.requires_grad).view(-1)[0] += 1
+        before = copy.deepcopy(base)
+        with pytest.raises(ValueError, match=r"not the one that this run started from.*has other values"):
+            zk.replay(base, path)
+        assert same(before, base)
+
+
+def test_another_base_or_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    base, path = Small(), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, "scratch", journal=path)
+    go_on(optimizer, live, 3)
+    optimizer.close_journal()
+    before, file = copy.deepcopy(live), path.read_bytes()
+    with pytest.raises(ValueError, match="not the one that this run started from"):
+        zk.replay(live, path)
+    with pytest.raises(ValueError, match="not the one that this run started from"):
+        optimizer_of(live, "scratch", journal=path, resume=True)
+    for changes, message in [
+        ({"seed": 12}, "its seed is 11, this optimizer's 12"),
+        ({"kind": "rademacher"}, "its kind"),
+        ({"perturbation": "inplace"}, "its perturbation"),
+        ({"weight_decay": 0.0}, "its groups"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer_of(copy.deepcopy(base), "scratch", journal=path, resume=True, **changes)
+    fewer = copy.deepcopy(base)
+    fewer.b.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'b.bias' is trained in only one of the two"):
+        optimizer_of(fewer, "scratch", journal=path, resume=True)
+    with pytest.raises(FileExistsError, match="a journal is there"):
+        optimizer_of(base, "scratch", journal=path)
+    with pytest.raises(ValueError, match=r"upto=4 must be a number of steps, 0 .. 3"):
+        zk.replay(base, path, upto=4)
+    with pytest.raises(ValueError, match="mode='exact'"):
+        zk.replay(base, path, mode="exact")
+    with pytest.raises(ValueError, match="resume=True needs journal"):
+        optimizer_of(base, "scratch", resume=True)
+    assert same(before, live) and path.read_bytes() == file
+    with optimizer_lock(path), pytest.raises(journal.LockedError, match="is in use by process"):
+        optimizer_of(copy.deepcopy(base), "scratch", journal=path, resume=True)
+
+
+def optimizer_lock(path: Path) -> journal.Writer:
+    return journal.reopen(path)[0]
+
+
+class Oops(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Oops, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_failed_steps_are_part_of_the_record(tmp_path: Path, mode: str, dtype: torch.dtype, error: type[BaseException]) -> None:
+    """A closure that raises in the first or the second forward, is caught, and the step tried again: in place the weights' bits have
+    changed by then."""
+    base, path = Small(dtype), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, mode, journal=path)
+    calls = 0
+
+    def failing(which: int) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == which:
+                raise error
+            return live(optimizer.steps)
+
+        return closure
+
+    for which in (0, 1, 2, 0, 2, 1, 0, 0):
+        calls = 0
+        if which:
+            with pytest.raises(error):
+                optimizer.step(failing(which))
+        else:
+            optimizer.step(failing(which))
+    optimizer.close_journal()
+    optimizer.flush()
+    past = journal.read(path)
+    assert len(past.steps) == 4 and len(past) == (4 if mode == "scratch" else 8)
+    again = copy.deepcopy(base)
+    zk.replay(again, path)
+    assert same(again, live)
+    resumed = optimizer_of(copy.deepcopy(base), mode, journal=path, resume=True)
+    assert resumed.steps == 4
+
+
+def test_an_append_that_fails_undoes_the_step_and_can_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in MODES:
+        base, path = Small(torch.bfloat16), tmp_path / f"{mode}.zoj"
+        live = copy.deepcopy(base)
+        optimizer = optimizer_of(live, mode, journal=path)
+        go_on(optimizer, live, 3)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", lambda fd, data: 0)
+            with pytest.raises(OSError, match="could not be written"):
+                go_on(optimizer, live, 4)
+        assert optimizer.steps == 3
+        before = copy.deepcopy(live)
+        with pytest.raises(RuntimeError, match=r"no step can be recorded. Mend the cause, then call reopen_journal"):
+            optimizer.step(lambda live=live: live(0))
+        if mode != "lazy":
+            assert same(before, live)
+        optimizer.reopen_journal()
+        go_on(optimizer, live, 8)
+        optimizer.close_journal()
+        optimizer.flush()
+        again = copy.deepcopy(base)
+        zk.replay(again, path)
+        assert same(again, live), mode
+
+
+def test_a_pass_that_is_cut_short_ends_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Small()
+    optimizer = optimizer_of(live, "inplace", journal=tmp_path / "run.zoj")
+    go_on(optimizer, live, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(zk.ops, "run", lambda *_: (_ for _ in ()).throw(Oops))
+        with pytest.raises(Oops):
+            optimizer.step(lambda: live(0))
+    with pytest.raises(RuntimeError, match=r"a pass over the weights was cut short: no step can be recorded. Load the base"):
+        optimizer.step(lambda: live(0))
+    optimizer.close_journal()
+    assert len(journal.read(tmp_path / "run.zoj")) == 2
+
+
+def test_the_record_comes_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Small()
+    optimizer = optimizer_of(live, "scratch", journal=tmp_path / "run.zoj")
+    events: list[str] = []
+    append, run = journal.Writer.append, zk.ops.run
+    monkeypatch.setattr(journal.Writer, "append", lambda *a, **k: (events.append("record"), append(*a, **k))[1])
+    monkeypatch.setattr(zk.ops, "run", lambda *a: (events.append("pass"), run(*a))[1])
+    optimizer.step(lambda: live(0))
+    assert events == ["record", "pass", "pass"]  # an update of two groups
+
+
+def test_graphs_record_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps whose numbers the host never reads, on an emulated graph: the same file but for its name, one record a step behind."""
+    emulated_graph.install(monkeypatch)
+    files = []
+    for graph in (False, True):
+        for mode in ("scratch", "inplace"):
+            model, ids = make("llama", torch.float16), tokens()
+            base = copy.deepcopy(model)
+
+            def closure(x: Tensor, model: nn.Module = model, ids: Tensor = ids) -> Tensor:
+                return loss_of(model, ids) + x
+
+            path = tmp_path / f"{mode}{graph}.zoj"
+            options = {**MODES[mode], "cuda_graph": graph, "weight_decay": 0.5, "clip": 0.5, "journal": path}
+            step = zk.MeZOStep(model, lr=1e-2, eps=1e-2, **options)
+            for x in (0.1, 0.2, math.nan, 0.3, 0.4):
+                step.step(closure, [torch.tensor(x)])
+            step.state_dict()
+            past = journal.read(path)
+            assert len(past) == 5 and past.flag("skipped").tolist() == [False, False, True, False, False]
+            step.close_journal()
+            files.append(past.records.copy())
+            zk.replay(base, path)
+            assert same(base, model)
+    for a, b in zip(files[:2], files[2:], strict=True):
+        assert a.tobytes()[:-4] != b.tobytes()[:-4]  # checksums: each file has its own
+        for name in ("tag", "flags", "loss", "gradient", "groups"):
+            assert a[name].tobytes() == b[name].tobytes() or (
+                np.array_equal(a[name], b[name], equal_nan=True) and name in ("loss", "gradient")
+            )
+
+
+class LateEvent:
+    """A GPU that is three steps behind."""
+
+    now = 0
+
+    def __init__(self) -> None:
+        self.due = LateEvent.now + 3
+
+    def query(self) -> bool:
+        return LateEvent.now >= self.due
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_records_wait_for_the_device_and_the_host_does_not(tmp_path: Path) -> None:
+    path, w = tmp_path / "run.zoj", torch.ones(3)
+    header = journal.Header(1, (journal.Parameter.of("w", w, 5),))
+    queue = record.Recorder(journal.create(path, header))
+    for k in range(5):
+        LateEvent.now = k
+        queue.check()
+        assert len(journal.read(path)) == max(0, k - 2)
+        queue.put({"tag": k, "decay": [0.5]}, torch.tensor([1.0, 2.0, k != 1, k == 2, 0.25 * (k != 1)], dtype=torch.float64))
+        entry, summary, _ = queue._queue.pop()
+        queue._queue.append((entry, summary, LateEvent()))
+    queue.drain(wait=True)
+    past = journal.read(path)
+    assert past.records["tag"].tolist() == [0, 1, 2, 3, 4]
+    assert past.flag("skipped").tolist() == [k == 1 for k in range(5)] and past.flag("clipped").tolist() == [
+        k == 2 for k in range(5)
+    ]
+    assert past.records["groups"]["decay"].ravel().tolist() == [0.5, 1.0, 0.5, 0.5, 0.5]
+    queue.close()
+    assert queue.writer.closed
+
+
+def test_an_optimizer_that_goes_away_closes_its_journal(tmp_path: Path) -> None:
+    live, path = Small(), tmp_path / "run.zoj"
+    optimizer = optimizer_of(live, "scratch", journal=path)
+    go_on(optimizer, live, 2)
+    del optimizer
+    journal.reopen(path)[0].close()
+
+
+def test_what_does_not_fit_a_journal_is_refused(tmp_path: Path) -> None:
+    live = Small()
+    optimizer = optimizer_of(live, "scratch", journal=tmp_path / "run.zoj")
+    state = optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="load first, then open_journal"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="are recorded already"):
+        optimizer.open_journal(tmp_path / "other.zoj")
+    go_on(optimizer, live, 2)
+    live.b.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"'b.bias' was frozen, unfrozen, added"):
+        optimizer.step(lambda: live(0))
+    copied, _ = copy.deepcopy((optimizer, live))
+    copied.close_journal()  # a copy has no journal
+    optimizer.close_journal()
+    optimizer.step(lambda: live(0))
+    assert len(journal.read(tmp_path / "run.zoj")) == 2
+
+
+def test_a_coefficient_beyond_fp32_is_skipped(tmp_path: Path) -> None:
+    live = Small()
+    before = copy.deepcopy(live)
+    optimizer = optimizer_of(live, "scratch", journal=tmp_path / "run.zoj", lr=1e38)
+    values = iter((1e6, -1e6))
+    optimizer.step(lambda: next(values))
+    assert optimizer.skipped == 1 and same(before, live)
+    assert journal.read(tmp_path / "run.zoj").flag("skipped").all()
+
+
+def test_a_torn_journal_is_replayed_up_to_there(tmp_path: Path) -> None:
+    base, path = Small(), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, "scratch", journal=path)
+    go_on(optimizer, live, 4)
+    optimizer.close_journal()
+    path.write_bytes(path.read_bytes() + b"torn")
+    with pytest.warns(UserWarning, match="torn behind its 4 whole records"):
+        zk.replay(base, path)
+    assert same(base, live)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer_of(copy.deepcopy(Small()), "scratch", journal=path, resume=True).steps == 4
+
+
+INTERPRETED = """
+import copy, sys
+import torch
+from torch import nn
+import zo_kernels as zk
+from tests.optim.test_journal_run import optimizer_of, same
+
+torch.set_num_threads(1)
+for mode, dtype, rounding in (("scratch", torch.float16, "stochastic"), ("inplace", torch.bfloat16, "nearest")):
+    base, path = nn.Linear(7, 5).to(dtype), f"{sys.argv[1]}/{mode}.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, mode, rounding, journal=path, backend="reference")
+    for k in range(30):
+        optimizer.step(lambda: live(torch.full((3, 7), k / 30, dtype=dtype)).float().square().mean())
+    optimizer.close_journal()
+    zk.replay(base, path, backend="triton")
+    assert same(base, live), mode
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_the_triton_interpreter_replays_the_same_bits(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {np.__version__}")
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "same", done.stdout + done.stderr

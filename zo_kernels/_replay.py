@@ -1,0 +1,232 @@
+"""From a journal back to weights: every pass of the run again, or their sum at once.
+
+Belongs here: which passes a record stands for, and their order. Does not belong here: the file (journal.py), the arithmetic (ops.py), the
+schedule of a step in place, which is `perturb.InPlace`'s: `Replayer` is one that notes passes where another runs them at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace as changed
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zo_kernels import _backends as backends
+from zo_kernels import journal, ops, perturb
+from zo_kernels.parameters import Weights
+
+MODES = ("sequential", "fused")
+PASSES = 4096  # that are gathered before they are applied
+TERMS = 1024  # of a fused replay in one pass over an fp32 sum
+
+
+def _apply(plans: Sequence[ops.Plan], passes: Sequence[ops.Pass], backend: str | None) -> None:
+    """The passes one after another, in one read and write of the weights."""
+    if not passes:
+        return
+    tags, coefs, decays = [t for p in passes for t in p.tags], [c for p in passes for c in p.coefs], [p.decay for p in passes]
+    joined = ops.Passes(
+        passes[0].seed,
+        torch.tensor(tags, dtype=torch.int64),
+        torch.tensor(coefs, dtype=torch.float32),
+        torch.tensor([0, *itertools.accumulate(len(p.tags) for p in passes)], dtype=torch.int64),
+        torch.tensor([1.0 if d is None else d for d in decays], dtype=torch.float32),
+        torch.tensor([ops.ROUNDINGS[p.rounding] for p in passes], dtype=torch.uint8),
+        passes[0].kind,
+    )
+    ops.run_sequence(plans, joined, backend)
+
+
+class Replayer(perturb.InPlace):
+    """The passes of recorded steps over `groups`; `at` is where they leave the weights. Passes wait until `apply`, or until there are many."""
+
+    def __init__(self, groups: Sequence[Weights], header: journal.Header, backend: str | None) -> None:
+        if header.terms != 1 and header.perturbation != "scratch":
+            raise ValueError(
+                f"the journal has {header.terms} terms in {header.perturbation} mode, which this version cannot replay"
+            )
+        super().__init__(groups, None, lazy=header.perturbation == "lazy", seed=header.seed, kind=header.kind, backend=backend)
+        self.header = header
+        self.waiting: list[list[ops.Pass]] = [[] for _ in groups]
+
+    def expect(self, params: Iterable[Tensor] | None = None) -> None:
+        """No closure runs that could write."""
+
+    def run(
+        self, group: int, terms: Sequence[tuple[perturb.Tag, perturb.Coefficient]], decay: perturb.Coefficient, rounding: str
+    ) -> None:
+        if (p := self._pass(terms, decay, rounding)) is not None:
+            self.waiting[group].append(p)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for weights, passes in zip(self.groups, self.waiting, strict=True):
+            _apply(weights.plans, passes, self.backend)
+            passes.clear()
+
+    def records(self, records: np.ndarray) -> None:
+        """Every pass of these records, applied."""
+        for tag, flags, decays, epses, coefs in _rows(self.header, records):
+            rounding = "stochastic" if flags & journal.FLAGS["stochastic"] else "nearest"
+            updates = [
+                perturb.Update([(tag + k, c) for k, c in enumerate(cs)], d, rounding) for d, cs in zip(decays, coefs, strict=True)
+            ]
+            if epses is None:
+                self.update(updates)
+            else:
+                if flags & journal.FLAGS["flushed"]:
+                    self.restore()
+                self.see([[(tag, e)] for e in epses])
+                if not flags & journal.FLAGS["failed_plus"]:
+                    self.see([[(tag, -e)] for e in epses])
+                if flags & (journal.FLAGS["failed_plus"] | journal.FLAGS["failed_minus"]):
+                    self.restore()
+                else:
+                    self.update(updates, self.ahead(tag, epses))
+            if max(map(len, self.waiting)) >= PASSES:
+                self.apply()
+        self.apply()
+
+
+def _rows(
+    header: journal.Header, records: np.ndarray
+) -> Iterator[tuple[int, int, list[float], list[float] | None, list[list[float]]]]:
+    """(tag, flags, decay [G], eps [G] or None, coefs [G][T]) of each record."""
+    groups = records["groups"]
+    epses = itertools.repeat(None) if header.perturbation == "scratch" else groups["eps"].tolist()
+    coefs = groups["coef"].reshape(len(records), header.groups, header.terms)
+    yield from zip(
+        records["tag"].tolist(), records["flags"].tolist(), groups["decay"].tolist(), epses, coefs.tolist(), strict=False
+    )
+
+
+def _fuse(weights: Weights, header: journal.Header, records: np.ndarray, group: int, backend: str | None) -> None:
+    """theta_0 prod(d) + sum_k c_k prod(later d) z_k, one tensor at a time: coefficients in float64, the sum in fp32, one rounding."""
+    groups = records["groups"]
+    decay = groups["decay"][:, group].astype(np.float64)
+    after = np.append(np.cumprod(decay[::-1])[::-1], 1.0)  # after[k]: of the decays of records k, k + 1, ...
+    coefs = groups["coef"].reshape(len(records), header.groups, header.terms)[:, group].astype(np.float64) * after[1:, None]
+    tags = records["tag"].astype(np.int64)[:, None] + np.arange(header.terms)
+    live = coefs != 0
+    c, t = coefs[live].tolist(), tags[live].tolist()
+    for entry, p in weights.pairs:
+        total = entry.src if entry.src.dtype == torch.float32 else entry.src.float()
+        plan = ops.Plan((changed(entry, src=total, dst=total),), p.device, torch.float32)
+        for start in range(0, max(1, len(t)), TERMS):
+            factor = float(after[0]) if start == 0 and after[0] != 1 else None
+            terms = slice(start, start + TERMS)
+            if t[terms] or factor is not None:
+                ops.run([plan], ops.Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
+        if total is not entry.src:
+            p.copy_(total)
+
+
+def weights_of(
+    header: journal.Header, named: Mapping[str, Tensor], masks: Mapping[str, Any], scales: Mapping[str, Any]
+) -> list[Weights]:
+    """The run's parameter groups in a model, masks and scales as recorded.
+
+    Raises:
+        ValueError: a stored mask or scale is not given, or is another one.
+    """
+    rows: list[list[tuple[str, Tensor, int, ops.Mask, Any]]] = [[] for _ in range(header.groups)]
+    for entry in header.parameters:
+        p = journal.find(named, entry.name)
+        mask, scale = masks.get(entry.name), scales.get(entry.name)
+        if entry.mask is not None and "keep" in entry.mask:
+            mask = ops.RandomMask(entry.mask["keep"] / 2**32, entry.mask["tag"])
+        if entry.scale is not None and "value" in entry.scale:
+            scale = float(entry.scale["value"])
+        found = journal.described(entry.name, p, mask, scale)
+        for what, recorded, mine in (("mask", entry.mask, found[0]), ("scale", entry.scale, found[1])):
+            if recorded != mine:
+                raise ValueError(
+                    f"parameter {entry.name!r}: the run's {what} is {recorded!r:.160}, given is {mine!r:.160}; a journal holds the digest of a "
+                    f"stored {what}: give it as {what}s={{{entry.name!r}: ...}}"
+                )
+        rows[entry.group].append((entry.name, p, entry.stream, mask, scale))
+    return [Weights(*([list(column) for column in zip(*members, strict=True)] or [[]] * 5)) for members in rows]
+
+
+def load(source: journal.Journal | str | os.PathLike[str]) -> journal.Journal:
+    """A journal as given, or read; a torn tail is said and left out."""
+    if isinstance(source, journal.Journal):
+        return source
+    found = journal.read(source, strict=False)
+    if found.tail is not None:
+        warnings.warn(
+            f"{source}: torn behind its {len(found)} whole records ({found.tail.reason}); the tail is left out", stacklevel=3
+        )
+    return found
+
+
+def until(past: journal.Journal, upto: int | None) -> np.ndarray:
+    """The records of the first `upto` steps, with the failed attempts between them; None: all."""
+    if upto is None:
+        return past.records
+    steps = len(past.steps)
+    if isinstance(upto, bool) or not isinstance(upto, (int, np.integer)) or not 0 <= upto <= steps:
+        raise ValueError(f"upto={upto!r} must be a number of steps, 0 .. {steps}: so many are in the journal")
+    if upto == 0:
+        return past.records[:0]
+    counted = ~(past.flag("failed_plus") | past.flag("failed_minus"))
+    return past.records[: int(np.flatnonzero(counted)[upto - 1]) + 1]
+
+
+@torch.no_grad()
+def replay(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    source: journal.Journal | str | os.PathLike[str],
+    upto: int | None = None,
+    *,
+    mode: str = "sequential",
+    backend: str | None = None,
+    check: bool = True,
+    masks: Mapping[str, Any] | None = None,
+    scales: Mapping[str, Any] | None = None,
+) -> journal.Journal:
+    """Apply a recorded run to the weights that it started from, in place. To go back to an earlier step, load the base again and
+    replay up to that step.
+
+    Args:
+        model: a module, or (name, tensor) pairs; with exactly the run's starting weights. Parameters of no concern to the run may be there.
+        source: a journal, or its path.
+        upto: number of steps; None: all.
+        mode: "sequential": every pass of the run in its order, each rounded as the run rounded it: the bits that the run had, on any device
+            and backend. "fused": all terms in one fp32 sum a weight and one rounding: not the run's bits, but closer to what the run would
+            have been in fp32, and for 16-bit weights much faster than the steps were.
+        backend: see `perturb_`.
+        check: compare names, shapes, dtypes and the SHA-256 of all weights with the journal's first.
+        masks, scales: stored masks and scales of the run, by parameter name, as `perturb_` takes them (the journal has their digests).
+
+    Returns:
+        The journal.
+
+    Raises:
+        ValueError: the weights are not those that the run started from, or an argument is wrong; nothing was changed.
+        DamagedError: the file is not a journal.
+    """
+    ops.check_choice("mode", mode, MODES)
+    past = load(source)
+    named = dict(model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model)
+    records = until(past, upto)
+    if check:
+        journal.verify_base(past.header, named.items())
+    groups = weights_of(past.header, named, masks or {}, scales or {})
+    for plan in (plan for w in groups for plan in w.plans):
+        backends.pick(plan.device, backend)
+    if mode == "fused":
+        for k, w in enumerate(groups):
+            _fuse(w, past.header, records, k, backend)
+    else:
+        replayer = Replayer(groups, past.header, backend)
+        replayer.records(records)
+        replayer.restore()  # from where a lazy run had gone ahead to
+        replayer.apply()
+    return past

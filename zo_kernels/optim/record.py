@@ -1,0 +1,162 @@
+"""What an optimizer writes to its journal, and when.
+
+Belongs here: the queue between steps and the file, and the header of an optimizer. Does not belong here: the file (journal.py), what a
+step decides (mezo.py), how records become weights again (_replay.py).
+
+On the host a step's numbers are known before the weights change, and the record is written first. On a GPU nobody waits for them: the
+step's few numbers are copied to pinned host memory behind its kernels, and a later step, or `flush`, appends those that have arrived. What
+a killed process had queued is lost with the weights that it had changed: the file is a prefix of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zo_kernels import journal
+from zo_kernels.parameters import Weights, canonical_name
+
+
+class Summary(NamedTuple):
+    """What only the losses tell. On the host: numbers; on a device: 0-d tensors, queued as one."""
+
+    loss: Any
+    gradient: Any
+    finite: Any
+    clipped: Any
+    coefs: Sequence[Any]  # one a group
+
+    def queued(self) -> Tensor:
+        """float64 [4 + groups]."""
+        device = self.gradient.device
+        values = [self.loss, self.gradient, self.finite, self.clipped, *self.coefs]
+        return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
+
+
+class Recorder:
+    """The queue in front of a `journal.Writer`."""
+
+    def __init__(self, writer: journal.Writer) -> None:
+        self.writer = writer
+        self.broken = ""  # why the weights are no longer what the records say
+        self._queue: deque[tuple[dict[str, Any], Tensor | None, Any]] = deque()
+        self._pid = os.getpid()
+
+    def check(self) -> None:
+        """Before a step changes anything: append what has arrived, refuse if no record can follow.
+
+        Raises:
+            RuntimeError: the journal refuses, or the weights are not what it says. OSError: a record could not be written.
+        """
+        if self.broken or (refusal := self.writer.refusal):
+            why = self.broken or f"the journal {refusal}"
+            raise RuntimeError(
+                f"{self.writer.path}: {why}: no step can be recorded. "
+                + (
+                    "Load the base weights and resume"
+                    if self.broken
+                    else "Mend the cause, then call reopen_journal(), or resume in a new process"
+                )
+            )
+        self.drain()
+
+    def put(self, entry: dict[str, Any], summary: Tensor | None = None) -> None:
+        """Queue one record; `summary`: what `Summary.queued` gives, to be added to it once it has arrived."""
+        event = None
+        if summary is not None and summary.is_cuda:
+            host = torch.empty(summary.shape, dtype=summary.dtype, pin_memory=True)
+            host.copy_(summary, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(summary.device))
+            summary = host
+        self._queue.append((entry, summary, event))
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write a record now, behind those that are queued. If it fails, it is not recorded and not queued."""
+        self.drain(wait=True)
+        self.writer.append(**entry)
+
+    def drain(self, wait: bool = False) -> None:
+        """Append the queued records whose numbers have arrived; `wait`: all of them."""
+        while self._queue:
+            entry, summary, event = self._queue[0]
+            if event is not None:
+                if not wait and not event.query():
+                    return
+                event.synchronize()
+            self.writer.append(**(entry if summary is None else complete(entry, summary.tolist())))
+            self._queue.popleft()
+
+    def reopen(self) -> None:
+        """Go on with the file after an append has failed.
+
+        Raises:
+            RuntimeError: the file does not end where this run does.
+        """
+        records, old = self.writer.records, self.writer
+        old.close()
+        writer, past = journal.reopen(old.path, fsync_every=old.fsync_every)
+        if past.header != old.header or len(past) != records:
+            writer.close()
+            raise RuntimeError(
+                f"{old.path} has {len(past)} records of run {past.header.run}; this run wrote {records}, {old.header.run}"
+            )
+        self.writer = writer
+
+    def close(self) -> None:
+        """Everything that is queued, then the file. A fork's child leaves both to its parent."""
+        if os.getpid() != self._pid:
+            return
+        try:
+            if not self.writer.refusal and not self.broken:
+                self.drain(wait=True)
+        finally:
+            self.writer.close()
+
+
+def complete(entry: dict[str, Any], numbers: Sequence[float]) -> dict[str, Any]:
+    """The record with what the losses told: `numbers` as `Summary` has them."""
+    loss, gradient, finite, clipped, *coefs = numbers
+    entry = {**entry, "loss": loss, "gradient": gradient, "clipped": bool(clipped), "coefs": [[c] for c in coefs]}
+    if not finite:
+        entry |= {"skipped": True, "decay": [1.0] * len(coefs)}
+    return entry
+
+
+def table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
+    """The header's table of the weights as they are now."""
+    return tuple(
+        journal.Parameter.of(name, p, stream, number, mask, scale)
+        for number, w in enumerate(groups)
+        for name, p, stream, mask, scale in zip(w.names, w.params, w.streams, w.masks, w.scales, strict=True)
+    )
+
+
+def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequence[Weights]) -> None:
+    """Refuse a journal of a run that this optimizer cannot go on with.
+
+    Raises:
+        ValueError: names the first thing that differs.
+    """
+    wrong = "the journal belongs to another run"
+    for name, value in {**mine, "groups": len(groups), "terms": 1}.items():
+        if (recorded := getattr(header, name)) != value:
+            raise ValueError(f"{wrong}: its {name} is {recorded!r}, this optimizer's {value!r}; make the optimizer as that run's")
+    recorded_table = {canonical_name(p.name): p for p in header.parameters}
+    names = [n for w in groups for n in w.names]
+    if different := set(recorded_table) ^ {canonical_name(n) for n in names}:
+        raise ValueError(f"{wrong}: parameter {min(different)!r} is trained in only one of the two")
+    for number, w in enumerate(groups):
+        for k, name in enumerate(w.names):
+            entry = recorded_table[canonical_name(name)]
+            mask, scale = journal.described(name, w.params[k], w.masks[k], w.scales[k])
+            for what, a, b in (
+                ("group", entry.group, number), ("stream", entry.stream, w.streams[k]), ("mask", entry.mask, mask), ("scale", entry.scale, scale),
+            ):  # fmt: skip
+                if a != b:
+                    raise ValueError(f"{wrong}: parameter {name!r} has the {what} {a!r:.120} there, {b!r:.120} here")
