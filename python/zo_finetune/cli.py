@@ -16,6 +16,7 @@ EPILOG = """\
 examples:
   zo-finetune demo
   zo-finetune train --model facebook/opt-1.3b --task sst2 --data stanfordnlp/sst2 --output runs/opt --lr 1e-7
+  zo-finetune resume runs/opt
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --peft lora --steps 2000 --output runs/lora
 
 Defaults are MeZO's (Malladi et al. 2023): batch 16, 1,000 training, 500 dev and 1,000 evaluation examples, constant learning rate;
@@ -39,9 +40,28 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|resume|replay|demo")
     train = commands.add_parser(
         "train", help="fine-tune a model on a task", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
+    )
+    resume = commands.add_parser("resume", help="go on with a killed or interrupted run, to the bits of a run never killed")
+    resume.add_argument("run_dir", metavar="RUN_DIR", help="the --output of the run")
+    replay = commands.add_parser("replay", help="make a run's weights again from its base model and its journal")
+    replay.add_argument("source", metavar="RUN_DIR_OR_JOURNAL", help="a run's folder, or its run.zoj alone")
+    replay.add_argument(
+        "--model", required=True, metavar="PATH_OR_HUB_ID", help="the base model that the run started from; another is refused"
+    )
+    replay.add_argument("--output", required=True, metavar="DIR", help="the model or adapter goes here")
+    replay.add_argument("--upto", type=int, metavar="N", help="the weights after N steps (default: after all)")
+    replay.add_argument(
+        "--mode",
+        choices=("sequential", "fused"),
+        default="sequential",
+        help="the run's own bits, or one sum rounded once (default: sequential)",
+    )
+    replay.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    replay.add_argument(
+        "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of zo_kernels (default: the best available)"
     )
     demo = commands.add_parser("demo", help="watch a small model learn film reviews on this machine, in minutes")
 
@@ -115,7 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, help="of the noise, the sample and the order of the data (default: 0)")
 
     where = train.add_argument_group("where")
-    where.add_argument("--output", required=True, metavar="RUN_DIR", help="result.json, curve.png, log.csv and the weights go here")
+    where.add_argument(
+        "--output",
+        required=True,
+        metavar="RUN_DIR",
+        help="result.json, curve.png, log.csv, the journal run.zoj and the weights go here",
+    )
     where.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN_DIR")
     where.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="save the model or adapter")
     where.add_argument(
@@ -144,14 +169,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
+def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | None:
     given = {name: value for name, value in vars(options).items() if value is not None and name != "command"}
     if options.command == "demo":
         from zo_finetune.demo import demo
 
         return demo(**given, command=command)
-    from zo_finetune.train import Config, train
+    from zo_finetune.train import Config, replay, resume, train
 
+    if options.command == "resume":
+        return resume(options.run_dir, command)
+    if options.command == "replay":
+        print(f"saved in {replay(**given)}")
+        return None
     if "columns" in given:
         given["columns"] = dict(given["columns"])
     return train(Config(**given), command)
@@ -169,8 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zo-finetune: interrupted before there was anything to save", file=sys.stderr)
         return 130
+    if result is None:
+        return 0
     if result["interrupted"]:
         return 130
     before, after = result["before"]["accuracy"], result["after"]["accuracy"]
-    print(f"accuracy {before:.4f} -> {after:.4f} in {result['steps']} steps; see {options.output}/result.json and curve.png")
+    folder = options.run_dir if options.command == "resume" else options.output
+    print(f"accuracy {before:.4f} -> {after:.4f} in {result['steps']} steps; see {folder}/result.json and curve.png")
     return 0

@@ -1,10 +1,11 @@
-"""What a run leaves behind: result.json, log.csv, curve.png.
+"""What a run leaves behind: config.json, run.zoj (zo_kernels' journal), evaluations.jsonl, log.csv, result.json, curve.png.
 
 Belongs here: the run directory, its files, the facts about the machine and the versions. Does not belong here: the training itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -19,9 +20,18 @@ from typing import Any
 
 import torch
 
-from zo_finetune.errors import UserError
+from zo_finetune.errors import UserError, one_line
 
-OUTPUTS = ("result.json", "log.csv", "curve.png", "model", "adapter")  # all that a run writes, and all that --overwrite removes
+JOURNAL = "run.zoj"
+OUTPUTS = (
+    "result.json",
+    "log.csv",
+    "curve.png",
+    "model",
+    "adapter",
+    "config.json",
+    "evaluations.jsonl",
+)  # what a run writes besides its journal
 LOG_FIELDS = ("step", "loss", "projected_gradient", "lr", "seconds")
 
 
@@ -36,9 +46,8 @@ def check_run_dir(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--output {folder} cannot be written: {parent} is read-only for this user; give another folder")
 
 
-def open_run_dir(folder: Path) -> None:
-    """Make the folder and remove an earlier run's files from it; files that are not a run's stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+def clear_run_dir(folder: Path) -> None:
+    """Remove an earlier run's files; files that are not a run's stay, and so does the journal, whose lock this run holds."""
     for name in OUTPUTS:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -74,18 +83,80 @@ def peak_memory_bytes(device: torch.device) -> int:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Whole or not at all: a reader never sees half a file."""
     part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 
-class Log:
-    """log.csv, a line for each step, flushed so that a killed run keeps what it had."""
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+class Evaluations:
+    """evaluations.jsonl: the evaluation before the first step, then those of the dev examples, each on the disk before the next step is
+    recorded, so that a resumed run need not repeat them."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, name: str, evaluation: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: evaluation}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def recover(self, steps: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """(before, those of fewer than `steps` steps); the rest, and a torn line, are cut off."""
+        before: dict[str, Any] | None = None
+        history: list[dict[str, Any]] = []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                (name, evaluation), *_ = json.loads(line).items()
+                if name == "before":
+                    before = dict(evaluation)
+                elif evaluation["step"] < steps:
+                    history.append(dict(evaluation))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+        part = self.path.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as file:
+            for name, e in [("before", before)] * (before is not None) + [("dev", e) for e in history]:
+                file.write(json.dumps({name: e}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+        return before, history
+
+
+class Log:
+    """log.csv, a line for each step, flushed so that a killed run keeps what it had. What it had lost, the journal has."""
+
+    def __init__(self, path: Path, past: Iterable[Sequence[float]] = ()) -> None:
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(LOG_FIELDS)
         self.losses: list[float] = []
+        self.write(past)
+
+    @staticmethod
+    def seconds(path: Path) -> dict[int, float]:
+        """The seconds after each step, as far as an earlier log has them."""
+        found = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                for row in csv.reader(file):
+                    with contextlib.suppress(ValueError, IndexError):
+                        found[int(row[0])] = float(row[4])
+        return found
 
     def write(self, rows: Iterable[Sequence[float]]) -> None:
         for row in rows:

@@ -8,11 +8,17 @@ Dropout is off throughout (eval mode): SPSA's two losses must differ by the pert
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
+import os
 import sys
 import time
+import types
+import typing
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +103,43 @@ class Config:
         if self.peft not in models.PEFTS:
             raise UserError(f"--peft {self.peft!r} must be one of {', '.join(models.PEFTS)}")
 
+    @classmethod
+    def of_json(cls, content: Any, where: str) -> Config:
+        """Exactly these fields, each of its type.
+
+        Raises:
+            UserError: names the first that is not so.
+        """
+        hints = typing.get_type_hints(cls)
+        if not isinstance(content, dict):
+            raise UserError(f"{where} holds no options of a run")
+        for name in sorted({*content} ^ {f.name for f in fields(cls)}):
+            raise UserError(f"{where}: {name!r} is {'no option of this version' if name in content else 'missing'}")
+        for name, value in content.items():
+            if not _fits(value, hints[name]):
+                raise UserError(f"{where}: {name}={value!r:.80} is not {hints[name]}")
+        config = cls(**content)
+        config.check()
+        return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of the type."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if (inside := typing.get_args(hint)) and isinstance(value, (list, dict)) and isinstance(value, typing.get_origin(hint)):
+        items: list[Any] = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        return all(_fits(item, inside[0]) for item in items)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
 
 class Stopwatch:
-    """Seconds spent inside its `with` blocks, the one that is open included."""
+    """Seconds spent inside its `with` blocks, the one that is open included, and before."""
 
-    def __init__(self) -> None:
-        self._total = 0.0
+    def __init__(self, before: float = 0.0) -> None:
+        self._total = before
         self._since: float | None = None
 
     def __enter__(self) -> None:
@@ -122,7 +159,7 @@ class Progress:
 
     def __init__(self, log: report.Log, total: int, device: torch.device, every: int = 10) -> None:
         self.log, self.device, self.every = log, device, every if device.type == "cuda" else 1
-        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="training")
+        self.bar = tqdm(total=total, initial=len(log.losses), unit="step", dynamic_ncols=True, desc="training")
         self.pending: list[tuple[int, Tensor, Tensor, float, float]] = []
 
     def add(self, step: int, loss: Tensor, gradient: Tensor, lr: float, seconds: float) -> None:
@@ -133,7 +170,8 @@ class Progress:
     def flush(self) -> None:
         if not self.pending:
             return
-        numbers = torch.stack([torch.stack((loss.double(), g.double())) for _, loss, g, _, _ in self.pending]).tolist()
+        # In fp32, as the journal has them: a resumed run's log is made from it.
+        numbers = torch.stack([torch.stack((loss.float(), g.float())) for _, loss, g, _, _ in self.pending]).double().tolist()
         self.log.write(
             (step, loss, g, lr, round(seconds, 4))
             for (step, _, _, lr, seconds), (loss, g) in zip(self.pending, numbers, strict=True)
@@ -227,15 +265,10 @@ def make_stepper(language_model: models.LanguageModel, config: Config, lr: float
         raise UserError(one_line(error)) from error
 
 
-def prepare(config: Config) -> Prepared:
-    """Load and check everything that `config` names."""
-    started = time.perf_counter()
-    task = get_task(config.task)
-    default_lr, default_eps = DEFAULT_LR_EPS[config.peft]
-    lr = default_lr if config.lr is None else config.lr
-    eps = default_eps if config.eps is None else config.eps
-    torch.manual_seed(config.seed)  # adapters are initialised at random
-    language_model = models.load(
+def load_model(config: Config) -> models.LanguageModel:
+    """The weights that the run starts from: the base model, and an adapter that is a function of the seed."""
+    torch.manual_seed(config.seed)
+    return models.load(
         config.model,
         dtype=config.dtype,
         device=config.device,
@@ -244,6 +277,16 @@ def prepare(config: Config) -> Prepared:
         gguf_file=config.gguf_file,
         targets=config.targets,
     )
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and check everything that `config` names."""
+    started = time.perf_counter()
+    task = get_task(config.task)
+    default_lr, default_eps = DEFAULT_LR_EPS[config.peft]
+    lr = default_lr if config.lr is None else config.lr
+    eps = default_eps if config.eps is None else config.eps
+    language_model = load_model(config)
     form = language_model.form
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
@@ -276,7 +319,35 @@ def prepare(config: Config) -> Prepared:
     )
 
 
-def fit(run: Prepared, output: Path) -> Outcome:
+def open_journal(run: Prepared, output: Path, resumed: bool) -> Any:
+    """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process."""
+    digest = hashlib.sha256()
+    for part in (run.train_set, run.dev_set, run.eval_set):
+        for example in part:
+            digest.update(repr(example).encode() + b"\n")
+        digest.update(b"\n")
+    about = {
+        "model": run.config.model,
+        "config": asdict(run.config),
+        "dtype": str(run.language_model.model.dtype).removeprefix("torch."),
+        "data": digest.hexdigest(),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        past = run.stepper.open_journal(
+            output / report.JOURNAL, resume=resumed, replace=run.config.overwrite and not resumed, hyperparameters=about
+        )
+    except FileExistsError as error:
+        raise UserError(f"{output} has a run in it: resume it, or give another folder") from error
+    except (OSError, ValueError, RuntimeError) as error:  # locked, damaged, another base model
+        raise UserError(f"{output}: {one_line(error)}") from error
+    if past is not None and past.header.hyperparameters.get("data") != about["data"]:
+        run.stepper.close_journal()
+        raise UserError(f"--data {run.config.data} gives other examples than when the run began: restore it, or begin a new run")
+    return past
+
+
+def fit(run: Prepared, output: Path, resumed: bool = False) -> Outcome:
     """Evaluate, train, evaluate. Ctrl-C during training ends it and keeps what there is; before that it ends the run."""
     config, lm, stepper = run.config, run.language_model, run.stepper
     factor = SCHEDULES[config.lr_schedule]
@@ -287,7 +358,9 @@ def fit(run: Prepared, output: Path) -> Outcome:
         eval_every = 0
 
     width = GRAPH_WIDTH if config.cuda_graph else 1
+    seconds = report.Log.seconds(output / "log.csv") if resumed else {}
     training, evaluating = Stopwatch(), Stopwatch()
+    evaluations = report.Evaluations(output / "evaluations.jsonl")
 
     with Scorer(lm.model, lm.form, lm.pad_id) as scorer:
 
@@ -302,14 +375,41 @@ def fit(run: Prepared, output: Path) -> Outcome:
             with training:  # steps that are still in a GPU's queue are waited for here, and are not the evaluation's time
                 progress.flush()
             outcome.history.append({"step": step, **measure(run.dev_set)})
+            evaluations.add("dev", outcome.history[-1])
             progress.say(f"step {step}, dev: {describe(outcome.history[-1])}")
 
-        outcome = Outcome(before=measure(run.eval_set))
-        print(f"before: {describe(outcome.before)}", file=sys.stderr)
-        report.open_run_dir(output)
-        progress = Progress(report.Log(output / "log.csv"), config.steps, lm.device)
+        before = evaluations.recover(config.steps + 1)[0] if resumed else None
+        measured = measure(run.eval_set) if before is None else before
+        print(f"before: {describe(measured)}", file=sys.stderr)
+        past = open_journal(run, output, resumed)
+        outcome, rows = Outcome(before=measured), []
+        if past is None:
+            report.clear_run_dir(output)
+            report.write_json(output / "config.json", {"directory": os.getcwd(), "config": asdict(config)})
+        else:
+            outcome.history = evaluations.recover(stepper.steps)[1]
+            wanted = list(range(0, stepper.steps, eval_every)) if eval_every else []
+            if [e["step"] for e in outcome.history] != wanted:
+                raise UserError(
+                    f"{evaluations.path} lacks evaluations of the first {stepper.steps} steps: it was changed or is of another run"
+                )
+            last = 0.0
+            for k, r in enumerate(past.steps):
+                last = seconds.get(k + 1, last)
+                rows.append((k + 1, float(r["loss"]), float(r["gradient"]), run.lr * factor(k / config.steps), last))
+            training = Stopwatch(last)
+            if stepper.steps:
+                scheduler.last_epoch = stepper.steps - 1
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    scheduler.step()
+            torn = f"; cut off: {past.tail.reason}" if past.tail else ""
+            print(f"resumed after {stepper.steps} of {config.steps} steps{torn}", file=sys.stderr)
+        if before is None:
+            evaluations.add("before", measured)
+        progress = Progress(report.Log(output / "log.csv", rows), config.steps, lm.device)
         try:
-            for step in range(config.steps):
+            for step in range(stepper.steps, config.steps):
                 if eval_every and step % eval_every == 0:
                     watch(step)
                 with training:
@@ -317,8 +417,7 @@ def fit(run: Prepared, output: Path) -> Outcome:
                     micro = [scorer.collate(examples[k :: config.accumulate], width) for k in range(config.accumulate)]
                     loss, lr = stepper.step(closure, micro), stepper.param_groups[0]["lr"]
                     scheduler.step()
-                    outcome.steps = step + 1
-                    progress.add(outcome.steps, loss, stepper.projected_gradient, lr, training.seconds)
+                    progress.add(step + 1, loss, stepper.projected_gradient, lr, training.seconds)
             if eval_every:
                 watch(config.steps)
             with training:
@@ -328,6 +427,8 @@ def fit(run: Prepared, output: Path) -> Outcome:
             outcome.interrupted = True
         finally:
             progress.close()
+            stepper.close_journal()
+        outcome.steps = stepper.steps
         outcome.losses = progress.log.losses
         outcome.training_seconds, outcome.evaluation_seconds = training.seconds, evaluating.seconds
         if outcome.after:
@@ -387,9 +488,14 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
     config.check()
     output = Path(config.output).expanduser()
     report.check_run_dir(output, config.overwrite)
-    run = prepare(config)
+    return complete(prepare(config), output, command)
+
+
+def complete(run: Prepared, output: Path, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
+    """Train and write what there is to write."""
+    config = run.config
     print(run.describe(), file=sys.stderr)
-    outcome = fit(run, output)
+    outcome = fit(run, output, resumed)
     saved = run.language_model.save(output) if config.save else None
     draw(run, outcome, output / "curve.png")
     result = record(run, outcome, saved, sys.argv if command is None else command)
@@ -397,3 +503,66 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
     if outcome.interrupted:
         print(f"interrupted after {outcome.steps} of {config.steps} steps; what there is was saved in {output}", file=sys.stderr)
     return result
+
+
+def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Go on with a killed or interrupted run; returns what result.json then holds: that of a run that was never killed, but for times.
+
+    Raises:
+        UserError: there is no run in the folder, it is running, or its base model or data have changed; nothing was changed.
+    """
+    output = Path(folder).expanduser().absolute()
+    if not (output / "config.json").is_file() or not (output / report.JOURNAL).is_file():
+        raise UserError(f"{folder} has no config.json and {report.JOURNAL}: no run began there that could be resumed")
+    saved = report.read_json(output / "config.json")
+    if set(saved) != {"directory", "config"} or not isinstance(saved["directory"], str):
+        raise UserError(f"{output / 'config.json'} must have the keys directory and config")
+    config = Config.of_json(saved["config"], str(output / "config.json"))
+    if (output / "result.json").is_file() and not (result := report.read_json(output / "result.json")).get("interrupted", True):
+        print(f"{folder} is finished after {result['steps']} steps: there is nothing to resume", file=sys.stderr)
+        return result
+    with contextlib.chdir(saved["directory"]) if Path(saved["directory"]).is_dir() else contextlib.nullcontext():
+        run = prepare(config)  # its paths are as they were given then
+    return complete(run, output, command, resumed=True)
+
+
+def replay(
+    source: str,
+    model: str,
+    output: str,
+    upto: int | None = None,
+    mode: str = "sequential",
+    device: str = "auto",
+    backend: str | None = None,
+) -> Path:
+    """The weights of a recorded run, from its base model, as a model or adapter in the usual format; returns its folder.
+
+    Raises:
+        UserError: the base model is not the one that the run started from, or the journal is damaged.
+    """
+    import zo_kernels
+    from zo_kernels import journal
+
+    path, target = Path(source).expanduser(), Path(output).expanduser()
+    report.check_run_dir(target, overwrite=False)
+    try:
+        past = journal.read(path / report.JOURNAL if path.is_dir() else path, strict=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {one_line(error)}") from error
+    about, weights = past.header.hyperparameters, past.header.parameters
+    options = about.get("config")
+    if isinstance(options, dict):
+        config = Config.of_json(options, f"{source}, config")
+    else:  # a run of the library: its weights are those of the bare model
+        config = Config(model=model, task="", data="", output=output)
+    dtype = about.get("dtype", weights[0].dtype)
+    if dtype not in models.DTYPES:
+        raise UserError(f"{source}: dtype {dtype!r:.40} must be one of {', '.join(models.DTYPES)}")
+    config.model, config.dtype, config.device = model, dtype, device
+    language_model = load_model(config)
+    try:
+        zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=backend)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: {one_line(error)}") from error
+    target.mkdir(parents=True, exist_ok=True)
+    return language_model.save(target)

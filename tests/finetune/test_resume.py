@@ -1,0 +1,215 @@
+"""Runs that are killed and resumed end as runs that were never killed; replays of their journals give the same weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from zo_finetune import report
+from zo_finetune.cli import main
+from zo_finetune.scoring import Scorer
+
+from tests.finetune.conftest import make_rows, write_jsonl
+from tests.kernels.cases import same_bits
+from zo_kernels import journal
+
+STEPS = 7
+CLOCK = {
+    *("seconds_per_step", "training_seconds", "evaluation_seconds", "loading_seconds", "peak_memory_bytes", "command"),
+}  # fmt: skip
+RUNS = {
+    "scratch": ["--lr-schedule", "cosine", "--weight-decay", "0.1", "--clip", "5"],
+    "inplace": ["--perturbation", "inplace", "--dtype", "bfloat16", "--lr-schedule", "linear"],
+    "lazy": ["--perturbation", "lazy", "--dtype", "float16"],
+    "lora": ["--peft", "lora", "--accumulate", "2"],
+    "prefix": ["--peft", "prefix"],
+}
+
+
+@pytest.fixture
+def arguments(model_folder: Callable[[str], Path], data_folder: Path) -> Callable[[str, Path], list[str]]:
+    def build(name: str, output: Path) -> list[str]:
+        fixed = [
+            "train",
+            "--model",
+            str(model_folder("llama")),
+            "--task",
+            "sst2",
+            "--data",
+            str(data_folder),
+            "--output",
+            str(output),
+        ]
+        sizes = ["--device", "cpu", "--steps", str(STEPS), "--batch-size", "4", "--dev-examples", "8", "--eval-examples", "12"]
+        return [*fixed, *sizes, "--lr", "1e-3", "--eval-every", "3", "--seed", "5", *RUNS[name]]
+
+    return build
+
+
+def state(run: Path) -> tuple[dict[str, Any], list[list[str]], dict[str, torch.Tensor], bytes]:
+    """What must not depend on interruptions."""
+    result = {k: v for k, v in json.loads((run / "result.json").read_text()).items() if k not in CLOCK}
+    with (run / "log.csv").open(newline="") as file:
+        log = [row[:4] for row in csv.reader(file)]
+    folder = run / ("model" if (run / "model").is_dir() else "adapter")
+    records = journal.read(run / report.JOURNAL).records
+    fields = ("tag", "flags", "loss", "gradient", "groups")
+    return result, log, load_file(next(folder.glob("*.safetensors"))), b"".join(records[field].tobytes() for field in fields)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    (result, log, weights, records), (others, other_log, other_weights, other_records) = state(a), state(b)
+    assert result == others
+    assert log == other_log
+    assert records == other_records
+    assert weights.keys() == other_weights.keys() and all(same_bits(weights[n], other_weights[n]) for n in weights)
+
+
+def killed(command: list[str], calls: int, monkeypatch: pytest.MonkeyPatch, how: int = signal.SIGKILL) -> int:
+    """Run the command in a child that gets a signal in its so-manyth loss; returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            loss, left = Scorer.loss, [calls]
+
+            def counted(*args: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), how)
+                return loss(*args)
+
+            monkeypatch.setattr(Scorer, "loss", counted)
+            os._exit(main(command))
+        finally:
+            os._exit(99)
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_resumes_to_the_same_bits(
+    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(arguments(name, whole)) == 0
+    per_step = 2 * (2 if name == "lora" else 1)
+    assert os.WTERMSIG(killed(arguments(name, run), 2 * per_step + 2, monkeypatch)) == signal.SIGKILL  # in step 3
+    assert len(journal.read(run / report.JOURNAL)) == 2
+    # killed once more, with a record that was being written and a log that lags and is torn
+    assert os.WTERMSIG(killed(["resume", str(run)], 3 * per_step + 1, monkeypatch)) == signal.SIGKILL
+    with (run / report.JOURNAL).open("ab") as file:
+        file.write(b"half a record")
+    lines = (run / "log.csv").read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    (run / "log.csv").write_text("".join(lines[:3]) + lines[3][:5])
+    capsys.readouterr()
+    assert main(["resume", str(run)]) == 0
+    assert "resumed after 5 of 7 steps; cut off: 13 of the " in capsys.readouterr().err
+    # config.json names the folder; nothing else may differ
+    text = (run / "result.json").read_text().replace(str(run), str(whole))
+    (run / "result.json").write_text(text)
+    assert_same(run, whole)
+    before = (run / "result.json").read_bytes()
+    assert main(["resume", str(run)]) == 0
+    assert "is finished after 7 steps" in capsys.readouterr().err
+    assert (run / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["scratch", "inplace", "lazy"])
+def test_an_interrupted_run_goes_on(
+    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second forward of step 3: what there is is saved, with the interrupted attempt's rounding, and is resumed without."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(arguments(name, whole)) == 0
+    assert os.WEXITSTATUS(killed(arguments(name, run), 6, monkeypatch, signal.SIGINT)) == 130
+    result = json.loads((run / "result.json").read_text())
+    assert result["interrupted"] and result["steps"] == 2 and result["after"] is None
+    out = tmp_path / "replayed"
+    assert main(["replay", str(run), "--model", result["hyperparameters"]["model"], "--output", str(out), "--device", "cpu"]) == 0
+    saved, replayed = (load_file(folder / "model" / "model.safetensors") for folder in (run, out))
+    assert all(same_bits(saved[n], replayed[n]) for n in saved)
+    assert main(["resume", str(run)]) == 0
+    (run / "result.json").write_text((run / "result.json").read_text().replace(str(run), str(whole)))
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_journal_is_a_checkpoint(
+    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
+) -> None:
+    run, model = tmp_path / "run", str(model_folder("llama"))
+    assert main(arguments(name, run)) == 0
+    kind = "adapter" if name in ("lora", "prefix") else "model"
+    saved = load_file(next((run / kind).glob("*.safetensors")))
+    alone = shutil.copy(run / report.JOURNAL, tmp_path / "shared.zoj")
+    for mode in ("sequential", "fused"):
+        out = tmp_path / mode
+        assert main(["replay", str(alone), "--model", model, "--output", str(out), "--mode", mode, "--device", "cpu"]) == 0
+        replayed = load_file(next((out / kind).glob("*.safetensors")))
+        assert replayed.keys() == saved.keys()
+        assert all(same_bits(saved[n], replayed[n]) for n in saved) or mode == "fused"
+        assert all(torch.allclose(saved[n].float(), replayed[n].float(), atol=0.05) for n in saved)
+        assert (out / kind / "tokenizer.json").is_file()
+    start = tmp_path / "start"
+    assert main(["replay", str(run), "--model", model, "--output", str(start), "--upto", "0", "--device", "cpu"]) == 0
+    if kind == "model":
+        base = load_file(Path(model) / "model.safetensors")
+        begun = load_file(start / kind / "model.safetensors")
+        assert all(torch.equal(base[n].to(begun[n].dtype), begun[n]) for n in begun)
+    capsys.readouterr()
+    more = ["--output", str(tmp_path / "no"), "--device", "cpu"]
+    assert main(["replay", str(run), "--model", str(model_folder("gpt2")), *more]) == 2
+    wrong = capsys.readouterr().err
+    assert "not the one that this run started from" in wrong or "--peft" in wrong
+    assert main(["replay", str(run), "--model", model, "--upto", "8", *more]) == 2
+    assert "upto=8 must be a number of steps, 0 .. 7" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_cannot_be_resumed_is_said(
+    arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refused(*command: str) -> str:
+        capsys.readouterr()
+        assert main(list(command)) == 2
+        return capsys.readouterr().err
+
+    run = tmp_path / "run"
+    assert "no run began there" in refused("resume", str(tmp_path))
+    killed(arguments("scratch", run), 6, monkeypatch)
+    with journal.reopen(run / report.JOURNAL)[0]:
+        assert f"is in use by process {os.getpid()}" in refused("resume", str(run))
+        assert "is in use by process" in refused(*arguments("scratch", run), "--overwrite")
+    assert len(journal.read(run / report.JOURNAL)) == 2
+    good = json.loads((run / "config.json").read_text())
+
+    def with_config(**changes: Any) -> str:
+        (run / "config.json").write_text(json.dumps({**good, "config": {**good["config"], **changes}}))
+        return refused("resume", str(run))
+
+    assert "'nonsense' is no option of this version" in with_config(nonsense=1)
+    assert "steps='7' is not" in with_config(steps="7")
+    assert "save=1 is not" in with_config(save=1)
+    assert "columns={'sentence': 1} is not" in with_config(columns={"sentence": 1})
+    assert "--batch-size 0 must be greater than 0" in with_config(batch_size=0)
+    assert "its seed is 5, this optimizer's 6" in with_config(seed=6)
+    (run / "config.json").write_text(json.dumps({"config": good["config"]}))
+    assert "must have the keys directory and config" in refused("resume", str(run))
+    (run / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused("resume", str(run))
+    data = write_jsonl(tmp_path / "train.jsonl", make_rows(80, 9))
+    assert "gives other examples than when the run began" in with_config(data=str(data))
+    (run / "config.json").write_text(json.dumps(good))
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    (run / "evaluations.jsonl").write_text(lines[0] + "\n")
+    assert "lacks evaluations" in refused("resume", str(run))
+    assert len(journal.read(run / report.JOURNAL)) == 2
