@@ -4,6 +4,7 @@
 # make bench  the benchmarks that fit this machine, as CSV and figures
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
+# make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
 #
@@ -21,9 +22,9 @@ endif
 PYTEST := $(PYTHON) -m pytest
 CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
-RUNS ?= 100000
 
-.PHONY: demo test lint format bench fuzz sanitize sass gpu-check clean
+
+.PHONY: demo test lint format bench fuzz crash-test sanitize sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -45,8 +46,13 @@ format: $(READY)
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py --out $(OUT)
 
+fuzz: RUNS ?= 100000
 fuzz: $(READY)
 	nice $(PYTHON) -m tests.fuzz.run --runs $(RUNS)
+
+crash-test: RUNS ?= 200
+crash-test: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.crash --runs $(RUNS)
 
 sanitize: $(READY)
 	nice tests/kernels/sanitize.sh $(PYTHON)
