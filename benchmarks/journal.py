@@ -1,12 +1,14 @@
-"""What recording a step costs: appending one record to the journal by durability policy, and reading a journal back.
+"""What recording a step costs: appending one record to the journal by durability policy, reading a journal back, and whole steps with and
+without a journal.
 
     python benchmarks/journal.py --out journal.csv --folder RUNS           a folder on the disk in question; default: a temporary one
 
-Belongs here: the journal alone. Does not belong here: the step around it (step.py).
+Belongs here: what a journal costs. Does not belong here: what a step costs (step.py).
 
 The record is that of plain MeZO in scratch mode. `append, fsync every N` includes its share of the `fsync`; N = 0 is a `write` to the
 operating system alone. `read` checks every record of the longest journal. What `fsync` costs is the disk's affair: the file system's type is
-in the row.
+in the row. `step` and `step, recorded` are MeZOStep's on a CPU, scratch mode, a model of each its own, fp32, 4x32 tokens; `us_per_record` is then
+a step's time. Where steps are slow and noisy, the cost of `append` over the time of a step is the better measure of the overhead.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import step as steps
 import torch
+from torch import Tensor
 
-from zo_kernels import journal
+from zo_kernels import MeZOStep, journal
 
 COLUMNS = ("operation", "fsync_every", "file_system", "record_bytes", "records", *harness.TIMING_COLUMNS, "us_per_record")
 
@@ -57,12 +61,25 @@ def appender(path: Path, fsync_every: int, records: int) -> Callable[[], None]:
     return append
 
 
+def stepper(shape: str, path: Path | None) -> Callable[[], Tensor]:
+    """A function that does one step on a model of its own."""
+    model = steps.make_model(shape, torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0))
+    optimizer = MeZOStep(model, lr=1e-6, eps=1e-3, perturbation="scratch", journal=path)
+
+    def closure() -> Tensor:
+        return model(input_ids=ids, labels=ids).loss.float()
+
+    return lambda: optimizer.step(closure)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="CSV file")
     parser.add_argument("--folder", type=Path, help="where the journals are written")
     parser.add_argument("--records", type=int, default=2000, help="appended in one timing; fsync after each: a twentieth of it")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model-shape", choices=steps.SHAPES, metavar="SHAPE", default="llama-15m", help="of the steps")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
@@ -72,10 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         longest = folder / "0.zoj"
         held = len(journal.read(longest))
         timings |= harness.interleaved({"read": lambda: journal.read(longest)}, rounds=args.rounds)
+        whole = {"step": stepper(args.model_shape, None), "step, recorded": stepper(args.model_shape, folder / "step.zoj")}
+        timings |= harness.interleaved(whole, rounds=args.rounds)
         rows: list[dict[str, Any]] = []
         for label, timing in timings.items():
             operation, _, every = label.partition(", fsync every ")
-            records = counts[int(every)] if every else held
+            records = counts[int(every)] if every else held if operation == "read" else 1
             rows.append({
                 "operation": operation,
                 "fsync_every": every,

@@ -69,7 +69,10 @@ def scaling(out: Path, quick: bool) -> bool:
 
 def journal(out: Path, quick: bool) -> bool:
     return run(
-        str(HERE / "journal.py"), "--out", str(out / "journal.csv"), *(["--records", "100", "--rounds", "2"] if quick else [])
+        str(HERE / "journal.py"),
+        "--out",
+        str(out / "journal.csv"),
+        *(["--records", "100", "--rounds", "2", "--model-shape", "llama-tiny"] if quick else []),
     )
 
 

@@ -278,7 +278,16 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
 
 def test_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
-    done = run(str(BENCHMARKS / "journal.py"), "--out", str(path), "--folder", str(tmp_path), "--records=40", "--rounds=2")
+    done = run(
+        str(BENCHMARKS / "journal.py"),
+        "--out",
+        str(path),
+        "--folder",
+        str(tmp_path),
+        "--records=40",
+        "--rounds=2",
+        "--model-shape=llama-tiny",
+    )
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert [(row["operation"], row["fsync_every"]) for row in table] == [
@@ -286,9 +295,11 @@ def test_journal(tmp_path: Path) -> None:
         ("append", "100"),
         ("append", "1"),
         ("read", ""),
+        ("step", ""),
+        ("step, recorded", ""),
     ]
-    assert {row["record_bytes"] for row in table} == {"24"}
-    assert table[-1]["records"] == "120"  # a warm-up and two rounds
+    assert {row["record_bytes"] for row in table} == {"28"}
+    assert table[3]["records"] == "120"  # a warm-up and two rounds
     assert str(tmp_path) not in path.read_text()
     assert list(tmp_path.iterdir()) == [path]
 
