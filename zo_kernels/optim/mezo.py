@@ -452,7 +452,7 @@ class MeZOStep(torch.optim.Optimizer):
             us = [torch.where(finite, u, 0.0) for u in us]
             decays = [
                 d if isinstance(d, float) and d == 1.0
-                else torch.where(finite, torch.as_tensor(d, dtype=torch.float64, device=difference.device), 1.0)
+                else torch.where(finite, d if isinstance(d, Tensor) else torch.full_like(difference, d), 1.0)
                 for d in decays
             ]  # fmt: skip
         loss = (plus + minus) / 2
