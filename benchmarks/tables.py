@@ -192,6 +192,20 @@ def gpu_linear(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["model", "layer", "dtype", "m", *names], body)
 
 
+def replay(rows: list[Row]) -> str:
+    """Element-terms a second, by type and rounding; one line for each number of passes."""
+    body = []
+    for key in dict.fromkeys((row["backend"], row["dtype"], row["kind"], row["rounding"], row["passes"]) for row in rows):
+        mine = {r["contender"]: r for r in rows if (r["backend"], r["dtype"], r["kind"], r["rounding"], r["passes"]) == key}
+        cells = [
+            f"{float(mine[n]['gterms_per_s']):.3g} ({float(mine[n]['ratio_to_separate']):.2f})"
+            for n in ("sequence", "separate", "fused")
+        ]
+        body.append([*key, *cells])
+    note = "10⁹ weights times passes a second; in parentheses over `separate`."
+    return f"{note}\n\n" + markdown(["backend", "dtype", "kind", "rounding", "passes", "sequence", "separate", "fused"], body)
+
+
 # ---- scaling.py: one table a question ---------------------------------------------------------------------------------
 
 
@@ -276,6 +290,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
     "gpu_linear": ("gpu_linear", gpu_linear, ""),
     "gpu_step": ("gpu_step", step, ""),
+    "replay": ("replay", replay, ""),
+    "gpu_replay": ("gpu_replay", replay, ""),
     "size": ("scaling", size, "scaling.png"),
     "terms": ("scaling", terms, ""),
     "list": ("scaling", many, ""),
