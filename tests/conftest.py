@@ -1,9 +1,12 @@
-"""What every test starts from: no network, and torch's own generator seeded."""
+"""What every test starts from: no network, torch's own generator seeded, and a SIGINT that interrupts."""
 
 from __future__ import annotations
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download must fail, before transformers is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,10 @@ def killed(command: list[str], calls: int, monkeypatch: pytest.MonkeyPatch, how:
 
             monkeypatch.setattr(Scorer, "loss", counted)
             os._exit(main(command))
+        except BaseException:
+            traceback.print_exc()  # into the parent's captured output
+            sys.stderr.flush()
+            raise
         finally:
             os._exit(99)
     return os.waitpid(pid, 0)[1]
