@@ -43,6 +43,7 @@ from zo_kernels import ops
 # Our modes: the arguments of MeZOStep. One that it refuses here, by an error or a graph that it does without, is left out with the reason.
 OURS: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
+    "scratch-leaf": {"perturbation": "scratch", "scratch_bytes": 1},  # a pass for every use of a weight, whole matrices
     "inplace": {"perturbation": "inplace"},
     "lazy": {"perturbation": "inplace", "lazy": True},
     "scratch-graph": {"perturbation": "scratch", "cuda_graph": True},

@@ -209,7 +209,7 @@ def test_step(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     table = {row["mode"]: row for row in rows(path)}
-    assert set(table) == {"forwards", "scratch", "inplace", "lazy", "mezo"}
+    assert set(table) == {"forwards", "scratch", "scratch-leaf", "inplace", "lazy", "mezo"}
     assert "scratch-graph: cuda_graph=True: the weights are on cpu" in done.stderr
     # Bytes are counted, so they are exact: tied head, 8 tokens of 64 fp32 values each, two forwards.
     weights, gathered = 4 * 131_904, 8 * 64 * 4
