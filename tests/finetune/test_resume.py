@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,28 +76,31 @@ def assert_same(a: Path, b: Path) -> None:
     assert weights.keys() == other_weights.keys() and all(same_bits(weights[n], other_weights[n]) for n in weights)
 
 
+CHILD = """
+import os, signal, sys
+from zo_finetune.cli import main
+from zo_finetune.scoring import Scorer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+loss, left = Scorer.loss, [{calls}]
+
+def counted(*args):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), {how})
+    return loss(*args)
+
+Scorer.loss = counted
+sys.exit(main({command!r}))
+"""
+
+
 def killed(command: list[str], calls: int, monkeypatch: pytest.MonkeyPatch, how: int = signal.SIGKILL) -> int:
-    """Run the command in a child that gets a signal in its so-manyth loss; returns its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            loss, left = Scorer.loss, [calls]
-
-            def counted(*args: Any) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), how)
-                return loss(*args)
-
-            monkeypatch.setattr(Scorer, "loss", counted)
-            os._exit(main(command))
-        except BaseException:
-            traceback.print_exc()  # into the parent's captured output
-            sys.stderr.flush()
-            raise
-        finally:
-            os._exit(99)
-    return os.waitpid(pid, 0)[1]
+    """Run the command in a process of its own (torch's thread pools do not survive a fork) that gets a signal in its so-manyth loss;
+    returns its wait status."""
+    script = CHILD.format(calls=calls, how=int(how), command=command)
+    code = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL).returncode
+    return -code if code < 0 else code << 8
 
 
 @pytest.mark.parametrize("name", RUNS)
