@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from zo_finetune import report
 from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
 
 from tests.finetune.conftest import make_rows, write_jsonl
 from tests.kernels.cases import same_bits
@@ -79,7 +78,6 @@ def assert_same(a: Path, b: Path) -> None:
 CHILD = """
 import os, signal, sys
 from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 loss, left = Scorer.loss, [{calls}]
