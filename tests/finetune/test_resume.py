@@ -78,6 +78,7 @@ def assert_same(a: Path, b: Path) -> None:
 CHILD = """
 import os, signal, sys
 from zo_finetune.cli import main
+from zo_finetune.scoring import Scorer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 loss, left = Scorer.loss, [{calls}]
@@ -93,7 +94,7 @@ sys.exit(main({command!r}))
 """
 
 
-def killed(command: list[str], calls: int, monkeypatch: pytest.MonkeyPatch, how: int = signal.SIGKILL) -> int:
+def killed(command: list[str], calls: int, how: int = signal.SIGKILL) -> int:
     """Run the command in a process of its own (torch's thread pools do not survive a fork) that gets a signal in its so-manyth loss;
     returns its wait status."""
     script = CHILD.format(calls=calls, how=int(how), command=command)
@@ -103,15 +104,15 @@ def killed(command: list[str], calls: int, monkeypatch: pytest.MonkeyPatch, how:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_same_bits(
-    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, capsys: Any
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main(arguments(name, whole)) == 0
     per_step = 2 * (2 if name == "lora" else 1)
-    assert os.WTERMSIG(killed(arguments(name, run), 2 * per_step + 2, monkeypatch)) == signal.SIGKILL  # in step 3
+    assert os.WTERMSIG(killed(arguments(name, run), 2 * per_step + 2)) == signal.SIGKILL  # in step 3
     assert len(journal.read(run / report.JOURNAL)) == 2
     # killed once more, with a record that was being written and a log that lags and is torn
-    assert os.WTERMSIG(killed(["resume", str(run)], 3 * per_step + 1, monkeypatch)) == signal.SIGKILL
+    assert os.WTERMSIG(killed(["resume", str(run)], 3 * per_step + 1)) == signal.SIGKILL
     with (run / report.JOURNAL).open("ab") as file:
         file.write(b"half a record")
     lines = (run / "log.csv").read_text().splitlines(keepends=True)
@@ -131,13 +132,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["scratch", "inplace", "lazy"])
-def test_an_interrupted_run_goes_on(
-    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path) -> None:
     """Ctrl-C in the second forward of step 3: what there is is saved, with the interrupted attempt's rounding, and is resumed without."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main(arguments(name, whole)) == 0
-    assert os.WEXITSTATUS(killed(arguments(name, run), 6, monkeypatch, signal.SIGINT)) == 130
+    assert os.WEXITSTATUS(killed(arguments(name, run), 6, signal.SIGINT)) == 130
     result = json.loads((run / "result.json").read_text())
     assert result["interrupted"] and result["steps"] == 2 and result["after"] is None
     out = tmp_path / "replayed"
@@ -182,9 +181,7 @@ def test_a_journal_is_a_checkpoint(
     assert not (tmp_path / "no").exists()
 
 
-def test_what_cannot_be_resumed_is_said(
-    arguments: Callable[[str, Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[str]], tmp_path: Path, capsys: Any) -> None:
     def refused(*command: str) -> str:
         capsys.readouterr()
         assert main(list(command)) == 2
@@ -192,7 +189,7 @@ def test_what_cannot_be_resumed_is_said(
 
     run = tmp_path / "run"
     assert "no run began there" in refused("resume", str(tmp_path))
-    killed(arguments("scratch", run), 6, monkeypatch)
+    killed(arguments("scratch", run), 6)
     with journal.reopen(run / report.JOURNAL)[0]:
         assert f"is in use by process {os.getpid()}" in refused("resume", str(run))
         assert "is in use by process" in refused(*arguments("scratch", run), "--overwrite")
