@@ -10,6 +10,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download must fail, before transformers is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads that wait for one another would take each other's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
