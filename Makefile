@@ -30,7 +30,7 @@ demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
 
 test: $(READY)
-	$(PYTEST) -m "not gpu" tests
+	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not gpu" tests
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
