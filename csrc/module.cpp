@@ -4,7 +4,7 @@
  * belong here: torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/ops.py), work.
  *
  * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n,
- * 11] in host memory, which the caller keeps alive during the call.
+ * 14] in host memory, which the caller keeps alive during the call.
  */
 #include <pybind11/pybind11.h>
 
@@ -17,10 +17,12 @@
 namespace py = pybind11;
 
 /* zo_kernels/ops.py (Entry.record) writes these words one by one. */
-static_assert(sizeof(zo_tensor) == 88 && offsetof(zo_tensor, numel) == 16 && offsetof(zo_tensor, scale_block) == 48 &&
+static_assert(sizeof(zo_tensor) == 112 && offsetof(zo_tensor, numel) == 16 && offsetof(zo_tensor, scale_block) == 48 &&
                   offsetof(zo_tensor, row_len) == 64 && offsetof(zo_tensor, stream) == 72 &&
-                  offsetof(zo_tensor, keep) == 76 && offsetof(zo_tensor, mask_tag) == 80,
-              "zo_tensor is not a row of 11 words");
+                  offsetof(zo_tensor, keep) == 76 && offsetof(zo_tensor, mask_tag) == 80 &&
+                  offsetof(zo_tensor, rank) == 84 && offsetof(zo_tensor, rsqrt) == 86 &&
+                  offsetof(zo_tensor, left) == 88 && offsetof(zo_tensor, cols) == 104,
+              "zo_tensor is not a row of 14 words");
 
 namespace {
 
@@ -140,22 +142,22 @@ void check_cuda(int code) {
   if (code) throw std::runtime_error(std::string("zo_kernels: CUDA launch: ") + zo_cuda_error_string(code));
 }
 
-void cuda_perturb(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, bool lean, uint64_t seed, int dtype,
+void cuda_perturb(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, int form, uint64_t seed, int dtype,
                   int kind, int rounding, py::handle tags, py::handle coefs, int64_t n_terms, py::handle decay,
                   uint64_t stream) {
   const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, decay);
   if (!pass.tags.empty()) throw py::value_error("more than INLINE_TERMS numbers: put them into device memory");
   check_cuda(zo_cuda_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles,
-                             tile, lean, (void *)(uintptr_t)stream));
+                             tile, form, (void *)(uintptr_t)stream));
 }
 
-void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, bool lean, uint64_t seed, int dtype,
+void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, int form, uint64_t seed, int dtype,
                    int kind, uint64_t tags, uint64_t coefs, int64_t n_terms, uint64_t first, uint64_t decays,
                    uint64_t roundings, int64_t n_passes, uint64_t scratch, uint64_t stream) {
   zo_pass pass = sequence(seed, dtype, kind, tags, coefs, n_terms, first, decays, roundings, n_passes);
   pass.scratch = (void *)(uintptr_t)scratch;
   check_cuda(zo_cuda_perturb(&pass, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
-                             lean, (void *)(uintptr_t)stream));
+                             form, (void *)(uintptr_t)stream));
 }
 #endif
 
@@ -165,6 +167,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels; use zo_kernels.perturb_, which checks its arguments.";
   m.attr("TENSOR_WORDS") = sizeof(zo_tensor) / 8;
   m.attr("INLINE_TERMS") = ZO_INLINE_TERMS;
+  m.attr("MAX_RANK") = ZO_MAX_RANK;
 
   /* ---- CPU ---- */
   m.attr("ISA_NAMES") = py::make_tuple("best", "portable", "avx2", "avx512"); /* in the order of the argument `isa` */
@@ -184,12 +187,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("WITH_CUDA") = true;
   m.def(
       "cuda_perturb", &cuda_perturb, py::arg("table"), py::arg("map"), py::arg("tiles"), py::arg("tile"),
-      py::arg("lean"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("rounding"), py::arg("tags"),
+      py::arg("form"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("rounding"), py::arg("tags"),
       py::arg("coefs"), py::arg("n_terms"), py::arg("decay"), py::arg("stream"),
       "zo_cuda_perturb of csrc/zo_kernels.h; table and map are addresses in device memory, stream a cudaStream_t; tags "
       "and coefs are two lists of at most INLINE_TERMS numbers, or addresses of n_terms values in device memory.");
   m.def("cuda_sequence", &cuda_sequence, py::arg("table"), py::arg("map"), py::arg("tiles"), py::arg("tile"),
-        py::arg("lean"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("tags"), py::arg("coefs"),
+        py::arg("form"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("tags"), py::arg("coefs"),
         py::arg("n_terms"), py::arg("first"), py::arg("decays"), py::arg("roundings"), py::arg("n_passes"),
         py::arg("scratch"), py::arg("stream"),
         "zo_cuda_perturb for a sequence of passes; tags .. roundings and scratch are addresses in device memory.");

@@ -183,6 +183,15 @@ ZO_HD bool random_keep(const Words &w, uint64_t i, uint32_t threshold) {
   return x < threshold;
 }
 
+/* RN(1 / RN(sqrt(x))), for an inverse-square-root scale. */
+ZO_HD float inverse_root(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(1.0f, __fsqrt_rn(x));
+#else
+  return 1.0f / __builtin_sqrtf(x);
+#endif
+}
+
 /* ---- 5. Casts --------------------------------------------------------------------------------------------------- */
 
 ZO_HD uint32_t rounding_bits(const Words &w, uint64_t i) { return (w.w[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFFu; }

@@ -19,9 +19,11 @@ enum zo_dtype { ZO_F32 = 0, ZO_F16 = 1, ZO_BF16 = 2 };
 enum zo_kind { ZO_GAUSSIAN = 0, ZO_RADEMACHER = 1 };
 enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
 
-/* One tensor of the list: 11 words of 8 bytes, so that a table of them is also an int64 matrix [n, 11].
+/* One tensor of the list: 14 words of 8 bytes, so that a table of them is also an int64 matrix [n, 14].
  * Local element e is element i of the unsharded tensor:  rows == NULL:  i = offset + e
  *                                                        rows != NULL:  i = rows[e / row_len] * row_len + e % row_len
+ * With a rank, z of element i is not noise but sum_{rho < rank} left[i / cols][rho] * right[i % cols][rho], and a pass
+ * has at most one term. Factors have at most 12 significant bits.
  */
 typedef struct zo_tensor {
   const void *src;     /* weights read */
@@ -36,8 +38,14 @@ typedef struct zo_tensor {
   uint32_t stream;
   uint32_t keep; /* 0: no random mask; otherwise its threshold T */
   uint32_t mask_tag;
-  uint32_t reserved; /* 0 */
+  uint16_t rank;      /* 0: noise; 1 .. ZO_MAX_RANK */
+  uint16_t rsqrt;     /* 1: an element takes RN(1 / RN(sqrt(x))) where it would take the scale x; else 0 */
+  const float *left;  /* [rows of the unsharded matrix, rank] if there is a rank, else NULL; and so are the next two */
+  const float *right; /* [cols, rank] */
+  int64_t cols;       /* >= 1 */
 } zo_tensor;
+
+#define ZO_MAX_RANK 64
 
 #define ZO_INLINE_TERMS 8
 
@@ -75,13 +83,17 @@ int zo_cpu_best_isa(void);
  * but `pass` itself lies in device memory: `table` (the zo_tensor structs), `map`, what they point at, and the terms,
  * unless they are inline. Entry b of `map`, one for each of the `tiles` blocks, is a pair (tensor, tile of it); a tile
  * has `tile` elements, a multiple of ZO_CUDA_SPAN. A tensor has ceil((numel + offset % 32) / tile) tiles; one with
- * `rows` whose row_len is not a multiple of 32 has ceil((row_len + 31) / tile) for each row, row by row. `lean`: no
- * tensor has a mask, a random mask, a scale or rows, and no decay but those of a sequence. Returns 0 or a cudaError_t,
- * which zo_cuda_error_string explains. */
+ * `rows` whose row_len is not a multiple of 32 has ceil((row_len + 31) / tile) for each row, row by row. Returns 0 or
+ * a cudaError_t, which zo_cuda_error_string explains. */
+enum zo_form {
+  ZO_GENERAL = 0,
+  ZO_LEAN = 1, /* no tensor has a mask, a random mask, a scale, a rank or rows, and no decay but those of a sequence */
+  ZO_EXTENDED = 2, /* no sequence; the only form that serves a tensor with a rank or rsqrt */
+};
 #define ZO_CUDA_SPAN 2048
 #define ZO_CUDA_SCRATCH(n_passes, n_terms) (16 * (n_passes) + 8 * (n_terms))
 int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles, int64_t tile,
-                    int lean, void *stream);
+                    int form, void *stream);
 const char *zo_cuda_error_string(int code);
 
 #ifdef __cplusplus

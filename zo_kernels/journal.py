@@ -250,7 +250,9 @@ class Parameter(Frozen):
 def described(name: str, tensor: Tensor, mask: ops.Mask, scale: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """`Parameter.mask` and `Parameter.scale` of what `perturb_` takes."""
     bits, keep, tag = ops.check_mask(f"mask of {name}", mask, tensor)
-    values, block = ops.check_scale(f"scale of {name}", scale, tensor, 0)
+    values, block, rsqrt = ops.check_scale(f"scale of {name}", scale, tensor, 0)
+    if rsqrt:
+        raise ValueError(f'scale of {name} is an "rsqrt" scale, whose values change from step to step: a journal cannot state it')
     limits = {"sha256": digest(bits)} if bits is not None else {"keep": keep, "tag": tag} if keep else None
     if values is None:
         return limits, None

@@ -25,6 +25,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the codes of
 KINDS = {"gaussian": 0, "rademacher": 1}
 ROUNDINGS = {"nearest": 0, "stochastic": 1}
 MAX_INDEX = 1 << 56  # an element's index i is below this (docs/numerics.md, section 1)
+MAX_RANK = 64  # of a low-rank direction (section 8)
+WORDS = 14  # of zo_tensor
 
 Terms = Sequence[tuple[int, float]] | tuple[Tensor, Tensor]
 
@@ -69,6 +71,11 @@ class Entry:
     scale_block: int = 1
     rows: Tensor | None = None
     row_len: int = 0
+    left: Tensor | None = None  # fp32 [rows of the full matrix, rank], contiguous; rank and cols are 0 without
+    right: Tensor | None = None  # fp32 [cols, rank], contiguous
+    rank: int = 0
+    cols: int = 0
+    rsqrt: bool = False  # element e takes RN(1 / RN(sqrt(scale))) instead of its scale
 
     def part(self, start: int, stop: int, dst: Tensor) -> Entry:
         """Elements start .. stop of this tensor, written to `dst`. With a bit mask, `start` is a multiple of 8."""
@@ -84,7 +91,7 @@ class Entry:
         )
 
     def record(self) -> tuple[int, ...]:
-        """The 11 words of the C struct, as unsigned 64-bit integers."""
+        """The words of the C struct, as unsigned 64-bit integers."""
         return (
             self.src.data_ptr(),
             self.dst.data_ptr(),
@@ -96,7 +103,10 @@ class Entry:
             0 if self.rows is None else self.rows.data_ptr(),
             self.row_len,
             self.stream | self.keep << 32,
-            self.mask_tag,
+            self.mask_tag | self.rank << 32 | self.rsqrt << 48,
+            0 if self.left is None else self.left.data_ptr(),
+            0 if self.right is None else self.right.data_ptr(),
+            self.cols,
         )
 
 
@@ -111,16 +121,38 @@ class Plan:
     entries: tuple[Entry, ...]
     device: torch.device
     dtype: torch.dtype
-    table: np.ndarray = field(init=False)  # uint64 [n, 11]: the C structs, in host memory
+    table: np.ndarray = field(init=False)  # uint64 [n, 14]: the C structs, in host memory
+    low_rank: bool = field(init=False)  # some entry has factors in the place of noise
     cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, 11)
+        self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, WORDS)
+        self.low_rank = any(e.rank for e in self.entries)
+
+    @property
+    def extended(self) -> bool:
+        """Some entry has factors or an inverse-square-root scale."""
+        return bool((self.table[:, 10] >> np.uint64(32)).any())
 
     @property
     def plain(self) -> bool:
-        """No mask, no scale, no rows: the lean kernels serve."""
-        return not (self.table[:, 4:6].any() or self.table[:, 7].any() or (self.table[:, 9] >> np.uint64(32)).any())
+        """No mask, no scale, no rows, no factors: the lean kernels serve."""
+        limited = self.table[:, 4:6].any() or self.table[:, 7].any() or (self.table[:, 9] >> np.uint64(32)).any()
+        return not (limited or self.extended)
+
+    def admit(self, n_terms: int) -> None:
+        """Refuse a pass of so many terms over low-rank entries, where each tag would need factors of its own."""
+        if self.low_rank and n_terms > 1:
+            raise ValueError(
+                f"terms: a pass over a tensor with factors has one term, this one has {n_terms}: make a pass for each, with factors of its own"
+            )
+
+    def admit_sequence(self) -> None:
+        if self.extended:
+            raise ValueError(
+                "a sequence of passes cannot have factors or inverse-square-root scales, which change from pass to pass: "
+                "make a pass for each (perturb_)"
+            )
 
 
 @dataclass(frozen=True)
@@ -325,10 +357,16 @@ def check_mask(name: str, mask: Any, t: Tensor) -> tuple[Tensor | None, int, int
     return mask, 0, 0
 
 
-def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor | None, int]:
-    """(scales, block) of one entry of `scales`: None, a number, a tensor per row, or (tensor, block)."""
+def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor | None, int, bool]:
+    """(values, block, whether the scale is 1 / sqrt of the value) of one entry of `scales`: None, a number, a tensor per row, (tensor, block)
+    or (tensor, block, "rsqrt")."""
     if scale is None:
-        return None, 1
+        return None, 1, False
+    rsqrt = isinstance(scale, tuple) and len(scale) == 3
+    if rsqrt:
+        if not isinstance(scale[2], str) or scale[2] != "rsqrt":
+            raise ValueError(f'{name}: its third item {scale[2]!r} must be "rsqrt"')
+        scale = scale[:2]
     if isinstance(scale, (int, float)):
         scale = torch.full((1,), check_fp32(name, scale), dtype=torch.float32, device=t.device)
     block: Any
@@ -345,7 +383,9 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
         try:
             scale, block = scale
         except (TypeError, ValueError):
-            raise TypeError(f"{name}={scale!r} must be None, a number, a tensor, or (tensor, block)") from None
+            raise TypeError(
+                f'{name}={scale!r} must be None, a number, a tensor, (tensor, block) or (tensor, block, "rsqrt")'
+            ) from None
     if not isinstance(block, (int, np.integer)) or block < 1:
         raise ValueError(f"{name}: block={block!r} must be a positive integer")
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.device != t.device or not scale.is_contiguous():
@@ -354,7 +394,29 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
     need = (offset + t.numel() - 1) // block - offset // block + 1 if t.numel() else 0
     if scale.numel() < need:
         raise ValueError(f"{name} has {scale.numel()} values; {t.numel()} elements from {offset} in blocks of {block} need {need}")
-    return scale.view(-1), block
+    return scale.view(-1), block, rsqrt
+
+
+def check_factors(name: str, factors: Any, t: Tensor, offset: int) -> tuple[Tensor | None, Tensor | None]:
+    """(left, right) of one entry of `factors`: None, or two fp32 tensors [rows, rank] and [cols, rank]."""
+    if factors is None:
+        return None, None
+    if not isinstance(factors, (tuple, list)) or len(factors) != 2:
+        raise TypeError(f"{name} is {type(factors).__name__}: give None, or (left, right)")
+    for side, f in zip(("left", "right"), factors, strict=True):
+        if not isinstance(f, Tensor) or f.dtype != torch.float32 or f.device != t.device or f.ndim != 2 or not f.is_contiguous():
+            got = f"{f.dtype} {tuple(f.shape)} on {f.device}" if isinstance(f, Tensor) else type(f).__name__
+            raise TypeError(f"{name}: {side} is {got}; give a contiguous float32 tensor of 2 dimensions on {t.device}")
+    left, right = factors
+    (rows, rank), (cols, other) = left.shape, right.shape
+    if rank != other or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{name}: left has rank {rank}, right {other}; give both the same, 1 .. {MAX_RANK}")
+    if t.numel() and (offset + t.numel() > rows * cols or (t.ndim > 1 and cols != t.numel() // t.shape[0])):
+        raise ValueError(
+            f"{name} are those of a {rows} x {cols} matrix; {t.numel()} elements of shape {tuple(t.shape)} from {offset} are not part of it: "
+            "a tensor is the matrix [shape[0], numel / shape[0]]"
+        )
+    return left.detach(), right.detach()
 
 
 def pack_mask(keep: Tensor) -> Tensor:
@@ -374,6 +436,7 @@ def make_plans(
     masks: Sequence[Mask] | None = None,
     scales: Sequence[Any] | None = None,
     offsets: Sequence[int] | None = None,
+    factors: Sequence[Any] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Plan]:
     """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments."""
@@ -381,7 +444,7 @@ def make_plans(
     names = names or [f"params[{k}]" for k in range(n)]
     check_list(params, names)
     streams = check_streams(streams, n)
-    masks, scales = check_length("masks", masks, n), check_length("scales", scales, n)
+    masks, scales, factors = check_length("masks", masks, n), check_length("scales", scales, n), check_length("factors", factors, n)
     offsets = check_offsets(offsets, n)
     targets = list(params if out is None else check_length("out", out, n))
     if out is None:
@@ -401,8 +464,14 @@ def make_plans(
         if offsets[k] + t.numel() > MAX_INDEX:
             raise ValueError(f"offsets[{k}]={offsets[k]} with {t.numel()} elements exceeds 2^56, the contract's largest index")
         mask, keep, mask_tag = check_mask(f"masks[{k}]", masks[k], t)
-        scale, block = check_scale(f"scales[{k}]", scales[k], t, offsets[k])
-        entry = Entry(t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block)
+        scale, block, rsqrt = check_scale(f"scales[{k}]", scales[k], t, offsets[k])
+        left, right = check_factors(f"factors[{k}]", factors[k], t, offsets[k])
+        shape = (
+            {} if left is None or right is None else {"left": left, "right": right, "rank": left.shape[1], "cols": right.shape[0]}
+        )
+        entry = Entry(
+            t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block, rsqrt=rsqrt, **shape
+        )  # fmt: skip
         groups.setdefault((t.device, t.dtype), []).append(entry)
     return [Plan(tuple(entries), device, dtype) for (device, dtype), entries in groups.items()]
 
@@ -487,12 +556,16 @@ def make_passes(passes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
     for plan in plans:
+        plan.admit(len(p.tags))
+    for plan in plans:
         backends.pick(plan.device, backend).perturb(plan, p.on(plan.device))
     written(plans)
 
 
 def run_sequence(plans: Sequence[Plan], passes: Passes, backend: str | None = None) -> None:
     """All passes over each plan, in one launch for each. The inner door of `perturb_sequence_`."""
+    for plan in plans:
+        plan.admit_sequence()
     for plan in plans:
         backends.pick(plan.device, backend).sequence(plan, passes.on(plan.device))
     written(plans)
@@ -516,6 +589,7 @@ def perturb_(
     masks: Sequence[Mask] | None = None,
     scales: Sequence[Any] | None = None,
     offsets: Sequence[int] | None = None,
+    factors: Sequence[Any] | None = None,
     kind: str = "gaussian",
     backend: str | None = None,
 ) -> None:
@@ -535,9 +609,12 @@ def perturb_(
         rounding: of the result to a 16-bit type: "nearest" (even) or "stochastic" (unbiased, replayable).
         out: tensors of the same shapes, dtypes and devices that take the results; `params` is then only read.
         masks: for each tensor None, a `RandomMask`, a bool tensor of its shape, or `pack_mask` of one (1 bit per element).
-        scales: for each tensor None, a number, a float32 tensor with one value per row (first dimension), or ``(values, B)``
-            with one value per B consecutive elements.
+        scales: for each tensor None, a number, a float32 tensor with one value per row (first dimension), ``(values, B)``
+            with one value per B consecutive elements, or ``(values, B, "rsqrt")``, where the scale is 1 / sqrt(value).
         offsets: for each tensor the index of its first element in the unsharded tensor (default 0).
+        factors: for each tensor None, or ``(left, right)`` of the unsharded matrix [shape[0], numel / shape[0]], contiguous float32
+            [rows, rank] and [cols, rank], rank 1 .. 64: its z is then not noise but left right^T, whatever the tag (LOZO). There is one
+            term, and factors have at most 12 significant bits, as `lowrank.Factors` makes them (docs/numerics.md, section 8).
         kind: "gaussian" or "rademacher".
         backend: "reference", "cpu", "triton" or "cuda"; default: the best for the device, or ``ZO_KERNELS_BACKEND``.
 
@@ -547,7 +624,7 @@ def perturb_(
     """
     args = op_arguments(
         params, terms, seed=seed, streams=streams, decay=decay, rounding=rounding, out=out, masks=masks, scales=scales, offsets=offsets,
-        kind=kind, backend=backend,
+        factors=factors, kind=kind, backend=backend,
     )  # fmt: skip
     if args[0]:  # the dispatcher has nothing to go by without a tensor
         torch.ops.zo_kernels.perturb_(*args)
@@ -575,7 +652,7 @@ def perturb_sequence_(
         passes: for each pass a dict of what `perturb_` calls ``terms``, ``decay`` (default 1.0) and ``rounding`` (default "nearest").
             An empty list changes nothing.
 
-    The other arguments, and what is raised, are those of `perturb_`; they hold for all passes.
+    The other arguments, and what is raised, are those of `perturb_`; they hold for all passes. There are no factors and no "rsqrt" scales.
     """
     tags, coefs, first, decay, rounding = make_passes(passes)
     tensors, rest = tensor_arguments(
@@ -592,8 +669,8 @@ def perturb_sequence_(
 _LIBRARY = torch.library.Library("zo_kernels", "DEF")
 _TENSORS = "Tensor(a!)[] dst, Tensor[] src"
 _REST = (
-    "int seed, int[] streams, Tensor?[] masks, int[] keeps, int[] mask_tags, Tensor?[] scales, int[] scale_blocks, int[] offsets, "
-    "str kind, str? backend"
+    "int seed, int[] streams, Tensor?[] masks, int[] keeps, int[] mask_tags, Tensor?[] scales, int[] scale_blocks, bool[] rsqrts, "
+    "int[] offsets, Tensor?[] lefts, Tensor?[] rights, str kind, str? backend"
 )
 _LIBRARY.define(
     f"perturb_({_TENSORS}, int[] tags, float[] coefs, Tensor? tag_tensor, Tensor? coef_tensor, float? decay, Tensor? decay_tensor, "
@@ -613,6 +690,7 @@ def tensor_arguments(
     masks: Sequence[Mask] | None = None,
     scales: Sequence[Any] | None = None,
     offsets: Sequence[int] | None = None,
+    factors: Sequence[Any] | None = None,
     kind: str = "gaussian",
     backend: str | None = None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -625,6 +703,7 @@ def tensor_arguments(
     shifts = check_offsets(offsets, n)
     flat_masks = [check_mask(f"masks[{k}]", m, params[k]) for k, m in enumerate(check_length("masks", masks, n))]
     flat_scales = [check_scale(f"scales[{k}]", s, params[k], shifts[k]) for k, s in enumerate(check_length("scales", scales, n))]
+    pairs = [check_factors(f"factors[{k}]", f, params[k], shifts[k]) for k, f in enumerate(check_length("factors", factors, n))]
     dst = list(params) if out is None else list(check_length("out", out, n))
     for k, t in enumerate(dst):
         check_tensor(f"out[{k}]", t)
@@ -634,9 +713,12 @@ def tensor_arguments(
         [m for m, _, _ in flat_masks],
         [keep for _, keep, _ in flat_masks],
         [tag for _, _, tag in flat_masks],
-        [s for s, _ in flat_scales],
-        [block for _, block in flat_scales],
+        [s for s, _, _ in flat_scales],
+        [block for _, block, _ in flat_scales],
+        [rsqrt for _, _, rsqrt in flat_scales],
         shifts,
+        [left for left, _ in pairs],
+        [right for _, right in pairs],
         kind,
         backend,
     )
@@ -673,7 +755,10 @@ def checked_plans(
     mask_tags: list[int],
     scales: list[Tensor | None],
     scale_blocks: list[int],
+    rsqrts: list[bool],
     offsets: list[int],
+    lefts: list[Tensor | None],
+    rights: list[Tensor | None],
     *,
     backend: str | None,
 ) -> list[Plan]:
@@ -683,8 +768,12 @@ def checked_plans(
         streams,
         out=dst if src else None,
         masks=[RandomMask(keep / 2**32, tag) if keep else m for m, keep, tag in zip(masks, keeps, mask_tags, strict=True)],
-        scales=[None if s is None else (s, block) for s, block in zip(scales, scale_blocks, strict=True)],
+        scales=[
+            None if s is None else (s, block, *["rsqrt"] * rsqrt)
+            for s, block, rsqrt in zip(scales, scale_blocks, rsqrts, strict=True)
+        ],
         offsets=offsets,
+        factors=[None if left is None else (left, right) for left, right in zip(lefts, rights, strict=True)],
     )
     for plan in plans:
         backends.pick(plan.device, backend)

@@ -109,7 +109,7 @@ def rademacher_sum(i: Tensor, tags: Tensor, coefs: Tensor, stream: int, seed: in
     return s
 
 
-# ---- 4. Masks -------------------------------------------------------------------------------------------------------
+# ---- 4. Masks, scales -------------------------------------------------------------------------------------------------------
 
 
 def octet_words(i: Tensor, purpose: int, stream: int, tag: Tensor | int, seed: int) -> Tensor:
@@ -122,6 +122,16 @@ def random_keep(i: Tensor, threshold: int, tag: int, stream: int, seed: int) -> 
     x = octet_words(i, MASK, stream, tag, seed)
     x = torch.where(i & 1 == 0, (x << 16 | x >> 16) & U32, x)
     return x < threshold
+
+
+def scale_of(i: Tensor, entry: Entry) -> Tensor:
+    values = entry.scale[i // entry.scale_block - entry.offset // entry.scale_block]  # type: ignore[index]
+    return torch.ones_like(values) / exact_sqrt(values) if entry.rsqrt else values
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """RN(sqrt(x)). Through float64, whose root of an fp32 is never so near to a midpoint of two fp32s that rounding twice matters."""
+    return x.double().sqrt().float()
 
 
 def bit_keep(e: Tensor, mask: Tensor) -> Tensor:
@@ -144,6 +154,18 @@ def cast_stochastic(r: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(r.isnan(), r, result).to(dtype)
 
 
+# ---- 8. Low-rank directions ----------------------------------------------------------------------------------------
+
+
+def low_rank_sum(i: Tensor, coefs: Tensor, entry: Entry) -> Tensor:
+    """RN(c z) at the elements `i`, with z = left right^T; `coefs` is empty or one coefficient (0: skipped)."""
+    left, right = entry.left.view(-1, entry.rank), entry.right.view(-1, entry.rank)  # type: ignore[union-attr]
+    z = torch.zeros(i.shape, dtype=torch.float32, device=i.device)
+    for rho in range(entry.rank):
+        z = z + left[i // entry.cols, rho] * right[i % entry.cols, rho]
+    return z * coefs if len(coefs) else z
+
+
 # ---- the pass -------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +179,7 @@ def element_indices(entry: Entry, e: Tensor) -> Tensor:
 def perturb_entry(entry: Entry, p: Pass, tags: Tensor, coefs: Tensor, decay: Tensor | None) -> None:
     """One tensor of the list."""
     src, dst = entry.src.view(-1), entry.dst.view(-1)
-    gaussian = p.kind == "gaussian"
+    gaussian = p.kind == "gaussian" and not entry.rank
     coefs = gaussian_coefficients(coefs) if gaussian else live_or_zero(coefs, coefs)
     live = (coefs != 0).any() if len(coefs) else torch.tensor(False, device=src.device)
     for start in range(0, src.numel(), CHUNK):
@@ -165,8 +187,11 @@ def perturb_entry(entry: Entry, p: Pass, tags: Tensor, coefs: Tensor, decay: Ten
         i = element_indices(entry, e)
         theta = src[start : start + CHUNK].float()
         d = theta if decay is None else torch.where(decay.isfinite(), theta * decay, theta)
-        s = (gaussian_sum if gaussian else rademacher_sum)(i, tags, coefs, entry.stream, p.seed)
-        u = s if entry.scale is None else s * entry.scale[i // entry.scale_block - entry.offset // entry.scale_block]
+        if entry.rank:
+            s = low_rank_sum(i, coefs, entry)
+        else:
+            s = (gaussian_sum if gaussian else rademacher_sum)(i, tags, coefs, entry.stream, p.seed)
+        u = s if entry.scale is None else s * scale_of(i, entry)
         keep = live.expand_as(d)
         if entry.mask is not None:
             keep = keep & bit_keep(e, entry.mask)
@@ -183,6 +208,7 @@ def perturb_entry(entry: Entry, p: Pass, tags: Tensor, coefs: Tensor, decay: Ten
 
 def perturb(plan: Plan, p: Pass) -> None:
     """theta <- round(decay * theta + scale * mask * sum_k c_k z_k) for every tensor of the plan."""
+    plan.admit(len(p.tags))
     tags, coefs, decay = p.terms_on(plan.device)
     for entry in plan.entries:
         perturb_entry(entry, p, tags, coefs, decay)
@@ -190,6 +216,7 @@ def perturb(plan: Plan, p: Pass) -> None:
 
 def sequence(plan: Plan, passes: Passes) -> None:
     """The passes one after another: the definition that the other backends are held to."""
+    plan.admit_sequence()
     for entry in plan.entries:
         if entry.dst.data_ptr() != entry.src.data_ptr():
             entry.dst.copy_(entry.src)

@@ -99,14 +99,16 @@ private:
  * scratch-mode forward (three times the time, on two cores). Such a latecomer finds the counter used up and touches
  * nothing but this struct, which it keeps alive; job and tensors may be gone by then. */
 struct Work {
-  const zo::Job &job; /* the first one */
+  const zo::Job &job;      /* the first one */
+  const zo::Job &low_rank; /* that of tensors with factors */
   const zo_tensor *tensors;
   int64_t total, chunk;
   zo::PerturbRange *range;
   std::atomic<int64_t> next{0}, done{0}; /* chunks taken, elements finished */
 
-  Work(const zo::Job &job, const zo_tensor *tensors, int64_t total, int64_t chunk, zo::PerturbRange *range)
-      : job(job), tensors(tensors), total(total), chunk(chunk), range(range) {}
+  Work(const zo::Job &job, const zo::Job &low_rank, const zo_tensor *tensors, int64_t total, int64_t chunk,
+       zo::PerturbRange *range)
+      : job(job), low_rank(low_rank), tensors(tensors), total(total), chunk(chunk), range(range) {}
 
   void run() {
     const IeeeArithmetic ieee;
@@ -121,7 +123,7 @@ struct Work {
           continue;
         }
         const int64_t stop = before + t.numel < end ? before + t.numel : end;
-        range(job, t, at - before, stop - before);
+        range(t.rank ? low_rank : job, t, at - before, stop - before);
         at = stop;
       }
       done.fetch_add(end - begin, std::memory_order_release);
@@ -182,7 +184,11 @@ Helpers *new_helpers() { return new (helpers_memory) Helpers; }
 Helpers *helpers_of_process = new_helpers();
 const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] { helpers_of_process = new_helpers(); });
 
-bool sound(const zo_tensor &t) {
+bool sound(const zo_tensor &t, const zo_pass &p) {
+  if (t.rank || t.rsqrt) {
+    if (p.first || t.rsqrt > 1 || t.rank > ZO_MAX_RANK) return false;
+    if (t.rank && (p.n_terms > 1 || t.cols < 1 || !t.left || !t.right)) return false;
+  }
   return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
 }
 
@@ -201,13 +207,14 @@ bool sound(const zo_pass &p) {
   return p.first[p.n_passes] == p.n_terms;
 }
 
-/* Terms begin .. end - 1 as a job, whose live ones are written to `live`. */
-zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, int rounding, zo::Term *live) {
+/* Terms begin .. end - 1 as a job, whose live ones are written to `live`. Gaussian: for Gaussian noise. */
+zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, int rounding, zo::Term *live,
+                 bool gaussian) {
   zo::Job job = {};
   for (int64_t k = begin; k < end; ++k) {
     const uint32_t tag = pass.tags ? (uint32_t)pass.tags[k] : pass.inline_tags[k];
     const float given = pass.coefs ? pass.coefs[k] : pass.inline_coefs[k];
-    const float c = pass.kind == ZO_GAUSSIAN ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
+    const float c = gaussian ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
     if (k == begin) job.rounding_tag = tag;
     if (c != 0) live[job.n_terms++] = zo::Term{tag, c};
   }
@@ -215,7 +222,7 @@ zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, i
   job.terms = live;
   job.has_decay = std::isfinite(decay) && decay != 1;
   job.decay = job.has_decay ? decay : 1;
-  job.gaussian = pass.kind == ZO_GAUSSIAN;
+  job.gaussian = gaussian;
   job.dtype = pass.dtype;
   job.stochastic = rounding == ZO_STOCHASTIC && pass.dtype != ZO_F32;
   return job;
@@ -226,7 +233,8 @@ int64_t make_jobs(const zo_pass &pass, std::vector<zo::Job> &jobs, zo::Term *liv
   int64_t work = 0;
   for (int64_t s = 0; s < pass.n_passes; ++s) {
     const int64_t begin = pass.first[s], end = pass.first[s + 1];
-    const zo::Job job = make_job(pass, begin, end, pass.decays[s], pass.roundings[s], live + begin);
+    const zo::Job job =
+        make_job(pass, begin, end, pass.decays[s], pass.roundings[s], live + begin, pass.kind == ZO_GAUSSIAN);
     if (!job.n_terms && !job.has_decay) continue;
     if (!jobs.empty()) jobs.back().next = jobs.data() + jobs.size(); /* reserved: nothing moves */
     jobs.push_back(job);
@@ -261,10 +269,11 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   if (!pass || n < 0 || (n && !tensors) || !sound(*pass) || isa < BEST || isa > AVX512) return BAD_ARGUMENT;
   if (isa > zo_cpu_best_isa()) return UNSUPPORTED_ISA;
   int64_t total = 0;
-  bool in_place = true;
+  bool in_place = true, any_low_rank = false;
   for (int64_t k = 0; k < n; ++k) {
-    if (!sound(tensors[k])) return BAD_ARGUMENT;
+    if (!sound(tensors[k], *pass)) return BAD_ARGUMENT;
     total += tensors[k].numel;
+    any_low_rank = any_low_rank || tensors[k].rank;
     in_place = in_place && tensors[k].src == tensors[k].dst;
   }
 
@@ -280,7 +289,8 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   } catch (const std::exception &) {
     return OUT_OF_MEMORY;
   }
-  zo::Job one = {};
+  zo::Job one = {}, low_rank = {};
+  zo::Term only; /* of low_rank */
   int64_t work_each = 1;
   {
     const IeeeArithmetic ieee;
@@ -288,23 +298,25 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
     if (sequence.empty()) { /* one pass; for a sequence that changes nothing, one without terms, which copies */
       const float decay = pass->first || !pass->has_decay ? 1.0f : pass->decay_ptr ? *pass->decay_ptr : pass->decay;
       const int64_t n_terms = pass->first ? 0 : pass->n_terms;
-      one = make_job(*pass, 0, n_terms, decay, pass->first ? ZO_NEAREST : pass->rounding, live);
+      const int rounding = pass->first ? ZO_NEAREST : pass->rounding;
+      one = make_job(*pass, 0, n_terms, decay, rounding, live, pass->kind == ZO_GAUSSIAN);
+      if (any_low_rank) low_rank = make_job(*pass, 0, n_terms, decay, rounding, &only, false);
       work_each = 1 + one.n_terms;
     }
   }
   const zo::Job &job = sequence.empty() ? one : sequence.front();
-  if (in_place && !job.n_terms && !job.has_decay) return OK; /* not one bit would change */
+  if (in_place && !job.n_terms && !low_rank.n_terms && !job.has_decay) return OK; /* not one bit would change */
 
   const int64_t chunk = chunk_size(work_each), chunks = (total + chunk - 1) / chunk;
   zo::PerturbRange *range = kernel(isa == BEST ? zo_cpu_best_isa() : isa);
   const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
   if (helpers < 1) {
-    Work(job, tensors, total, chunk, range).run();
+    Work(job, low_rank, tensors, total, chunk, range).run();
     return OK;
   }
   std::shared_ptr<Work> work;
   try {
-    work = std::make_shared<Work>(job, tensors, total, chunk, range);
+    work = std::make_shared<Work>(job, low_rank, tensors, total, chunk, range);
   } catch (const std::bad_alloc &) {
     return OUT_OF_MEMORY;
   }

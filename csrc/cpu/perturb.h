@@ -11,7 +11,7 @@
 
 namespace zo {
 
-/* A live term; c is c' for the Gaussian. */
+/* A live term; c is c' for Gaussian noise. */
 struct Term {
   uint32_t tag;
   float c;

@@ -1,7 +1,8 @@
 /* tile.h - a range of one tensor, tile by tile: the walk that every instruction set shares.
  *
  * Per tile of at most Stages::TILE consecutive elements, all in L1, for every pass of the job:
- *   sum      s[a] = sum_k c_k z_k        Stages::sum: K Philox calls per 16 (Gaussian) or 128 (Rademacher) elements
+ *   sum      s[a] = sum_k c_k z_k        Stages::sum: K Philox calls per 16 (Gaussian) or 128 (Rademacher) elements;
+ *                                        with factors, low_rank: 2 * rank operations per element
  *   scale    s[a] *= scale[i div B]      only if there is a scale
  *   keep     1 bit per element           only if there is a mask; Stages::random_keep: one call per 8 elements; once
  *   round    16 bits per element         only if stochastic; Stages::rounding_bits: one call per 8 elements
@@ -31,13 +32,50 @@ constexpr int PAD = 64;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* s[p] = c times the sum over rho of left[row][rho] * right[column][rho], of element i + p. RANK: t.rank, or 0 if the
+ * compiler does not know it. */
+template <int RANK> void low_rank_sum(const zo_tensor &t, float c, uint64_t i, int64_t n, float *s) {
+  const int64_t rank = RANK ? RANK : t.rank;
+  const uint64_t cols = (uint64_t)t.cols;
+  uint64_t row = i / cols, column = i % cols;
+  for (int64_t p = 0; p < n; ++row, column = 0) {
+    const int64_t length = smaller(n - p, (int64_t)(cols - column));
+    const float *left = t.left + row * (uint64_t)rank, *right = t.right + column * (uint64_t)rank;
+    float *const z = s + p;
+    for (int64_t j = 0; j < length; ++j) {
+      float sum = 0;                                                                     /* never -0 from here on */
+      for (int64_t rho = 0; rho < rank; ++rho) sum += left[rho] * right[j * rank + rho]; /* exact products */
+      z[j] = mul_rn(c, sum);
+    }
+    p += length;
+  }
+}
+
+inline void low_rank(const zo_tensor &t, float c, uint64_t i, int64_t n, float *s) {
+  switch (t.rank) {
+  case 1:
+    return low_rank_sum<1>(t, c, i, n, s);
+  case 2:
+    return low_rank_sum<2>(t, c, i, n, s);
+  case 4:
+    return low_rank_sum<4>(t, c, i, n, s);
+  default:
+    return low_rank_sum<0>(t, c, i, n, s);
+  }
+}
+
 /* s[p] *= the scale of element i + p. */
 inline void multiply_scales(const zo_tensor &t, uint64_t i, int64_t n, float *s) {
   const uint64_t block = (uint64_t)t.scale_block, first = (uint64_t)t.offset / block;
+  if (t.rsqrt && block == 1) { /* a root and a division for each element, in vectors */
+    const float *const x = t.scale + (i - first);
+    for (int64_t p = 0; p < n; ++p) s[p] = mul_rn(s[p], inverse_root(x[p]));
+    return;
+  }
   for (int64_t p = 0; p < n;) {
     const uint64_t b = (i + p) / block;
     const int64_t stop = smaller(n, (int64_t)((b + 1) * block - i));
-    const float c = t.scale[b - first];
+    const float x = t.scale[b - first], c = t.rsqrt ? inverse_root(x) : x;
     for (; p < stop; ++p) s[p] = mul_rn(s[p], c);
   }
 }
@@ -89,7 +127,7 @@ void perturb_run(const Job &job, const zo_tensor &t, int64_t e, int64_t end, uin
         }
       }
       if (pass->n_terms) {
-        Stages::sum(*pass, t.stream, start, len, s);
+        t.rank ? low_rank(t, pass->terms[0].c, i, n, s + head) : Stages::sum(*pass, t.stream, start, len, s);
         if (t.scale) multiply_scales(t, i, n, s + head);
         if (masked && !kept) {
           if (t.keep) {

@@ -20,14 +20,16 @@ namespace cuda {
  */
 template <class V>
 constexpr int BLOCKS =
-    V::ROUNDING == SEQUENCE && !V::LEAN ? 4 /* bound by instructions, and 96 registers would spill */
-    : V::LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32> ? 6
-                                                                                                            : 5;
+    V::FORM != ZO_LEAN && (V::ROUNDING == SEQUENCE || V::FORM == ZO_EXTENDED)
+        ? 4 /* bound by instructions, and 96 registers would spill */
+    : V::FORM == ZO_LEAN && V::KIND == ZO_GAUSSIAN && V::ROUNDING == ZO_NEAREST && !std::is_same_v<typename V::T, F32>
+        ? 6
+        : 5;
 
 template <class V>
 __global__ void __launch_bounds__(THREADS, BLOCKS<V>) perturb(const __grid_constant__ Launch launch) {
   __shared__ Shared shared;
-  perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::LEAN>(launch, shared);
+  perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::FORM>(launch, shared);
 }
 
 template <int KIND> __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ zo_pass pass) {
@@ -38,10 +40,11 @@ template <int KIND> __global__ void __launch_bounds__(THREADS) prepare(const __g
 } // namespace zo
 
 extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles,
-                               int64_t tile, int lean, void *stream) {
+                               int64_t tile, int form, void *stream) {
   using namespace zo::cuda;
   if (tiles == 0) return 0;
-  if (tiles < 0 || tiles > 0x7FFFFFFF || tile <= 0 || tile % SPAN || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16) {
+  if (tiles < 0 || tiles > 0x7FFFFFFF || tile <= 0 || tile % SPAN || pass->dtype < ZO_F32 || pass->dtype > ZO_BF16 ||
+      form < ZO_GENERAL || form > ZO_EXTENDED || (pass->first && form == ZO_EXTENDED)) {
     return cudaErrorInvalidValue;
   }
   const auto on_stream = static_cast<cudaStream_t>(stream);
@@ -55,7 +58,7 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
     }
   }
   Launch launch = {*pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
-  return dispatch(*pass, lean != 0, [&](auto variant) -> int {
+  return dispatch(*pass, form, [&](auto variant) -> int {
     perturb<decltype(variant)><<<(unsigned)tiles, THREADS, 0, on_stream>>>(launch);
     return cudaGetLastError();
   });

@@ -332,8 +332,9 @@ ZO_DEVICE uint64_t divide(uint64_t x, uint64_t d) {
   return x / d;
 }
 
-/* s[a] <- RN(s[a] * scale). `scale` points at the value of block 0. */
-ZO_DEVICE void apply_scale(float *s, const float *scale, uint64_t block, uint64_t i, Places inside) {
+/* s[a] <- RN(s[a] * scale). `scale` points at the value of block 0; `value` makes a scale of what it points at. */
+template <class Value>
+ZO_DEVICE void apply_scale(float *s, const float *scale, uint64_t block, uint64_t i, Places inside, Value value) {
 #pragma unroll
   for (int chunk = 0; chunk < 2; ++chunk) {
     const uint64_t first = i + 16 * chunk;
@@ -341,17 +342,57 @@ ZO_DEVICE void apply_scale(float *s, const float *scale, uint64_t block, uint64_
     if (block % 8 == 0) {
       if (16u * chunk + 7 < inside.first || inside.first + inside.count <= 16u * chunk)
         continue; /* perhaps beyond the table */
-      const float x = scale[at];
+      const float x = value(scale[at]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) s[8 * chunk + j] = mul_rn(s[8 * chunk + j], x);
     } else {
       uint64_t rest = first - (uint64_t)at * block;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (inside.has(8 * chunk + j)) s[8 * chunk + j] = mul_rn(s[8 * chunk + j], scale[at]);
+        if (inside.has(8 * chunk + j)) s[8 * chunk + j] = mul_rn(s[8 * chunk + j], value(scale[at]));
         if (++rest == block) rest = 0, ++at;
       }
     }
+  }
+}
+
+/* ---- low-rank directions ---------------------------------------------------------------------------------------- */
+
+/* s[a] = RN(c z), z the sum over rho of left[row][rho] * right[column][rho]; i is the index of output 0. The products
+ * are exact, so that fma or not is the same. Places outside the tensor may be outside the matrix: not read. */
+ZO_DEVICE void low_rank(float *s, const zo_tensor *t, float c, uint64_t i, Places inside) {
+  const float *const left = global(t->left), *const right = global(t->right);
+  const uint32_t rank = t->rank;
+  const uint64_t cols = (uint64_t)t->cols;
+#pragma unroll
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    float *const z = s + 8 * chunk;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) z[j] = 0.0f;
+    if (16u * chunk + 7 < inside.first || inside.first + inside.count <= 16u * chunk) continue;
+    const uint64_t first = i + 16 * chunk, row = divide(first, cols), column = first - row * cols;
+    const float *l = left + row * rank, *r = right + column * rank;
+    if (cols % 8 == 0) { /* the eight lie in one row */
+#pragma unroll 1
+      for (uint32_t rho = 0; rho < rank; ++rho) {
+        const float x = l[rho];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) z[j] += x * r[j * rank + rho];
+      }
+    } else {
+      uint64_t left_in_row = cols - column;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (inside.has(8 * chunk + j)) {
+#pragma unroll 1
+          for (uint32_t rho = 0; rho < rank; ++rho) z[j] += l[rho] * r[rho];
+        }
+        r += rank;
+        if (--left_in_row == 0) left_in_row = cols, l += rank, r = right;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) z[j] = mul_rn(c, z[j]);
   }
 }
 
@@ -422,11 +463,10 @@ ZO_DEVICE void run_steps(uint32_t *w, const zo_pass &pass, uint32_t n_passes, ui
 /* What ROUNDING of a kernel may be besides a zo_rounding: a sequence, whose passes have roundings of their own. */
 constexpr int SEQUENCE = 2;
 
-/* One block per tile. `map[block]` is (tensor, tile within it). LEAN: no tensor has a mask, a scale or rows, and there
- * is no decay but those of a sequence. */
-template <class T, int KIND, int ROUNDING, bool LEAN>
-ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
+/* One block per tile. `map[block]` is (tensor, tile within it). FORM: a zo_form. */
+template <class T, int KIND, int ROUNDING, int FORM> ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   using element = typename T::element;
+  constexpr bool LEAN = FORM == ZO_LEAN, EXTENDED = FORM == ZO_EXTENDED;
   const zo_pass &pass = launch.pass;
   const uint2 where = launch.map[blockIdx.x];
   const zo_tensor *t = launch.table + where.x;
@@ -436,7 +476,7 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   const uint32_t stream = t->stream;
 
   if (threadIdx.x == 0) shared.base = launch.base; /* stage() ends with a barrier */
-  const bool live = stage<KIND>(pass, shared.terms, ROUNDING == SEQUENCE ? 0 : pass.n_terms);
+  bool live = stage<KIND>(pass, shared.terms, ROUNDING == SEQUENCE ? 0 : pass.n_terms);
   const uint32_t base = shared.base;
   const uint32_t staged = opaque(pass.n_terms < STAGE ? (uint32_t)pass.n_terms : STAGE);
   const uint32_t n_passes = (uint32_t)pass.n_passes;
@@ -449,6 +489,15 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
   if constexpr (!LEAN && ROUNDING != SEQUENCE) {
     if (pass.has_decay) decay = pass.decay_ptr ? *pass.decay_ptr : pass.decay;
     if ((as_bits(decay) & 0x7F800000u) == 0x7F800000u) decay = 1.0f;
+  }
+  uint32_t rank = 0;
+  float coefficient = 0.0f; /* of a low-rank direction, which has a single term */
+  if constexpr (EXTENDED) {
+    rank = t->rank;
+    if (rank) {
+      if (pass.n_terms) coefficient = rademacher_coefficient(pass.tags ? pass.coefs[0] : pass.inline_coefs[0]);
+      live = coefficient != 0.0f;
+    }
   }
   /* Not one bit changes; known no earlier, since terms may lie on the device. */
   const bool copy = ROUNDING == SEQUENCE ? n_passes == 0 : !live && decay == 1.0f;
@@ -520,14 +569,22 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
         if (t->keep) keep &= random_mask(call, t->keep, t->mask_tag, stream, keys);
         const auto scaled = [&](float *sum) {
           if (scale) {
-            apply_scale(sum, global(scale), (uint64_t)t->scale_block, (call >> 1) * 32 + (call & 1) * 8, inside);
+            const uint64_t i = (call >> 1) * 32 + (call & 1) * 8;
+            const auto same = [](float x) { return x; };
+            if (EXTENDED && t->rsqrt)
+              apply_scale(sum, global(scale), (uint64_t)t->scale_block, i, inside, inverse_root);
+            else
+              apply_scale(sum, global(scale), (uint64_t)t->scale_block, i, inside, same);
           }
         };
         if constexpr (ROUNDING == SEQUENCE) {
           run_steps<T, KIND, LEAN>(w, pass, n_passes, keep, call, stream, keys, base, scaled);
         } else {
           if (live) {
-            noise<KIND>(s, pass, shared.terms, staged, call, stream, keys, base);
+            if (EXTENDED && rank)
+              low_rank(s, t, coefficient, (call >> 1) * 32 + (call & 1) * 8, inside);
+            else
+              noise<KIND>(s, pass, shared.terms, staged, call, stream, keys, base);
             scaled(s);
           } else {
             keep = 0;
@@ -545,35 +602,37 @@ ZO_DEVICE void perturb_tile(const Launch &launch, Shared &shared) {
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------ */
 
-template <class T_, int KIND_, int ROUNDING_, bool LEAN_> struct Variant {
+template <class T_, int KIND_, int ROUNDING_, int FORM_> struct Variant {
   using T = T_;
-  static constexpr int KIND = KIND_, ROUNDING = ROUNDING_;
-  static constexpr bool LEAN = LEAN_;
+  static constexpr int KIND = KIND_, ROUNDING = ROUNDING_, FORM = FORM_;
 };
 
-template <class T, int KIND, int ROUNDING, class F> int with_lean(bool lean, F f) {
-  return lean ? f(Variant<T, KIND, ROUNDING, true>{}) : f(Variant<T, KIND, ROUNDING, false>{});
+template <class T, int KIND, int ROUNDING, class F> int with_form(int form, F f) {
+  if constexpr (ROUNDING != SEQUENCE) {
+    if (form == ZO_EXTENDED) return f(Variant<T, KIND, ROUNDING, ZO_EXTENDED>{});
+  }
+  return form == ZO_LEAN ? f(Variant<T, KIND, ROUNDING, ZO_LEAN>{}) : f(Variant<T, KIND, ROUNDING, ZO_GENERAL>{});
 }
 
-template <class T, class F> int with_kind(const zo_pass &pass, bool lean, F f) {
+template <class T, class F> int with_kind(const zo_pass &pass, int form, F f) {
   /* The stochastic cast to fp32 is the identity: that kernel would be the same one. */
   if (pass.first) {
-    return pass.kind == ZO_GAUSSIAN ? with_lean<T, ZO_GAUSSIAN, SEQUENCE>(lean, f)
-                                    : with_lean<T, ZO_RADEMACHER, SEQUENCE>(lean, f);
+    return pass.kind == ZO_GAUSSIAN ? with_form<T, ZO_GAUSSIAN, SEQUENCE>(form, f)
+                                    : with_form<T, ZO_RADEMACHER, SEQUENCE>(form, f);
   }
   const bool stochastic = pass.rounding == ZO_STOCHASTIC && sizeof(typename T::element) == 2;
   constexpr int OTHER = sizeof(typename T::element) == 2 ? ZO_STOCHASTIC : ZO_NEAREST;
   if (pass.kind == ZO_GAUSSIAN) {
-    return stochastic ? with_lean<T, ZO_GAUSSIAN, OTHER>(lean, f) : with_lean<T, ZO_GAUSSIAN, ZO_NEAREST>(lean, f);
+    return stochastic ? with_form<T, ZO_GAUSSIAN, OTHER>(form, f) : with_form<T, ZO_GAUSSIAN, ZO_NEAREST>(form, f);
   }
-  return stochastic ? with_lean<T, ZO_RADEMACHER, OTHER>(lean, f) : with_lean<T, ZO_RADEMACHER, ZO_NEAREST>(lean, f);
+  return stochastic ? with_form<T, ZO_RADEMACHER, OTHER>(form, f) : with_form<T, ZO_RADEMACHER, ZO_NEAREST>(form, f);
 }
 
 /* f(Variant{}) for the kernel that serves this pass. */
-template <class F> int dispatch(const zo_pass &pass, bool lean, F f) {
-  if (pass.dtype == ZO_F32) return with_kind<F32>(pass, lean, f);
-  if (pass.dtype == ZO_F16) return with_kind<F16>(pass, lean, f);
-  return with_kind<BF16>(pass, lean, f);
+template <class F> int dispatch(const zo_pass &pass, int form, F f) {
+  if (pass.dtype == ZO_F32) return with_kind<F32>(pass, form, f);
+  if (pass.dtype == ZO_F16) return with_kind<F16>(pass, form, f);
+  return with_kind<BF16>(pass, form, f);
 }
 
 } // namespace cuda

@@ -104,6 +104,36 @@ def block_scales(block: int) -> Callable[[int, Tensor], Any]:
     return scale
 
 
+def roots(block: int) -> Callable[[int, Tensor], Any]:
+    """Inverse-square-root scales: values of many magnitudes, subnormals and those that have no root among them."""
+
+    def scale(j: int, p: Tensor) -> Any:
+        n = max(1, -(-p.numel() // block))
+        x = torch.exp(20 * torch.rand(n, generator=torch.Generator().manual_seed(j)) - 10)
+        x[::31] = 1e-42
+        x[30::97] = 0.0
+        x[60::97] = -1.0
+        return x, block, "rsqrt"
+
+    return scale
+
+
+def low_rank_pair(rows: int, cols: int, rank: int, salt: int = 0) -> tuple[Tensor, Tensor]:
+    """Factors of 12 significant bits, within buffers of NaNs: what reads outside of them gives NaNs."""
+    pair = []
+    for side, n in enumerate((rows, cols)):
+        g = torch.Generator().manual_seed(1000 * salt + 10 * rank + side)
+        table = torch.full((n * rank + 2 * GUARD,), float("nan"))[GUARD:-GUARD].view(n, rank)
+        table.copy_(torch.randint(-2047, 2048, (n, rank), generator=g) * torch.exp2(torch.randint(-12, -8, (n, rank), generator=g)))
+        pair.append(table)
+    return pair[0], pair[1]
+
+
+def low_rank(cols: int, rank: int, offset: int = 0) -> Callable[[int, Tensor], Any]:
+    """Factors of the matrix with so many columns that each tensor, from element `offset` on, is a part of."""
+    return lambda j, p: low_rank_pair(-(-(offset + max(1, p.numel())) // cols), cols, rank, j)
+
+
 def cases() -> Iterator[Case]:
     short = (0, 1, 33, 257, 4097)
     for dtype, kind in itertools.product(DTYPES, ("gaussian", "rademacher")):
@@ -168,6 +198,37 @@ def cases() -> Iterator[Case]:
         yield case("sequence-offset-odd-everything", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, passes=MIXED, masks=random_bits,
                    scales=lambda j, p: (torch.linspace(-1, 2, 200), 11))  # fmt: skip
         yield case("many", sizes=tuple(1 + (37 * j) % 301 for j in range(300)), terms=terms(2))
+        for block in (1, 3, 8, 1000):
+            yield case(f"rsqrt-block{block}", scales=roots(block))
+        yield case(
+            "rsqrt-everything", scales=roots(1), masks=random_bits, decay=0.99, rounding="stochastic", terms=terms(3), out=True
+        )
+        yield case(
+            "rsqrt-among-others", sizes=(33, 4097, 300), scales=lambda j, p: (None, roots(8)(j, p), block_scales(7)(j, p))[j]
+        )
+        # Some tensors of the list have factors, others have noise; a number of columns for every way of lying across chunks of 8.
+        yield case(
+            "low-rank-mixed", sizes=(0, 700, 4097, 33, 513), factors=lambda j, p: low_rank(40, 2)(j, p) if j % 2 == 0 else None
+        )
+        if kind == "rademacher":  # factors do not know the kind
+            continue
+        for rank, cols in enumerate((1, 7, 8, 40, 1000), start=1):
+            yield case(f"low-rank-{rank}-cols{cols}", sizes=SIZES if rank == 2 else short, factors=low_rank(cols, rank))
+        yield case("low-rank-64", sizes=(33, 4097), factors=low_rank(100, 64))
+        yield case("low-rank-out", out=True, misalign=5, factors=low_rank(32, 3))
+        yield case("low-rank-stochastic", rounding="stochastic", factors=low_rank(64, 2), terms=[(7, -1e-3)])
+        yield case("low-rank-decay", sizes=(257, 4097), decay=0.99, factors=low_rank(24, 1))
+        yield case("low-rank-decay-only", terms=[], decay=0.9, factors=low_rank(24, 1))
+        yield case("low-rank-dead", terms=[(3, 1e-40)], factors=low_rank(24, 1))
+        # Live as it stands, but not as c' of the Gaussian, and the other way round: each tensor goes by its own rule.
+        for c in (3.4e38, 2.0**-100 * 0.9):
+            yield case(f"low-rank-live-{c:.1g}", terms=[(3, c)], factors=lambda j, p: low_rank(24, 1)(j, p) if j % 2 == 0 else None)
+        yield case("low-rank-mask", masks=random_bits, factors=low_rank(16, 2))
+        yield case("low-rank-everything", scales=roots(1), masks=lambda j, p: zk.RandomMask(0.6, tag=j), decay=1.01, rounding="stochastic",
+                   factors=low_rank(40, 2), out=True)  # fmt: skip
+        yield case("low-rank-offset-odd-everything", sizes=(1000, 257), offsets=lambda j, p: 37 + 11 * j, masks=random_bits,
+                   scales=lambda j, p: (torch.linspace(-1, 2, 200), 11), rounding="stochastic", factors=low_rank(30, 5, 48), decay=0.9)  # fmt: skip
+        yield case("low-rank-offset-8", sizes=(1000, 257), offsets=lambda j, p: 8 * (1 + j), factors=low_rank(16, 4, 16))
 
 
 CASES = list(cases())
@@ -195,8 +256,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def to_device(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-        return (value[0].to(device), *value[1:])
+    if isinstance(value, tuple):
+        return tuple(to_device(v, device) for v in value)
     return value
 
 
@@ -212,7 +273,7 @@ def call(backend: str, case: Case, device: str) -> list[Tensor]:
     """Run a case; check that sentinels and sources are untouched; return the results on the CPU."""
     params, args = case.make()
     args = dict(args)
-    for key in ("masks", "scales"):
+    for key in ("masks", "scales", "factors"):
         if key in args:
             args[key] = [to_device(v, device) for v in args[key]]
     sources = [guarded(p, case.misalign, device) for p in params]

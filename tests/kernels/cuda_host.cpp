@@ -35,9 +35,9 @@ static uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return x; }
 #include "../../csrc/cuda/perturb.cuh"
 
 extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles,
-                               int64_t tile, int lean, void *) {
+                               int64_t tile, int form, void *) {
   using namespace zo::cuda;
-  if (tile <= 0 || tile % SPAN) return 1;
+  if (tile <= 0 || tile % SPAN || (pass->first && form == ZO_EXTENDED)) return 1;
   if (pass->first) {
     for (int64_t k = 0; k < pass->n_passes || k < pass->n_terms; ++k) {
       pass->kind == ZO_GAUSSIAN ? prepare_step<ZO_GAUSSIAN>(*pass, k) : prepare_step<ZO_RADEMACHER>(*pass, k);
@@ -45,7 +45,7 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
   }
   const Launch launch = {
       *pass, zo::schedule(pass->seed), zo::F_BASE, tile, table, reinterpret_cast<const uint2 *>(map)};
-  return dispatch(*pass, lean != 0, [&](auto variant) -> int {
+  return dispatch(*pass, form, [&](auto variant) -> int {
     using V = decltype(variant);
     static Shared shared;
     for (int64_t block = 0; block < tiles; ++block) {
@@ -55,7 +55,7 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
         at_barrier_throw = round == 0;
         for (threadIdx.x = 0; threadIdx.x < (uint32_t)THREADS; ++threadIdx.x) {
           try {
-            perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::LEAN>(launch, shared);
+            perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::FORM>(launch, shared);
           } catch (Barrier) {
           }
         }

@@ -3,7 +3,7 @@
  *
  * A call: int64 n; the bytes (int64) of tags, coefficients, `first`, decays and roundings (of one pass, the last three
  * are empty); zo_pass; those five arrays; then for each tensor zo_tensor, int64 bytes of weights, of mask, of scales,
- * of rows, and those bytes. Where a pointer of zo_tensor is not null, it stands for the bytes that follow; src == dst
+ * of rows, of left and of right, and those bytes. Where a pointer of zo_tensor is not null, it stands for the bytes that follow; src == dst
  * is an in-place pass. The answer: int64 code, 1 if anything was written outside the weights, and the weights written.
  *
  * Belongs here: transport. Does not belong here: expected values.
@@ -19,6 +19,7 @@ namespace {
 
 const size_t GUARD = 64;
 const uint8_t FILL = 0xA5;
+const int OTHERS = 5; /* arrays of a tensor that are read only */
 
 void take(void *p, size_t bytes) {
   if (bytes && std::fread(p, 1, bytes, stdin) != bytes) std::exit(0);
@@ -63,13 +64,13 @@ int main() {
     std::vector<Guarded> sources, targets;
     std::vector<std::vector<uint8_t>> others;
     for (zo_tensor &t : tensors) {
-      int64_t bytes[4];
+      int64_t bytes[1 + OTHERS];
       take(&t, sizeof t), take(bytes, sizeof bytes);
       const bool in_place = t.src == t.dst;
       sources.emplace_back((size_t)bytes[0]);
       take(sources.back().data(), (size_t)bytes[0]);
       targets.emplace_back(in_place ? 0 : (size_t)bytes[0]);
-      for (int k = 1; k < 4; ++k) {
+      for (int k = 1; k <= OTHERS; ++k) {
         others.emplace_back((size_t)bytes[k]);
         take(others.back().data(), (size_t)bytes[k]);
       }
@@ -78,9 +79,12 @@ int main() {
       zo_tensor &t = tensors[k];
       const bool in_place = t.src == t.dst;
       t.src = sources[k].data(), t.dst = in_place ? sources[k].data() : targets[k].data();
-      if (t.mask) t.mask = others[3 * k].data();
-      if (t.scale) t.scale = reinterpret_cast<const float *>(others[3 * k + 1].data());
-      if (t.rows) t.rows = reinterpret_cast<const int64_t *>(others[3 * k + 2].data());
+      const std::vector<uint8_t> *const other = others.data() + OTHERS * k;
+      if (t.mask) t.mask = other[0].data();
+      if (t.scale) t.scale = reinterpret_cast<const float *>(other[1].data());
+      if (t.rows) t.rows = reinterpret_cast<const int64_t *>(other[2].data());
+      if (t.left) t.left = reinterpret_cast<const float *>(other[3].data());
+      if (t.right) t.right = reinterpret_cast<const float *>(other[4].data());
     }
     const int64_t code = zo_cpu_perturb(&pass, tensors.data(), n, 2, 0);
     int64_t broken = 0;

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +62,7 @@ def clone_plan(plan: Plan) -> Plan:
     entries = []
     for e in plan.entries:
         t = e.src.clone()
-        entries.append(Entry(t, t, e.stream, e.offset, e.mask, e.keep, e.mask_tag, e.scale, e.scale_block, e.rows, e.row_len))
+        entries.append(replace(e, src=t, dst=t))
     return Plan(tuple(entries), plan.device, plan.dtype)
 
 
@@ -325,14 +326,15 @@ def test_binding_refuses(change: dict[str, Any], error: str) -> None:
     assert (t == 1).all()
 
 
-@pytest.mark.parametrize("column", ["numel", "scale_block", "row_len"])
+@pytest.mark.parametrize("column", ["numel", "scale_block", "row_len", "rank", "rsqrt"])
 def test_unsound_table_is_refused(column: str) -> None:
-    """Checked for the whole list before the first weight is written."""
+    """Checked for the whole list before the first weight is written. A rank without factors, and a rsqrt that is no flag."""
     tensors = [torch.ones(40), torch.ones(40)]
     (plan,) = ops.make_plans(tensors, [0, 1])
     table = plan.table.copy()
     rows = np.zeros(1, dtype=np.int64)
-    table[1, {"numel": 2, "scale_block": 6, "row_len": 8}[column]] = np.uint64(2**63)
+    word = {"numel": 2, "scale_block": 6, "row_len": 8, "rank": 10, "rsqrt": 10}[column]
+    table[1, word] = np.uint64(1 << 32 if column == "rank" else 2**63)
     table[1, 7] = rows.ctypes.data
     with pytest.raises(RuntimeError, match="out of its range"):
         _C.cpu_perturb(table.ctypes.data, 2, 0, 0, 0, 0, [1], [1.0], 0, None, 1, 0)
@@ -340,7 +342,7 @@ def test_unsound_table_is_refused(column: str) -> None:
 
 
 def test_table_layout() -> None:
-    assert _C.TENSOR_WORDS == 11 == ops.make_plans([torch.zeros(1)], [0])[0].table.shape[1]
+    assert _C.TENSOR_WORDS == ops.WORDS == ops.make_plans([torch.zeros(1)], [0])[0].table.shape[1]
 
 
 # ---- sanitizers ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, d
         c.decay_ptr = decay.ctypes.data
     elif decay is not None:
         c.decay = float(decay)
-    launch(library, plan, c, spans, plan.plain and decay is None)
+    form = cuda.form_of(plan)
+    launch(library, plan, c, spans, cuda.GENERAL if form == cuda.LEAN and decay is not None else form)
 
 
 def sequence(library: ctypes.CDLL, plan: ops.Plan, passes: ops.Passes, spans: int = 1) -> None:
@@ -86,10 +87,10 @@ def sequence(library: ctypes.CDLL, plan: ops.Plan, passes: ops.Passes, spans: in
     c = CPass(passes.seed, ops.DTYPES[plan.dtype], ops.KINDS[passes.kind], n_terms=n_terms, n_passes=n)
     c.tags, c.coefs, c.first = passes.tags.data_ptr(), passes.coefs.data_ptr(), passes.first.data_ptr()
     c.decays, c.roundings, c.scratch = passes.decay.data_ptr(), passes.rounding.data_ptr(), start.ctypes.data
-    launch(library, plan, c, spans, plan.plain)
+    launch(library, plan, c, spans, cuda.form_of(plan))
 
 
-def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, lean: bool) -> None:
+def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, form: int) -> None:
     tile = spans * cuda.SPAN
     blocks = cuda.work_map(plan.table, tile)
     code = library.zo_cuda_perturb(
@@ -98,7 +99,7 @@ def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, lean: boo
         ctypes.c_void_p(blocks.ctypes.data),
         ctypes.c_int64(len(blocks)),
         ctypes.c_int64(tile),
-        ctypes.c_int(lean),
+        ctypes.c_int(form),
         None,
     )
     assert code == 0
@@ -197,7 +198,7 @@ def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
 def test_work_map_covers_every_element_once() -> None:
     """Brute force over the definition in zo_kernels.h."""
     tensors = [(0, 5), (1, 0), (5000, 31), (4096, 0), (4065, 32 * 7 + 31), (2048, 1 << 40)]
-    table = np.zeros((len(tensors), 11), dtype=np.uint64)
+    table = np.zeros((len(tensors), ops.WORDS), dtype=np.uint64)
     table[:, 2:4] = tensors
     tile = cuda.SPAN
     covered = [np.zeros(n, dtype=int) for n, _ in tensors]

@@ -75,8 +75,8 @@ class Remote:
         assert self.process.stdout is not None
         message = [struct.pack("<6q", len(plan.entries), *map(len, arrays)), bytes(c), *arrays]
         for entry, record in zip(plan.entries, plan.table, strict=True):
-            parts = [raw(entry.src), raw(entry.mask), raw(entry.scale), raw(entry.rows)]
-            message += [record.tobytes(), struct.pack("<4q", *map(len, parts)), *parts]
+            parts = [raw(t) for t in (entry.src, entry.mask, entry.scale, entry.rows, entry.left, entry.right)]
+            message += [record.tobytes(), struct.pack("<6q", *map(len, parts)), *parts]
         self.process.stdin.write(b"".join(message))
         self.process.stdin.flush()
         code, broken = struct.unpack("<qq", self.process.stdout.read(16))

@@ -29,6 +29,13 @@ RADEMACHER: tl.constexpr = tl.constexpr(1)
 ROUNDING: tl.constexpr = tl.constexpr(2)
 MASK: tl.constexpr = tl.constexpr(3)
 
+# KINDs beside GAUSSIAN and RADEMACHER: z from factors, with columns that are all multiples of 8, or any.
+LOW_RANK_8: tl.constexpr = tl.constexpr(2)
+LOW_RANK: tl.constexpr = tl.constexpr(3)
+
+RSQRT: tl.constexpr = tl.constexpr(4)  # added to SCALE
+RECORD: tl.constexpr = tl.constexpr(14)  # words of zo_tensor
+
 KAPPA: tl.constexpr = tl.constexpr(float.fromhex("0x1.251fbep+0"))
 
 STEP_OTHER: tl.constexpr = tl.constexpr(1)  # flags of a pass of a sequence that is not a usual one
@@ -212,6 +219,45 @@ def add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND: tl.constexpr, FI
         return eight(w, 0, c, s, 0, FIRST) + eight(w, 16, c, s, 8, FIRST)
 
 
+# ---- 8. Low-rank directions -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def times_16(c, z):
+    return (
+        c * z[0], c * z[1], c * z[2], c * z[3], c * z[4], c * z[5], c * z[6], c * z[7],
+        c * z[8], c * z[9], c * z[10], c * z[11], c * z[12], c * z[13], c * z[14], c * z[15],
+    )  # fmt: skip
+
+
+@triton.jit
+def low_rank(z, factors, i, low, high, c, KIND: tl.constexpr):
+    """RN(c z) of every lane's 16 elements, the first of which has index i; z comes as zeros. Products of factors are exact. What does not
+    exist (see `perturb_tile`) may lie outside the matrix."""
+    left, right, cols, rank = factors
+    for rho in range(rank):
+        new = ()
+        for half in tl.static_range(2):
+            first = i + 16 * half
+            row = first // cols
+            column = first - row * cols
+            if KIND == LOW_RANK_8:  # the eight lie in one row
+                x = tl.load(left + row * rank + rho, mask=(low < 16 * half + 8) & (high > 16 * half), other=0.0)
+            for j in tl.static_range(8):
+                there = (low <= 16 * half + j) & (high > 16 * half + j)
+                if KIND == LOW_RANK:
+                    x = tl.load(left + row * rank + rho, mask=there, other=0.0)
+                y = tl.load(right + column * rank + rho, mask=there, other=0.0)
+                new = new + (tl.fma(x, y, z[8 * half + j]),)
+                column += 1
+                if KIND == LOW_RANK:
+                    end = column == cols
+                    column = tl.where(end, 0, column)
+                    row += end.to(tl.int64)
+        z = new
+    return times_16(c, z)
+
+
 # ---- 4, 5. Chunks, masks, scales, casts -------------------------------------------------------------------------------
 
 
@@ -300,6 +346,7 @@ def settle(
         d = d * decay
     u = chunk(s, n * W, P, W)
     if SCALE > 0:
+        BLOCKS: tl.constexpr = SCALE & 3
         has_scale = scales.to(tl.int64) != 0  # other tensors of the list have none: their factor is 1, which is exact
         if ROWS:
             i = i_tile + at + shift
@@ -309,7 +356,7 @@ def settle(
             k = place // block
             place = place - k * block
             k = k.to(tl.int64) + k_span
-        if SCALE == 1 and WHOLE and not ROWS:  # blocks of 8 and more: a chunk lies in one or in two of them
+        if BLOCKS == 1 and WHOLE and not ROWS:  # blocks of 8 and more: a chunk lies in one or in two of them
             first = tl.load(scales + k, mask=has_scale, other=1.0)
             second = tl.load(scales + k + 1, mask=has_scale & (place + (W - 1) >= block), other=1.0)
             factor = tl.where(place[:, None] + j.to(tl.uint32) >= block, second[:, None], first[:, None])
@@ -320,6 +367,8 @@ def settle(
                 factor = tl.load(scales + at_k, mask=has_scale, other=1.0)
             else:
                 factor = tl.load(scales + at_k, mask=has_scale & inside, other=1.0)
+        if SCALE >= RSQRT:
+            factor = tl.where(tensor[9] != 0, tl.div_rn(1.0, tl.sqrt_rn(factor)), factor)
         u = u * factor
     r = d + u
 
@@ -447,7 +496,9 @@ def perturb_tile(
                     )  # fmt: skip
     else:
         s = zeros
-        if TERMS > 0:
+        if KIND >= LOW_RANK_8:
+            s = low_rank(s, tensor[10], i_tile + at, low, high, c0, KIND)
+        elif TERMS > 0:
             s = add_term(s, i_tile, at, stream, tag0, c0, k0, k1, base, KIND, True, ROWS)
             if TERMS > 1:
                 s = add_term(s, i_tile, at, stream, tag1, c1, k0, k1, base, KIND, False, ROWS)
@@ -540,7 +591,7 @@ NOT_SPECIALISED = [
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def perturb_kernel(
-    table,  # int64 [n, 11]: the records of zo_tensor in csrc/zo_kernels.h
+    table,  # int64 [n, 14]: the records of zo_tensor in csrc/zo_kernels.h
     spans,  # int64 [programs]: tensor << TILE_BITS | first tile
     tiles,  # tiles of a span
     seed_low, seed_high, tag0, tag1, coef0, coef1, decay_bits,  # bits of uint32 and fp32 values, as int32
@@ -551,13 +602,13 @@ def perturb_kernel(
     steps,  # int64 [S, 2], scratch: what the kernel makes of the passes; None unless SEQUENCE
     base,  # 0x3C240000
     DTYPE: tl.constexpr,  # tl.float32, tl.float16 or tl.bfloat16
-    KIND: tl.constexpr,  # GAUSSIAN or RADEMACHER
+    KIND: tl.constexpr,  # GAUSSIAN or RADEMACHER; LOW_RANK_8 or LOW_RANK, with TERMS = 1, if all tensors of the list have factors
     TERMS: tl.constexpr,  # 1 or 2: that many, without a loop; 0: n_terms of them
     HOST_TERMS: tl.constexpr,  # TERMS of them are tag0, coef0, tag1, coef1
     DECAY: tl.constexpr,  # 0: none; 1: decay_bits; 2: decay_ptr
     BIT_MASK: tl.constexpr,  # some tensor of the list has one
     RANDOM_MASK: tl.constexpr,
-    SCALE: tl.constexpr,  # 0: none; 1: all blocks hold at least 8 elements; 2: any
+    SCALE: tl.constexpr,  # 0: none; 1: all blocks hold at least 8 elements; 2: any. Plus RSQRT: some scales are given as 1 / scale^2
     ROWS: tl.constexpr,  # every tensor of the list is gathered rows; otherwise none is
     STOCHASTIC: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -568,7 +619,7 @@ def perturb_kernel(
 ):  # fmt: skip
     """A program takes one span: `tiles` consecutive tiles of one tensor, or what is left of it."""
     span = tl.load(spans + tl.program_id(0))
-    record = table + (span >> SPAN_TILE_BITS) * 11
+    record = table + (span >> SPAN_TILE_BITS) * RECORD
     tile = span & SPAN_TILE_MASK
     src = tl.load(record)
     dst = tl.load(record + 1)
@@ -579,7 +630,8 @@ def perturb_kernel(
     word9 = tl.load(record + 9)
     stream = word9.to(tl.uint32)
     keep_below = (word9 >> 32).to(tl.uint32)
-    mask_tag = tl.load(record + 10).to(tl.uint32)
+    word10 = tl.load(record + 10)
+    mask_tag = word10.to(tl.uint32)
     rows = tl.load(record + 7).to(tl.pointer_type(tl.int64))
     k0 = seed_low.to(tl.uint32)
     k1 = seed_high.to(tl.uint32)
@@ -669,6 +721,13 @@ def perturb_kernel(
         stream,
         keep_below,
         mask_tag,
+        word10 >> 48,  # whether scales are given as 1 / scale^2
+        (
+            tl.load(record + 11).to(tl.pointer_type(tl.float32)),
+            tl.load(record + 12).to(tl.pointer_type(tl.float32)),
+            tl.load(record + 13),
+            ((word10 >> 32) & 0xFFFF).to(tl.int32),
+        ),
     )
     if TERMS > 0 and DECAY == 0 and IN_PLACE:
         last = tl.where(live, last, tile)  # nothing to do: both roundings keep every bit

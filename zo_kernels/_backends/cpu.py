@@ -82,6 +82,7 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
         plan.cache["cpu"] = call, address, n, dtype
     tags: Any = p.tags
     coefs: Any = p.coefs
+    plan.admit(len(tags))
     n_terms = 0  # the lists know theirs
     if type(tags) is not list:
         if isinstance(tags, torch.Tensor):
@@ -98,6 +99,7 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
 
 def sequence(plan: Plan, passes: Passes, isa: int | None = None) -> None:
     """All passes over each tile while it lies in L1; `isa` as in `perturb`."""
+    plan.admit_sequence()
     module = extension()
     if isinstance(module, str):
         raise RuntimeError(module)

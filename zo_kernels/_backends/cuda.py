@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SPAN = 2048  # ZO_CUDA_SPAN: elements that a block works on at a time
 BLOCKS = 6  # of 128 threads that a multiprocessor holds (perturb.cu)
+GENERAL, LEAN, EXTENDED = range(3)  # zo_form
 
 
 def status() -> str | None:
@@ -87,11 +88,16 @@ class Resident:
     table: Tensor
     map: Tensor
     launch: tuple[int, int, int, int]  # table, map, tiles, tile, as zo_cuda_perturb takes them
-    lean: bool
+    form: int  # zo_form; of a lean one, if the pass has no decay
     dtype: int
     index: int
     stream: int
     ready: torch.cuda.Event | None
+
+
+def form_of(plan: Plan) -> int:
+    """Which kernels serve the plan."""
+    return EXTENDED if plan.extended else LEAN if plan.plain else GENERAL
 
 
 def make_resident(plan: Plan, index: int, raw: int) -> Resident:
@@ -103,7 +109,7 @@ def make_resident(plan: Plan, index: int, raw: int) -> Resident:
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(index))
     launch = table.data_ptr(), blocks_there.data_ptr(), len(blocks), tile
-    return Resident(table, blocks_there, launch, plan.plain, ops.DTYPES[plan.dtype], index, raw, ready)
+    return Resident(table, blocks_there, launch, form_of(plan), ops.DTYPES[plan.dtype], index, raw, ready)
 
 
 def resident(plan: Plan, r: Resident | None, index: int, raw: int) -> Resident:
@@ -157,6 +163,7 @@ def perturb(plan: Plan, p: Pass) -> None:
     tags: Any = p.tags
     coefs: Any = p.coefs
     n_terms = len(tags)
+    plan.admit(n_terms)
     if isinstance(tags, Tensor):
         tags, coefs = tags.data_ptr(), coefs.data_ptr()
     elif n_terms > module.INLINE_TERMS:
@@ -167,13 +174,14 @@ def perturb(plan: Plan, p: Pass) -> None:
     decay: Any = p.decay
     if decay is not None:
         decay = decay.data_ptr() if isinstance(decay, Tensor) else float(decay)
-    lean = r.lean and decay is None
+    form = GENERAL if r.form == LEAN and decay is not None else r.form
     kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
-    module.cuda_perturb(*r.launch, lean, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
+    module.cuda_perturb(*r.launch, form, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
 
 
 def sequence(plan: Plan, passes: Passes) -> None:
     """All passes over each group of weights while it lies in registers: one launch, after a small one that prepares the terms."""
+    plan.admit_sequence()
     module = extension()
     if isinstance(module, str):
         raise RuntimeError(module)
@@ -189,4 +197,4 @@ def sequence(plan: Plan, passes: Passes) -> None:
         first, decays, roundings = (t.data_ptr() for t in there)
         tags, coefs = passes.tags.data_ptr(), passes.coefs.data_ptr()
         terms = (tags, coefs, n_terms, first, decays, roundings, n, scratch.data_ptr())
-        module.cuda_sequence(*r.launch, r.lean, passes.seed, r.dtype, ops.KINDS[passes.kind], *terms, raw)
+        module.cuda_sequence(*r.launch, r.form, passes.seed, r.dtype, ops.KINDS[passes.kind], *terms, raw)

@@ -128,9 +128,9 @@ def supports(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of a plan that one launch serves: all of them, unless some are gathered rows and others are not."""
+    """The tensors of a plan that one launch serves: all of them, unless some are gathered rows, or have factors, and others do not."""
 
-    table: Tensor  # int64 [n, 11]
+    table: Tensor  # int64 [n, 14]
     spans: Tensor  # int64 [programs]
     tiles: int
     flags: dict[str, Any]
@@ -159,6 +159,10 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     tensor = np.repeat(np.arange(len(entries)), spans)
     first = (np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)) * tiles
     scale_blocks = [e.scale_block for e in entries if e.scale is not None]
+    scale = 0 if not scale_blocks else 1 if min(scale_blocks) >= 8 else 2
+    flags: dict[str, Any] = {}
+    if entries[0].rank:  # takes the place of the noise's kind
+        flags["KIND"] = (kernels.LOW_RANK_8 if all(e.cols % 8 == 0 for e in entries) else kernels.LOW_RANK).value
     return Batch(
         table=ops.move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
         spans=ops.move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
@@ -166,9 +170,10 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
         flags={
             "BIT_MASK": any(e.mask is not None for e in entries),
             "RANDOM_MASK": any(e.keep for e in entries),
-            "SCALE": 0 if not scale_blocks else 1 if min(scale_blocks) >= 8 else 2,
+            "SCALE": scale + kernels.RSQRT.value * any(e.rsqrt for e in entries),
             "ROWS": entries[0].rows is not None,
             "IN_PLACE": all(e.src.data_ptr() == e.dst.data_ptr() for e in entries),
+            **flags,
         },
     )
 
@@ -176,9 +181,10 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
 def _batches(plan: Plan, launch: Launch) -> list[Batch]:
     """The plan's launches, with their tables in order before the work that the current stream gets next."""
     if "triton" not in plan.cache:
-        rows = [k for k, e in enumerate(plan.entries) if e.rows is not None]
-        others = [k for k, e in enumerate(plan.entries) if e.rows is None]
-        batches = [b for members in (others, rows) if (b := _batch(plan, members, launch))]
+        members: dict[tuple[bool, bool], list[int]] = {}
+        for k, e in enumerate(plan.entries):
+            members.setdefault((e.rows is not None, e.rank > 0), []).append(k)
+        batches = [b for some in members.values() if (b := _batch(plan, some, launch))]
         uploaded = None
         if plan.device.type == "cuda":
             uploaded = torch.cuda.Event()
@@ -255,14 +261,16 @@ NO_SEQUENCE: dict[str, Any] = {
 def perturb(plan: Plan, p: Pass) -> None:
     """theta <- round(decay * theta + scale * mask * sum_k c_k z_k) for every tensor of the plan, in one launch.
 
-    (In two where the plan mixes gathered rows with other tensors.) The host never waits for the device.
+    (In more where the plan mixes gathered rows, or tensors with factors, with others.) The host never waits for the device.
     """
+    plan.admit(len(p.tags))
     stochastic = p.rounding == "stochastic"
     launch_all(plan, p.seed, p.kind, stochastic, {**_terms(p, plan.device), **_decay(p.decay), **NO_SEQUENCE})
 
 
 def sequence(plan: Plan, passes: Passes) -> None:
     """The passes one after another, in the same number of launches."""
+    plan.admit_sequence()
     n, device = len(passes), plan.device
     counts = passes.first.diff()
     arguments = {
@@ -295,7 +303,7 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
         if arguments["SEQUENCE"] and not interpreted:
             options |= SEQUENCE_OPTIONS
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
-            kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **arguments, **batch.flags, **options)
+            kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **(arguments | batch.flags), **options)
 
 
 # ---- the perturbed linear ---------------------------------------------------------------------------------------------

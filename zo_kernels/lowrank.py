@@ -1,0 +1,116 @@
+"""Low-rank directions: the factors U, V of z = U V^T, in memory that stays where it is.
+
+    U[i, rho] = N(seed, stream, tag_u, i * rank + rho)        V[j, rho] = N(seed, stream, tag_v, 2^55 + j * rank + rho)
+
+each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 8).
+
+Belongs here: how factors are made. Does not belong here: what a pass makes of them (`ops.Entry`, the backends), when U and V change
+(the optimizer; LOZO, arXiv 2410.07698: U each step, V every so many).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_kernels import ops
+
+FIRST_V = 1 << 55  # the index of V[0, 0]: U and V of one tag share no number
+ROOM = 64  # floats of which a table has a multiple: tables that follow each other start on a cache line
+
+
+def round_to_12_bits_(x: Tensor) -> Tensor:
+    """fp32 `x`, in place, to 12 significant bits: to nearest, ties to even. Finite stays finite for |x| < 2^127."""
+    b = x.view(torch.int32)
+    b += (b >> 12 & 1) + 0x7FF
+    b &= -0x1000
+    return x
+
+
+class Factors:
+    """The factors of a list of matrices on one device, made anew by `fill` at the same addresses.
+
+    Args:
+        shapes: (rows, cols) of each unsharded matrix.
+        streams: one 32-bit stream for each, its name for the noise (`zo_kernels.stream_of`).
+        seed: 0 .. 2^64 - 1.
+        rank: of all, 1 .. 64.
+        device: where they lie: that of the weights.
+        backend: of the noise; default: the best for the device.
+
+    `pairs[k]` is (left fp32 [rows, rank], right fp32 [cols, rank]) of matrix k, what `perturb_` takes as an entry of `factors`. Zeros before
+    the first `fill`. Memory: 4 * rank * (rows + cols) bytes each.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; names it.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        streams: Sequence[int],
+        *,
+        seed: int,
+        rank: int,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+    ) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= ops.MAX_RANK:
+            raise ValueError(f"rank={rank!r} must be an integer in 1 .. {ops.MAX_RANK}")
+        self.seed, self.rank, self.backend = ops.check_word("seed", seed, 64), rank, backend
+        streams = ops.check_streams(streams, len(shapes))
+        for k, (rows, cols) in enumerate(shapes):
+            if max(ops.check_word(f"shapes[{k}]", n, 56) for n in (rows, cols)) * rank > FIRST_V:
+                raise ValueError(f"shapes[{k}]={(rows, cols)} with rank={rank} needs more than 2^55 numbers")
+        # Each side is one piece of memory: one launch fills it, one operation rounds it.
+        self.u, left = self._tables([rows for rows, _ in shapes], device)
+        self.v, right = self._tables([cols for _, cols in shapes], device)
+        self.pairs: list[tuple[Tensor, Tensor]] = list(zip(left, right, strict=True))
+        self._one = torch.ones(1, device=device)  # the coefficient beside a tag that is a tensor
+        self._u_plans = ops.make_plans(left, streams)
+        self._v_plans = ops.make_plans(right, streams, offsets=[FIRST_V] * len(right))
+
+    def _tables(self, lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
+        sizes = [n * self.rank for n in lengths]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // ROOM) * ROOM)
+        flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+        return flat, [flat[a : a + size].view(-1, self.rank) for a, size in zip(starts, sizes, strict=False)]
+
+    def fill(self, tag_u: int | Tensor, tag_v: int | Tensor | None = None) -> None:
+        """U of `tag_u`, and V of `tag_v`; None: V stays. A tag is 0 .. 2^32 - 1, or a one-element int64 tensor, whose low 32 bits count and
+        from which nothing is read back: two launches of noise and three operations a side, whatever the number of matrices."""
+        tags = [("tag_u", tag_u, self.u, self._u_plans), ("tag_v", tag_v, self.v, self._v_plans)]
+        passes = [(self._pass(name, tag), flat, plans) for name, tag, flat, plans in tags if tag is not None]
+        for p, flat, plans in passes:
+            flat.zero_()
+            ops.run(plans, p, self.backend)
+            round_to_12_bits_(flat)
+
+    def _pass(self, name: str, tag: int | Tensor) -> ops.Pass:
+        if not isinstance(tag, Tensor):
+            return ops.Pass(self.seed, [ops.check_word(name, tag)], [1.0])
+        if tag.numel() != 1 or tag.dtype != torch.int64:
+            raise TypeError(f"{name} is {tag.dtype} {tuple(tag.shape)}; give an integer or a one-element int64 tensor")
+        return ops.Pass(self.seed, tag.reshape(1), self._one)
+
+
+def factors(
+    seed: int,
+    stream: int,
+    tag_u: int,
+    tag_v: int,
+    rows: int,
+    cols: int,
+    rank: int,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(U fp32 [rows, rank], V fp32 [cols, rank]) of one matrix, a pure function of these integers; see `Factors` for the arguments."""
+    made = Factors([(rows, cols)], [stream], seed=seed, rank=rank, device=device, backend=backend)
+    made.fill(tag_u, tag_v)
+    return made.pairs[0]
