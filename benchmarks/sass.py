@@ -41,16 +41,30 @@ class Kernel:
     rademacher: bool
     stochastic: bool
     sequence: bool
-    lean: bool
+    form: int  # zo_form of csrc/zo_kernels.h
     arch: int
     code: list[tuple[int, str]]
     registers: int
     spill_bytes: int  # stack and local memory
 
     @property
+    def lean(self) -> bool:
+        return self.form == 1
+
+    @property
+    def extended(self) -> bool:
+        return self.form == 2
+
+    @property
     def name(self) -> str:
         rounding = [name for name, there in (("stochastic", self.stochastic), ("sequence", self.sequence)) if there]
-        return "-".join(["rademacher" if self.rademacher else "gaussian", *rounding, *["general"] * (not self.lean)])
+        return "-".join(
+            [
+                "rademacher" if self.rademacher else "gaussian",
+                *rounding,
+                *[("general", "lean", "extended")[self.form]] * (not self.lean),
+            ]
+        )
 
 
 def find_cuobjdump() -> str | None:
@@ -86,7 +100,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
     usage = dict(re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", dump("-res-usage")))
     for part in dump("-sass").split("Function : ")[1:]:
         symbol = part.split(None, 1)[0]
-        found = re.search(r"(F32|F16|BF16)ELi(\d)ELi(\d)ELb(\d)", symbol)
+        found = re.search(r"(F32|F16|BF16)ELi(\d)ELi(\d)ELi(\d)", symbol)
         if found is None:
             continue
         code = [(int(a, 16), t.strip()) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]+);", part, re.M)]
@@ -96,7 +110,7 @@ def kernels(arch: int) -> Iterator[Kernel]:
             rademacher=found[2] == "1",
             stochastic=found[3] == "1",
             sequence=found[3] == "2",
-            lean=found[4] == "1",
+            form=int(found[4]),
             arch=arch,
             code=code,
             registers=amount["REG"],

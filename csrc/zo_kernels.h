@@ -22,7 +22,7 @@ enum zo_rounding { ZO_NEAREST = 0, ZO_STOCHASTIC = 1 };
 /* One tensor of the list: 14 words of 8 bytes, so that a table of them is also an int64 matrix [n, 14].
  * Local element e is element i of the unsharded tensor:  rows == NULL:  i = offset + e
  *                                                        rows != NULL:  i = rows[e / row_len] * row_len + e % row_len
- * With a rank, z of element i is not noise but sum_{rho < rank} left[i / cols][rho] * right[i % cols][rho], and a pass
+ * With a rank, z of element i is not noise but sum_{rho < rank} left[i / cols][rho] * right[rho][i % cols], and a pass
  * has at most one term. Factors have at most 12 significant bits.
  */
 typedef struct zo_tensor {
@@ -41,7 +41,7 @@ typedef struct zo_tensor {
   uint16_t rank;      /* 0: noise; 1 .. ZO_MAX_RANK */
   uint16_t rsqrt;     /* 1: an element takes RN(1 / RN(sqrt(x))) where it would take the scale x; else 0 */
   const float *left;  /* [rows of the unsharded matrix, rank] if there is a rank, else NULL; and so are the next two */
-  const float *right; /* [cols, rank] */
+  const float *right; /* [rank, cols] */
   int64_t cols;       /* >= 1 */
 } zo_tensor;
 

@@ -1,8 +1,9 @@
 """Low-rank directions: the factors U, V of z = U V^T, in memory that stays where it is.
 
-    U[i, rho] = N(seed, stream, tag_u, i * rank + rho)        V[j, rho] = N(seed, stream, tag_v, 2^55 + j * rank + rho)
+    U[i, rho] = N(seed, stream, tag_u, i * rank + rho)        V[j, rho] = N(seed, stream, tag_v, 2^55 + rho * cols + j)
 
-each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 8).
+each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 8). U lies in memory row
+by row and V column by column: neighbouring elements of a row of z need neighbouring numbers of V.
 
 Belongs here: how factors are made. Does not belong here: what a pass makes of them (`ops.Entry`, the backends), when U and V change
 (the optimizer; LOZO, arXiv 2410.07698: U each step, V every so many).
@@ -67,7 +68,9 @@ class Factors:
         # Each side is one piece of memory: one launch fills it, one operation rounds it.
         self.u, left = self._tables([rows for rows, _ in shapes], device)
         self.v, right = self._tables([cols for _, cols in shapes], device)
-        self.pairs: list[tuple[Tensor, Tensor]] = list(zip(left, right, strict=True))
+        self.pairs: list[tuple[Tensor, Tensor]] = [
+            (u.view(-1, rank), v.view(rank, -1).t()) for u, v in zip(left, right, strict=True)
+        ]
         self._one = torch.ones(1, device=device)  # the coefficient beside a tag that is a tensor
         self._u_plans = ops.make_plans(left, streams)
         self._v_plans = ops.make_plans(right, streams, offsets=[FIRST_V] * len(right))
@@ -78,7 +81,7 @@ class Factors:
         for size in sizes:
             starts.append(starts[-1] + -(-size // ROOM) * ROOM)
         flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
-        return flat, [flat[a : a + size].view(-1, self.rank) for a, size in zip(starts, sizes, strict=False)]
+        return flat, [flat[a : a + size] for a, size in zip(starts, sizes, strict=False)]
 
     def fill(self, tag_u: int | Tensor, tag_v: int | Tensor | None = None) -> None:
         """U of `tag_u`, and V of `tag_v`; None: V stays. A tag is 0 .. 2^32 - 1, or a one-element int64 tensor, whose low 32 bits count and

@@ -72,7 +72,7 @@ class Entry:
     rows: Tensor | None = None
     row_len: int = 0
     left: Tensor | None = None  # fp32 [rows of the full matrix, rank], contiguous; rank and cols are 0 without
-    right: Tensor | None = None  # fp32 [cols, rank], contiguous
+    right: Tensor | None = None  # fp32 [cols, rank], column by column in memory: right.t() is contiguous
     rank: int = 0
     cols: int = 0
     rsqrt: bool = False  # element e takes RN(1 / RN(sqrt(scale))) instead of its scale
@@ -404,9 +404,14 @@ def check_factors(name: str, factors: Any, t: Tensor, offset: int) -> tuple[Tens
     if not isinstance(factors, (tuple, list)) or len(factors) != 2:
         raise TypeError(f"{name} is {type(factors).__name__}: give None, or (left, right)")
     for side, f in zip(("left", "right"), factors, strict=True):
-        if not isinstance(f, Tensor) or f.dtype != torch.float32 or f.device != t.device or f.ndim != 2 or not f.is_contiguous():
+        if not isinstance(f, Tensor) or f.dtype != torch.float32 or f.device != t.device or f.ndim != 2:
             got = f"{f.dtype} {tuple(f.shape)} on {f.device}" if isinstance(f, Tensor) else type(f).__name__
-            raise TypeError(f"{name}: {side} is {got}; give a contiguous float32 tensor of 2 dimensions on {t.device}")
+            raise TypeError(f"{name}: {side} is {got}; give a float32 tensor of 2 dimensions on {t.device}")
+        if not (f if side == "left" else f.t()).is_contiguous():
+            remedy = ".contiguous()" if side == "left" else ".t().contiguous().t()"
+            raise ValueError(
+                f"{name}: {side} has strides {f.stride()}; left lies row by row, right column by column: give {side}{remedy}"
+            )
     left, right = factors
     (rows, rank), (cols, other) = left.shape, right.shape
     if rank != other or not 1 <= rank <= MAX_RANK:
@@ -466,12 +471,14 @@ def make_plans(
         mask, keep, mask_tag = check_mask(f"masks[{k}]", masks[k], t)
         scale, block, rsqrt = check_scale(f"scales[{k}]", scales[k], t, offsets[k])
         left, right = check_factors(f"factors[{k}]", factors[k], t, offsets[k])
-        shape = (
-            {} if left is None or right is None else {"left": left, "right": right, "rank": left.shape[1], "cols": right.shape[0]}
-        )
         entry = Entry(
-            t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block, rsqrt=rsqrt, **shape
-        )  # fmt: skip
+            *(t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block),
+            left=left,
+            right=right,
+            rank=0 if left is None else left.shape[1],
+            cols=0 if right is None else right.shape[0],
+            rsqrt=rsqrt,
+        )
         groups.setdefault((t.device, t.dtype), []).append(entry)
     return [Plan(tuple(entries), device, dtype) for (device, dtype), entries in groups.items()]
 
@@ -612,9 +619,10 @@ def perturb_(
         scales: for each tensor None, a number, a float32 tensor with one value per row (first dimension), ``(values, B)``
             with one value per B consecutive elements, or ``(values, B, "rsqrt")``, where the scale is 1 / sqrt(value).
         offsets: for each tensor the index of its first element in the unsharded tensor (default 0).
-        factors: for each tensor None, or ``(left, right)`` of the unsharded matrix [shape[0], numel / shape[0]], contiguous float32
-            [rows, rank] and [cols, rank], rank 1 .. 64: its z is then not noise but left right^T, whatever the tag (LOZO). There is one
-            term, and factors have at most 12 significant bits, as `lowrank.Factors` makes them (docs/numerics.md, section 8).
+        factors: for each tensor None, or ``(left, right)`` of the unsharded matrix [shape[0], numel / shape[0]]: float32 [rows, rank] in
+            row order and [cols, rank] in column order (its ``.t()`` is contiguous), rank 1 .. 64. Its z is then left right^T and not
+            noise, whatever the tag (LOZO). There is one term, and factors have at most 12 significant bits, as
+            `zo_kernels.lowrank.Factors` makes them (docs/numerics.md, section 8).
         kind: "gaussian" or "rademacher".
         backend: "reference", "cpu", "triton" or "cuda"; default: the best for the device, or ``ZO_KERNELS_BACKEND``.
 

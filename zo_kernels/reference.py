@@ -159,10 +159,9 @@ def cast_stochastic(r: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 def low_rank_sum(i: Tensor, coefs: Tensor, entry: Entry) -> Tensor:
     """RN(c z) at the elements `i`, with z = left right^T; `coefs` is empty or one coefficient (0: skipped)."""
-    left, right = entry.left.view(-1, entry.rank), entry.right.view(-1, entry.rank)  # type: ignore[union-attr]
     z = torch.zeros(i.shape, dtype=torch.float32, device=i.device)
     for rho in range(entry.rank):
-        z = z + left[i // entry.cols, rho] * right[i % entry.cols, rho]
+        z = z + entry.left[i // entry.cols, rho] * entry.right[i % entry.cols, rho]  # type: ignore[index]
     return z * coefs if len(coefs) else z
 
 

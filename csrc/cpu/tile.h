@@ -32,35 +32,21 @@ constexpr int PAD = 64;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* s[p] = c times the sum over rho of left[row][rho] * right[column][rho], of element i + p. RANK: t.rank, or 0 if the
- * compiler does not know it. */
-template <int RANK> void low_rank_sum(const zo_tensor &t, float c, uint64_t i, int64_t n, float *s) {
-  const int64_t rank = RANK ? RANK : t.rank;
+/* s[p] = c times the sum over rho of left[row][rho] * right[rho][column], of element i + p. */
+inline void low_rank(const zo_tensor &t, float c, uint64_t i, int64_t n, float *s) {
   const uint64_t cols = (uint64_t)t.cols;
   uint64_t row = i / cols, column = i % cols;
   for (int64_t p = 0; p < n; ++row, column = 0) {
     const int64_t length = smaller(n - p, (int64_t)(cols - column));
-    const float *left = t.left + row * (uint64_t)rank, *right = t.right + column * (uint64_t)rank;
+    const float *const left = t.left + row * t.rank;
     float *const z = s + p;
-    for (int64_t j = 0; j < length; ++j) {
-      float sum = 0;                                                                     /* never -0 from here on */
-      for (int64_t rho = 0; rho < rank; ++rho) sum += left[rho] * right[j * rank + rho]; /* exact products */
-      z[j] = mul_rn(c, sum);
+    for (int64_t j = 0; j < length; ++j) z[j] = 0;
+    for (uint64_t rho = 0; rho < t.rank; ++rho) {
+      const float x = left[rho], *const y = t.right + (rho * cols + column);
+      for (int64_t j = 0; j < length; ++j) z[j] += x * y[j]; /* an exact product */
     }
+    for (int64_t j = 0; j < length; ++j) z[j] = mul_rn(c, z[j]);
     p += length;
-  }
-}
-
-inline void low_rank(const zo_tensor &t, float c, uint64_t i, int64_t n, float *s) {
-  switch (t.rank) {
-  case 1:
-    return low_rank_sum<1>(t, c, i, n, s);
-  case 2:
-    return low_rank_sum<2>(t, c, i, n, s);
-  case 4:
-    return low_rank_sum<4>(t, c, i, n, s);
-  default:
-    return low_rank_sum<0>(t, c, i, n, s);
   }
 }
 

@@ -358,37 +358,43 @@ ZO_DEVICE void apply_scale(float *s, const float *scale, uint64_t block, uint64_
 
 /* ---- low-rank directions ---------------------------------------------------------------------------------------- */
 
-/* s[a] = RN(c z), z the sum over rho of left[row][rho] * right[column][rho]; i is the index of output 0. The products
+/* s[a] = RN(c z), z the sum over rho of left[row][rho] * right[rho][column]; i is the index of output 0. The products
  * are exact, so that fma or not is the same. Places outside the tensor may be outside the matrix: not read. */
 ZO_DEVICE void low_rank(float *s, const zo_tensor *t, float c, uint64_t i, Places inside) {
   const float *const left = global(t->left), *const right = global(t->right);
   const uint32_t rank = t->rank;
   const uint64_t cols = (uint64_t)t->cols;
+  const bool eights = cols % 8 == 0 && (reinterpret_cast<uintptr_t>(right) & 15u) == 0;
 #pragma unroll
   for (int chunk = 0; chunk < 2; ++chunk) {
     float *const z = s + 8 * chunk;
 #pragma unroll
     for (int j = 0; j < 8; ++j) z[j] = 0.0f;
     if (16u * chunk + 7 < inside.first || inside.first + inside.count <= 16u * chunk) continue;
-    const uint64_t first = i + 16 * chunk, row = divide(first, cols), column = first - row * cols;
-    const float *l = left + row * rank, *r = right + column * rank;
-    if (cols % 8 == 0) { /* the eight lie in one row */
+    const uint64_t first = i + 16 * chunk;
+    uint64_t row = divide(first, cols), column = first - row * cols;
+    if (eights) { /* the eight lie in one row */
+      const float *x = left + row * rank, *y = right + column;
 #pragma unroll 1
-      for (uint32_t rho = 0; rho < rank; ++rho) {
-        const float x = l[rho];
+      for (uint32_t rho = 0; rho < rank; ++rho, y += cols) {
+        const float factor = global(x)[rho];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) z[j] += x * r[j * rank + rho];
+        for (int half = 0; half < 2; ++half) {
+          const uint4 four = reinterpret_cast<const uint4 *>(global(y))[half];
+          z[4 * half] += factor * as_float(four.x);
+          z[4 * half + 1] += factor * as_float(four.y);
+          z[4 * half + 2] += factor * as_float(four.z);
+          z[4 * half + 3] += factor * as_float(four.w);
+        }
       }
     } else {
-      uint64_t left_in_row = cols - column;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (inside.has(8 * chunk + j)) {
 #pragma unroll 1
-          for (uint32_t rho = 0; rho < rank; ++rho) z[j] += l[rho] * r[rho];
+          for (uint32_t rho = 0; rho < rank; ++rho) z[j] += left[row * rank + rho] * right[rho * cols + column];
         }
-        r += rank;
-        if (--left_in_row == 0) left_in_row = cols, l += rank, r = right;
+        if (++column == cols) column = 0, ++row;
       }
     }
 #pragma unroll

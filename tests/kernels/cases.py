@@ -126,7 +126,9 @@ def low_rank_pair(rows: int, cols: int, rank: int, salt: int = 0) -> tuple[Tenso
         table = torch.full((n * rank + 2 * GUARD,), float("nan"))[GUARD:-GUARD].view(n, rank)
         table.copy_(torch.randint(-2047, 2048, (n, rank), generator=g) * torch.exp2(torch.randint(-12, -8, (n, rank), generator=g)))
         pair.append(table)
-    return pair[0], pair[1]
+    left, right = pair
+    columns = torch.full((cols * rank + 2 * GUARD,), float("nan"))[GUARD:-GUARD].view(rank, cols).copy_(right.t())
+    return left, columns.t()
 
 
 def low_rank(cols: int, rank: int, offset: int = 0) -> Callable[[int, Tensor], Any]:

@@ -75,7 +75,8 @@ class Remote:
         assert self.process.stdout is not None
         message = [struct.pack("<6q", len(plan.entries), *map(len, arrays)), bytes(c), *arrays]
         for entry, record in zip(plan.entries, plan.table, strict=True):
-            parts = [raw(t) for t in (entry.src, entry.mask, entry.scale, entry.rows, entry.left, entry.right)]
+            right = None if entry.right is None else entry.right.t()
+            parts = [raw(t) for t in (entry.src, entry.mask, entry.scale, entry.rows, entry.left, right)]
             message += [record.tobytes(), struct.pack("<6q", *map(len, parts)), *parts]
         self.process.stdin.write(b"".join(message))
         self.process.stdin.flush()

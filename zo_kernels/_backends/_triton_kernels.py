@@ -223,39 +223,32 @@ def add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND: tl.constexpr, FI
 
 
 @triton.jit
-def times_16(c, z):
-    return (
-        c * z[0], c * z[1], c * z[2], c * z[3], c * z[4], c * z[5], c * z[6], c * z[7],
-        c * z[8], c * z[9], c * z[10], c * z[11], c * z[12], c * z[13], c * z[14], c * z[15],
-    )  # fmt: skip
-
-
-@triton.jit
-def low_rank(z, factors, i, low, high, c, KIND: tl.constexpr):
-    """RN(c z) of every lane's 16 elements, the first of which has index i; z comes as zeros. Products of factors are exact. What does not
-    exist (see `perturb_tile`) may lie outside the matrix."""
+def low_rank(factors, first, inside, c, KIND: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr):
+    """RN(c z) of a chunk [P, W], whose first elements have the indices `first`: z is the sum over rho of left[row, rho] * right[rho, column].
+    The products are exact. What is not `inside` may lie outside the matrix. A chunk of LOW_RANK_8 lies in one row."""
     left, right, cols, rank = factors
+    row = first // cols
+    column = (first - row * cols)[:, None] + tl.arange(0, W)[None, :]
+    if KIND == LOW_RANK_8:
+        rows = row[:, None]
+        some = tl.max(inside.to(tl.int32), axis=1, keep_dims=True) != 0
+    else:
+        over = column - cols  # at most W - 1
+        narrow = tl.minimum(cols, W).to(tl.int32)
+        wraps = tl.where(over < 0, 0, 1 + tl.maximum(over, 0).to(tl.int32) // narrow).to(tl.int64)
+        rows = row[:, None] + wraps
+        column -= wraps * cols
+        some = inside
+    z = tl.zeros([P, W], tl.float32)
     for rho in range(rank):
-        new = ()
-        for half in tl.static_range(2):
-            first = i + 16 * half
-            row = first // cols
-            column = first - row * cols
-            if KIND == LOW_RANK_8:  # the eight lie in one row
-                x = tl.load(left + row * rank + rho, mask=(low < 16 * half + 8) & (high > 16 * half), other=0.0)
-            for j in tl.static_range(8):
-                there = (low <= 16 * half + j) & (high > 16 * half + j)
-                if KIND == LOW_RANK:
-                    x = tl.load(left + row * rank + rho, mask=there, other=0.0)
-                y = tl.load(right + column * rank + rho, mask=there, other=0.0)
-                new = new + (tl.fma(x, y, z[8 * half + j]),)
-                column += 1
-                if KIND == LOW_RANK:
-                    end = column == cols
-                    column = tl.where(end, 0, column)
-                    row += end.to(tl.int64)
-        z = new
-    return times_16(c, z)
+        if WHOLE:
+            x = tl.load(left + rows * rank + rho)
+            y = tl.load(right + rho * cols + column)
+        else:
+            x = tl.load(left + rows * rank + rho, mask=some, other=0.0)
+            y = tl.load(right + rho * cols + column, mask=inside, other=0.0)
+        z = tl.fma(tl.broadcast_to(x, (P, W)), y, z)
+    return c * z
 
 
 # ---- 4, 5. Chunks, masks, scales, casts -------------------------------------------------------------------------------
@@ -332,19 +325,18 @@ def round_nearest(r, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def settle(
-    d, s, lots, dice, n: tl.constexpr, tensor, i_tile, at, e_tile, off, inside, start, live, decay,
+    d, u, lots, dice, n: tl.constexpr, tensor, i_tile, at, e_tile, off, inside, start, live, decay,
     DTYPE: tl.constexpr, DECAY: tl.constexpr, BIT_MASK: tl.constexpr, RANDOM_MASK: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
     SURE: tl.constexpr,
 ):  # fmt: skip
-    """The new values of chunk n, whose old ones are d. SURE: a term is live. The other arguments are those of `perturb_tile`."""
+    """The new values of chunk n, whose old ones are d and whose sums are u. SURE: a term is live. The other arguments are those of `perturb_tile`."""
     mask, scales, block, k_span, keep_below = tensor[2], tensor[3], tensor[4], tensor[5], tensor[7]
     j = tl.arange(0, W)[None, :]
     shift = 16 * (n * W // 8) + n * W % 8
     d = widen(d, DTYPE)
     if DECAY:
         d = d * decay
-    u = chunk(s, n * W, P, W)
     if SCALE > 0:
         BLOCKS: tl.constexpr = SCALE & 3
         has_scale = scales.to(tl.int64) != 0  # other tensors of the list have none: their factor is 1, which is exact
@@ -408,7 +400,7 @@ def settle_all(
         shift = 16 * (n * W // 8) + n * W % 8
         inside = (low[:, None] <= shift + j) & (shift + j < high[:, None])
         new = settle(
-            x[n], s, lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK, RANDOM_MASK,
+            x[n], chunk(s, n * W, P, W), lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK, RANDOM_MASK,
             SCALE, ROWS, STOCHASTIC, P, W, INTERPRETED, WHOLE, SURE,
         )  # fmt: skip
         y = y + (new,)
@@ -496,8 +488,8 @@ def perturb_tile(
                     )  # fmt: skip
     else:
         s = zeros
-        if KIND >= LOW_RANK_8:
-            s = low_rank(s, tensor[10], i_tile + at, low, high, c0, KIND)
+        if KIND >= LOW_RANK_8:  # no noise
+            pass
         elif TERMS > 0:
             s = add_term(s, i_tile, at, stream, tag0, c0, k0, k1, base, KIND, True, ROWS)
             if TERMS > 1:
@@ -522,12 +514,16 @@ def perturb_tile(
         if SEQUENCE:
             y = x[n]
         else:
+            if KIND >= LOW_RANK_8:
+                u = low_rank(tensor[10], i_tile + at + shift, inside, c0, KIND, P, W, WHOLE)
+            else:
+                u = chunk(s, n * W, P, W)
             if WHOLE:
                 d = x[n]
             else:
                 d = tl.load(src + e_tile + here, mask=inside)
             y = settle(
-                d, s, lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK,
+                d, u, lots, dice, n, tensor, i_tile, at, e_tile, off, inside, start, live, decay, DTYPE, DECAY, BIT_MASK,
                 RANDOM_MASK, SCALE, ROWS, STOCHASTIC, P, W, INTERPRETED, WHOLE,
                 TERMS > 0 and WHOLE,  # `perturb_kernel` has looked whether a term is live
             )  # fmt: skip
