@@ -59,7 +59,12 @@ class Replayer(perturb.InPlace):
         """No closure runs that could write."""
 
     def run(
-        self, group: int, terms: Sequence[tuple[perturb.Tag, perturb.Coefficient]], decay: perturb.Coefficient, rounding: str
+        self,
+        group: int,
+        terms: Sequence[tuple[perturb.Tag, perturb.Coefficient]],
+        decay: perturb.Coefficient,
+        rounding: str,
+        update: bool = False,
     ) -> None:
         if (p := self._pass(terms, decay, rounding)) is not None:
             self.waiting[group].append(p)
@@ -72,7 +77,7 @@ class Replayer(perturb.InPlace):
 
     def records(self, records: np.ndarray) -> None:
         """Every pass of these records, applied."""
-        for tag, flags, decays, epses, coefs in _rows(self.header, records):
+        for tag, flags, decays, epses, coefs in rows(self.header, records):
             rounding = "stochastic" if flags & journal.FLAGS["stochastic"] else "nearest"
             updates = [
                 perturb.Update([(tag + k, c) for k, c in enumerate(cs)], d, rounding) for d, cs in zip(decays, coefs, strict=True)
@@ -94,7 +99,7 @@ class Replayer(perturb.InPlace):
         self.apply()
 
 
-def _rows(
+def rows(
     header: journal.Header, records: np.ndarray
 ) -> Iterator[tuple[int, int, list[float], list[float] | None, list[list[float]]]]:
     """(tag, flags, decay [G], eps [G] or None, coefs [G][T]) of each record."""
@@ -215,13 +220,28 @@ def replay(
     ops.check_choice("mode", mode, MODES)
     past = load(source)
     named = dict(model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model)
+    if past.header.method is not None and mode == "fused":
+        raise ValueError(
+            "mode='fused' sums the terms of plain updates; this run's method has steps that depend on each other: take 'sequential'"
+        )
     records = until(past, upto)
     if check:
         journal.verify_base(past.header, named.items())
     groups = weights_of(past.header, named, masks or {}, scales or {})
     for plan in (plan for w in groups for plan in w.plans):
         backends.pick(plan.device, backend)
-    if mode == "fused":
+    if past.header.method is not None:
+        from zo_kernels.optim import step  # which imports this module
+
+        frozen = [p for w in groups for p in w.params if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            step.replayer(past.header, groups, backend).apply_records(past.header, records)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+    elif mode == "fused":
         for k, w in enumerate(groups):
             _fuse(w, past.header, records, k, backend)
     else:

@@ -284,6 +284,8 @@ class Header:
         hyperparameters, notes: any JSON, for people; a string `model` is what a refused base model's message names.
         versions: of zo_kernels, torch and python.
         run: 32 hex digits that no other run has, so that records of two runs with equal settings cannot be mixed up.
+        method: of a run that is not plain SGD along directions that stay: what the T numbers of a record mean (docs/algorithms.md). None: they are the
+            coefficients of the update.
         extra: keys that this version does not know; kept and not obeyed.
 
     Raises:
@@ -301,6 +303,7 @@ class Header:
     notes: Any = ""
     versions: Mapping[str, Any] = field(default_factory=_versions)
     run: str = field(default_factory=lambda: os.urandom(16).hex())
+    method: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -314,6 +317,8 @@ class Header:
             raise ValueError(f"groups={self.groups} with terms={self.terms} makes records of more than {MAX_RECORD} bytes")
         if not isinstance(self.hyperparameters, Mapping) or not isinstance(self.versions, Mapping):
             raise TypeError("hyperparameters and versions must be JSON objects")
+        if self.method is not None and not isinstance(self.method, Mapping):
+            raise TypeError(f"method={self.method!r:.80} must be a JSON object, or absent")
         if not isinstance(self.run, str) or not re.fullmatch(r"[0-9a-f]{32}", self.run):
             raise ValueError(f"run={self.run!r:.80} must be 32 hex digits")
         if not self.parameters:
@@ -350,6 +355,8 @@ class Header:
         """Preamble, JSON and checksum: the file up to its first record."""
         plain = ("seed", "kind", "perturbation", "groups", "terms", "hyperparameters", "notes", "versions", "run")
         content: dict[str, Any] = {**self.extra, **{name: getattr(self, name) for name in plain}}
+        if self.method is not None:
+            content["method"] = self.method
         content["contract"], content["fingerprint"] = CONTRACT, self.fingerprint
         content["parameters"], content["frozen"] = [_entry(p) for p in self.parameters], [_entry(p) for p in self.frozen]
         try:
@@ -376,13 +383,14 @@ class Header:
         if (contract := content.pop("contract", None)) != CONTRACT or isinstance(contract, bool):
             raise ValueError(f"noise contract {contract!r:.40}; this version of zo_kernels computes contract {CONTRACT}")
         recorded = content.pop("fingerprint", None)
-        known = {f.name for f in fields(cls)} - {"extra"}
+        known = {f.name for f in fields(cls)} - {"extra", "method"}
+        method = content.pop("method", None)
         if missing := sorted(known - set(content)):
             raise ValueError(f"the header has no {missing[0]!r}")
         mine = {name: content.pop(name) for name in known}
         mine["parameters"] = tuple(_read_entry(Parameter, e) for e in _read_list("parameters", mine["parameters"]))
         mine["frozen"] = tuple(_read_entry(Frozen, e) for e in _read_list("frozen", mine["frozen"]))
-        header = cls(**mine, extra=content)
+        header = cls(**mine, method=method, extra=content)
         if header.fingerprint != recorded:
             raise ValueError("the fingerprint is not that of the parameters listed")
         return header

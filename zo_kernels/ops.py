@@ -90,6 +90,10 @@ class Entry:
             scale=None if self.scale is None else self.scale[skipped:],
         )
 
+    def retagged(self, mask_tag: int) -> Entry:
+        """With another draw of its random mask, if it has one."""
+        return replace(self, mask_tag=mask_tag) if self.keep else self
+
     def record(self) -> tuple[int, ...]:
         """The words of the C struct, as unsigned 64-bit integers."""
         return (
@@ -133,6 +137,13 @@ class Plan:
     def extended(self) -> bool:
         """Some entry has factors or an inverse-square-root scale."""
         return bool((self.table[:, 10] >> np.uint64(32)).any())
+
+    def retag(self, mask_tag: int) -> None:
+        """Another draw of the random masks, in the same tables in host memory; those in a device's are made anew."""
+        self.entries = tuple(e.retagged(mask_tag) for e in self.entries)
+        self.table[:] = [e.record() for e in self.entries]
+        for name in [name for name in self.cache if name != "cpu"]:
+            del self.cache[name]
 
     @property
     def plain(self) -> bool:

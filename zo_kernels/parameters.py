@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,10 +85,14 @@ class Named:
     all_names: list[str]
 
 
-def read_params(source: Any, model: nn.Module | None, weight_decay: float) -> Named:
-    """Read a module, (name, tensor) pairs, tensors, or parameter groups of either."""
+def read_params(source: Any, model: nn.Module | None, weight_decay: float, without: Collection[int] = ()) -> Named:
+    """Read a module, (name, tensor) pairs, tensors, or parameter groups of either. `without`: ids of a module's parameters to leave out."""
     if isinstance(source, nn.Module):
-        pairs: list[tuple[str, Tensor]] = [*trainable(source)]
+        pairs: list[tuple[str, Tensor]] = [pair for pair in trainable(source) if id(pair[1]) not in without]
+        if not pairs:
+            raise ValueError(
+                "model: the first-order optimizer has all of its trainable parameters, none is left to train with forwards alone"
+            )
         names = [name for name, _ in source.named_parameters()]
         if not weight_decay:
             return Named([{"params": pairs}], source, names)
@@ -122,6 +126,8 @@ def read_params(source: Any, model: nn.Module | None, weight_decay: float) -> Na
                     name, nameless = f"param.{position}", True
             if not isinstance(p, Tensor):
                 raise TypeError(f"params: {name} is a {type(p).__name__}, not a tensor")
+            if id(p) in without:
+                raise ValueError(f"params: {name} is in the first-order optimizer too: leave it out of one of the two")
             if not p.requires_grad:
                 raise ValueError(f"params: {name} is frozen (requires_grad=False): leave it out, or set requires_grad_(True)")
             pairs.append((name, p))
@@ -149,20 +155,31 @@ def _of(option: Any, name: str) -> Any:
 
 @dataclass
 class Weights:
-    """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes."""
+    """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes.
+
+    `factors`: of low-rank directions, as `ops.make_plans` takes them; None: all dense. `update_scales`: of the update, where it does not
+    take the perturbation's `scales`; None: it does.
+    """
 
     names: list[str]
     params: list[Tensor]
     streams: list[int]
     masks: list[ops.Mask]
     scales: list[Any]
+    factors: list[Any] | None = None
+    update_scales: list[Any] | None = None
     plans: list[ops.Plan] = field(init=False)
+    update_plans: list[ops.Plan] = field(init=False)
     pairs: list[tuple[ops.Entry, Tensor]] = field(init=False)  # every entry beside its parameter
 
     def __post_init__(self) -> None:
-        self.plans = ops.make_plans(
-            self.params, self.streams, masks=self.masks, scales=self.scales, names=[f"parameter {n}" for n in self.names]
-        )
+        options: dict[str, Any] = {"masks": self.masks, "names": [f"parameter {n}" for n in self.names]}
+        if self.factors is not None and any(f is not None for f in self.factors):
+            options["factors"] = self.factors
+        self.plans = ops.make_plans(self.params, self.streams, scales=self.scales, **options)
+        self.update_plans = self.plans
+        if self.update_scales is not None:
+            self.update_plans = ops.make_plans(self.params, self.streams, scales=self.update_scales, **options)
         # Plans group by device and dtype, in order of first appearance, each in list order.
         order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in self.params:
@@ -171,29 +188,62 @@ class Weights:
         self.pairs = list(zip(entries, [p for members in order.values() for p in members], strict=True))
 
     @classmethod
-    def of_group(cls, group: Mapping[str, Any], streams: Mapping[str, int]) -> Weights:
+    def of_group(
+        cls,
+        group: Mapping[str, Any],
+        streams: Mapping[str, int],
+        among: Collection[str] | None = None,
+        limits: Callable[[str, Tensor], Any] | None = None,
+        update_differs: bool = False,
+    ) -> Weights:
+        """The weights of a torch parameter group: those with a name in `among` (None: all), with what `limits` says of each (directions.Limits), if
+        anything; a group's own masks and scales otherwise. `update_differs`: the update takes the limits' update_scale.
+
+        Raises:
+            ValueError: the group's list was edited; or it has a mask or scale where the direction has one.
+        """
         if len(group["params"]) != len(group["param_names"]):
             raise ValueError(
                 f"a parameter group has {len(group['params'])} parameters and {len(group['param_names'])} names: its list was edited; "
                 "add parameters with add_param_group, and freeze (requires_grad_(False)) what shall not be trained"
             )
-        active = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
+        active = [
+            (n, p)
+            for n, p in zip(group["param_names"], group["params"], strict=True)
+            if p.requires_grad and (among is None or n in among)
+        ]
         names = [n for n, _ in active]
+        masks, scales = ([_of(group.get(what), n) for n in names] for what in ("mask", "scale"))
+        if limits is None:
+            return cls(names, [p for _, p in active], [streams[n] for n in names], masks, scales)
+        found = [limits(n, p) for n, p in active]
+        for what, mine, theirs in (("mask", masks, [f.mask for f in found]), ("scale", scales, [f.scale for f in found])):
+            for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+                if a is not None and (b is not None or (what == "scale" and update_differs)):
+                    raise ValueError(
+                        f"parameter {names[k]!r} has a {what} of its group and one of the direction: leave one of them out"
+                    )
+                mine[k] = a if a is not None else b
         return cls(
             names,
             [p for _, p in active],
             [streams[n] for n in names],
-            [_of(group.get("mask"), n) for n in names],
-            [_of(group.get("scale"), n) for n in names],
+            masks,
+            scales,
+            [f.factors for f in found],
+            [f.update_scale for f in found] if update_differs else None,
         )
 
     def entries(self) -> dict[int, ops.Entry]:
         """The entry of each parameter, by id(parameter)."""
         return {id(p): e for e, p in self.pairs}
 
-    def current(self, group: Mapping[str, Any]) -> bool:
+    def current(self, group: Mapping[str, Any], among: Collection[str] | None = None) -> bool:
         """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted."""
-        active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
+        if among is None:
+            active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
+        else:
+            active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
             len(active) == len(self.params)
             and all(a is b for a, b in zip(active, self.params, strict=True))

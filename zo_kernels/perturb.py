@@ -112,6 +112,7 @@ class View(abc.ABC):
         self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
         self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
         self.versions: list[int] = []
+        self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
 
     # -- forwards that change weights --
 
@@ -178,17 +179,38 @@ class View(abc.ABC):
             return ops.Pass(self.seed, [], [], shift, self.kind, rounding)
         return ops.Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
 
-    def run(self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> None:
-        """theta <- round(decay theta + sum c z) over one group; nothing to do is not done."""
+    def run(
+        self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str, update: bool = False
+    ) -> None:
+        """theta <- round(decay theta + sum c z) over one group, with the scales of an update or a perturbation; nothing to do is not done."""
         p = self._pass(terms, decay, rounding)
         if p is not None:
-            ops.run(self.groups[group].plans, p, self.backend)
+            weights = self.groups[group]
+            ops.run(weights.update_plans if update else weights.plans, p, self.backend)
 
     def update(self, updates: Sequence[Update]) -> None:
         """The step itself, one update for each group; an interrupt waits until all are done."""
         with uninterrupted():
             for k, u in enumerate(updates):
-                self.run(k, u.terms, u.decay, u.rounding)
+                self.run(k, u.terms, u.decay, u.rounding, update=True)
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        """For a pass of the caller's own over the clean weights, in place of `update`; an interrupt waits until it is done."""
+        with uninterrupted():
+            yield
+
+    def plans(self) -> Iterator[ops.Plan]:
+        """Every plan of the view's passes."""
+        for weights in self.groups:
+            yield from weights.plans
+            if weights.update_plans is not weights.plans:
+                yield from weights.update_plans
+
+    def retag(self, mask_tag: int) -> None:
+        """Another draw of the random masks."""
+        for plan in self.plans():
+            plan.retag(mask_tag)
 
 
 def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
@@ -252,12 +274,22 @@ class InPlace(View):
     def update(self, updates: Sequence[Update], ahead: Sequence[Shift] | None = None) -> None:
         """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
         decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
+        if any(w.update_plans is not w.plans for w in self.groups):
+            self.restore()  # with the scales of the perturbation
         with uninterrupted():
             self.whole = False
             for k, u in enumerate(updates):
                 target = ahead[k] if ahead else ()
-                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding)
+                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding, update=True)
                 self.at[k] = target
+            self.whole = True
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        self.restore()
+        with uninterrupted():
+            self.whole = False
+            yield
             self.whole = True
 
     def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
@@ -529,7 +561,8 @@ class Scratch(View):
         self.parts: dict[Calls, list[Part]] = {}
         self.gathers: dict[tuple[int, int], Gather] = {}  # by the table's shadow and the number of rows
         self.gather_memory: dict[tuple[str, torch.device], Tensor] = {}
-        self.inside = False  # our own reads of clean weights are under way
+        self.inside = False  # our own reads of clean weights are under way, or all reads are clean
+        self.bare = False  # this forward runs at theta itself
         # Parameters that code reaches past its module's attributes (a list of captured weights, a scripted module), and a copy of
         # their clean values while a forward runs. `missing` are those that no module owns at all.
         reached = {id(shadow) for sites in self.sites.values() for _, shadow in sites}
@@ -582,11 +615,22 @@ class Scratch(View):
         finally:
             for front in self.fronts:
                 front.remove()
+            self.bare = self.inside = False
             self.thread = None
             self._put_back()
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self._put_back()
+        if not any(shifts):  # the weights themselves: nothing stands before them
+            for front in self.fronts:
+                front.remove()
+            self.bare = self.inside = True
+            self.expect()
+            return
+        if self.bare:
+            self.bare = self.inside = False
+            for front in self.fronts:
+                front.place()
         self._learn()
         self.live = {}
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
@@ -600,6 +644,8 @@ class Scratch(View):
 
     def check(self) -> None:
         super().check()
+        if self.bare:
+            return
         if self.resident and self.filled != [t._version for t in self.resident.written]:
             at = next(k for k, t in enumerate(self.resident.written) if t._version != self.filled[k])
             raise _changed(
@@ -627,13 +673,47 @@ class Scratch(View):
         return bool(found)
 
     def update(self, updates: Sequence[Update]) -> None:
+        with self._untouched():
+            super().update(updates)
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        with self._untouched(), super().clean():
+            yield
+
+    @contextlib.contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """The weights are what they are between steps, and may be written to."""
         self._put_back()
         self.live = {}
         self.inside = True
         try:
-            super().update(updates)
+            yield
         finally:
             self.inside = False
+
+    def plans(self) -> Iterator[ops.Plan]:
+        yield from super().plans()
+        parts = [part.fill for parts in self.parts.values() for part in parts]
+        for fill in (self.resident, *self.fills.values(), *parts):
+            for _, plan, _ in fill.plans if fill else ():
+                yield plan
+        for gather in self.gathers.values():
+            yield gather.plan
+
+    def retag(self, mask_tag: int) -> None:
+        super().retag(mask_tag)
+        for shadow in self.shadows.values():
+            shadow.entry = shadow.entry.retagged(mask_tag)
+        self.live = {}
+
+    def release(self) -> None:
+        """Give the memory of buffers back; the next forward makes them anew."""
+        self.resident, self.fronts_of, self.watched_mode = None, None, None
+        self.fronts = []
+        self._drop_buffers()
+        self.gathers.clear()
+        self.gather_memory.clear()
 
     def memory(self) -> Any:
         tables = (self.fills, self.parts, self.gathers)

@@ -1,7 +1,7 @@
 """What an optimizer writes to its journal, and when.
 
 Belongs here: the queue between steps and the file, and the header of an optimizer. Does not belong here: the file (journal.py), what a
-step decides (mezo.py), how records become weights again (_replay.py).
+step decides (step.py), how records become weights again (_replay.py).
 
 On the host a step's numbers are known before the weights change, and the record is written first. On a GPU nobody waits for them: the
 step's few numbers are copied to pinned host memory behind its kernels, and a later step, or `flush`, appends those that have arrived. What
@@ -10,9 +10,11 @@ a killed process had queued is lost with the weights that it had changed: the fi
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +31,14 @@ class Summary(NamedTuple):
     gradient: Any
     finite: Any
     clipped: Any
-    coefs: Sequence[Any]  # one a group
+    coefs: Sequence[Sequence[Any]]  # [groups][terms]
+
+    def values(self) -> list[Any]:
+        return [self.loss, self.gradient, self.finite, self.clipped, *(c for group in self.coefs for c in group)]
 
     def queued(self) -> Tensor:
-        """float64 [4 + groups]."""
-        device = self.gradient.device
-        values = [self.loss, self.gradient, self.finite, self.clipped, *self.coefs]
+        """float64 [4 + groups * terms]."""
+        device, values = self.gradient.device, self.values()
         return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
 
 
@@ -119,12 +123,39 @@ class Recorder:
             self.writer.close()
 
 
+def described(part: Any) -> dict[str, Any]:
+    """A part of an optimizer (a frozen dataclass with a name) as JSON."""
+    content: dict[str, Any] = json.loads(json.dumps({"name": part.name, **{f.name: getattr(part, f.name) for f in fields(part)}}))
+    return content
+
+
+def part_of(what: str, content: Any, known: Sequence[type[Any]]) -> Any:
+    """The part that `described` wrote.
+
+    Raises:
+        ValueError: it is none that this version knows; says which.
+    """
+    wrong = f"the journal's method has {what}={content!r:.120}"
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        raise ValueError(f"{wrong}, which is no part of an optimizer")
+    cls = next((k for k in known if k.name == content["name"]), None)
+    if cls is None or set(content) != {"name", *(f.name for f in fields(cls))}:
+        raise ValueError(f"{wrong}, which this version of zo_kernels does not know")
+    try:
+        return cls(**{name: value for name, value in content.items() if name != "name"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wrong}: {error}") from None
+
+
 def complete(entry: dict[str, Any], numbers: Sequence[float]) -> dict[str, Any]:
-    """The record with what the losses told: `numbers` as `Summary` has them."""
-    loss, gradient, finite, clipped, *coefs = numbers
-    entry = {**entry, "loss": loss, "gradient": gradient, "clipped": bool(clipped), "coefs": [[c] for c in coefs]}
+    """The record with what the losses told: `numbers` as `Summary.values` has them."""
+    loss, gradient, finite, clipped, *flat = numbers
+    groups = len(entry["decay"])
+    terms = len(flat) // groups
+    coefs = [flat[k * terms : (k + 1) * terms] for k in range(groups)]
+    entry = {**entry, "loss": loss, "gradient": gradient, "clipped": bool(clipped), "coefs": coefs}
     if not finite:
-        entry |= {"skipped": True, "decay": [1.0] * len(coefs)}
+        entry |= {"skipped": True, "decay": [1.0] * groups}
     return entry
 
 
@@ -144,7 +175,7 @@ def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequen
         ValueError: names the first thing that differs.
     """
     wrong = "the journal belongs to another run"
-    for name, value in {**mine, "groups": len(groups), "terms": 1}.items():
+    for name, value in {**mine, "groups": len(groups)}.items():
         if (recorded := getattr(header, name)) != value:
             raise ValueError(f"{wrong}: its {name} is {recorded!r}, this optimizer's {value!r}; make the optimizer as that run's")
     recorded_table = {canonical_name(p.name): p for p in header.parameters}

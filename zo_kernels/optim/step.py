@@ -1,10 +1,8 @@
-"""MeZO: two forwards at theta ± eps z, one scalar, one update along the same z.
+"""A zeroth-order step: estimator x direction x update rule, as a `torch.optim.Optimizer`.
 
-Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", 2023 (arXiv 2305.17333), algorithm 1; the estimator is
-two-sided SPSA (Spall 1992).
-
-Belongs here: the step rule and its life as a `torch.optim.Optimizer`. Does not belong here: how a model sees theta ± eps z
-(perturb.py), the pass over the weights (ops.py).
+Belongs here: the step and its life: when the model is evaluated, what is committed together, resuming, copies, journals. Does not belong here:
+what is evaluated (estimators.py), along what (directions.py, blocks.py), what is made of it (rules.py), the papers' names for combinations of
+them (methods.py), how a model sees theta ± eps z (perturb.py), the pass over the weights (ops.py).
 """
 
 from __future__ import annotations
@@ -14,8 +12,10 @@ import math
 import os
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from zo_kernels import _backends as backends
 from zo_kernels import _replay as replays
 from zo_kernels import journal as journals
-from zo_kernels import ops, parameters, perturb
-from zo_kernels.optim import graph, record
+from zo_kernels import ops, parameters, perturb, tangents
+from zo_kernels.optim import blocks as blocking
+from zo_kernels.optim import directions, estimators, graph, projection, record, rules
 
 Loss = Tensor | float
 
@@ -53,13 +54,41 @@ class Numbers(NamedTuple):
     decay: float | Tensor  # 1 - lr weight_decay
 
 
-class MeZOStep(torch.optim.Optimizer):
-    """Zeroth-order SGD. ``step(closure)`` is a whole training step: two forwards and one pass over the weights.
+@dataclass(frozen=True)
+class QuantileClip:
+    """|g| is clipped to the `q` quantile of its last `window` values; not before there are `least`."""
 
-        g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)              the projected gradient, a scalar
-        theta <- (1 - lr wd) theta - lr g z
+    q: float = 0.95
+    window: int = 100
+    least: int = 10
+    name: ClassVar[str] = "quantile"
 
-    z is regenerated from (seed, parameter name, step): nothing of the size of the weights is ever stored.
+    def __post_init__(self) -> None:
+        if not (isinstance(self.q, (int, float)) and 0 < self.q <= 1):
+            raise ValueError(f"q={self.q!r} must be in (0, 1]")
+        if not 1 <= ops.check_word("least", self.least) <= ops.check_word("window", self.window):
+            raise ValueError(f"least={self.least} must be in 1 .. window={self.window}")
+
+    def limit(self, past: Sequence[rules.Number]) -> rules.Number | None:
+        """The clip for the next step; None: there are too few values yet. Those that are not finite do not count."""
+        if len(past) < self.least:
+            return None
+        if any(isinstance(g, Tensor) for g in past):
+            device = next(g.device for g in past if isinstance(g, Tensor))
+            values = torch.stack([torch.as_tensor(g, dtype=torch.float64, device=device) for g in past])
+            return torch.where(values.isfinite(), values, torch.nan).nanquantile(self.q)
+        finite = torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)
+        return float(finite.quantile(self.q)) if len(finite) >= self.least else None
+
+
+class ZOStep(torch.optim.Optimizer):
+    """A zeroth-order optimizer put together from parts. ``step(closure)`` is a whole training step.
+
+    An estimator evaluates the model at points around theta and finds projected gradients g_i along directions z_i; a rule turns them into an
+    update. With the defaults it is MeZO: L at theta ± eps z, g their difference over 2 eps, theta <- (1 - lr wd) theta - lr g z. z is
+    regenerated from (seed, parameter name, tag): nothing of the size of the weights is ever stored, unless a rule keeps a state.
+
+    `zo_kernels.optim.methods` has a thin constructor for each method of the literature. docs/algorithms.md says what each costs.
 
     Args:
         model_or_params: a module, `model.named_parameters()`, a list of tensors, or parameter groups of either (own ``lr``,
@@ -86,22 +115,32 @@ class MeZOStep(torch.optim.Optimizer):
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
-        clip: |g| is clipped to this value; None: not.
+        clip: |g| is clipped to this value, or as `QuantileClip` says; None: not.
         maximize: ascend, for rewards.
         model: the module, where the first argument is not one: enables scratch mode for parameter groups.
         backend: see `perturb_`.
         journal: path of a journal that records the run (docs/journal.md), one record a step; None: none. `open_journal` takes more options.
         resume: go on with the run in `journal`, if there is one: the weights given must be those that it started from, its steps are
             replayed onto them, and `steps` tells how many there were.
+        estimator: `TwoSided`, `OneSided`, `ThreePoint` or `ForwardGradient`. Default: TwoSided().
+        rule: `SGD`, `Sign`, `Conservative`, `Momentum`, `Adam` or `HessianDiagonal`. Default: SGD().
+        direction: `Dense`, `RandomSparse`, `MagnitudeSparse`, `LayerScale`, `LowRank` or `InverseRoot`. Default: Dense().
+        blocks: `Blocks`: only a part of the parameters takes part in a step; None: all.
+        projection: `Projection` (DiZO); None: none.
+        first_order: a torch optimizer of other parameters of the model, which get gradients by backpropagation on the same batches and are stepped
+            with ours (hybrid ZO-FO). They are taken out of the model's parameters that this optimizer trains.
 
     Attributes:
-        projected_gradient: g of the last step and first group, before clipping: 0-d float64 tensor on the losses' device.
+        projected_gradient: g of the last step, first group and first query, before clipping: 0-d float64 tensor on the losses' device.
         skipped: number of steps whose g, or coefficient in fp32, was not finite; such a step leaves the weights as they were.
         steps: number of steps done.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; names it, its value and the remedy.
+        TypeError, ValueError: an argument is wrong, or parts make no sense together; names it, its value and the remedy.
     """
+
+    _kept: rules.Kept
+    _held: directions.Held
 
     def __init__(
         self,
@@ -117,22 +156,34 @@ class MeZOStep(torch.optim.Optimizer):
         cuda_graph: bool = False,
         rounding: str = "auto",
         kind: str = "gaussian",
-        clip: float | None = None,
+        clip: float | QuantileClip | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
         backend: str | None = None,
         journal: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        estimator: estimators.Estimator | None = None,
+        rule: rules.Rule | None = None,
+        direction: directions.Direction | None = None,
+        blocks: blocking.Blocks | None = None,
+        projection: projection.Projection | None = None,
+        first_order: torch.optim.Optimizer | None = None,
     ) -> None:
+        estimator, rule, direction = estimator or estimators.TwoSided(), rule or rules.SGD(), direction or directions.Dense()
         if resume and journal is None:
             raise ValueError("resume=True needs journal=PATH, the journal of the run to go on with")
         ops.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
         ops.check_choice("rounding", rounding, ("auto", *ops.ROUNDINGS))
         ops.check_choice("kind", kind, ops.KINDS)
         ops.check_word("seed", seed, 64)
-        if clip is not None and not ops.check_fp32("clip", clip) > 0:
-            raise ValueError(f"clip={clip!r} must be positive, or None for no clipping")
-        named = parameters.read_params(model_or_params, model, weight_decay)
+        if clip is not None and not isinstance(clip, QuantileClip) and not ops.check_fp32("clip", clip) > 0:
+            raise ValueError(f"clip={clip!r} must be positive, a QuantileClip, or None for no clipping")
+        if first_order is not None and journal is not None:
+            raise ValueError(
+                "journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
+            )
+        theirs = {id(p) for g in first_order.param_groups for p in g["params"]} if first_order is not None else set()
+        named = parameters.read_params(model_or_params, model, weight_decay, theirs)
         if perturbation == "scratch" and named.model is None:
             raise ValueError(
                 "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
@@ -148,6 +199,7 @@ class MeZOStep(torch.optim.Optimizer):
             raise ValueError(
                 f"lazy=True with perturbation={perturbation!r}: only passes in place can be merged with the next step's; give 'inplace'"
             )
+        _check_parts(estimator, rule, direction, blocks, projection, first_order, clip, kind, lazy, cuda_graph, scratch or None)
         if lazy and cuda_graph:
             raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
@@ -160,6 +212,15 @@ class MeZOStep(torch.optim.Optimizer):
         for _, p in (pair for g in named.groups for pair in g["params"]):
             if not p.is_meta:
                 backends.pick(p.device, backend)
+        self._estimator, self._rule, self._direction, self._blocks = estimator, rule, direction, blocks
+        self._projection = projection.of(int(seed)) if projection is not None else None
+        self._first_order = first_order
+        self._points = estimator.points()
+        self._terms = rule.size(estimator.directions) + (projection.size if projection is not None else 0)
+        self._kept, self._held = rule.of(), direction.of(int(seed))
+        self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, QuantileClip) else 1)  # |g|, fp32
+        self._views: dict[int | None, perturb.View] = {}
+        self._members: list[list[str]] = []  # the blocks' parameters
         self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
         self._scratch, self._clip, self._maximize = scratch, clip, maximize
         self._lazy, self._scratch_bytes = lazy, scratch_bytes
@@ -168,7 +229,7 @@ class MeZOStep(torch.optim.Optimizer):
         self._flush_at_exit: weakref.finalize[..., Any] | None = None
         self._inside = False  # a step is under way
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
-        self._tag = self._first_tag = 0  # of the next direction, one a step, and of the run's first
+        self._tag = self._first_tag = 0  # of the next step's first direction, and of the run's
         self._skipped: Tensor | int = 0
         self.projected_gradient: Tensor | None = None
         self._streams = parameters.streams_of(named.all_names)
@@ -195,41 +256,84 @@ class MeZOStep(torch.optim.Optimizer):
 
     @torch.inference_mode(False)
     def _refresh(self) -> perturb.View:
-        """The view of the weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
-        view = self._view
-        if (
-            view is None
-            or len(view.groups) != len(self.param_groups)
-            or not all(w.current(g) for w, g in zip(view.groups, self.param_groups, strict=True))
-            or view.moved()
-        ):
-            self.flush()  # of the weights as they were
-            groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
-            ops.check_overlap(
-                [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
-                "a step updates each weight once",
+        """The view of the next step's weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
+        block = self._blocks.at(self.steps, len(self._members), self._seed) if self._blocks and self._members else None
+        view = self._views.get(block)
+        if view is not None and view is not self._view and isinstance(self._view, perturb.Scratch):
+            self._view.release()  # another block's
+        if view is not None and self._current(view, block) and not view.moved():
+            self._view = view
+            return view
+        self.flush()  # of the weights as they were
+        if view is not None:
+            self._views.clear()
+        if self._blocks is not None:
+            names = [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=False) if p.requires_grad]
+            self._members = self._blocks.split(names)
+            block = self._blocks.at(self.steps, len(self._members), self._seed)
+        among = self._among(block)
+        self._held.expect(
+            [
+                (n, p, self._streams[n])
+                for g in self.param_groups
+                for n, p in zip(g["param_names"], g["params"], strict=False)
+                if p.requires_grad and (among is None or n in among)
+            ]
+        )
+        groups = [
+            parameters.Weights.of_group(g, self._streams, among, self._limits, self._direction.update_differs)
+            for g in self.param_groups
+        ]
+        ops.check_overlap(
+            [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
+            "a step updates each weight once",
+        )
+        options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
+        if isinstance(self._estimator, estimators.ForwardGradient):
+            assert self._model is not None
+            view = tangents.Tangents(groups, self._model, self._scratch_bytes, **options)
+        elif self._scratch and self._model is not None:
+            view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
+        else:
+            view = perturb.InPlace(groups, self._model, self._lazy, **options)
+            if self._flush_at_exit is not None:
+                self._flush_at_exit.detach()
+            if self._lazy:
+                self._flush_at_exit = weakref.finalize(self, _restore, view, os.getpid())
+        view.mask_tag = self._held.mask_tag
+        there = {view.names[id(p)] for _, _, p in view.places}
+        if lost := sorted(self._owned & set(view.names.values()) - there):
+            raise RuntimeError(
+                f"{len(lost)} parameters are no longer in the model ({', '.join(lost[:3])}): they were replaced (untied, "
+                "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new optimizer "
+                "of the model; load_state_dict(old.state_dict()) goes on with the run"
             )
-            options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
-            if self._scratch and self._model is not None:
-                view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
-            else:
-                view = perturb.InPlace(groups, self._model, self._lazy, **options)
-                if self._flush_at_exit is not None:
-                    self._flush_at_exit.detach()
-                if self._lazy:
-                    self._flush_at_exit = weakref.finalize(self, _restore, view, os.getpid())
-            there = {view.names[id(p)] for _, _, p in view.places}
-            if lost := sorted(self._owned & set(view.names.values()) - there):
-                raise RuntimeError(
-                    f"{len(lost)} parameters are no longer in the model ({', '.join(lost[:3])}): they were replaced (untied, "
-                    "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new MeZOStep "
-                    "of the model; load_state_dict(old.state_dict()) goes on with the run"
-                )
-            if self._recorder is not None:
-                self._check_recorded(groups)
-            self._owned |= there
-            self._view, self._graphs = view, None
+        if self._recorder is not None:
+            self._check_recorded()
+        self._owned |= there
+        self._view = self._views[block] = view
+        self._graphs = None
         return view
+
+    def _current(self, view: perturb.View, block: int | None) -> bool:
+        among = self._among(block)
+        return len(view.groups) == len(self.param_groups) and all(
+            w.current(g, among) for w, g in zip(view.groups, self.param_groups, strict=True)
+        )
+
+    def _among(self, block: int | None) -> set[str] | None:
+        return None if block is None else set(self._members[block])
+
+    def _limits(self, name: str, p: Tensor) -> directions.Limits:
+        return self._held.limits(name, p, self._streams[name])
+
+    def _prepare(self, view: perturb.View) -> None:
+        """Masks, scales and factors of the next step, from the clean weights."""
+        params = {n: p for w in view.groups for n, p in zip(w.names, w.params, strict=True)}
+        self._held.prepare(self.steps, self._tag, params)
+        if view.mask_tag != self._held.mask_tag:
+            assert self._held.mask_tag is not None
+            view.retag(self._held.mask_tag)
 
     # -- weights that stand ahead of their values --
 
@@ -274,7 +378,7 @@ class MeZOStep(torch.optim.Optimizer):
             raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
         if batches is not None and not len(batches):
             raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
-        if self._tag >= 1 << 32:
+        if self._tag + self._terms > 1 << 32:
             raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
         for number, group in enumerate(self.param_groups):
             _check_group(f"param_groups[{number}]: ", group)
@@ -283,6 +387,7 @@ class MeZOStep(torch.optim.Optimizer):
             self._recorder.check()
         self._inside, tag = True, self._tag
         try:
+            self._prepare(view)
             loss = self._graphed(view, closure, batches) if self._graph_wanted else None
             if loss is None:
                 loss = self._eager(view, closure, batches)
@@ -310,16 +415,34 @@ class MeZOStep(torch.optim.Optimizer):
         after: list[Tensor] = []
 
         def between() -> None:
-            after[:] = rng.get()
+            if not after:
+                after[:] = rng.get()
             rng.set(before)
 
         numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
+        undo: Callable[[], None] = projection.NOTHING
+        inner: list[float] = []
         try:
-            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, commit=not rehearsal)
+            if self._first_order is not None:
+                self._backpropagate(closure, batches)
+                between()
+            if self._projection is not None:
+                inner, undo = self._projection.learn(
+                    self.steps,
+                    self._tag + self._terms - self._projection.size,
+                    self._trained(),
+                    lambda: _evaluate(closure, batches),
+                    between,
+                    -1.0 if self._maximize else 1.0,
+                )
+            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, undo, commit=not rehearsal)
         except BaseException:
+            undo()
+            if self._first_order is not None:
+                self._first_order.zero_grad()
             rng.set(before)
             raise
-        rng.set(before if rehearsal else after)
+        rng.set(before if rehearsal else after or rng.get())
         if self._graph_wanted and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             self._refuse_graph("the forwards draw random numbers (dropout? call model.eval())")
         return loss
@@ -393,71 +516,173 @@ class MeZOStep(torch.optim.Optimizer):
         tag: perturb.Tag,
         numbers: Sequence[Numbers],
         between: Callable[[], None] = lambda: None,
+        inner: Sequence[float] = (),
+        undo: Callable[[], None] = lambda: None,
         *,
         commit: bool,
     ) -> Tensor:
-        """Two forwards and the update; the mean loss, 0-d float64. `between` is called between the forwards. `commit`: the step counts."""
-        with view.step(recorded=isinstance(tag, Tensor)):
-            view.see([[(tag, n.eps)] for n in numbers])
-            plus = _evaluate(closure, batches)
+        """The forwards and the update; the loss, 0-d float64. `between` is called after each forward. `inner`: of a projection, and
+        `undo`, in case that the step is skipped. `commit`: the step counts."""
+        tags = self._tags(tag)
+        losses: list[Tensor] = []
+        dual = isinstance(view, tangents.Tangents)
+
+        def at(shifts: list[perturb.Shift]) -> Tensor:
+            view.see(shifts)
+            loss = _evaluate(closure, batches, dual)
             view.check()
             between()
-            view.see([[(tag, -n.eps)] for n in numbers])
-            minus = _evaluate(closure, batches)
-            view.check()
-            updates = self._updates(tag, numbers, plus, minus)
+            return loss
+
+        with view.step(recorded=isinstance(tag, Tensor)):
+            for point in self._points:
+                losses.append(at([[(tags[i], factor * n.eps) for i, factor in point] for n in numbers]))
+            decided = self._decide(tags, numbers, losses, inner)
+            if inner and decided[0].go is False:
+                with view.clean():
+                    undo()
+            if isinstance(self._rule, rules.Conservative) and decided[0].go is not False:
+                decided = self._choose(decided, at)
             ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
             with perturb.uninterrupted():  # record, weights and tag agree, or none has changed
                 queued = self._record(numbers) if commit else None
-                view.update(updates, *ahead)
+                self._apply(view, decided, *ahead)
+                if self._first_order is not None:
+                    if decided[0].go is not False:
+                        self._first_order.step()
+                    self._first_order.zero_grad()
                 if queued is not None and self._recorder is not None:
                     self._recorder.put(*queued)
-                self._tag += commit
-        return (plus + minus) / 2
+                if commit:
+                    self._tag += self._terms
+                    if isinstance(self._clip, QuantileClip):
+                        assert self._summary is not None
+                        self._past.append(_fp32_of(abs(self._summary.gradient)))
+        return self._estimator.loss(losses)
 
-    def _updates(self, tag: perturb.Tag, numbers: Sequence[Numbers], plus: Tensor, minus: Tensor) -> list[perturb.Update]:
-        """The step's terms for each group, from two float64 losses. On the CPU they are numbers; elsewhere they stay tensors, so
-        that the host does not wait for the device."""
-        difference = plus - minus
-        if isinstance(tag, Tensor) and difference.device != tag.device:
-            raise graph.Refused(f"the closure returns a loss on {difference.device}: return the tensor that the device computed")
-        self.projected_gradient = difference / (2 * numbers[0].eps)
-        on_host = difference.device.type == "cpu" and isinstance(tag, int)
+    def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
+        """Of a step's directions."""
+        return [tag + i if i else tag for i in range(self._estimator.directions)]
+
+    def tags_of(self, step: int) -> list[int]:
+        """The tags of the directions of the run's step number `step` (0: the first): z_i of a parameter is
+        ``zk.normal(shape, seed=seed, stream=zk.stream_of(name), tag=tags[i])``."""
+        return [int(t) for t in self._tags(self._first_tag + step * self._terms)]
+
+    def _decide(
+        self, tags: Sequence[perturb.Tag], numbers: Sequence[Numbers], losses: Sequence[Tensor], inner: Sequence[float]
+    ) -> list[rules.Applied]:
+        """The step's numbers for each group, from float64 losses. On the CPU they are numbers; elsewhere they stay tensors, so that the host
+        does not wait for the device."""
+        if inner:
+            losses = [loss.cpu() for loss in losses]  # the host has waited for the projection's losses
+        device, recorded = losses[0].device, isinstance(tags[0], Tensor)
+        if recorded and device != tags[0].device:  # type: ignore[union-attr]
+            raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
+        on_host = device.type == "cpu" and not recorded
         sign = 1.0 if self._maximize else -1.0
-        raw: list[Any] = [(difference if not on_host else float(difference)) / (2 * n.eps) for n in numbers]
-        gs, clipped = raw, False if on_host else torch.zeros_like(difference, dtype=torch.bool)
-        if self._clip is not None and on_host:
-            gs = [min(max(g, -self._clip), self._clip) for g in raw]
-            clipped = any(abs(g) > self._clip for g in raw)
-        elif self._clip is not None:
-            gs = [g.clamp(-self._clip, self._clip) for g in raw]
-            clipped = torch.stack([g.abs() > self._clip for g in raw]).any()
-        # The update as it is recorded, an fp32 number: what is formed of it later is formed from that.
-        us: list[Any] = [
-            _fp32(sign * n.lr * g) if on_host else (sign * n.lr * g).float().double() for n, g in zip(numbers, gs, strict=True)
+        raw: list[list[Any]] = [self._estimator.gradients(losses, n.eps) for n in numbers]
+        self.projected_gradient = raw[0][0]
+        loss: Any = self._estimator.loss(losses)
+        if on_host:
+            raw, loss = [[float(g) for g in gs] for gs in raw], float(loss)
+        gs, clipped = self._clipped(raw, on_host)
+        curvatures: list[Any] = [None] * len(numbers)
+        if self._rule.wants_curvature:
+            curvatures = [self._estimator.curvature(losses, n.eps) for n in numbers]
+            curvatures = [float(c) for c in curvatures] if on_host else curvatures
+        # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
+        coefs: list[list[Any]] = [
+            [_fp32_of(c) for c in self._rule.decide([sign * g for g in group], n.lr, curvature)]
+            for group, n, curvature in zip(gs, numbers, curvatures, strict=True)
         ]
         decays: list[perturb.Coefficient] = [n.decay for n in numbers]
+        before = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
         finite: Any
         if on_host:
-            finite = math.isfinite(float(difference)) and all(map(math.isfinite, us))
+            finite = all(math.isfinite(x) for group in (*raw, *coefs) for x in group)
             if not finite:
                 self._skipped = self._skipped + 1
-                us, decays = [0.0] * len(us), [1.0] * len(us)
+                coefs, decays = [[0.0] * len(group) for group in coefs], [1.0] * len(decays)
         else:
-            finite = difference.isfinite() & torch.stack(us).isfinite().all()
+            everything = [torch.as_tensor(x, device=device, dtype=torch.float64) for group in (*raw, *coefs) for x in group]
+            finite = torch.stack(everything).isfinite().all()
             if isinstance(self._skipped, Tensor):
                 self._skipped += ~finite  # in place: a graph counts here too
             else:
                 self._skipped = self._skipped + (~finite).long()
-            us = [torch.where(finite, u, 0.0) for u in us]
+            coefs = [[torch.where(finite, c, 0.0) for c in group] for group in coefs]
             decays = [
                 d if isinstance(d, float) and d == 1.0
-                else torch.where(finite, d if isinstance(d, Tensor) else torch.full_like(difference, d), 1.0)
+                else torch.where(finite, d if isinstance(d, Tensor) else torch.full((), d, dtype=torch.float64, device=device), 1.0)
                 for d in decays
             ]  # fmt: skip
-        loss = (plus + minus) / 2
-        self._summary = record.Summary(float(loss) if on_host else loss, raw[0], finite, clipped, us)
-        return [perturb.Update([(tag, u)], d, self._rounding) for u, d in zip(us, decays, strict=True)]
+        first = list(inner) if finite is True else [0.0] * len(inner)
+        recorded_coefs = [[*group, *(first if k == 0 else [0.0] * len(first))] for k, group in enumerate(coefs)]
+        self._summary = record.Summary(loss, raw[0][0], finite, clipped, recorded_coefs)
+        count = self.steps + 1 - before if self._rule.memory else 0
+        return [
+            rules.Applied(k, tags, group, d, self._rounding, count, finite)
+            for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
+        ]
+
+    def _clipped(self, raw: list[list[Any]], on_host: bool) -> tuple[list[list[Any]], Any]:
+        limit = self._clip.limit(list(self._past)) if isinstance(self._clip, QuantileClip) else self._clip
+        if limit is None:
+            return raw, False if on_host else torch.zeros_like(raw[0][0], dtype=torch.bool)
+        if on_host:
+            top = float(limit)
+            return [[min(max(g, -top), top) for g in gs] for gs in raw], any(abs(g) > top for gs in raw for g in gs)
+        return (
+            [[g.clamp(-limit, limit) for g in gs] for gs in raw],
+            torch.stack([g.abs() > limit for gs in raw for g in gs]).any(),
+        )
+
+    def _choose(self, decided: list[rules.Applied], at: Callable[[list[perturb.Shift]], Tensor]) -> list[rules.Applied]:
+        """Evaluate a conservative rule's candidates and keep the best."""
+        rule = self._rule
+        assert isinstance(rule, rules.Conservative) and self._summary is not None
+        tried = [a.coefs[0] for a in decided]
+        trials = zip(*(rule.trials(a.tags[0], u) for a, u in zip(decided, tried, strict=True)), strict=True)
+        chosen = rule.choose([at(list(shifts)) for shifts in trials], tried)
+        coefs = [[c, u] for c, u in zip(chosen, tried, strict=True)]
+        self._summary = self._summary._replace(coefs=coefs)
+        return [replace(a, coefs=c) for a, c in zip(decided, coefs, strict=True)]
+
+    def _apply(self, view: perturb.View, decided: Sequence[rules.Applied], *ahead: Any) -> None:
+        """Weights and state as a function of the step's numbers: the one place where a live step and a replayed one change them."""
+        rule, kept = self._rule, self._kept
+        if not rule.stateful:
+            view.update([perturb.Update(rule.terms(kept, a), a.decay, a.rounding) for a in decided], *ahead)
+            return
+        options = {"seed": self._seed, "kind": self._kind, "backend": self._backend, "held": self._held}
+        with view.clean():
+            for a in decided:
+                if a.go is not False:
+                    rule.run(kept, a, view.groups[a.group], options)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.requires_grad}
+
+    def _backpropagate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> None:
+        """Gradients of the first-order optimizer's parameters at theta; no graph is kept for ours."""
+        assert self._first_order is not None
+        ours = list(self._trained().values())
+        self._first_order.zero_grad()
+        try:
+            for p in ours:
+                p.requires_grad_(False)
+            with torch.enable_grad():
+                for batch in [None] if batches is None else batches:
+                    loss = closure() if batches is None else closure(batch)
+                    if not isinstance(loss, Tensor) or not loss.requires_grad:
+                        raise TypeError(
+                            "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer"
+                        )
+                    (loss / (1 if batches is None else len(batches))).backward()
+        finally:
+            for p in ours:
+                p.requires_grad_(True)
 
     @property
     def skipped(self) -> int:
@@ -465,7 +690,7 @@ class MeZOStep(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
-        return self._tag - self._first_tag
+        return (self._tag - self._first_tag) // self._terms
 
     # -- the journal --
 
@@ -505,7 +730,13 @@ class MeZOStep(torch.optim.Optimizer):
             "kind": self._kind,
             "perturbation": "scratch" if self._scratch else "lazy" if self._lazy else "inplace",
         }
-        trained = [(n, p) for w in view.groups for n, p in zip(w.names, w.params, strict=True)]
+        if self._first_order is not None:
+            raise RuntimeError(
+                "a journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
+            )
+        groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]  # with the masks and scales that stay
+        mine |= {"terms": self._terms, "method": self.method()}
+        trained = [(n, p) for w in groups for n, p in zip(w.names, w.params, strict=True)]
         ids = {id(p) for _, p in trained}
         frozen = [(n, p) for n, p in (self._model.named_parameters() if self._model is not None else ()) if id(p) not in ids]
         past = writer = None
@@ -520,7 +751,7 @@ class MeZOStep(torch.optim.Optimizer):
                 replace = True
         if writer is not None and past is not None:
             try:
-                record.check_header(past.header, mine, view.groups)
+                record.check_header(past.header, mine, groups)
                 journals.verify_base(past.header, [*trained, *frozen])
                 self._replay(view, past)
             except BaseException:
@@ -531,10 +762,11 @@ class MeZOStep(torch.optim.Optimizer):
                 "lr": [float(g["lr"]) for g in self.param_groups],
                 "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
             }
-            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": self._clip, "maximize": self._maximize}
+            clip = self._clip if not isinstance(self._clip, QuantileClip) else None  # that one is in the method
+            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": clip, "maximize": self._maximize}
             header = journals.Header(
-                parameters=record.table(view.groups),
-                groups=len(view.groups),
+                parameters=record.table(groups),
+                groups=len(groups),
                 frozen=tuple(journals.Frozen.of(n, p) for n, p in frozen),
                 hyperparameters={**about, **(hyperparameters or {})},
                 notes=notes,
@@ -557,15 +789,71 @@ class MeZOStep(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.reopen()
 
+    def method(self) -> dict[str, Any] | None:
+        """What the numbers of a record mean, for a journal's header: JSON; None where they are the coefficients of an update along directions
+        that stay, as in plain MeZO: such records replay without an optimizer."""
+        plain = isinstance(self._direction, directions.Dense) and type(self._direction) is directions.Dense
+        plain &= type(self._rule) in (rules.SGD, rules.Sign) and self._blocks is None and self._projection is None
+        plain &= isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
+        if plain and not isinstance(self._clip, QuantileClip):
+            return None
+        parts = {
+            "estimator": self._estimator,
+            "rule": self._rule,
+            "direction": self._direction,
+            "blocks": self._blocks,
+            "projection": self._projection.config if self._projection else None,
+            "clip": self._clip if isinstance(self._clip, QuantileClip) else None,
+        }
+        return {what: record.described(part) for what, part in parts.items() if part is not None}
+
     def _replay(self, view: perturb.View, past: journals.Journal) -> None:
-        replayer = replays.Replayer(view.groups, past.header, self._backend)
-        replayer.records(past.records)
-        if isinstance(view, perturb.InPlace):
-            view.at = list(replayer.at)
-        self._tag, self._first_tag = past.next_tag, past.next_tag - len(past.steps)
+        if past.header.method is None:
+            replayer = replays.Replayer(view.groups, past.header, self._backend)
+            replayer.records(past.records)
+            if isinstance(view, perturb.InPlace):
+                view.at = list(replayer.at)
+        else:
+            self.apply_records(past.header, past.records)
+        self._tag = past.next_tag
+        self._first_tag = past.next_tag - len(past.steps) * self._terms
         self._skipped = int(past.flag("skipped").sum())
         if len(past.steps):
             self.projected_gradient = torch.tensor(float(past.steps["gradient"][-1]), dtype=torch.float64)
+
+    @torch.no_grad()
+    def apply_records(self, header: journals.Header, recorded: Any) -> None:
+        """The steps of a journal with this method again: every pass and every state, without a forward."""
+        for tag, flags, decays, epses, coefs in replays.rows(header, recorded):
+            if not self.steps:
+                self._first_tag = tag
+            self._tag = tag
+            view, tags = self._refresh(), self._tags(tag)
+            go = not flags & journals.FLAGS["skipped"]
+            rounding = "stochastic" if flags & journals.FLAGS["stochastic"] else "nearest"
+            count = self.steps + 1 - int(self._skipped)
+            if self._projection is not None:
+                own = self._terms - self._projection.size
+                self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own:], go)
+                coefs = [group[:own] for group in coefs]
+            self._prepare(view)
+            decided = [
+                rules.Applied(k, tags, group, d, rounding, count, go)
+                for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
+            ]
+            if epses is not None and isinstance(view, perturb.InPlace):
+                view.expect()
+                shifts = [[[(tags[i], factor * e) for i, factor in point] for e in epses] for point in self._points]
+                if isinstance(self._rule, rules.Conservative) and go:
+                    rule = self._rule
+                    shifts += [list(t) for t in zip(*(rule.trials(tag, c[1]) for c in coefs), strict=True)]
+                for shift in shifts:
+                    view.see(shift)
+            self._apply(view, decided)
+            self._tag = tag + self._terms
+            self._skipped = int(self._skipped) + (not go)
+        if isinstance(self._clip, QuantileClip):
+            self._past.extend(abs(float(g)) for g in recorded["gradient"])
 
     def _entry(self, numbers: Sequence[Numbers]) -> dict[str, Any]:
         """What the host knows of the step's record."""
@@ -587,7 +875,7 @@ class MeZOStep(torch.optim.Optimizer):
         if isinstance(s.finite, Tensor):
             return entry, s.queued()
         try:
-            self._recorder.append(record.complete(entry, [s.loss, s.gradient, s.finite, s.clipped, *s.coefs]))
+            self._recorder.append(record.complete(entry, s.values()))
         except BaseException:
             self._flushed = flushed
             raise
@@ -599,18 +887,25 @@ class MeZOStep(torch.optim.Optimizer):
             return
         if not view.whole:
             self._recorder.broken = "a pass over the weights was cut short"
+        elif self._recorder.writer.header.method is not None and view.seen:
+            self._recorder.broken = "a step failed, and its passes in place rounded the weights"
         elif view.seen and self._tag == tag:
             entry = self._entry([n._replace(decay=1.0) for n in self._numbers()])
-            entry |= {"coefs": [[0.0]] * len(view.groups), "failed": "plus" if view.seen == 1 else "minus"}
+            entry |= {"coefs": [[0.0] * self._terms] * len(view.groups), "failed": "plus" if view.seen == 1 else "minus"}
             self._recorder.put(entry)
         else:
             self._flushed = self._lazy  # the step was done, or not begun, and the weights were restored from ahead
 
-    def _check_recorded(self, groups: Sequence[parameters.Weights]) -> None:
+    def _check_recorded(self) -> None:
         """The journal's table of parameters is that of the whole run."""
         assert self._recorder is not None
         recorded = {(p.name, p.group) for p in self._recorder.writer.header.parameters}
-        now = {(n, k) for k, w in enumerate(groups) for n in w.names}
+        now = {
+            (n, k)
+            for k, g in enumerate(self.param_groups)
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+            if p.requires_grad
+        }
         if recorded != now:
             raise RuntimeError(
                 f"parameter {min(recorded ^ now)[0]!r} was frozen, unfrozen, added or moved to another group, and the journal "
@@ -626,10 +921,14 @@ class MeZOStep(torch.optim.Optimizer):
         state["zo"] = {
             "seed": self._seed,
             "tag": self._tag,
+            "first_tag": self._first_tag,
             "skipped": self.skipped,
             "kind": self._kind,
             "streams": dict(self._streams),
+            "parts": {"rule": self._kept.state(), "direction": self._held.state(), "past": [float(g) for g in self._past]},
         }
+        if self._projection is not None:
+            state["zo"]["parts"]["projection"] = self._projection.state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -645,7 +944,9 @@ class MeZOStep(torch.optim.Optimizer):
             )
         self.flush()
         if "zo" not in state_dict:
-            raise ValueError("state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of a MeZOStep")
+            raise ValueError(
+                "state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of one of its optimizers"
+            )
         zo = state_dict["zo"]
         if zo["kind"] != self._kind:
             raise ValueError(
@@ -657,10 +958,25 @@ class MeZOStep(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model"
             )
+        parts = zo.get("parts")
+        if parts is not None:
+            for what, part in (("rule", self._kept), ("direction", self._held), ("projection", self._projection)):
+                if part is not None and what not in parts:
+                    raise ValueError(
+                        f"state_dict was saved by a method without a {what} of this kind: make the optimizer with the same parts"
+                    )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        if parts is not None:
+            self._kept.load(parts["rule"])
+            self._held.load(parts["direction"])
+            self._past.clear()
+            self._past.extend(parts["past"])
+            if self._projection is not None:
+                self._projection.load(parts["projection"])
         self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
-        self._first_tag = 0
+        self._first_tag = zo.get("first_tag", 0)
         self._view = None
+        self._views = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group's parameters need names (``(name, tensor)`` pairs) that the model had at the start or new ones."""
@@ -697,6 +1013,7 @@ class MeZOStep(torch.optim.Optimizer):
             return
         at = self.__dict__.pop("_at")
         self._view = self._graphs = self._flush_at_exit = self._recorder = self._recorder_closes = None
+        self._views = {}
         self._inside = False
         view = self._refresh()
         if isinstance(view, perturb.InPlace) and at is not None and len(at) == len(view.at):
@@ -704,19 +1021,68 @@ class MeZOStep(torch.optim.Optimizer):
         if self._lazy and self._model is not None:
             self._guard(self._model)
 
-    def __copy__(self) -> MeZOStep:
+    def __copy__(self) -> ZOStep:
         raise TypeError(
             "a shallow copy would step the same weights with the same noise: copy.deepcopy((model, optimizer)) copies both"
         )
 
 
-_MADE_ANEW = {"_view", "_graphs", "_flush_at_exit", "_recorder", "_recorder_closes", "_inside", "step", "_zero_grad_profile_name"}
+_MADE_ANEW = {
+    "_view",
+    "_views",
+    "_graphs",
+    "_flush_at_exit",
+    "_recorder",
+    "_recorder_closes",
+    "_inside",
+    "step",
+    "_zero_grad_profile_name",
+}
+
+
+PARTS: Mapping[str, Sequence[type[Any]]] = {
+    "estimator": (estimators.TwoSided, estimators.OneSided, estimators.ThreePoint, estimators.ForwardGradient),
+    "rule": rules.RULES,
+    "direction": directions.DIRECTIONS,
+    "blocks": (blocking.Blocks,),
+    "projection": (projection.Projection,),
+    "clip": (QuantileClip,),
+}
+
+
+def replayer(header: journals.Header, groups: Sequence[parameters.Weights], backend: str | None) -> ZOStep:
+    """An optimizer that can apply the records of a journal with a method to the weights that it started from.
+
+    Raises:
+        ValueError: the method is none that this version knows.
+    """
+    if header.method is None or (unknown := set(header.method) - set(PARTS)):
+        raise ValueError(f"the journal's method has the parts {sorted(unknown)}, which this version of zo_kernels does not know")
+    parts = {what: record.part_of(what, content, PARTS[what]) for what, content in header.method.items()}
+    params = [
+        {
+            "params": list(zip(w.names, w.params, strict=True)),
+            "mask": dict(zip(w.names, w.masks, strict=True)),
+            "scale": dict(zip(w.names, w.scales, strict=True)),
+        }
+        for w in groups
+    ]
+    if isinstance(parts.get("estimator"), estimators.ForwardGradient):
+        parts["estimator"] = estimators.TwoSided()  # one direction too, and nothing is evaluated
+    optimizer = ZOStep(
+        params, lr=0.0, eps=1.0, seed=header.seed, kind=header.kind, perturbation="inplace", backend=backend, **parts
+    )
+    # The noise that the run had: in another set of names a collision may have been resolved in another way.
+    optimizer._streams = {n: s for w in groups for n, s in zip(w.names, w.streams, strict=True)}
+    optimizer._held = optimizer._direction.of(header.seed)
+    optimizer._views, optimizer._view = {}, None
+    return optimizer
 
 
 class _Flush:
     """A module's hook that makes a lazy optimizer's weights clean. A copy of it, in a copied or pickled module, does nothing."""
 
-    def __init__(self, optimizer: MeZOStep | None = None) -> None:
+    def __init__(self, optimizer: ZOStep | None = None) -> None:
         self.optimizer = weakref.ref(optimizer) if optimizer is not None else None
 
     def __call__(self, *_: Any, **__: Any) -> None:
@@ -739,6 +1105,11 @@ def _fp32(x: float) -> float:
     return ctypes.c_float(x).value
 
 
+def _fp32_of(x: Any) -> Any:
+    """x, a number or a float64 tensor, rounded to fp32."""
+    return x.float().double() if isinstance(x, Tensor) else _fp32(x)
+
+
 def _remove(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
@@ -759,6 +1130,57 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
 
 
+def _check_parts(
+    estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, first_order: Any, clip: Any, kind: str, lazy: bool,
+    cuda_graph: bool, scratch: bool | None,
+) -> None:  # fmt: skip
+    """Parts that make sense together.
+
+    Raises:
+        TypeError, ValueError: says which do not, and why.
+    """
+    for what, part in (("estimator", estimator), ("rule", rule), ("direction", direction)):
+        known = tuple(PARTS[what])
+        if not isinstance(part, known):
+            raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
+    rule.check(estimator.directions, direction.name)
+    plain = type(direction) is directions.Dense and blocks is None and projection is None and first_order is None
+    simple = isinstance(rule, (rules.SGD, rules.Sign)) and not isinstance(clip, QuantileClip) and plain
+    if lazy and not (simple and estimator == estimators.TwoSided()):
+        raise ValueError(
+            "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only"
+        )
+    if cuda_graph and not (simple and not isinstance(estimator, estimators.ForwardGradient)):
+        raise ValueError(
+            "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions"
+        )
+    three, inverse = isinstance(estimator, estimators.ThreePoint), isinstance(direction, directions.InverseRoot)
+    if isinstance(rule, rules.HessianDiagonal) != inverse or (inverse and not three):
+        raise ValueError("HessianDiagonal, InverseRoot and ThreePoint are the parts of one method, HiZOO: give all three")
+    if inverse and kind != "gaussian":
+        raise ValueError(
+            f"kind={kind!r} with HessianDiagonal: z^2 = 1 everywhere tells nothing about single weights; take 'gaussian'"
+        )
+    if isinstance(direction, directions.LowRank):
+        if estimator.directions != 1 or kind != "gaussian":
+            raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
+    if isinstance(rule, rules.Conservative) and direction.update_differs:
+        raise ValueError(
+            f"rule=Conservative() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
+        )
+    if isinstance(estimator, estimators.ForwardGradient):
+        if scratch is None:
+            raise ValueError(
+                "estimator=ForwardGradient() differentiates the model: give a plain (not compiled) module, and perturbation='auto' or 'scratch'"
+            )
+        if isinstance(rule, rules.Conservative):
+            raise ValueError("rule=Conservative() with ForwardGradient(): its trials perturb weights; take TwoSided()")
+    if projection is not None and (blocks is not None or isinstance(rule, rules.Conservative)):
+        raise ValueError(
+            "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
+        )
+
+
 def _as_loss(value: Any) -> Tensor:
     """A closure's result as a 0-d float64 tensor on its own device."""
     if isinstance(value, Tensor):
@@ -777,7 +1199,9 @@ def _as_loss(value: Any) -> Tensor:
         raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
 
 
-def _evaluate(closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
+def _evaluate(closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
+    """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
+    as_loss = tangents.as_loss if dual else _as_loss
     if batches is None:
-        return _as_loss(closure())
-    return torch.stack([_as_loss(closure(batch)) for batch in batches]).mean()
+        return as_loss(closure())
+    return torch.stack([as_loss(closure(batch)) for batch in batches]).mean(0)

@@ -1,0 +1,338 @@
+"""Which directions a step perturbs along: what limits, scales or replaces z in each parameter.
+
+Belongs here: masks, scales and factors as functions of the step and of the clean weights, held in tensors that keep their addresses, so that
+plans, tables in device memory and views stay what they are while the contents change. Does not belong here: the noise (zo_kernels.ops), which
+parameters take part in a step (blocks.py).
+
+Everything that a direction holds is a function of the seed, the step and the weights before it, so that a replay makes it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zo_kernels import lowrank, ops
+
+CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
+
+
+class Limits(NamedTuple):
+    """What a direction does to one parameter. `update_scale`: in the update, where it differs from the perturbation's `scale`."""
+
+    mask: ops.Mask = None
+    scale: Any = None
+    factors: tuple[Tensor, Tensor] | None = None
+    update_scale: Any = None
+
+
+class Direction:
+    """A configuration; `of` makes what holds its tensors in one optimizer."""
+
+    name: ClassVar[str]
+    update_differs: ClassVar[bool] = False  # perturbation and update use different scales
+
+    def of(self, seed: int) -> Held:
+        return Held(self, seed)
+
+
+@dataclass(frozen=True)
+class Dense(Direction):
+    """Gaussian or Rademacher in every element (`kind` of the optimizer)."""
+
+    name: ClassVar[str] = "dense"
+
+
+class Held:
+    """The tensors of one optimizer's direction, by parameter name."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.made: dict[str, Limits] = {}
+        self.mask_tag: int | None = None  # of random masks, where it changes
+
+    def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
+        """The (name, parameter, stream) of a new view, before `limits` is asked for each."""
+
+    def limits(self, name: str, p: Tensor, stream: int) -> Limits:
+        """For a new view; the same tensors for the same parameter, unless it changed its device or shape."""
+        limits = self.made.get(name)
+        if limits is None or not self.fits(limits, p):
+            limits = self.made[name] = self.make(name, p, stream)
+        return limits
+
+    def fits(self, limits: Limits, p: Tensor) -> bool:
+        return all(t.device == p.device for t in _tensors(limits))
+
+    def make(self, name: str, p: Tensor, stream: int) -> Limits:
+        return Limits()
+
+    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        """Before the forwards of a step, the weights being clean: contents for this step of the parameters that take part."""
+
+    def state(self) -> dict[str, Any]:
+        """What is no function of the present weights; for state_dict."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def _tensors(limits: Limits) -> list[Tensor]:
+    found: list[Tensor] = []
+    for part in limits:
+        for x in part if isinstance(part, tuple) else (part,):
+            if isinstance(x, Tensor):
+                found.append(x)
+    return found
+
+
+# ---- sparse -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RandomSparse(Direction):
+    """Each weight takes part with probability `keep`; a new mask every `every` steps. Nothing is stored: the mask is noise too (docs/numerics.md,
+    section 4), in perturbation and update alike."""
+
+    keep: float = 0.1
+    every: int = 1
+    name: ClassVar[str] = "random-sparse"
+
+    def __post_init__(self) -> None:
+        ops.RandomMask(self.keep)
+        _check_every(self.every)
+
+    def of(self, seed: int) -> Held:
+        return _Random(self, seed)
+
+
+class _Random(Held):
+    config: RandomSparse
+    mask_tag: int
+
+    def __init__(self, config: RandomSparse, seed: int) -> None:
+        super().__init__(config, seed)
+        self.mask_tag = 0
+
+    def fits(self, limits: Limits, p: Tensor) -> bool:
+        return isinstance(limits.mask, ops.RandomMask) and limits.mask.tag == self.mask_tag
+
+    def make(self, name: str, p: Tensor, stream: int) -> Limits:
+        return Limits(mask=ops.RandomMask(self.config.keep, self.mask_tag))
+
+    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        self.mask_tag = step // self.config.every
+
+
+@dataclass(frozen=True)
+class MagnitudeSparse(Direction):
+    """Sparse-MeZO (Liu et al. 2024, arXiv 2402.15751): a weight takes part where |theta| <= h, h the `quantile` of its tensor's magnitudes at the
+    run's start. The mask is made from the clean weights before each step and held still in it, as bits, in perturbation and update alike: one
+    made anew from weights under perturbation flips membership between the passes."""
+
+    quantile: float = 0.75
+    name: ClassVar[str] = "magnitude-sparse"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.quantile, (int, float)) and 0 < self.quantile <= 1):
+            raise ValueError(f"quantile={self.quantile!r} must be in (0, 1]: the share of the smallest weights that take part")
+
+    def of(self, seed: int) -> Held:
+        return _Magnitude(self, seed)
+
+
+class _Magnitude(Held):
+    """One bit a weight and one threshold a tensor."""
+
+    def __init__(self, config: MagnitudeSparse, seed: int) -> None:
+        super().__init__(config, seed)
+        self.thresholds: dict[str, float] = {}
+
+    def fits(self, limits: Limits, p: Tensor) -> bool:
+        return super().fits(limits, p) and isinstance(limits.mask, Tensor) and limits.mask.numel() == (p.numel() + 7) // 8
+
+    def make(self, name: str, p: Tensor, stream: int) -> Limits:
+        if name not in self.thresholds and p.numel():
+            magnitudes = p.detach().reshape(-1).abs().float()
+            rank = max(1, math.ceil(self.config.quantile * p.numel()))
+            self.thresholds[name] = float(magnitudes.kthvalue(rank).values)
+        return Limits(mask=torch.empty((p.numel() + 7) // 8, dtype=torch.uint8, device=p.device))
+
+    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        for name, p in params.items():
+            bits, flat = self.made[name].mask, p.detach().view(-1)
+            assert isinstance(bits, Tensor)
+            for start in range(0, p.numel(), CHUNK):
+                part = flat[start : start + CHUNK]
+                bits[start // 8 : start // 8 + (part.numel() + 7) // 8] = ops.pack_mask(part.abs() <= self.thresholds[name])
+
+    def state(self) -> dict[str, Any]:
+        return {"thresholds": dict(self.thresholds)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.thresholds = dict(state["thresholds"])
+
+
+# ---- scales -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerScale(Direction):
+    """MeZO's layer-wise variants (Malladi et al. 2023, appendix B): z of a parameter times 1/d, d the root mean square of its weights.
+
+    Args:
+        estimate: "variance": the update takes z times d, an unbiased estimate with another variance (definition 6). "expectation": the update
+            takes z, an estimate of the gradient divided by d in each parameter (definition 7).
+        every: steps between new values of d.
+        least: of d, for parameters that are all zero.
+
+    d is a root mean **square**: sqrt(sum theta^2 / count), not the root of a value or a norm that grows with the tensor.
+    """
+
+    estimate: str = "variance"
+    every: int = 100
+    least: float = 1e-3
+    name: ClassVar[str] = "layer-scale"
+    update_differs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        ops.check_choice("estimate", self.estimate, ("variance", "expectation"))
+        _check_every(self.every)
+        if not ops.check_fp32("least", self.least) > 0:
+            raise ValueError(f"least={self.least!r} must be positive")
+
+    def of(self, seed: int) -> Held:
+        return _LayerScale(self, seed)
+
+
+class _LayerScale(Held):
+    def make(self, name: str, p: Tensor, stream: int) -> Limits:
+        scale = torch.ones(1, dtype=torch.float32, device=p.device)
+        update = scale.clone() if self.config.estimate == "variance" else 1.0
+        limits = Limits(scale=scale, update_scale=update)
+        self._measure(limits, p)
+        return limits
+
+    def _measure(self, limits: Limits, p: Tensor) -> None:
+        # Rounded to 12 bits: sums in another order, on another device, then give the same scale but in one case in a billion.
+        square = sum(float(part.double().square().sum()) for part in p.detach().view(-1).split(CHUNK))
+        d = max(math.sqrt(square / max(1, p.numel())), self.config.least)
+        mantissa, exponent = math.frexp(d)
+        d = math.ldexp(round(mantissa * 4096) / 4096, exponent)
+        limits.scale.fill_(1 / d)
+        if isinstance(limits.update_scale, Tensor):
+            limits.update_scale.fill_(d)
+
+    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        if step % self.config.every == 0:
+            for name, p in params.items():
+                self._measure(self.made[name], p)
+
+    def state(self) -> dict[str, Any]:
+        return {"scales": {n: (float(m.scale), float(m.update_scale)) for n, m in self.made.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, (scale, update) in state["scales"].items():
+            if name in self.made:
+                self.made[name].scale.fill_(scale)
+                if isinstance(self.made[name].update_scale, Tensor):
+                    self.made[name].update_scale.fill_(update)
+
+
+@dataclass(frozen=True)
+class InverseRoot(Direction):
+    """z / sqrt(H), H a diagonal that a rule keeps (HiZOO). `Held.made` has it as the rule's state, fp32, ones at the start."""
+
+    name: ClassVar[str] = "inverse-root"
+    update_differs: ClassVar[bool] = True  # the rule applies H itself
+
+    def of(self, seed: int) -> Held:
+        return _InverseRoot(self, seed)
+
+
+class _InverseRoot(Held):
+    def make(self, name: str, p: Tensor, stream: int) -> Limits:
+        if (old := self.made.get(name)) is not None and old.scale[0].numel() == p.numel():
+            return Limits(scale=(old.scale[0].to(p.device), 1, "rsqrt"))
+        return Limits(scale=(torch.ones(p.numel(), dtype=torch.float32, device=p.device), 1, "rsqrt"))
+
+    def fits(self, limits: Limits, p: Tensor) -> bool:
+        return super().fits(limits, p) and limits.scale[0].numel() == p.numel()
+
+    def state(self) -> dict[str, Any]:
+        return {"diagonal": {n: m.scale[0].clone() for n, m in self.made.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, values in state["diagonal"].items():
+            if name in self.made:
+                self.made[name].scale[0].copy_(values)
+            else:
+                self.made[name] = Limits(scale=(values.clone(), 1, "rsqrt"))
+
+
+# ---- low rank ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LowRank(Direction):
+    """LOZO (Chen et al. 2024, arXiv 2410.07698): z = U V^T for matrices, U [rows, rank] new in each step, V [columns, rank] kept for `every` steps; other
+    parameters are perturbed densely. The product is formed in the kernel; only the factors are held. Perturbation and update of a step share
+    both factors. The update has the paper's factor 1 / rank, since E[z z^T] is rank times the identity."""
+
+    rank: int = 2
+    every: int = 50
+    name: ClassVar[str] = "low-rank"
+    update_differs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= ops.check_word("rank", self.rank) <= ops.MAX_RANK:
+            raise ValueError(f"rank={self.rank} must be in 1 .. {ops.MAX_RANK}")
+        _check_every(self.every)
+
+    def of(self, seed: int) -> Held:
+        return _LowRank(self, seed)
+
+
+class _LowRank(Held):
+    """Factors, made for all matrices of a view at once, so that one launch fills them."""
+
+    def __init__(self, config: LowRank, seed: int) -> None:
+        super().__init__(config, seed)
+        self.tables: list[tuple[list[str], lowrank.Factors]] = []
+        self.v_tags: list[int | None] = []  # of the tables' V; None: not filled yet
+
+    def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
+        by_device: dict[torch.device, list[tuple[str, Tensor, int]]] = {}
+        for name, p, stream in params:
+            known = self.made.get(name)
+            if p.ndim >= 2 and p.numel() and (known is None or not self.fits(known, p)):
+                by_device.setdefault(p.device, []).append((name, p, stream))
+        for device, members in by_device.items():
+            shapes = [(p.shape[0], p.numel() // p.shape[0]) for _, p, _ in members]
+            streams = [stream for _, _, stream in members]
+            factors = lowrank.Factors(shapes, streams, seed=self.seed, rank=self.config.rank, device=device)
+            self.tables.append(([name for name, _, _ in members], factors))
+            self.v_tags.append(None)
+            for (name, _, _), pair in zip(members, factors.pairs, strict=True):
+                self.made[name] = Limits(factors=pair, update_scale=1.0 / self.config.rank)
+
+    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        v = step // self.config.every
+        for k, (names, factors) in enumerate(self.tables):
+            if any(n in params for n in names):
+                factors.fill(tag, None if self.v_tags[k] == v else v)
+                self.v_tags[k] = v
+
+
+def _check_every(every: Any) -> None:
+    if ops.check_word("every", every) < 1:
+        raise ValueError("every=0: give a number of steps, at least 1")
+
+
+DIRECTIONS: Sequence[type[Direction]] = (Dense, RandomSparse, MagnitudeSparse, LayerScale, InverseRoot, LowRank)

@@ -1,0 +1,166 @@
+"""What is evaluated, and what the losses tell: points around theta, and projected gradients from the losses there.
+
+Belongs here: the estimators of the gradient along known directions. Does not belong here: which directions (directions.py), what is
+done with the projected gradients (rules.py), how a model sees a point (perturb.py, tangents.py).
+
+A point is a list of (direction, factor): theta + eps sum factor z_direction. Losses and differences are float64: at L = 0.7 a loss in fp16
+has a spacing of 2^-11, which at eps = 1e-3 quantises g to 0.24 (bf16: 1.95).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from zo_kernels import ops
+
+Point = Sequence[tuple[int, float]]
+Number = float | Tensor  # a float, or a 0-d float64 tensor that stays on its device
+
+
+class Estimator(Protocol):
+    """`directions`: how many the estimate uses. `points`: where the loss is evaluated, in this order."""
+
+    @property
+    def directions(self) -> int: ...
+
+    def points(self) -> list[Point]: ...
+
+    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
+        """g_i for each direction, of which the estimate is the mean of g_i z_i: float64 tensors (0-d) on the losses' device."""
+        ...
+
+    def loss(self, losses: Sequence[Tensor]) -> Tensor:
+        """What a step returns: the best that these losses tell about the loss at theta."""
+        ...
+
+    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        """The second difference along the direction, for rules that want it."""
+        ...
+
+
+def check_queries(queries: int) -> None:
+    if ops.check_word("queries", queries, 16) < 1:
+        raise ValueError("queries=0: give the number of directions that a step averages over, at least 1")
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """n-SPSA (Spall 1992; MeZO, definition 1): g_i = (L(theta + eps z_i) - L(theta - eps z_i)) / (2 eps), averaged over the queries. 2 q forwards.
+
+    There is no gradient buffer, whatever q: the update is one pass with q terms.
+    """
+
+    queries: int = 1
+    name: ClassVar[str] = "two-sided"
+
+    def __post_init__(self) -> None:
+        check_queries(self.queries)
+
+    @property
+    def directions(self) -> int:
+        return self.queries
+
+    def points(self) -> list[Point]:
+        return [[(i, sign)] for i in range(self.queries) for sign in (1.0, -1.0)]
+
+    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
+        return [(losses[2 * i] - losses[2 * i + 1]) / (2 * eps) for i in range(self.queries)]
+
+    def loss(self, losses: Sequence[Tensor]) -> Tensor:
+        return (losses[0] + losses[1]) / 2 if self.queries == 1 else torch.stack(list(losses)).mean()
+
+    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        raise NotImplementedError("a two-sided estimate has no loss at theta")
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """g_i = (L(theta + eps z_i) - L(theta)) / eps, averaged over the queries. 1 + q forwards.
+
+    Args:
+        normalize: FZOO (arXiv 2506.09034): the estimate divided by the sample standard deviation of the q losses L(theta + eps z_i). Where they are
+            all equal the quotient is no number, and the step is skipped and counted, never divided by zero. Needs q >= 2.
+    """
+
+    queries: int = 1
+    normalize: bool = False
+    name: ClassVar[str] = "one-sided"
+
+    def __post_init__(self) -> None:
+        check_queries(self.queries)
+        if self.normalize and self.queries < 2:
+            raise ValueError(
+                f"normalize=True with queries={self.queries}: a standard deviation needs at least 2 losses; give more queries"
+            )
+
+    @property
+    def directions(self) -> int:
+        return self.queries
+
+    def points(self) -> list[Point]:
+        return [[], *([(i, 1.0)] for i in range(self.queries))]
+
+    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
+        clean, *shifted = losses
+        # Equal losses: 0 / 0, which no step survives as a number, and which the optimizer skips.
+        spread = torch.stack(shifted).std() if self.normalize else 1.0
+        return [(shift - clean) / eps / spread for shift in shifted]
+
+    def loss(self, losses: Sequence[Tensor]) -> Tensor:
+        return losses[0]
+
+    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        raise NotImplementedError("a one-sided estimate has no loss at theta - eps z")
+
+
+@dataclass(frozen=True)
+class ThreePoint:
+    """L(theta), L(theta + eps z), L(theta - eps z): the two-sided g, and |L+ + L- - 2 L0| / (2 eps^2), the curvature along z that HiZOO
+    (arXiv 2402.15173) feeds its diagonal. 3 forwards."""
+
+    name: ClassVar[str] = "three-point"
+
+    @property
+    def directions(self) -> int:
+        return 1
+
+    def points(self) -> list[Point]:
+        return [[], [(0, 1.0)], [(0, -1.0)]]
+
+    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
+        return [(losses[1] - losses[2]) / (2 * eps)]
+
+    def loss(self, losses: Sequence[Tensor]) -> Tensor:
+        return losses[0]
+
+    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        return (losses[1] + losses[2] - 2 * losses[0]).abs() / (2 * eps * eps)
+
+
+@dataclass(frozen=True)
+class ForwardGradient:
+    """g = z . grad L(theta), exact, by forward-mode differentiation (Baydin et al. 2022, arXiv 2202.08587): one forward that carries tangents, and
+    no eps. The tangent of a weight is generated where the weight is used (tangents.py), never for the whole model."""
+
+    name: ClassVar[str] = "forward-gradient"
+
+    @property
+    def directions(self) -> int:
+        return 1
+
+    def points(self) -> list[Point]:
+        return [[(0, 1.0)]]
+
+    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
+        return [losses[0][1]]
+
+    def loss(self, losses: Sequence[Tensor]) -> Tensor:
+        return losses[0][0]
+
+    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        raise NotImplementedError("a forward gradient has one point")

@@ -1,0 +1,392 @@
+"""What is done with projected gradients: terms over the weights, or one fused pass over weights and state.
+
+Belongs here: the update rules, what each records of a step, and how a record becomes a pass. Does not belong here: how g was estimated
+(estimators.py), arithmetic on weights (zo_kernels.ops and zo_kernels.update).
+
+A rule works in two halves, so that a run can be replayed. `decide` turns the estimate into a few fp32 numbers, those of the step's record;
+`apply` changes weights and state as a function of these numbers alone. A live step and a replay call the same `apply`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zo_kernels import ops, perturb, update
+from zo_kernels.optim.estimators import Number
+from zo_kernels.parameters import Weights
+
+STATES = ("stored", "recomputed")
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One recorded step of one parameter group, as `apply` gets it. Numbers are floats, or 0-d float64 tensors with fp32 values.
+
+    `tags`: of the step's directions. `coefs`: what `decide` gave. `count`: of the steps with an update up to this one, for bias corrections.
+    `go`: False (or a 0-d bool tensor): the step is skipped, and changes neither weights nor state.
+    """
+
+    group: int
+    tags: Sequence[perturb.Tag]
+    coefs: Sequence[Number]
+    decay: Number
+    rounding: str
+    count: Number
+    go: Any
+
+    def live(self, c: Number) -> Number:
+        """c, or 0 in a step that is skipped."""
+        return torch.where(self.go, c, 0.0) if isinstance(self.go, Tensor) else c
+
+
+def sign_of(g: Number) -> Number:
+    """-1, 0 or 1; NaN stays."""
+    return g.sign() if isinstance(g, Tensor) else (g > 0) - (g < 0) if g == g else g
+
+
+class Rule:
+    """What all rules have. Rules are configurations; what they keep between steps is in `Kept`."""
+
+    name: ClassVar[str]
+    stateful: ClassVar[bool] = False  # the update is a rule pass over weights and state, not a list of terms
+    memory: ClassVar[bool] = False  # the update depends on earlier steps
+    wants_curvature: ClassVar[bool] = False
+
+    def size(self, directions: int) -> int:
+        """How many numbers a step records in each group."""
+        return directions
+
+    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+        """The numbers of the record, before they are rounded to fp32. `gs` have the sign of the descent: theta + lr mean(g_i z_i) goes downhill."""
+        return [lr * g / len(gs) for g in gs]
+
+    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
+        """The update as terms."""
+        return list(zip(step.tags, step.coefs, strict=False))
+
+    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        """The update as a pass over weights and state, for rules with `stateful`."""
+        raise NotImplementedError
+
+    def check(self, directions: int, direction: str) -> None:
+        """ValueError where the rule makes no sense with so many directions, or this kind of them."""
+
+    def of(self) -> Kept:
+        return Kept(self)
+
+
+@dataclass(frozen=True)
+class Past:
+    """An earlier step as a recomputed state sees it. On a device nobody knows whether it was skipped: then `live` and the coefficients are 0."""
+
+    tags: Sequence[perturb.Tag]
+    coefs: Sequence[Number]
+    count: Number
+    live: Number
+
+
+class Kept:
+    """What a rule keeps between the steps of one optimizer: tensors by parameter name, or the last records."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        self.history: dict[int, deque[Past]] = {}
+
+    def of(self, weights: Weights, wanted: Mapping[str, torch.dtype]) -> list[list[list[Tensor]]]:
+        """For each plan, for each of its entries, the tensors called `wanted`, zeros at the start."""
+        names = {id(p): n for n, p in zip(weights.names, weights.params, strict=True)}
+        found = iter(weights.pairs)
+        states: list[list[list[Tensor]]] = []
+        for plan in weights.update_plans:
+            states.append([])
+            for _ in plan.entries:
+                _, p = next(found)
+                mine = self.tensors.setdefault(names[id(p)], {})
+                for what, dtype in wanted.items():
+                    if what not in mine:
+                        mine[what] = torch.zeros(p.numel(), dtype=dtype, device=p.device)
+                    elif mine[what].device != p.device:
+                        mine[what] = mine[what].to(p.device)
+                states[-1].append([mine[what] for what in wanted])
+        return states
+
+    def remember(self, step: Applied, gs: Sequence[Number], most: int) -> list[tuple[Past, Number]]:
+        """The last `most` steps of a group, this one last, each with its age in steps that had an update."""
+        past = self.history.setdefault(step.group, deque(maxlen=most))
+        if step.go is not False:
+            past.append(
+                Past(list(step.tags[: len(gs)]), list(gs), step.count, step.go.double() if isinstance(step.go, Tensor) else 1.0)
+            )
+        return [(p, step.count - p.count) for p in past]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "tensors": {n: {k: t.clone() for k, t in m.items()} for n, m in self.tensors.items()},
+            "history": {
+                k: [(list(p.tags), [float(c) for c in p.coefs], float(p.count), float(p.live)) for p in h]
+                for k, h in self.history.items()
+            },
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.tensors = {n: {k: t.clone() for k, t in m.items()} for n, m in state["tensors"].items()}
+        self.history = {k: deque((Past(*p) for p in h), maxlen=self.rule.history) for k, h in state["history"].items()}
+
+
+def _numbers(values: Sequence[Any]) -> Any:
+    """Numbers of a rule pass: a list, or one fp32 tensor on the device that one of them is on."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), None)
+    if device is None:
+        return [float(v) for v in values]
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()).double() for v in values]).float()
+
+
+def _pass(
+    step: Applied, rule: str, coefs: Sequence[Number], numbers: Sequence[Any], options: Mapping[str, Any], **more: Any
+) -> update.RulePass:
+    tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in step.tags[: len(coefs)]]
+    values = _numbers(coefs)
+    if isinstance(values, Tensor):
+        tags = torch.tensor(tags, dtype=torch.int64, device=values.device)
+    return update.RulePass(
+        options["seed"], tags, values, options["kind"], step.rounding, rule, _numbers([step.go, step.decay, *numbers]), **more
+    )
+
+
+# ---- rules that are lists of terms --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """theta <- (1 - lr wd) theta - lr sum_i g_i z_i (ZO-SGD; MeZO, algorithm 1)."""
+
+    name: ClassVar[str] = "sgd"
+
+
+@dataclass(frozen=True)
+class Sign(Rule):
+    """theta <- (1 - lr wd) theta - lr sum_i sign(g_i) z_i / q (ZO-SGD-Sign of the ZO-LLM benchmark, arXiv 2402.11592)."""
+
+    name: ClassVar[str] = "sign"
+
+    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+        return [lr * sign_of(g) / len(gs) for g in gs]
+
+
+@dataclass(frozen=True)
+class Conservative(Rule):
+    """theta, theta - lr g z and theta + lr g z are evaluated and the best is kept (ZO-SGD-Cons, arXiv 2402.11592); three more forwards. At equal
+    losses theta stays. The record has the coefficient that was taken and the one that was tried."""
+
+    name: ClassVar[str] = "conservative"
+
+    def size(self, directions: int) -> int:
+        return 2
+
+    def check(self, directions: int, direction: str) -> None:
+        if directions != 1:
+            raise ValueError(f"rule=Conservative() with {directions} queries: it tries one direction; give queries=1")
+
+    def trials(self, tag: perturb.Tag, tried: Number) -> list[list[tuple[perturb.Tag, Number]]]:
+        """Where the candidates are evaluated."""
+        return [[], [(tag, tried)], [(tag, -tried)]]
+
+    def choose(self, losses: Sequence[Tensor], tried: Sequence[Number]) -> list[Number]:
+        """Of each group the coefficient of the candidate with the lowest loss; one that is not finite never wins."""
+        stay, ahead, back = (torch.where(loss.isfinite(), loss, torch.inf) for loss in losses)
+        forward, backward = (ahead < stay) & (ahead <= back), (back < stay) & (back < ahead)
+        if all(not isinstance(t, Tensor) for t in tried):
+            factor = 1.0 if bool(forward) else -1.0 if bool(backward) else 0.0
+            return [factor * t for t in tried]
+        return [torch.where(forward, t, torch.where(backward, -t, 0.0)) for t in tried]
+
+    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
+        return [(step.tags[0], step.coefs[0])]
+
+
+# ---- momentum -----------------------------------------------------------------------------------------------------------
+
+
+class _Rated(Rule):
+    """The record: the estimate's coefficients g_i, and the learning rate."""
+
+    memory = True
+    history: int
+
+    def size(self, directions: int) -> int:
+        return directions + 1
+
+    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+        return [*(-g / len(gs) for g in gs), lr]  # the gradient itself, whose sign a rule takes
+
+
+def _check_state(rule: Any) -> None:
+    ops.check_choice("state", rule.state, STATES)
+    ops.check_choice("dtype", rule.dtype, STATE_DTYPES)
+    if ops.check_word("history", rule.history) < 1:
+        raise ValueError("history=0: give the number of steps to remember, at least 1")
+
+
+def _check_beta(name: str, beta: Any) -> None:
+    if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+        raise ValueError(f"{name}={beta!r} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Momentum(_Rated):
+    """b <- beta b + sum_i g_i z_i; theta <- (1 - lr wd) theta - lr b.
+
+    Args:
+        state: "stored": b is held, 4 bytes a weight (or 2), and updated with the weights in one pass. "recomputed": b is formed anew from the last
+            `history` records, one pass with history * q terms and nothing held. What is left out then is beta^history of b.
+        dtype: of a stored b: "float32", or "bfloat16" (rounded stochastically: unbiased).
+    """
+
+    beta: float = 0.9
+    state: str = "stored"
+    history: int = 32
+    dtype: str = "float32"
+    name: ClassVar[str] = "momentum"
+
+    def __post_init__(self) -> None:
+        _check_beta("beta", self.beta)
+        _check_state(self)
+
+    @property
+    def stateful(self) -> bool:  # type: ignore[override]
+        return self.state == "stored"
+
+    def check(self, directions: int, direction: str) -> None:
+        if direction == "low-rank":
+            raise ValueError("rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take SGD()")
+        if self.state == "recomputed" and direction not in ("dense",):
+            raise ValueError(
+                f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
+            )
+
+    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
+        *gs, lr = step.coefs
+        past = kept.remember(step, gs, self.history)
+        if step.go is False:
+            return [(step.tags[0], 0.0)]
+        # The step's own direction first: it names the draw of stochastic rounding.
+        return [
+            (tag, step.live(-lr * c * self.beta**age)) for p, age in reversed(past) for tag, c in zip(p.tags, p.coefs, strict=True)
+        ]
+
+    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        *gs, lr = step.coefs
+        states = kept.of(weights, {"momentum": STATE_DTYPES[self.dtype]})
+        update.run_rule(weights.update_plans, states, _pass(step, "momentum", gs, [lr, self.beta], options), options["backend"])
+
+
+@dataclass(frozen=True)
+class Adam(_Rated):
+    """m <- b1 m + (1 - b1) u, v <- b2 v + (1 - b2) u^2, u = sum_i g_i z_i;
+    theta <- (1 - lr wd) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+
+    Args:
+        state: "stored": m and v are held (8 bytes a weight, 6 with a bfloat16 m) and updated with the weights in one pass. v is fp32 always: in
+            fp16 it underflows, and an eps of 1e-8 is 0. "recomputed": both are formed anew from the last `history` records, nothing is held; one
+            direction a step. The weights beta^age of those records are divided by their own sum, so that the average stays one.
+        dtype: of a stored m: "float32", or "bfloat16" (rounded stochastically).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    state: str = "stored"
+    history: int = 32
+    dtype: str = "float32"
+    name: ClassVar[str] = "adam"
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_beta("beta1", self.beta1)
+        _check_beta("beta2", self.beta2)
+        _check_state(self)
+        if not (isinstance(self.eps, (int, float)) and ops.check_fp32("eps", self.eps) > 2.0**-126):
+            raise ValueError(f"eps={self.eps!r} must be a positive normal number in fp32: it keeps 0 / 0 away")
+
+    def check(self, directions: int, direction: str) -> None:
+        if direction == "low-rank":
+            raise ValueError("rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD()")
+        if self.state == "recomputed" and directions != 1:
+            raise ValueError(
+                f"state='recomputed' with {directions} queries: the square of their sum is no sum of squares; give queries=1 or state='stored'"
+            )
+        if self.state == "recomputed" and direction not in ("dense",):
+            raise ValueError(
+                f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
+            )
+
+    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        *gs, lr = step.coefs
+        if self.state == "recomputed":
+            self._from_history(kept, step, weights, options)
+            return
+        b1, b2, t = self.beta1, self.beta2, step.count
+        numbers = [lr / (1 - b1**t), b1, 1 - b1, b2, 1 - b2, 1 / (1 - b2**t), self.eps]
+        states = kept.of(weights, {"m": STATE_DTYPES[self.dtype], "v": torch.float32})
+        update.run_rule(weights.update_plans, states, _pass(step, "adam", gs, numbers, options), options["backend"])
+
+    def _from_history(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        g, lr = step.coefs
+        past = kept.remember(step, [g], self.history)
+        if step.go is False:
+            return
+        sums = [sum(p.live * b**age for p, age in past) for b in (self.beta1, self.beta2)]
+        first = [p.coefs[0] * (self.beta1**age / sums[0]) for p, age in reversed(past)]
+        second = [p.coefs[0] * p.coefs[0] * (self.beta2**age / sums[1]) for p, age in reversed(past)]
+        step = replace(step, tags=[p.tags[0] for p, _ in reversed(past)])
+        p = _pass(step, "adam_history", first, [lr, self.eps], options, squares=_numbers(second))
+        update.run_rule(weights.update_plans, [[[] for _ in plan.entries] for plan in weights.update_plans], p, options["backend"])
+
+
+@dataclass(frozen=True)
+class HessianDiagonal(Rule):
+    """HiZOO (Zhao et al. 2024, arXiv 2402.15173): H <- clamp(H + alpha H (kappa z^2 - 1), low, high) with kappa = |L+ + L- - 2 L0| / (2 eps^2),
+    theta <- (1 - lr wd) theta - lr g z / sqrt(H), with the new H. H is fp32: in fp16 the update of relative size alpha vanishes.
+
+    Needs `ThreePoint` and `InverseRoot`, which hold H and perturb by eps z / sqrt(H).
+    """
+
+    alpha: float = 1e-6
+    low: float = 1e-4
+    high: float = 1e4
+    name: ClassVar[str] = "hessian-diagonal"
+    stateful: ClassVar[bool] = True
+    memory: ClassVar[bool] = True
+    wants_curvature: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 1):
+            raise ValueError(f"alpha={self.alpha!r} must be in [0, 1)")
+        if not 0 < ops.check_fp32("low", self.low) <= 1 <= ops.check_fp32("high", self.high):
+            raise ValueError(f"low={self.low!r} and high={self.high!r} must hold 1, where H starts, between them, low > 0")
+
+    def size(self, directions: int) -> int:
+        return 2
+
+    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+        assert curvature is not None
+        return [-lr * gs[0], curvature]
+
+    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        lrg, kappa = step.coefs
+        names = {id(p): n for n, p in zip(weights.names, weights.params, strict=True)}
+        held, found = options["held"], iter(weights.pairs)
+        states = [[[held.made[names[id(next(found)[1])]].scale[0]] for _ in plan.entries] for plan in weights.update_plans]
+        numbers = [lrg, self.alpha, kappa, self.low, self.high]
+        update.run_rule(weights.update_plans, states, _pass(step, "hizoo", [1.0], numbers, options), options["backend"])
+
+
+RULES: Sequence[type[Rule]] = (SGD, Sign, Conservative, Momentum, Adam, HessianDiagonal)
