@@ -10,7 +10,7 @@ Everything that a direction holds is a function of the seed, the step and the we
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +36,11 @@ class Direction:
 
     name: ClassVar[str]
     update_differs: ClassVar[bool] = False  # perturbation and update use different scales
+
+    @property
+    def size(self) -> int:
+        """Numbers of a step's record that are the direction's own."""
+        return 0
 
     def of(self, seed: int) -> Held:
         return Held(self, seed)
@@ -74,6 +79,21 @@ class Held:
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         """Before the forwards of a step, the weights being clean: contents for this step of the parameters that take part."""
+
+    def learn(
+        self,
+        step: int,
+        tag: int,
+        params: Mapping[str, Tensor],
+        eps: float,
+        evaluate: Callable[[], Tensor],
+        between: Callable[[], None],
+    ) -> list[float]:
+        """Before the forwards of a step: forwards of the direction's own, the weights afterwards as before. Returns `size` numbers to record."""
+        return []
+
+    def learned(self, step: int, numbers: Sequence[float], params: Mapping[str, Tensor]) -> None:
+        """The step with these numbers is done."""
 
     def state(self) -> dict[str, Any]:
         """What is no function of the present weights; for state_dict."""
@@ -184,60 +204,117 @@ class _Magnitude(Held):
 
 @dataclass(frozen=True)
 class LayerScale(Direction):
-    """MeZO's layer-wise variants (Malladi et al. 2023, appendix B): z of a parameter times 1/d, d the root mean square of its weights.
+    """MeZO's layer-wise variants (Malladi et al. 2023, appendix B): z of a parameter times 1/d, d large where its weights, or its gradient, are.
 
     Args:
+        by: "rms": d is the root mean square of the parameter's weights, measured every `every` steps. "gradient": of its gradient, a running estimate:
+            each step also evaluates theta ± eps z with z in one parameter alone, in turn (two more forwards), whose projected gradient g has
+            E g^2 = |grad|^2; the mean over its turns has the factor `beta`. A parameter counts from its first turn on.
         estimate: "variance": the update takes z times d, an unbiased estimate with another variance (definition 6). "expectation": the update
             takes z, an estimate of the gradient divided by d in each parameter (definition 7).
         every: steps between new values of d.
-        least: of d, for parameters that are all zero.
+        least: of d / mean, its inverse the most.
 
-    d is a root mean **square**: sqrt(sum theta^2 / count), not the root of a value or a norm that grows with the tensor.
+    d is the root of a mean over the elements, sqrt(sum x^2 / count), and is divided by its geometric mean over the parameters, so that lr and eps keep
+    their meaning.
     """
 
+    by: str = "rms"
     estimate: str = "variance"
     every: int = 100
-    least: float = 1e-3
+    beta: float = 0.9
+    least: float = 1e-2
     name: ClassVar[str] = "layer-scale"
     update_differs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        ops.check_choice("by", self.by, ("rms", "gradient"))
         ops.check_choice("estimate", self.estimate, ("variance", "expectation"))
         _check_every(self.every)
-        if not ops.check_fp32("least", self.least) > 0:
-            raise ValueError(f"least={self.least!r} must be positive")
+        if not (isinstance(self.beta, (int, float)) and 0 <= self.beta < 1):
+            raise ValueError(f"beta={self.beta!r} must be in [0, 1)")
+        if not 0 < ops.check_fp32("least", self.least) <= 1:
+            raise ValueError(f"least={self.least!r} must be in (0, 1]")
+
+    @property
+    def size(self) -> int:
+        return 1 if self.by == "gradient" else 0
 
     def of(self, seed: int) -> Held:
         return _LayerScale(self, seed)
 
 
 class _LayerScale(Held):
+    def __init__(self, config: LayerScale, seed: int) -> None:
+        super().__init__(config, seed)
+        self.squares: dict[str, tuple[float, float]] = {}  # of gradients: the weighted sum of g^2, and of the weights
+
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
         scale = torch.ones(1, dtype=torch.float32, device=p.device)
-        update = scale.clone() if self.config.estimate == "variance" else 1.0
-        limits = Limits(scale=scale, update_scale=update)
-        self._measure(limits, p)
-        return limits
-
-    def _measure(self, limits: Limits, p: Tensor) -> None:
-        # Rounded to 12 bits: sums in another order, on another device, then give the same scale but in one case in a billion.
-        square = sum(float(part.double().square().sum()) for part in p.detach().view(-1).split(CHUNK))
-        d = max(math.sqrt(square / max(1, p.numel())), self.config.least)
-        mantissa, exponent = math.frexp(d)
-        d = math.ldexp(round(mantissa * 4096) / 4096, exponent)
-        limits.scale.fill_(1 / d)
-        if isinstance(limits.update_scale, Tensor):
-            limits.update_scale.fill_(d)
+        return Limits(scale=scale, update_scale=scale.clone() if self.config.estimate == "variance" else 1.0)
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
-        if step % self.config.every == 0:
-            for name, p in params.items():
-                self._measure(self.made[name], p)
+        if step % self.config.every:
+            return
+        logs = {n: math.log(d) for n, p in params.items() if (d := self._root_mean_square(n, p)) > 0}
+        mean = sum(logs.values()) / max(1, len(logs))
+        for name in params:
+            relative = max(math.exp(logs[name] - mean), self.config.least) if name in logs else 1.0
+            # Rounded to 12 bits: sums in another order, on another device, then give the same scale but in one case in a billion.
+            mantissa, exponent = math.frexp(relative)
+            d, limits = math.ldexp(round(mantissa * 4096) / 4096, exponent), self.made[name]
+            limits.scale.fill_(1 / d)
+            if isinstance(limits.update_scale, Tensor):
+                limits.update_scale.fill_(d)
+
+    def _root_mean_square(self, name: str, p: Tensor) -> float:
+        if self.config.by == "gradient":
+            total, weight = self.squares.get(name, (0.0, 0.0))
+            return math.sqrt(total / weight / max(1, p.numel())) if weight else 0.0
+        square = sum(float(part.double().square().sum()) for part in p.detach().view(-1).split(CHUNK))
+        return math.sqrt(square / max(1, p.numel()))
+
+    def learn(
+        self,
+        step: int,
+        tag: int,
+        params: Mapping[str, Tensor],
+        eps: float,
+        evaluate: Callable[[], Tensor],
+        between: Callable[[], None],
+    ) -> list[float]:
+        name = self._turn(step, params)
+        p, losses = params[name], []
+        clean = p.detach().clone()
+        try:
+            for side in (eps, -eps):
+                ops.perturb_([clean], [(tag, side)], seed=self.seed, streams=[self.streams[name]], out=[p.detach()])
+                torch.clear_autocast_cache()
+                losses.append(float(evaluate()))
+                between()
+        finally:
+            p.copy_(clean)
+        g = float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float32))
+        return [g if math.isfinite(g) else 0.0]
+
+    def learned(self, step: int, numbers: Sequence[float], params: Mapping[str, Tensor]) -> None:
+        name, (g,) = self._turn(step, params), numbers
+        total, weight = self.squares.get(name, (0.0, 0.0))
+        self.squares[name] = self.config.beta * total + g * g, self.config.beta * weight + 1
+
+    def _turn(self, step: int, params: Mapping[str, Tensor]) -> str:
+        names = sorted(params)
+        return names[step % len(names)]
+
+    def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
+        self.streams = {name: stream for name, _, stream in params}
 
     def state(self) -> dict[str, Any]:
-        return {"scales": {n: (float(m.scale), float(m.update_scale)) for n, m in self.made.items()}}
+        held = {n: (float(m.scale), float(m.update_scale)) for n, m in self.made.items()}
+        return {"scales": held, "squares": dict(self.squares)}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        self.squares = dict(state["squares"])
         for name, (scale, update) in state["scales"].items():
             if name in self.made:
                 self.made[name].scale.fill_(scale)

@@ -216,7 +216,10 @@ class ZOStep(torch.optim.Optimizer):
         self._projection = projection.of(int(seed)) if projection is not None else None
         self._first_order = first_order
         self._points = estimator.points()
-        self._terms = rule.size(estimator.directions) + (projection.size if projection is not None else 0)
+        self._own = rule.size(
+            estimator.directions
+        )  # numbers of the rule in a record; behind them come the projection's and the direction's
+        self._terms = self._own + (projection.size if projection is not None else 0) + direction.size
         self._kept, self._held = rule.of(), direction.of(int(seed))
         self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, QuantileClip) else 1)  # |g|, fp32
         self._views: dict[int | None, perturb.View] = {}
@@ -426,14 +429,16 @@ class ZOStep(torch.optim.Optimizer):
             if self._first_order is not None:
                 self._backpropagate(closure, batches)
                 between()
+            tag = self._tag + self._own
             if self._projection is not None:
+                sign = -1.0 if self._maximize else 1.0
                 inner, undo = self._projection.learn(
-                    self.steps,
-                    self._tag + self._terms - self._projection.size,
-                    self._trained(),
-                    lambda: _evaluate(closure, batches),
-                    between,
-                    -1.0 if self._maximize else 1.0,
+                    self.steps, tag, self._trained(), lambda: _evaluate(closure, batches), between, sign
+                )
+            if self._direction.size:
+                eps = float(numbers[0].eps)
+                inner += self._held.learn(
+                    self.steps, tag + len(inner), self._trained(), eps, lambda: _evaluate(closure, batches), between
                 )
             loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, undo, commit=not rehearsal)
         except BaseException:
@@ -547,6 +552,7 @@ class ZOStep(torch.optim.Optimizer):
             with perturb.uninterrupted():  # record, weights and tag agree, or none has changed
                 queued = self._record(numbers) if commit else None
                 self._apply(view, decided, *ahead)
+                assert self._summary is not None
                 if self._first_order is not None:
                     if decided[0].go is not False:
                         self._first_order.step()
@@ -554,9 +560,10 @@ class ZOStep(torch.optim.Optimizer):
                 if queued is not None and self._recorder is not None:
                     self._recorder.put(*queued)
                 if commit:
+                    if self._direction.size:
+                        self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
                     self._tag += self._terms
                     if isinstance(self._clip, QuantileClip):
-                        assert self._summary is not None
                         self._past.append(_fp32_of(abs(self._summary.gradient)))
         return self._estimator.loss(losses)
 
@@ -832,11 +839,11 @@ class ZOStep(torch.optim.Optimizer):
             go = not flags & journals.FLAGS["skipped"]
             rounding = "stochastic" if flags & journals.FLAGS["stochastic"] else "nearest"
             count = self.steps + 1 - int(self._skipped)
-            if self._projection is not None:
-                own = self._terms - self._projection.size
-                self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own:], go)
-                coefs = [group[:own] for group in coefs]
             self._prepare(view)
+            own, learned = self._own, coefs[0][self._terms - self._direction.size :]
+            if self._projection is not None:
+                self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own : own + self._projection.size], go)
+            coefs = [group[:own] for group in coefs]
             decided = [
                 rules.Applied(k, tags, group, d, rounding, count, go)
                 for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
@@ -850,6 +857,8 @@ class ZOStep(torch.optim.Optimizer):
                 for shift in shifts:
                     view.see(shift)
             self._apply(view, decided)
+            if self._direction.size:
+                self._held.learned(self.steps, learned, self._trained())
             self._tag = tag + self._terms
             self._skipped = int(self._skipped) + (not go)
         if isinstance(self._clip, QuantileClip):
@@ -1161,9 +1170,8 @@ def _check_parts(
         raise ValueError(
             f"kind={kind!r} with HessianDiagonal: z^2 = 1 everywhere tells nothing about single weights; take 'gaussian'"
         )
-    if isinstance(direction, directions.LowRank):
-        if estimator.directions != 1 or kind != "gaussian":
-            raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
+    if isinstance(direction, directions.LowRank) and (estimator.directions != 1 or kind != "gaussian"):
+        raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
     if isinstance(rule, rules.Conservative) and direction.update_differs:
         raise ValueError(
             f"rule=Conservative() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
