@@ -9,7 +9,8 @@ How instructions are counted: a kernel's loop over a tile is walked once on the 
 whole span, the first term, what the row's feature needs, and the 16-byte stores; everything on the way counts (addresses, bounds,
 branches, the loop), divided by the 16 elements that a thread handles. `instructions_per_element_term` is one turn of the loop over
 the further terms: a pass of K terms costs K - 1 of them more. Work done once for a tile (of 1 to 16 spans) is not counted. Of a
-sequence, `instructions_per_element` is one turn of its loop over passes, the shortest one for a pass with one live term.
+sequence, `instructions_per_element` is one turn of its loop over passes, the shortest one for a pass with one live term. Of a low-rank
+direction they are those of rank 1, and `instructions_per_element_term` is what a further rank costs.
 """
 
 from __future__ import annotations
@@ -201,6 +202,18 @@ def scale_stops(kernel: Kernel, s: Shape) -> list[int]:
     return stops
 
 
+def rank_stops(kernel: Kernel, s: Shape) -> list[int]:
+    """For both chunks, the loop over the rank: a place of each, eight products with numbers that two wide loads brought."""
+    found: dict[frozenset[int], int] = {}
+    for n in (n for n, (_, text) in enumerate(kernel.code) if opcode(text).startswith("LDG.E.128")):
+        loop = turn(s.edges, n)
+        if sum(opcode(kernel.code[m][1]) == "FFMA" for m in loop) == 8 and not set(loop) & set(s.stores):
+            found.setdefault(frozenset(loop), n)
+    if len(found) != 2:
+        raise ValueError(f"{len(found)} loops over the rank instead of 2")
+    return sorted(found.values())
+
+
 FEATURES: dict[str, tuple[bool, Callable[[Kernel, Shape], list[int]]]] = {  # whether before the loop over terms
     "bit-mask": (True, bit_mask_stops),
     "random-mask": (True, random_mask_stops),
@@ -216,11 +229,17 @@ def counts(kernel: Kernel) -> dict[str, tuple[int, float, float]]:
         widths = [access_width(kernel.code[n][1]) for n in s.usual if opcode(kernel.code[n][1]).startswith(("LDG.E.128", "STG"))]
         return {name: (min(widths), len(path) / PER_THREAD, len(s.loop) / PER_THREAD) for name, path in steps(kernel, s).items()}
     ways = {kernel.name: s.usual}
-    if not kernel.lean:
+    per_term = dict.fromkeys(ways, len(s.loop))
+    if kernel.extended:
+        stops, name = rank_stops(kernel, s), f"{kernel.name}-low-rank"
+        ways[name] = round_trip(s.edges, [s.load, *stops, s.stores[-1]])  # each loop once
+        per_term[name] = sum(len(turn(s.edges, n)) for n in stops)
+    elif not kernel.lean:
         for feature, (before, stops) in FEATURES.items():
             there = stops(kernel, s)
             middle = [*there, s.term] if before else [s.term, *there]
             ways[f"{kernel.name}-{feature}"] = round_trip(s.edges, [s.load, *middle, s.stores[-1]])
+            per_term[f"{kernel.name}-{feature}"] = len(s.loop)
     result = {}
     for name, path in ways.items():
         texts = [kernel.code[n][1] for n in path]
@@ -229,7 +248,7 @@ def counts(kernel: Kernel) -> dict[str, tuple[int, float, float]]:
             raise ValueError(f"{name}: the way misses the stores {missing}")
         stores = [access_width(t) for t in texts if opcode(t).startswith("STG")]
         loads = [access_width(t) for t in texts if opcode(t).startswith("LDG.E.128")]
-        result[name] = (min(loads + stores), len(path) / PER_THREAD, len(s.loop) / PER_THREAD)
+        result[name] = (min(loads + stores), len(path) / PER_THREAD, per_term[name] / PER_THREAD)
     return result
 
 

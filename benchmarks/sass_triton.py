@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bit-mask": ("1", {"BIT_MASK": True}),
     "random-mask": ("1", {"RANDOM_MASK": True}),
     "scale": ("1", {"SCALE": 1}),
+    "rsqrt": ("1", {"SCALE": 6}),  # a value for each element
+    "low-rank": ("1", {"KIND": 2}),  # of rank 0; what a rank costs is counted as a term's
     "rows": ("1", {"ROWS": True, "IN_PLACE": False}),
     "sequence": ("S", {**LOOP, "SEQUENCE": True}),
     "rademacher-sequence": ("S", {"KIND": 1, **LOOP, "SEQUENCE": True}),
@@ -99,7 +101,7 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     from zo_kernels._backends import _triton_kernels as kernels
-    from zo_kernels._backends.triton import SEQUENCE_OPTIONS
+    from zo_kernels._backends.triton import loop_options
 
     launch = gpu_launch(dtype)
     constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": launch.groups, "NARROW": launch.narrow, "INTERPRETED": False}
@@ -125,7 +127,7 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
     source = ASTSource(kernels.perturb_kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **(SEQUENCE_OPTIONS if constants["SEQUENCE"] else {})}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **loop_options(constants["SEQUENCE"], constants["KIND"])}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -326,6 +328,16 @@ def term_loop(code: list[tuple[int, str]], edges: list[list[int]], whole: list[i
     return len(inner) / sums  # one sum for each element and term, however often the loop was unrolled
 
 
+def rank_loop(code: list[tuple[int, str]], edges: list[list[int]]) -> float:
+    """Instructions per element and rank of the loop over the rank, as it is unrolled where the rank allows."""
+    turns = []
+    for n, (_, text) in enumerate(code):
+        loop = turn(edges, n) if opcode(text).startswith("FFMA") else []
+        if any(opcode(code[m][1]).startswith("LDG.E.128") for m in loop):
+            turns.append(len(loop) / sum(opcode(code[m][1]).startswith("FFMA") for m in loop))
+    return min(turns)
+
+
 def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
     launch = gpu_launch(dtype)
     cubin = kernel.asm["cubin"]
@@ -346,6 +358,8 @@ def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
     term = None
     if {**PLAIN, **flags}["TERMS"] == 0 and not {**PLAIN, **flags}["SEQUENCE"]:
         term = term_loop(code, edges, whole, {**PLAIN, **flags}["KIND"] == 0)
+    if {**PLAIN, **flags}["KIND"] == 2:
+        term = rank_loop(code, edges)
     return counts_of(kernel, code, len(whole) / per_thread, term, widest)
 
 

@@ -243,6 +243,8 @@ BOUNDS = {
     "rademacher-stochastic": (26.0, 6.0),
     "rademacher-general": (15.0, 6.0),
     "rademacher-stochastic-general": (31.0, 6.0),
+    "gaussian-extended": (19.0, 5.5),
+    "gaussian-extended-low-rank": (20.0, 3.0),  # of rank 1; per element and further rank
     # Sequences: per element and pass of one term; per element and further term of a pass.
     "gaussian-sequence": (12.0, 5.75),
     "gaussian-sequence-stochastic": (31.0, 5.75),
@@ -271,7 +273,8 @@ def test_machine_code(arch: int) -> None:
     import sass
 
     kernels = disassembled(arch)
-    assert len(kernels) == 32  # 2 kinds x (2 types x 2 roundings + fp32 + 3 types of sequences) x lean and general
+    # 2 kinds x ((2 types x 2 roundings + fp32) x lean, general and extended + 3 types of sequences x lean and general)
+    assert len(kernels) == 42
     counted = set()
     for kernel in kernels:
         label = f"sm_{arch} {kernel.dtype} {kernel.name}"
@@ -300,4 +303,4 @@ def test_accesses_of_a_group(arch: int) -> None:
         assert sum(name.startswith("STG.E.128") for name in names) == wanted
         loads = [n for n in shape.usual if n != shape.term and sass.opcode(kernel.code[n][1]).startswith("LDG.E.128")]
         assert len(loads) == wanted
-        assert kernel.registers <= (128 if kernel.sequence and not kernel.lean else 96)
+        assert kernel.registers <= (128 if kernel.extended or (kernel.sequence and not kernel.lean) else 96)

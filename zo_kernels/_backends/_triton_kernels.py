@@ -29,7 +29,8 @@ RADEMACHER: tl.constexpr = tl.constexpr(1)
 ROUNDING: tl.constexpr = tl.constexpr(2)
 MASK: tl.constexpr = tl.constexpr(3)
 
-# KINDs beside GAUSSIAN and RADEMACHER: z from factors, with columns that are all multiples of 8, or any.
+# KINDs beside GAUSSIAN and RADEMACHER: z from factors, with numbers of columns that are multiples of 8 and right factors that lie at
+# multiples of 16 bytes, or any.
 LOW_RANK_8: tl.constexpr = tl.constexpr(2)
 LOW_RANK: tl.constexpr = tl.constexpr(3)
 
@@ -241,12 +242,15 @@ def low_rank(factors, first, inside, c, KIND: tl.constexpr, P: tl.constexpr, W: 
         some = inside
     z = tl.zeros([P, W], tl.float32)
     for rho in range(rank):
+        at = right + rho * cols + column
         if WHOLE:
             x = tl.load(left + rows * rank + rho)
-            y = tl.load(right + rho * cols + column)
+            if KIND == LOW_RANK_8:
+                at = tl.multiple_of(at, (1, 16))
+            y = tl.load(at)
         else:
             x = tl.load(left + rows * rank + rho, mask=some, other=0.0)
-            y = tl.load(right + rho * cols + column, mask=inside, other=0.0)
+            y = tl.load(at, mask=inside, other=0.0)
         z = tl.fma(tl.broadcast_to(x, (P, W)), y, z)
     return c * z
 

@@ -66,7 +66,13 @@ LINEAR_GPU = LinearLaunch(x_rows=64, w_rows=64, columns=64, warps=4, stages=3, p
 LINEAR_GPU_FP32 = replace(LINEAR_GPU, x_rows=32, stages=2)  # twice the bytes, and registers hold less without tensor cores
 LINEAR_INTERPRETER = LinearLaunch(x_rows=64, w_rows=256, columns=512, warps=1, stages=1, programs=1, least_tiles=1)
 F_BASE = 0x3C240000
-SEQUENCE_OPTIONS = {"maxnreg": 128}  # without a limit ptxas (of Triton 3.7) takes 96 registers for the loop over passes, and spills
+LOOP_OPTIONS = {
+    "maxnreg": 128
+}  # without a limit ptxas (of Triton 3.7) takes 96 registers for loops over passes and ranks, and spills
+
+
+def loop_options(sequence: bool, kind: int) -> dict[str, Any]:
+    return LOOP_OPTIONS if sequence or kind == _kernels().LOW_RANK_8.value else {}
 
 
 def gpu_launch(dtype: torch.dtype) -> Launch:
@@ -162,7 +168,8 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     scale = 0 if not scale_blocks else 1 if min(scale_blocks) >= 8 else 2
     flags: dict[str, Any] = {}
     if entries[0].rank:  # takes the place of the noise's kind
-        flags["KIND"] = (kernels.LOW_RANK_8 if all(e.cols % 8 == 0 for e in entries) else kernels.LOW_RANK).value
+        eights = all(e.cols % 8 == 0 and e.right is not None and e.right.data_ptr() % 16 == 0 for e in entries)
+        flags["KIND"] = (kernels.LOW_RANK_8 if eights else kernels.LOW_RANK).value
     return Batch(
         table=ops.move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
         spans=ops.move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
@@ -299,11 +306,12 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
     }
     for batch in _batches(plan, launch):
         grid = (batch.spans.numel(),)
+        given = arguments | batch.flags
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
-        if arguments["SEQUENCE"] and not interpreted:
-            options |= SEQUENCE_OPTIONS
+        if not interpreted:
+            options |= loop_options(given["SEQUENCE"], given["KIND"])
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
-            kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **(arguments | batch.flags), **options)
+            kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **given, **options)
 
 
 # ---- the perturbed linear ---------------------------------------------------------------------------------------------
