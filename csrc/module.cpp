@@ -60,6 +60,13 @@ struct Pass {
 
   template <class T> static T *address(py::handle h) { return (T *)(uintptr_t)h.cast<uint64_t>(); }
 
+  static void copy(py::handle list, float *to, int64_t most, const char *error) {
+    if (!PyList_Check(list.ptr())) throw py::type_error("numbers and squares must be lists or addresses (ints)");
+    const int64_t n = PyList_GET_SIZE(list.ptr());
+    if (n > most) throw py::value_error(error);
+    for (int64_t k = 0; k < n; ++k) to[k] = (float)number(PyList_GET_ITEM(list.ptr(), k));
+  }
+
 private:
   static double number(py::handle h) {
     const double x = PyFloat_AsDouble(h.ptr());
@@ -137,6 +144,37 @@ void cpu_sequence(uint64_t table, int64_t n, uint64_t seed, int dtype, int kind,
   check(code);
 }
 
+/* `numbers` and `squares` of a zo_update: lists go into the struct, addresses are pointed at. */
+void fill(zo_update &u, py::handle numbers, py::handle squares) {
+  if (PyLong_Check(numbers.ptr())) {
+    u.number_ptr = Pass::address<const float>(numbers);
+  } else {
+    Pass::copy(numbers, u.numbers, ZO_RULE_NUMBERS, "more than 9 numbers");
+  }
+  if (PyLong_Check(squares.ptr())) {
+    u.squares = Pass::address<const float>(squares);
+  } else if (!squares.is_none()) {
+    Pass::copy(squares, u.inline_squares, ZO_INLINE_TERMS, "more than INLINE_TERMS squares: put them into memory");
+  }
+}
+
+void cpu_update(uint64_t table, uint64_t states, int64_t n, uint64_t seed, int dtype, int kind, int rounding, int rule,
+                int state_dtype, py::handle tags, py::handle coefs, int64_t n_terms, py::handle numbers,
+                py::handle squares, int threads, int isa) {
+  const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, py::none());
+  zo_update update = {};
+  update.pass = pass.c;
+  update.rule = rule, update.state_dtype = state_dtype;
+  fill(update, numbers, squares);
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = zo_cpu_update(&update, (const zo_tensor *)(uintptr_t)table, (const zo_states *)(uintptr_t)states, n, threads,
+                         isa);
+  }
+  check(code);
+}
+
 #ifdef ZO_WITH_CUDA
 void check_cuda(int code) {
   if (code) throw std::runtime_error(std::string("zo_kernels: CUDA launch: ") + zo_cuda_error_string(code));
@@ -181,6 +219,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("kind"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("first"), py::arg("decays"),
         py::arg("roundings"), py::arg("n_passes"), py::arg("threads"), py::arg("isa"),
         "zo_cpu_perturb for a sequence of passes; tags .. roundings are addresses.");
+  m.def("cpu_update", &cpu_update, py::arg("table"), py::arg("states"), py::arg("n"), py::arg("seed"), py::arg("dtype"),
+        py::arg("kind"), py::arg("rounding"), py::arg("rule"), py::arg("state_dtype"), py::arg("tags"),
+        py::arg("coefs"), py::arg("n_terms"), py::arg("numbers"), py::arg("squares"), py::arg("threads"),
+        py::arg("isa"),
+        "zo_cpu_update of csrc/zo_kernels.h; states is the address of n structs zo_states; numbers and squares are "
+        "lists or addresses (squares may be None).");
 
   /* ---- CUDA ---- */
 #ifdef ZO_WITH_CUDA

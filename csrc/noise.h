@@ -23,7 +23,7 @@
 namespace zo {
 #endif
 
-enum { PURPOSE_GAUSSIAN = 0, PURPOSE_RADEMACHER = 1, PURPOSE_ROUNDING = 2, PURPOSE_MASK = 3 };
+enum { PURPOSE_GAUSSIAN = 0, PURPOSE_RADEMACHER = 1, PURPOSE_ROUNDING = 2, PURPOSE_MASK = 3, PURPOSE_STATE = 4 };
 
 ZO_HD float as_float(uint32_t b) {
 #ifdef __CUDA_ARCH__
@@ -175,7 +175,7 @@ ZO_HD uint32_t rademacher_sign(const Words &w, uint64_t i) { /* 0 or 0x80000000,
 
 /* ---- 4. Random mask --------------------------------------------------------------------------------------------- */
 
-ZO_HD uint64_t octet_call(uint64_t i) { return i >> 3; } /* purposes 2 and 3: one call feeds 8 elements */
+ZO_HD uint64_t octet_call(uint64_t i) { return i >> 3; } /* purposes 2 to 4: one call feeds 8 elements */
 
 ZO_HD bool random_keep(const Words &w, uint64_t i, uint32_t threshold) {
   uint32_t x = w.w[(i & 7) >> 1];

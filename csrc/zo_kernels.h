@@ -72,11 +72,35 @@ typedef struct zo_pass {
   void *scratch; /* CUDA: ZO_CUDA_SCRATCH(n_passes, n_terms) bytes at a multiple of 16, for this call alone */
 } zo_pass;
 
+/* Update rules, docs/numerics.md, section 10:  (theta, states) <- rule(theta, states, u), u as above with theta = 0. */
+enum zo_rule { ZO_MOMENTUM = 0, ZO_ADAM = 1, ZO_HIZOO = 2, ZO_ADAM_HISTORY = 3 };
+#define ZO_RULE_NUMBERS 9 /* at most; momentum 4, adam 9, hizoo 7, adam_history 4 */
+
+/* The states of one tensor: numel elements each, where the weights are; NULL where the rule has none. */
+typedef struct zo_states {
+  void *first;   /* b, m or h */
+  float *second; /* v */
+} zo_states;
+
+typedef struct zo_update {
+  zo_pass pass; /* one pass; its decay is not looked at */
+  int32_t rule;
+  int32_t state_dtype;     /* of zo_states.first: ZO_F32, or, but for h, ZO_BF16 */
+  const float *squares;    /* ZO_ADAM_HISTORY: q_k, n_terms values; NULL: inline_squares, or none */
+  const float *number_ptr; /* the rule's numbers, in the tensors' device memory; or NULL: numbers */
+  float numbers[ZO_RULE_NUMBERS];
+  float inline_squares[ZO_INLINE_TERMS];
+} zo_update;
+
 const char *zo_error_string(int code);
 
 /* isa: 0 best available, 1 portable, 2 AVX2, 3 AVX-512. Host pointers throughout. */
 int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa);
 int zo_cpu_best_isa(void);
+
+/* In place: src == dst, and no rows. states[k] belongs to tensors[k]. */
+int zo_cpu_update(const zo_update *update, const zo_tensor *tensors, const zo_states *states, int64_t n, int threads,
+                  int isa);
 
 /* One launch on `stream` (a cudaStream_t) for a whole list of tensors of one dtype, for a sequence after a small one
  * that prepares its terms; returns without waiting. Everything
@@ -94,6 +118,9 @@ enum zo_form {
 #define ZO_CUDA_SCRATCH(n_passes, n_terms) (16 * (n_passes) + 8 * (n_terms))
 int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles, int64_t tile,
                     int form, void *stream);
+/* The same for a rule: `states` lies in device memory. In place, and no rows. */
+int zo_cuda_update(const zo_update *update, const zo_tensor *table, const zo_states *states, const uint32_t *map,
+                   int64_t tiles, int64_t tile, void *stream);
 const char *zo_cuda_error_string(int code);
 
 #ifdef __cplusplus

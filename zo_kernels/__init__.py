@@ -40,6 +40,7 @@ from zo_kernels.optim import (
     ZOStep,
 )
 from zo_kernels.parameters import stream_of
+from zo_kernels.update import update_
 
 __version__ = "0.1.0"
 __all__ = [
@@ -85,4 +86,5 @@ __all__ = [
     "perturbed_linear",
     "replay",
     "stream_of",
+    "update_",
 ]

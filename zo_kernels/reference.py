@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Entry, Pass, Passes, Plan
+    from collections.abc import Sequence
 
-GAUSSIAN, RADEMACHER, ROUNDING, MASK = range(4)  # the purposes of section 1
+    from zo_kernels.ops import Entry, Pass, Passes, Plan
+    from zo_kernels.update import RulePass, States
+
+GAUSSIAN, RADEMACHER, ROUNDING, MASK, STATE = range(5)  # the purposes of section 1
 U32 = 0xFFFFFFFF
 KAPPA = float.fromhex("0x1.251fbep+0")
 CHUNK = 1 << 20  # elements worked on at a time; a multiple of 128, the most that one Philox call feeds
@@ -222,3 +225,95 @@ def sequence(plan: Plan, passes: Passes) -> None:
         in_place = replace(entry, src=entry.dst)
         for p in passes:
             perturb_entry(in_place, p, *p.terms_on(plan.device))
+
+
+# ---- 10. Update rules -----------------------------------------------------------------------------------------------
+
+
+def root(x: Tensor) -> Tensor:
+    """The correctly rounded fp32 root, through float64: no root of an fp32 lies within 2^-51 of the middle of two. (torch's own may be MKL's,
+    which is wrong in the last bit now and then.)"""
+    return x.double().sqrt().float()
+
+
+def momentum(d: Tensor, u: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(theta, b); every operation rounds to fp32."""
+    lr, beta = n
+    b = beta * held[0] + u
+    return d - lr * b, b
+
+
+def adam(d: Tensor, u: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(theta, m, v)."""
+    lr1, beta1, one_minus_beta1, beta2, one_minus_beta2, v_factor, eps = n
+    m = beta1 * held[0] + one_minus_beta1 * u
+    v = beta2 * held[1] + one_minus_beta2 * (u * u)
+    return d - (lr1 * m) / (root(v_factor * v) + eps), m, v
+
+
+def hizoo(d: Tensor, z: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(theta, h)."""
+    lrg, alpha, kappa, low, high = n
+    h = held[0] + held[0] * (alpha * (kappa * (z * z) - 1))
+    h = torch.where(h < low, low, torch.where(h > high, high, h))
+    return d - (lrg * z) / root(h), h
+
+
+RULES = {"momentum": momentum, "adam": adam, "hizoo": hizoo}
+
+
+def update_entry(entry: Entry, held: Sequence[Tensor], p: RulePass, given: tuple[Tensor, ...]) -> None:
+    """One tensor of the list and its states."""
+    tags, coefs, numbers, squares = given
+    go = (numbers[0] != 0) & numbers.isfinite().all() & coefs.isfinite().all() & squares.isfinite().all()
+    decay, rest = numbers[1], numbers[2:].unbind()
+    gaussian = p.kind == "gaussian"
+    coefs = gaussian_coefficients(coefs) if gaussian else live_or_zero(coefs, coefs)
+    one = torch.ones(1, device=numbers.device)
+    one = gaussian_coefficients(one) if gaussian else one
+    theta, states = entry.src.view(-1), [s.view(-1) for s in held]
+    for start in range(0, theta.numel(), CHUNK):
+        e = torch.arange(start, min(start + CHUNK, theta.numel()), device=theta.device)
+        i = element_indices(entry, e)
+
+        def noise(tags: Tensor, coefs: Tensor, i: Tensor = i) -> Tensor:
+            s = (gaussian_sum if gaussian else rademacher_sum)(i, tags, coefs, entry.stream, p.seed)
+            if entry.scale is not None:
+                s = s * entry.scale[i // entry.scale_block - entry.offset // entry.scale_block]
+            return s + 0.0  # u is never -0
+
+        keep = go.expand(len(e))
+        if entry.mask is not None:
+            keep = keep & bit_keep(e, entry.mask)
+        if entry.keep:
+            keep = keep & random_keep(i, entry.keep, entry.mask_tag, entry.stream, p.seed)
+        tag = tags[0] if len(tags) else 0
+
+        def dither(purpose: int, i: Tensor = i, tag: Tensor | int = tag) -> Tensor:
+            return octet_words(i, purpose, entry.stream, tag, p.seed) >> (16 * (i & 1)) & 0xFFFF
+
+        chunk = slice(start, start + CHUNK)
+        u, d = noise(tags, coefs), theta[chunk].float() * decay
+        if p.rule == "adam_history":
+            v = torch.zeros_like(u)
+            for k, q in enumerate(squares):
+                z = noise(tags[k : k + 1], one)
+                v = v + q * (z * z)
+            lr, eps = rest
+            new: tuple[Tensor, ...] = (d - (lr * u) / (root(v) + eps),)
+        else:
+            new = RULES[p.rule](d, u, [s[chunk].float() for s in states], rest)
+        for s, value in zip(states, new[1:], strict=True):
+            rounded = value if s.dtype == torch.float32 else cast_stochastic(value, dither(STATE), s.dtype)
+            s[chunk] = torch.where(keep, rounded, s[chunk])
+        r = torch.where(keep, new[0], d)
+        stochastic = p.rounding == "stochastic" and theta.dtype != torch.float32
+        cast = cast_stochastic(r, dither(ROUNDING), theta.dtype) if stochastic else r.to(theta.dtype)
+        theta[chunk] = torch.where(go, cast, theta[chunk])
+
+
+def update(plan: Plan, states: States, p: RulePass) -> None:
+    """(theta, states) <- rule(theta, states, u) for every tensor of the plan."""
+    given = p.tensors_on(plan.device)
+    for entry, held in zip(plan.entries, states, strict=True):
+        update_entry(entry, held, p, given)

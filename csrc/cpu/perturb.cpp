@@ -16,23 +16,15 @@
 #include <vector>
 
 #include "../noise.h"
-#include "perturb.h"
+#include "call.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <xmmintrin.h>
 #endif
 
+using namespace zo; /* call.h is of this file and its like */
+
 namespace {
-
-enum Isa { BEST = 0, PORTABLE = 1, AVX2 = 2, AVX512 = 3 };
-
-enum Error {
-  OK = 0,
-  BAD_ARGUMENT = -1,
-  UNSUPPORTED_ISA = -2,
-  OUT_OF_MEMORY = -3,
-};
 
 /* Elements that a thread takes at a time, where each costs `work` (1 for a pass and 1 for each of its terms): about
  * 0.1 ms, several times what waking a thread takes. A call with less runs on the caller's thread: scratch mode makes
@@ -68,50 +60,24 @@ zo::PerturbRange *kernel(int isa) {
   return zo::perturb_portable;
 }
 
-/* The contract's arithmetic: subnormals kept, round to nearest even. A caller may have set otherwise
- * (torch.set_flush_denormal), and a new thread inherits that. */
-class IeeeArithmetic {
-public:
-#if defined(__x86_64__)
-  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~IeeeArithmetic() { _mm_setcsr(saved_); }
-
-private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  IeeeArithmetic() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
-    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
-  }
-  ~IeeeArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
-
-private:
-  uint64_t saved_;
-#endif
-  IeeeArithmetic(const IeeeArithmetic &) = delete;
-};
-
 /* The whole list is one row of elements, cut into chunks that threads take from a counter: a list of many small tensors
  * and a list of one large tensor split alike.
  *
  * The caller waits for the chunks, not for the threads. Between a model's matrix products torch's own threads spin on
  * their cores for milliseconds, and a thread of ours may run only after that: waited for, it held up every pass of a
  * scratch-mode forward (three times the time, on two cores). Such a latecomer finds the counter used up and touches
- * nothing but this struct, which it keeps alive; job and tensors may be gone by then. */
+ * nothing but this struct, which it keeps alive; jobs and tensors may be gone by then. */
 struct Work {
-  const zo::Job &job;      /* the first one */
-  const zo::Job &low_rank; /* that of tensors with factors */
+  const zo::Body body;
   const zo_tensor *tensors;
   int64_t total, chunk;
-  zo::PerturbRange *range;
   std::atomic<int64_t> next{0}, done{0}; /* chunks taken, elements finished */
 
-  Work(const zo::Job &job, const zo::Job &low_rank, const zo_tensor *tensors, int64_t total, int64_t chunk,
-       zo::PerturbRange *range)
-      : job(job), low_rank(low_rank), tensors(tensors), total(total), chunk(chunk), range(range) {}
+  Work(const zo::Body &body, const zo_tensor *tensors, int64_t total, int64_t chunk)
+      : body(body), tensors(tensors), total(total), chunk(chunk) {}
 
   void run() {
-    const IeeeArithmetic ieee;
+    const zo::IeeeArithmetic ieee;
     int64_t k = 0, before = 0; /* elements of the tensors before k; chunks of one thread only ever advance */
     for (int64_t begin; (begin = chunk * next.fetch_add(1, std::memory_order_relaxed)) < total;) {
       const int64_t end = begin + chunk < total ? begin + chunk : total;
@@ -123,7 +89,7 @@ struct Work {
           continue;
         }
         const int64_t stop = before + t.numel < end ? before + t.numel : end;
-        range(t.rank ? low_rank : job, t, at - before, stop - before);
+        body.run(body.context, k, at - before, stop - before);
         at = stop;
       }
       done.fetch_add(end - begin, std::memory_order_release);
@@ -184,12 +150,20 @@ Helpers *new_helpers() { return new (helpers_memory) Helpers; }
 Helpers *helpers_of_process = new_helpers();
 const int renewed_by_fork = pthread_atfork(nullptr, nullptr, [] { helpers_of_process = new_helpers(); });
 
+} // namespace
+
+namespace zo {
+
+bool sound(const zo_tensor &t) {
+  return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
+}
+
 bool sound(const zo_tensor &t, const zo_pass &p) {
   if (t.rank || t.rsqrt) {
     if (p.first || t.rsqrt > 1 || t.rank > ZO_MAX_RANK) return false;
     if (t.rank && (p.n_terms > 1 || t.cols < 1 || !t.left || !t.right)) return false;
   }
-  return t.numel >= 0 && t.scale_block >= 1 && (t.numel == 0 || (t.src && t.dst)) && (!t.rows || t.row_len >= 1);
+  return sound(t);
 }
 
 bool sound(const zo_pass &p) {
@@ -207,16 +181,15 @@ bool sound(const zo_pass &p) {
   return p.first[p.n_passes] == p.n_terms;
 }
 
-/* Terms begin .. end - 1 as a job, whose live ones are written to `live`. Gaussian: for Gaussian noise. */
-zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, int rounding, zo::Term *live,
-                 bool gaussian) {
-  zo::Job job = {};
+/* Terms begin .. end - 1 as a job, whose live ones are written to `live`. `gaussian`: for Gaussian noise. */
+Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, int rounding, Term *live, bool gaussian) {
+  Job job = {};
   for (int64_t k = begin; k < end; ++k) {
     const uint32_t tag = pass.tags ? (uint32_t)pass.tags[k] : pass.inline_tags[k];
     const float given = pass.coefs ? pass.coefs[k] : pass.inline_coefs[k];
-    const float c = gaussian ? zo::gaussian_coefficient(given) : zo::rademacher_coefficient(given);
+    const float c = gaussian ? gaussian_coefficient(given) : rademacher_coefficient(given);
     if (k == begin) job.rounding_tag = tag;
-    if (c != 0) live[job.n_terms++] = zo::Term{tag, c};
+    if (c != 0) live[job.n_terms++] = Term{tag, c};
   }
   job.seed = pass.seed;
   job.terms = live;
@@ -227,6 +200,28 @@ zo::Job make_job(const zo_pass &pass, int64_t begin, int64_t end, float decay, i
   job.stochastic = rounding == ZO_STOCHASTIC && pass.dtype != ZO_F32;
   return job;
 }
+
+int spread(const Body &body, const zo_tensor *tensors, int64_t total, int64_t work_each, int threads) {
+  const int64_t chunk = chunk_size(work_each), chunks = (total + chunk - 1) / chunk;
+  const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
+  if (helpers < 1) {
+    Work(body, tensors, total, chunk).run();
+    return OK;
+  }
+  std::shared_ptr<Work> work;
+  try {
+    work = std::make_shared<Work>(body, tensors, total, chunk);
+  } catch (const std::bad_alloc &) {
+    return OUT_OF_MEMORY;
+  }
+  helpers_of_process->help(work, helpers);
+  work->finish();
+  return OK;
+}
+
+} // namespace zo
+
+namespace {
 
 /* The passes of a sequence that change anything, linked; returns their work for each element. */
 int64_t make_jobs(const zo_pass &pass, std::vector<zo::Job> &jobs, zo::Term *live) {
@@ -293,7 +288,7 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   zo::Term only; /* of low_rank */
   int64_t work_each = 1;
   {
-    const IeeeArithmetic ieee;
+    const zo::IeeeArithmetic ieee;
     if (pass->first) work_each = make_jobs(*pass, sequence, live);
     if (sequence.empty()) { /* one pass; for a sequence that changes nothing, one without terms, which copies */
       const float decay = pass->first || !pass->has_decay ? 1.0f : pass->decay_ptr ? *pass->decay_ptr : pass->decay;
@@ -307,20 +302,14 @@ extern "C" int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int
   const zo::Job &job = sequence.empty() ? one : sequence.front();
   if (in_place && !job.n_terms && !low_rank.n_terms && !job.has_decay) return OK; /* not one bit would change */
 
-  const int64_t chunk = chunk_size(work_each), chunks = (total + chunk - 1) / chunk;
-  zo::PerturbRange *range = kernel(isa == BEST ? zo_cpu_best_isa() : isa);
-  const int64_t helpers = (chunks < threads ? chunks : threads) - 1;
-  if (helpers < 1) {
-    Work(job, low_rank, tensors, total, chunk, range).run();
-    return OK;
-  }
-  std::shared_ptr<Work> work;
-  try {
-    work = std::make_shared<Work>(job, low_rank, tensors, total, chunk, range);
-  } catch (const std::bad_alloc &) {
-    return OUT_OF_MEMORY;
-  }
-  helpers_of_process->help(work, helpers);
-  work->finish();
-  return OK;
+  struct Context {
+    const zo::Job &job, &low_rank;
+    const zo_tensor *tensors;
+    zo::PerturbRange *range;
+  } const context = {job, low_rank, tensors, kernel(isa == BEST ? zo_cpu_best_isa() : isa)};
+  const auto range = [](const void *p, int64_t k, int64_t begin, int64_t end) {
+    const Context &c = *static_cast<const Context *>(p);
+    c.range(c.tensors[k].rank ? c.low_rank : c.job, c.tensors[k], begin, end);
+  };
+  return zo::spread({range, &context}, tensors, total, work_each, threads);
 }

@@ -39,5 +39,25 @@ PerturbRange perturb_portable;
 PerturbRange perturb_avx2, perturb_avx512;
 #endif
 
+/* One pass of an update rule. */
+struct UpdateJob {
+  Job sum;             /* the terms' sum; its decay is 1, its `next` is nullptr */
+  const Term *singles; /* ZO_ADAM_HISTORY: all n_squares terms, with the coefficient of z itself */
+  const float *squares;
+  int64_t n_squares;
+  int rule;
+  int state_dtype;
+  float numbers[ZO_RULE_NUMBERS]; /* all of them finite, the first not 0 */
+};
+
+/* Local elements [begin, end) of one tensor and of its states. */
+typedef void UpdateRange(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin,
+                         int64_t end);
+
+UpdateRange update_portable;
+#if defined(__x86_64__)
+UpdateRange update_avx2, update_avx512;
+#endif
+
 } // namespace zo
 #endif

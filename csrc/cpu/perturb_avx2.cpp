@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "simd.h"
+#include "update_tile.h"
 
 namespace zo {
 namespace {
@@ -118,6 +119,10 @@ struct Avx2 {
 
 void perturb_avx2(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end) {
   perturb_range<SimdStages<Avx2>>(job, tensor, begin, end);
+}
+
+void update_avx2(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin, int64_t end) {
+  update_range<SimdStages<Avx2>>(job, tensor, states, begin, end);
 }
 
 } // namespace zo

@@ -10,7 +10,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "tile.h"
+#include "update_tile.h"
 
 #if defined(__clang__) /* which would rather unroll the sixteen rounds of a short loop than vectorise it */
 #define ZO_VECTORISE _Pragma("clang loop vectorize_width(4) unroll(disable)")
@@ -164,11 +164,12 @@ struct PortableStages {
     }
   }
 
-  static void rounding_bits(const Job &job, uint32_t stream, uint64_t start, int64_t len, uint16_t *v) {
+  static void rounding_bits(const Job &job, uint32_t purpose, uint32_t stream, uint64_t start, int64_t len,
+                            uint16_t *v) {
     const Keys keys = schedule(job.seed);
     for (int64_t p = 0; p < len; p += 8 * CALLS) {
       Words w;
-      philox<1>(octet_call(start + (uint64_t)p), PURPOSE_ROUNDING, stream, job.rounding_tag, keys, w);
+      philox<1>(octet_call(start + (uint64_t)p), purpose, stream, job.rounding_tag, keys, w);
       for (int l = 0; l < CALLS; ++l) {
         const zo::Words call = {{w[0][l], w[1][l], w[2][l], w[3][l]}};
         for (int j = 0; j < 8; ++j) v[p + 8 * l + j] = (uint16_t)zo::rounding_bits(call, (uint64_t)j);
@@ -238,6 +239,11 @@ struct PortableStages {
 
 void perturb_portable(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end) {
   perturb_range<PortableStages>(job, tensor, begin, end);
+}
+
+void update_portable(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin,
+                     int64_t end) {
+  update_range<PortableStages>(job, tensor, states, begin, end);
 }
 
 } // namespace zo

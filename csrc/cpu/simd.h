@@ -191,11 +191,12 @@ template <class V> struct SimdStages {
   /* ---- 5. Casts ---------------------------------------------------------------------------------------------------
    */
 
-  static void rounding_bits(const Job &job, uint32_t stream, uint64_t start, int64_t len, uint16_t *v) {
+  static void rounding_bits(const Job &job, uint32_t purpose, uint32_t stream, uint64_t start, int64_t len,
+                            uint16_t *v) {
     const Keys keys(job.seed);
     for (int64_t p = 0; p < len; p += 8 * LANES) {
       U w[4];
-      philox((start + (uint64_t)p) >> 3, PURPOSE_ROUNDING, stream, job.rounding_tag, keys, w);
+      philox((start + (uint64_t)p) >> 3, purpose, stream, job.rounding_tag, keys, w);
       V::store_words(w, (uint32_t *)(v + p)); /* x86 is little-endian: the 16 bits of element i are in place */
     }
   }

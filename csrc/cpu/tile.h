@@ -125,7 +125,9 @@ void perturb_run(const Job &job, const zo_tensor &t, int64_t e, int64_t end, uin
           kept = true;
         }
       }
-      if (pass->stochastic) Stages::rounding_bits(*pass, t.stream, start, len, rounding);
+      if (pass->stochastic) {
+        Stages::rounding_bits(*pass, PURPOSE_ROUNDING, t.stream, start, len, rounding);
+      }
       Stages::template apply<Weight>(*pass, from, dst + e, s + head, masked && pass->n_terms ? keep : nullptr, head,
                                      pass->stochastic ? rounding + head : nullptr, n);
       from = dst + e;

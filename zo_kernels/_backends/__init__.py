@@ -2,14 +2,15 @@
 
 (The folder has an underscore because `zo_kernels.backends` is the public function.)
 
-A backend is a module here with four functions:
+A backend is a module here with five functions:
 
     status() -> str | None            None if it can run in this process, otherwise the reason why not, in one line
     supports(device) -> str | None    None if it can work on tensors of this device, otherwise the reason why not
     perturb(plan, p) -> None          one pass over one plan (`ops.Plan`, `ops.Pass`), on the device's current stream
     sequence(plan, passes) -> None    many passes, one after another (`ops.Passes`), in one launch
+    update(plan, states, p) -> None   an update rule over one plan and its states (`update.States`, `update.RulePass`)
 
-and, where it has a kernel for it, a fourth: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
+and, where it has a kernel for it, a sixth: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
 
 Belongs here: the registry. Does not belong here: checks of a user's arguments (ops.py), arithmetic (each backend's own file).
 """

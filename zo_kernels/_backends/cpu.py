@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zo_kernels import ops
+from zo_kernels import update as rules
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from zo_kernels.ops import Pass, Passes, Plan
+    from zo_kernels.update import RulePass, States
 
 
 @functools.cache
@@ -116,6 +118,33 @@ def sequence(plan: Plan, passes: Passes, isa: int | None = None) -> None:
         passes.decay.data_ptr(),
         passes.rounding.data_ptr(),
         len(passes),
+        torch.get_num_threads(),
+        chosen_isa() if isa is None else isa,
+    )
+
+
+def update(plan: Plan, states: States, p: RulePass, isa: int | None = None) -> None:
+    """A rule over each tile while it lies in L1; `isa` as in `perturb`."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    table = rules.state_table(states)
+    tags, coefs, numbers, squares = p.tensors_on(plan.device)
+    module.cpu_update(
+        plan.table.ctypes.data,
+        table.ctypes.data,
+        len(plan.entries),
+        p.seed,
+        ops.DTYPES[plan.dtype],
+        ops.KINDS[p.kind],
+        ops.ROUNDINGS[p.rounding],
+        rules.RULES[p.rule].code,
+        ops.DTYPES[rules.state_dtype(states)],
+        tags.data_ptr(),
+        coefs.data_ptr(),
+        tags.numel(),
+        numbers.data_ptr(),
+        None if p.squares is None else squares.data_ptr(),
         torch.get_num_threads(),
         chosen_isa() if isa is None else isa,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from zo_kernels.reference import perturb as perturb  # the interface's third and fourth functions
+from zo_kernels.reference import perturb as perturb  # the interface's last three functions
 from zo_kernels.reference import sequence as sequence
+from zo_kernels.reference import update as update
 
 
 def status() -> str | None:
