@@ -84,7 +84,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Past:
-    """An earlier step as a recomputed state sees it. On a device nobody knows whether it was skipped: then `live` and the coefficients are 0."""
+    """An earlier step as a recomputed state sees it. If it was skipped, `live` and the coefficients are 0."""
 
     tags: Sequence[perturb.Tag]
     coefs: Sequence[Number]
@@ -119,12 +119,11 @@ class Kept:
         return states
 
     def remember(self, step: Applied, gs: Sequence[Number], most: int) -> list[tuple[Past, Number]]:
-        """The last `most` steps of a group, this one last, each with its age in steps that had an update."""
+        """The last `most` steps of a group, this one last, each with its age in steps that had an update. A skipped step takes a place too, since
+        on a device nobody knows."""
         past = self.history.setdefault(step.group, deque(maxlen=most))
-        if step.go is not False:
-            past.append(
-                Past(list(step.tags[: len(gs)]), list(gs), step.count, step.go.double() if isinstance(step.go, Tensor) else 1.0)
-            )
+        live = step.go.double() if isinstance(step.go, Tensor) else float(step.go)
+        past.append(Past(list(step.tags[: len(gs)]), list(gs), step.count, live))
         return [(p, step.count - p.count) for p in past]
 
     def state(self) -> dict[str, Any]:
@@ -146,7 +145,14 @@ def _numbers(values: Sequence[Any]) -> Any:
     device = next((v.device for v in values if isinstance(v, Tensor)), None)
     if device is None:
         return [float(v) for v in values]
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()).double() for v in values]).float()
+    return torch.stack([on_device(v, device) for v in values]).float()
+
+
+def on_device(value: Any, device: torch.device) -> Tensor:
+    """A number as a 0-d float64 tensor, by a fill, which unlike a copy from the host does not wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(())
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _pass(
@@ -155,7 +161,7 @@ def _pass(
     tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in step.tags[: len(coefs)]]
     values = _numbers(coefs)
     if isinstance(values, Tensor):
-        tags = torch.tensor(tags, dtype=torch.int64, device=values.device)
+        tags = ops.move(torch.tensor(tags, dtype=torch.int64), values.device)
     return update.RulePass(
         options["seed"], tags, values, options["kind"], step.rounding, rule, _numbers([step.go, step.decay, *numbers]), **more
     )
@@ -284,6 +290,8 @@ class Momentum(_Rated):
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         *gs, lr = step.coefs
+        if step.go is False:
+            return
         states = kept.of(weights, {"momentum": STATE_DTYPES[self.dtype]})
         update.run_rule(weights.update_plans, states, _pass(step, "momentum", gs, [lr, self.beta], options), options["backend"])
 
@@ -332,6 +340,8 @@ class Adam(_Rated):
         *gs, lr = step.coefs
         if self.state == "recomputed":
             self._from_history(kept, step, weights, options)
+            return
+        if step.go is False:
             return
         b1, b2, t = self.beta1, self.beta2, step.count
         numbers = [lr / (1 - b1**t), b1, 1 - b1, b2, 1 - b2, 1 / (1 - b2**t), self.eps]
@@ -382,6 +392,8 @@ class HessianDiagonal(Rule):
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         lrg, kappa = step.coefs
+        if step.go is False:
+            return
         names = {id(p): n for n, p in zip(weights.names, weights.params, strict=True)}
         held, found = options["held"], iter(weights.pairs)
         states = [[[held.made[names[id(next(found)[1])]].scale[0]] for _ in plan.entries] for plan in weights.update_plans]

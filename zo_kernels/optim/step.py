@@ -586,7 +586,7 @@ class ZOStep(torch.optim.Optimizer):
         device, recorded = losses[0].device, isinstance(tags[0], Tensor)
         if recorded and device != tags[0].device:  # type: ignore[union-attr]
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
-        on_host = device.type == "cpu" and not recorded
+        on_host = (_on_host(device) or bool(inner)) and not recorded
         sign = 1.0 if self._maximize else -1.0
         raw: list[list[Any]] = [self._estimator.gradients(losses, n.eps) for n in numbers]
         self.projected_gradient = raw[0][0]
@@ -604,7 +604,7 @@ class ZOStep(torch.optim.Optimizer):
             for group, n, curvature in zip(gs, numbers, curvatures, strict=True)
         ]
         decays: list[perturb.Coefficient] = [n.decay for n in numbers]
-        before = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
+        before = self._skipped.double() if isinstance(self._skipped, Tensor) else self._skipped
         finite: Any
         if on_host:
             finite = all(math.isfinite(x) for group in (*raw, *coefs) for x in group)
@@ -612,8 +612,8 @@ class ZOStep(torch.optim.Optimizer):
                 self._skipped = self._skipped + 1
                 coefs, decays = [[0.0] * len(group) for group in coefs], [1.0] * len(decays)
         else:
-            everything = [torch.as_tensor(x, device=device, dtype=torch.float64) for group in (*raw, *coefs) for x in group]
-            finite = torch.stack(everything).isfinite().all()
+            coefs = [[rules.on_device(c, device) for c in group] for group in coefs]
+            finite = torch.stack([x for group in (*raw, *coefs) for x in group]).isfinite().all()
             if isinstance(self._skipped, Tensor):
                 self._skipped += ~finite  # in place: a graph counts here too
             else:
@@ -624,7 +624,7 @@ class ZOStep(torch.optim.Optimizer):
                 else torch.where(finite, d if isinstance(d, Tensor) else torch.full((), d, dtype=torch.float64, device=device), 1.0)
                 for d in decays
             ]  # fmt: skip
-        first = list(inner) if finite is True else [0.0] * len(inner)
+        first = list(inner) if finite is not False else [0.0] * len(inner)
         recorded_coefs = [[*group, *(first if k == 0 else [0.0] * len(first))] for k, group in enumerate(coefs)]
         self._summary = record.Summary(loss, raw[0][0], finite, clipped, recorded_coefs)
         count = self.steps + 1 - before if self._rule.memory else 0
@@ -665,8 +665,7 @@ class ZOStep(torch.optim.Optimizer):
         options = {"seed": self._seed, "kind": self._kind, "backend": self._backend, "held": self._held}
         with view.clean():
             for a in decided:
-                if a.go is not False:
-                    rule.run(kept, a, view.groups[a.group], options)
+                rule.run(kept, a, view.groups[a.group], options)
 
     def _trained(self) -> dict[str, Tensor]:
         return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.requires_grad}
@@ -1107,6 +1106,11 @@ def _restore(view: perturb.InPlace, process: int) -> None:
     """A fork's child leaves the weights alone: in shared memory they are its parent's."""
     if os.getpid() == process:
         view.restore()
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether numbers that come from losses there are known to the host without waiting."""
+    return device.type == "cpu"
 
 
 def _fp32(x: float) -> float:

@@ -1,0 +1,69 @@
+"""Where losses are on a device, a step's numbers stay tensors and nobody waits for them: the same bits, for every method.
+
+`_on_host` decides; here it is told that the CPU is such a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zo_kernels as zk
+from tests.kernels.cases import same_bits
+from zo_kernels.optim import step
+
+METHODS: dict[str, Callable[..., zk.ZOStep]] = {
+    "mezo": lambda m, **k: zk.MeZOStep(m, 1e-3, clip=0.5, weight_decay=0.1, **k),
+    "queries": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=3, **k),
+    "one-sided": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=2, one_sided=True, **k),
+    "sign": lambda m, **k: zk.ZOSignSGD(m, 1e-4, **k),
+    "fzoo": lambda m, **k: zk.FZOO(m, 1e-4, queries=3, **k),
+    "conservative": lambda m, **k: zk.ZOConservative(m, 1e-3, weight_decay=0.1, **k),
+    "momentum": lambda m, **k: zk.ZOMomentum(m, 1e-3, weight_decay=0.1, **k),
+    "momentum-recomputed": lambda m, **k: zk.ZOMomentum(m, 1e-3, state="recomputed", history=3, **k),
+    "adam": lambda m, **k: zk.ZOAdam(m, 1e-3, queries=2, **k),
+    "adam-recomputed": lambda m, **k: zk.ZOAdam(m, 1e-3, state="recomputed", history=3, **k),
+    "blocks": lambda m, **k: zk.BlockwiseZO(m, 1e-3, by=["0", "1"], **k),
+    "sparse": lambda m, **k: zk.SparseMeZO(m, 1e-3, **k),
+    "random-sparse": lambda m, **k: zk.ZOStep(m, 1e-3, direction=zk.RandomSparse(0.3, 2), **k),
+    "layer-scale": lambda m, **k: zk.ZOStep(m, 1e-3, direction=zk.LayerScale("gradient", every=2), **k),
+    "hizoo": lambda m, **k: zk.HiZOO(m, 1e-3, alpha=1e-3, **k),
+    "dizo": lambda m, **k: zk.DiZO(m, 1e-3, every=2, inner=2, layers=["0"], **k),
+    "lozo": lambda m, **k: zk.LOZO(m, 1e-3, every=2, **k),
+    "quantile": lambda m, **k: zk.ZOStep(m, 1e-3, clip=zk.QuantileClip(0.5, 4, 2), **k),
+    "forward-gradient": lambda m, **k: zk.ForwardGrad(m, 1e-3, **k),
+}
+
+
+def run(make: Callable[..., zk.ZOStep], bad: int | None, dtype: torch.dtype) -> tuple[list[Tensor], int]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(9, 13), nn.Linear(13, 5)).to(dtype)
+    x, calls = torch.randn(4, 9).to(dtype), 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss: Tensor = model(x).float().square().mean()
+        return loss * torch.nan if calls == bad else loss
+
+    optimizer: Any = make(model, seed=5, perturbation="scratch")
+    for _ in range(5):
+        optimizer.step(closure)
+    return [p.detach() for p in model.parameters()], optimizer.skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [None, 6])
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_give_the_bits_of_numbers(name: str, bad: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bad`: that forward gives NaN, and its step is skipped, on a device without anybody knowing."""
+    numbers, skipped = run(METHODS[name], bad, dtype)
+    monkeypatch.setattr(step, "_on_host", lambda device: False)
+    tensors, skipped_there = run(METHODS[name], bad, dtype)
+    assert skipped == skipped_there
+    for a, b in zip(numbers, tensors, strict=True):
+        assert same_bits(a, b)
