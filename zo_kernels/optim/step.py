@@ -651,7 +651,8 @@ class ZOStep(torch.optim.Optimizer):
         assert isinstance(rule, rules.Conservative) and self._summary is not None
         tried = [a.coefs[0] for a in decided]
         trials = zip(*(rule.trials(a.tags[0], u) for a, u in zip(decided, tried, strict=True)), strict=True)
-        chosen = rule.choose([at(list(shifts)) for shifts in trials], tried)
+        sign = -1.0 if self._maximize else 1.0
+        chosen = rule.choose([sign * at(list(shifts)) for shifts in trials], tried)
         coefs = [[c, u] for c, u in zip(chosen, tried, strict=True)]
         self._summary = self._summary._replace(coefs=coefs)
         return [replace(a, coefs=c) for a, c in zip(decided, coefs, strict=True)]
