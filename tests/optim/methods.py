@@ -1,0 +1,444 @@
+"""Every method twice: as the library makes it, and as an obvious float64 implementation of its paper's formula.
+
+Belongs here: what several test files need of a method (how to make it, what it should compute, what it is allowed to). Does not belong here: tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import zo_kernels as zk
+
+SEED = 12345
+EPS = 0.1
+Weights = dict[str, Tensor]
+
+
+class Tiny(nn.Module):
+    """Two linear layers and a norm, odd sizes; a smooth loss in float64, whatever the weights' type."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.layers = nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 4)])
+        self.norm = nn.LayerNorm(5)
+        self.x = torch.randn(11, 7, generator=g, dtype=torch.float64)
+        self.y = torch.randn(11, 4, generator=g, dtype=torch.float64)
+        for p in self.parameters():
+            p.data = (0.5 * torch.randn(p.shape, generator=g)).to(dtype)
+
+    def forward(self, rows: slice = slice(None)) -> Tensor:
+        first, second, norm = self.layers[0], self.layers[1], self.norm
+        weights = {
+            "layers.0.weight": first.weight, "layers.0.bias": first.bias, "layers.1.weight": second.weight, "layers.1.bias": second.bias,
+            "norm.weight": norm.weight, "norm.bias": norm.bias,
+        }  # fmt: skip
+        return loss({n: p.double() for n, p in weights.items()}, self.x[rows], self.y[rows])
+
+
+def loss(w: Weights, x: Tensor, y: Tensor) -> Tensor:
+    h = nn.functional.linear(x, w["layers.0.weight"], w["layers.0.bias"])
+    h = nn.functional.layer_norm(h, (5,), w["norm.weight"], w["norm.bias"])
+    return (nn.functional.linear(h.tanh(), w["layers.1.weight"], w["layers.1.bias"]) - y).square().mean()
+
+
+LAYERS = [["norm.weight", "norm.bias"], ["layers.0.weight", "layers.0.bias"], ["layers.1.weight", "layers.1.bias"]]
+NORM = tuple(LAYERS[0])
+
+
+def values(model: nn.Module) -> Weights:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+# ---- the float64 implementation -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """Weights in float64 and what a method remembers. `lr`, `eps`, `decay`: by parameter name.
+
+    `path`: how far the weights have been moved, every term of an update counted by itself (largest element), which is what relative errors of
+    coefficients are relative to.
+    """
+
+    theta: Weights
+    loss: Callable[[Weights], Tensor]
+    lr: dict[str, float]
+    eps: dict[str, float]
+    decay: dict[str, float]
+    kind: str = "gaussian"
+    clip: float | None = None
+    step: int = 0
+    path: float = 0.0
+    memory: dict[str, Any] = field(default_factory=dict)
+    g: float = 0.0  # of the last step, first query
+
+    @classmethod
+    def of(cls, model: Tiny, lr: float, eps: float = EPS, weight_decay: float = 0.0, **more: Any) -> Reference:
+        theta = {n: p.double() for n, p in values(model).items()}
+        decay = {n: weight_decay if n.startswith("layers") and n.endswith("weight") else 0.0 for n in theta}  # no bias, no norm
+        x, y = model.x, model.y
+        return cls(theta, lambda w: loss(w, x, y), dict.fromkeys(theta, lr), dict.fromkeys(theta, eps), decay, **more)
+
+    def z(self, tag: int) -> Weights:
+        return {n: noise(n, t.shape, tag, self.kind) for n, t in self.theta.items()}
+
+    def at(self, direction: Weights, factor: float) -> float:
+        return float(
+            self.loss({n: t + factor * self.eps[n] * direction[n] if n in direction else t for n, t in self.theta.items()})
+        )
+
+    def clipped(self, g: float) -> float:
+        return g if self.clip is None else min(max(g, -self.clip), self.clip)
+
+    def two_sided(self, direction: Weights) -> dict[str, float]:
+        """g of each parameter, with its own eps."""
+        d = self.at(direction, 1) - self.at(direction, -1)
+        return {n: self.clipped(d / (2 * self.eps[n])) for n in self.theta}
+
+    def gradient(self) -> Weights:
+        theta = {n: t.clone().requires_grad_() for n, t in self.theta.items()}
+        return dict(zip(theta, torch.autograd.grad(self.loss(theta), list(theta.values())), strict=True))
+
+    def move(self, by: Weights, size: float | None = None) -> None:
+        """theta <- (1 - lr wd) theta + by."""
+        self.path += max(float(m.abs().max()) for m in by.values()) if size is None else size
+        for n, m in by.items():
+            rate = self.lr[n] * self.decay[n]
+            self.path += rate * float(self.theta[n].abs().max())
+            self.theta[n] = (1 - rate) * self.theta[n] + m
+
+
+@functools.cache
+def noise(name: str, shape: tuple[int, ...], tag: int, kind: str = "gaussian", **more: Any) -> Tensor:
+    return zk.normal(shape, seed=SEED, stream=zk.stream_of(name), tag=tag, kind=kind, backend="reference", **more).double()
+
+
+def average(r: Reference, gs: Sequence[dict[str, float]], zs: Sequence[Weights]) -> tuple[Weights, float]:
+    """The estimate (1/q) sum g_i z_i, and its size term by term."""
+    estimate = {n: sum((g[n] * z[n] for g, z in zip(gs, zs, strict=True)), torch.zeros_like(r.theta[n])) / len(gs) for n in zs[0]}
+    size = sum(max(abs(g[n]) * float(z[n].abs().max()) for n in z) for g, z in zip(gs, zs, strict=True)) / len(gs)
+    r.g = gs[0]["layers.0.weight"] if "layers.0.weight" in gs[0] else 0.0
+    return estimate, size
+
+
+def estimate_two_sided(r: Reference, tags: Sequence[int]) -> tuple[Weights, float]:
+    zs = [r.z(t) for t in tags]
+    return average(r, [r.two_sided(z) for z in zs], zs)
+
+
+def estimate_one_sided(r: Reference, tags: Sequence[int]) -> tuple[Weights, float]:
+    zs, clean = [r.z(t) for t in tags], r.at({}, 0)
+    gs = [{n: r.clipped((r.at(z, 1) - clean) / r.eps[n]) for n in r.theta} for z in zs]
+    return average(r, gs, zs)
+
+
+def sgd(estimate: Callable[[Reference, Sequence[int]], tuple[Weights, float]]) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        u, size = estimate(r, tags)
+        r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+    return step
+
+
+def sign(r: Reference, tags: Sequence[int]) -> None:
+    zs = [r.z(t) for t in tags]
+    measured = [r.two_sided(z) for z in zs]
+    u, size = average(r, [{n: float(np.sign(g)) for n, g in gs.items()} for gs in measured], zs)
+    r.g = measured[0]["layers.0.weight"]
+    r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+
+def fzoo(r: Reference, tags: Sequence[int]) -> None:
+    zs, clean = [r.z(t) for t in tags], r.at({}, 0)
+    shifted = [r.at(z, 1) for z in zs]
+    std = float(np.std(shifted, ddof=1))
+    u, size = average(r, [{n: (s - clean) / r.eps[n] / std for n in r.theta} for s in shifted], zs)
+    r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+
+def conservative(r: Reference, tags: Sequence[int]) -> None:
+    z = r.z(tags[0])
+    g = r.two_sided(z)
+    r.g = g["layers.0.weight"]
+    candidates = [{n: c * r.lr[n] * g[n] * z[n] for n in z} for c in (0.0, -1.0, 1.0)]
+    losses = [float(r.loss({n: t + c[n] for n, t in r.theta.items()})) for c in candidates]
+    r.move(candidates[int(np.argmin(losses))])
+
+
+def forward_gradient(r: Reference, tags: Sequence[int]) -> None:
+    z, gradient = r.z(tags[0]), r.gradient()
+    r.g = float(sum((z[n] * gradient[n]).sum() for n in z))
+    r.move({n: -r.lr[n] * r.g * z[n] for n in z})
+
+
+FIRST_ORDER_LR = 0.02
+
+
+def hybrid(r: Reference, tags: Sequence[int]) -> None:
+    gradient = r.gradient()
+    z = {n: t for n, t in r.z(tags[0]).items() if n not in NORM}
+    g = r.two_sided(z)
+    r.g = g["layers.0.weight"]
+    r.move({n: -r.lr[n] * g[n] * z[n] for n in z})
+    for n in NORM:
+        r.theta[n] = r.theta[n] - FIRST_ORDER_LR * gradient[n]
+
+
+def blockwise(block_of: Callable[[int], Sequence[str]]) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        z = {n: t for n, t in r.z(tags[0]).items() if n in block_of(r.step)}
+        g = r.two_sided(z)
+        r.move({n: -r.lr[n] * g[n] * z[n] for n in z})
+
+    return step
+
+
+def magnitude_sparse(quantile: float) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        if not r.step:
+            ranks = {n: math.ceil(quantile * t.numel()) - 1 for n, t in r.theta.items()}
+            r.memory = {n: t.abs().flatten().sort().values[ranks[n]] for n, t in r.theta.items()}
+        z = {n: t * (r.theta[n].abs() <= r.memory[n]) for n, t in r.z(tags[0]).items()}
+        u, size = average(r, [r.two_sided(z)], [z])
+        r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+    return step
+
+
+@functools.cache
+def kept(name: str, shape: tuple[int, ...], keep: float, mask_tag: int) -> Tensor:
+    """Where a random mask lets a perturbation through: ones, perturbed by ±1."""
+    ones = torch.ones(shape)
+    zk.perturb_([ones], [(0, 1.0)], seed=SEED, streams=[zk.stream_of(name)], masks=[zk.RandomMask(keep, mask_tag)], kind="rademacher", backend="reference")  # fmt: skip
+    return ones != 1
+
+
+def random_sparse(keep: float, every: int) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        z = {n: t * kept(n, t.shape, keep, r.step // every) for n, t in r.z(tags[0]).items()}
+        u, size = average(r, [r.two_sided(z)], [z])
+        r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+    return step
+
+
+def to_12_bits(x: Any) -> Any:
+    mantissa, exponent = np.frexp(np.asarray(x, dtype=np.float64))
+    return np.ldexp(np.round(mantissa * 4096) / 4096, exponent)  # numpy rounds ties to even
+
+
+def layer_scale(every: int, variance: bool) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        if r.step % every == 0:
+            r.memory = {n: float(to_12_bits(math.sqrt(float(t.square().sum()) / t.numel()))) for n, t in r.theta.items()}
+        z, d = r.z(tags[0]), r.memory
+        g = r.two_sided({n: t / d[n] for n, t in z.items()})
+        r.g = g["layers.0.weight"]
+        r.move({n: -r.lr[n] * g[n] * z[n] * (d[n] if variance else 1.0) for n in z})
+
+    return step
+
+
+def lozo(rank: int, every: int) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        z = r.z(tags[0])
+        for n, t in r.theta.items():
+            if t.ndim == 2:
+                z[n] = low_rank(n, t.shape[0], t.shape[1], rank, tags[0], r.step // every)
+        g = r.two_sided(z)
+        r.g = g["layers.0.weight"]
+        r.move({n: -r.lr[n] * g[n] * z[n] / (rank if z[n].ndim == 2 else 1) for n in z})
+
+    return step
+
+
+def low_rank(name: str, rows: int, columns: int, rank: int, tag_u: int, tag_v: int) -> Tensor:
+    """U V^T by the formula in zo_kernels/lowrank.py."""
+    u = to_12_bits(noise(name, (rows, rank), tag_u).numpy())
+    v = to_12_bits(noise(name, (rank, columns), tag_v, offset=1 << 55).numpy())
+    return torch.from_numpy(u @ v)
+
+
+def momentum(beta: float, queries: int = 1, history: int | None = None) -> Callable[[Reference, Sequence[int]], None]:
+    """b <- beta b + u; `history`: b is the sum of the last so many beta^age u."""
+
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        past = r.memory.setdefault("past", [])
+        past.append(estimate_two_sided(r, tags))
+        recent = list(reversed(past if history is None else past[-history:]))
+        b = {n: sum(beta**age * u[n] for age, (u, _) in enumerate(recent)) for n in r.theta}
+        size = sum(beta**age * s for age, (_, s) in enumerate(recent))
+        r.move({n: -r.lr[n] * b[n] for n in b}, max(r.lr.values()) * size)
+
+    return step
+
+
+def adam(b1: float, b2: float, eps: float, history: int | None = None) -> Callable[[Reference, Sequence[int]], None]:
+    """The averages of u and u^2 whose weights beta^age sum to one: with the whole past this is m / (1 - b1^t) and v / (1 - b2^t)."""
+
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        past = r.memory.setdefault("past", [])
+        past.append(estimate_two_sided(r, tags)[0])
+        recent = list(reversed(past if history is None else past[-history:]))
+        by, size = {}, 0.0
+        for n in r.theta:
+            first, second = ([b**age for age in range(len(recent))] for b in (b1, b2))
+            m = sum(w * u[n] for w, u in zip(first, recent, strict=True)) / sum(first)
+            v = sum(w * u[n].square() for w, u in zip(second, recent, strict=True)) / sum(second)
+            by[n] = -r.lr[n] * m / (v.sqrt() + eps)
+            absolute = sum(w * u[n].abs() for w, u in zip(first, recent, strict=True)) / sum(first)
+            size = max(size, r.lr[n] * float((absolute / (v.sqrt() + eps)).max()))
+        r.move(by, size)
+
+    return step
+
+
+def hizoo(alpha: float, low: float, high: float) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        h = r.memory.setdefault("H", {n: torch.ones_like(t) for n, t in r.theta.items()})
+        z = r.z(tags[0])
+        direction = {n: t / h[n].sqrt() for n, t in z.items()}
+        clean, plus, minus = r.at({}, 0), r.at(direction, 1), r.at(direction, -1)
+        g = {n: r.clipped((plus - minus) / (2 * r.eps[n])) for n in z}
+        r.g = g["layers.0.weight"]
+        for n in z:
+            kappa = abs(plus + minus - 2 * clean) / (2 * r.eps[n] ** 2)
+            h[n] = (h[n] + alpha * h[n] * (kappa * z[n].square() - 1)).clamp(low, high)
+        r.move({n: -r.lr[n] * g[n] * z[n] / h[n].sqrt() for n in z})
+
+    return step
+
+
+def dizo(
+    every: int, inner: int, inner_eps: float, inner_lr: float, tau: float, layers: Sequence[str]
+) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        if not r.step:
+            r.memory = {n: r.theta[n].clone() for n in layers}
+        if r.step and r.step % every == 0:
+            far, rho = {n: r.theta[n] - r.memory[n] for n in layers}, dict.fromkeys(layers, 1.0)
+
+            def at(shift: dict[str, float]) -> float:
+                return float(r.loss(r.theta | {n: r.memory[n] + (rho[n] + shift[n]) * far[n] for n in layers}))
+
+            for j in range(inner):
+                z = {n: float(noise(n, (), tags[0] + 1 + j)) for n in layers}
+                g = (at({n: inner_eps * z[n] for n in layers}) - at({n: -inner_eps * z[n] for n in layers})) / (2 * inner_eps)
+                rho = {n: min(max(rho[n] - inner_lr * g * z[n], 1 - tau), 1 + tau) for n in layers}
+            for n in layers:
+                r.theta[n] = r.memory[n] + rho[n] * far[n]
+                r.path += abs(rho[n] - 1) * float(far[n].abs().max())
+        sgd(estimate_two_sided)(r, tags)
+
+    return step
+
+
+def quantile_clipped(q: float, window: int, least: int) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        past = r.memory.setdefault("past", [])
+        r.clip = float(np.quantile(past[-window:], q)) if len(past) >= least else None
+        z = r.z(tags[0])
+        past.append(abs((r.at(z, 1) - r.at(z, -1)) / (2 * r.eps["layers.0.weight"])))
+        sgd(estimate_two_sided)(r, tags)
+
+    return step
+
+
+# ---- the library's ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with small settings.
+
+    Args:
+        make: (model, **ZOStep's arguments) -> optimizer.
+        reference: one step on a `Reference`.
+        forwards: a step, at most.
+        sharp: g is divided by less than 2 eps, or not smooth in the losses: errors count this much more.
+    """
+
+    make: Callable[..., zk.ZOStep]
+    reference: Callable[[Reference, Sequence[int]], None]
+    forwards: int = 2
+    lr: float = 2e-3
+    kind: str = "gaussian"
+    modes: tuple[str, ...] = ("scratch", "inplace")
+    journal: bool = True
+    sharp: float = 1.0
+
+
+def first_order_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(model.norm.parameters()), lr=FIRST_ORDER_LR)
+
+
+QV = ("layers.0.weight", "layers.1.weight")
+DIZO = {"every": 5, "inner": 3, "inner_eps": 0.1, "inner_lr": 0.5, "tau": 0.2}
+
+
+def _of(cls: Any, **own: Any) -> Callable[..., zk.ZOStep]:
+    def make(model: Any, /, **more: Any) -> zk.ZOStep:
+        options = {"seed": SEED, **own, **more}
+        if cls is not zk.ForwardGrad:
+            options.setdefault("eps", EPS)
+        options.setdefault("lr", LR.get(cls, 2e-3))
+        optimizer: zk.ZOStep = cls(model, **options)
+        return optimizer
+
+    return make
+
+
+LR: dict[Any, float] = {zk.FZOO: 2e-4, zk.ZOAdam: 1e-3, zk.ZOMomentum: 5e-4}
+
+
+def _hybrid(model: Any, /, **more: Any) -> zk.ZOStep:
+    return _of(zk.HybridZO, first_order=first_order_of(model))(model, **more)
+
+
+CASES: dict[str, Case] = {
+    "mezo": Case(_of(zk.MeZOStep), sgd(estimate_two_sided)),
+    "mezo-3": Case(_of(zk.MeZOStep, queries=3), sgd(estimate_two_sided), 6),
+    "one-sided": Case(_of(zk.MeZOStep, one_sided=True), sgd(estimate_one_sided), sharp=2),
+    "one-sided-3": Case(_of(zk.MeZOStep, one_sided=True, queries=3), sgd(estimate_one_sided), 4, sharp=2),
+    "rademacher": Case(_of(zk.MeZOStep, kind="rademacher"), sgd(estimate_two_sided), kind="rademacher"),
+    "quantile-clip": Case(_of(zk.MeZOStep, clip=zk.QuantileClip(0.6, 8, 3)), quantile_clipped(0.6, 8, 3)),
+    "sign": Case(_of(zk.ZOSignSGD), sign),
+    "sign-3": Case(_of(zk.ZOSignSGD, queries=3), sign, 6),
+    "momentum": Case(_of(zk.ZOMomentum, beta=0.8), momentum(0.8), lr=5e-4),
+    "momentum-2": Case(_of(zk.ZOMomentum, beta=0.8, queries=2), momentum(0.8), 4, lr=5e-4),
+    "momentum-recomputed": Case(_of(zk.ZOMomentum, beta=0.8, state="recomputed", history=6), momentum(0.8, history=6), lr=5e-4),
+    "adam": Case(_of(zk.ZOAdam, betas=(0.8, 0.95)), adam(0.8, 0.95, 1e-8), lr=1e-3),
+    "adam-recomputed": Case(
+        _of(zk.ZOAdam, betas=(0.8, 0.95), state="recomputed", history=6), adam(0.8, 0.95, 1e-8, history=6), lr=1e-3
+    ),
+    "conservative": Case(_of(zk.ZOConservative), conservative, 5),
+    "forward": Case(_of(zk.ForwardGrad), forward_gradient, 1, modes=("scratch",)),
+    "hybrid": Case(_hybrid, hybrid, 3, journal=False),
+    "blockwise": Case(_of(zk.BlockwiseZO), blockwise(lambda k: LAYERS[k % 3])),
+    "blockwise-random": Case(
+        _of(zk.BlockwiseZO, order="random", every=2), blockwise(lambda k: LAYERS[zk.Blocks(order="random", every=2).at(k, 3, SEED)])
+    ),
+    "blockwise-patterns": Case(
+        _of(zk.BlockwiseZO, by=["bias$", "weight$"], every=3),
+        blockwise(lambda k: [n for block in LAYERS for n in block if n.endswith(("bias", "weight")[k // 3 % 2])]),
+    ),
+    "sparse-mezo": Case(_of(zk.SparseMeZO, quantile=0.6), magnitude_sparse(0.6)),
+    "random-sparse": Case(_of(zk.ZOStep, direction=zk.RandomSparse(0.3, 2)), random_sparse(0.3, 2)),
+    "layer-scale": Case(_of(zk.ZOStep, direction=zk.LayerScale("variance", every=7)), layer_scale(7, True)),
+    "layer-scale-expectation": Case(_of(zk.ZOStep, direction=zk.LayerScale("expectation", every=7)), layer_scale(7, False)),
+    "hizoo": Case(_of(zk.HiZOO, alpha=1e-2, low=0.5, high=2.0), hizoo(1e-2, 0.5, 2.0), 3),
+    "dizo": Case(_of(zk.DiZO, layers=[r"layers\.\d\.weight"], **DIZO), dizo(layers=QV, **DIZO), 8),
+    "lozo": Case(_of(zk.LOZO, rank=2, every=5), lozo(2, 5)),
+    "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),
+}  # fmt: skip
+EVERY = [(name, mode) for name, case in CASES.items() for mode in case.modes]
+JOURNALED = [(name, mode) for name, mode in EVERY if CASES[name].journal]
