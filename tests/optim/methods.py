@@ -126,7 +126,7 @@ def average(r: Reference, gs: Sequence[dict[str, float]], zs: Sequence[Weights])
     """The estimate (1/q) sum g_i z_i, and its size term by term."""
     estimate = {n: sum((g[n] * z[n] for g, z in zip(gs, zs, strict=True)), torch.zeros_like(r.theta[n])) / len(gs) for n in zs[0]}
     size = sum(max(abs(g[n]) * float(z[n].abs().max()) for n in z) for g, z in zip(gs, zs, strict=True)) / len(gs)
-    r.g = gs[0]["layers.0.weight"] if "layers.0.weight" in gs[0] else 0.0
+    r.g = gs[0].get("layers.0.weight", 0.0)
     return estimate, size
 
 
@@ -218,7 +218,8 @@ def magnitude_sparse(quantile: float) -> Callable[[Reference, Sequence[int]], No
 def kept(name: str, shape: tuple[int, ...], keep: float, mask_tag: int) -> Tensor:
     """Where a random mask lets a perturbation through: ones, perturbed by ±1."""
     ones = torch.ones(shape)
-    zk.perturb_([ones], [(0, 1.0)], seed=SEED, streams=[zk.stream_of(name)], masks=[zk.RandomMask(keep, mask_tag)], kind="rademacher", backend="reference")  # fmt: skip
+    mask, streams = zk.RandomMask(keep, mask_tag), [zk.stream_of(name)]
+    zk.perturb_([ones], [(0, 1.0)], seed=SEED, streams=streams, masks=[mask], kind="rademacher", backend="reference")
     return ones != 1
 
 
@@ -382,7 +383,7 @@ def first_order_of(model: Any) -> torch.optim.Optimizer:
 
 
 QV = ("layers.0.weight", "layers.1.weight")
-DIZO = {"every": 5, "inner": 3, "inner_eps": 0.1, "inner_lr": 0.5, "tau": 0.2}
+DIZO: dict[str, Any] = {"every": 5, "inner": 3, "inner_eps": 0.1, "inner_lr": 0.5, "tau": 0.2}
 
 
 def _of(cls: Any, **own: Any) -> Callable[..., zk.ZOStep]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -51,7 +50,9 @@ def test_steps_equal_the_float64_reference(name: str, mode: str, weight_decay: f
     assert moved > 100 * bound, "a tolerance of the size of the run would accept anything"
 
 
-GROUPED = ("mezo", "mezo-3", "one-sided-3", "sign", "momentum", "adam", "conservative", "blockwise", "sparse-mezo", "layer-scale", "hizoo", "lozo", "fzoo")  # fmt: skip
+GROUPED = (
+    "mezo", "mezo-3", "one-sided-3", "sign", "momentum", "adam", "conservative", "blockwise", "sparse-mezo", "layer-scale", "hizoo", "lozo", "fzoo",
+)  # fmt: skip
 
 
 # In place and at lr = 0, the weight that defines Sparse-MeZO's threshold is moved by rounding alone, and leaves the mask or not.
