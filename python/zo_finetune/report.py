@@ -5,9 +5,9 @@ Belongs here: the run directory, its files, the facts about the machine and the 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
+import math
 import os
 import platform
 import resource
@@ -100,6 +100,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_evaluation(value: Any) -> bool:
+    """Whether a value out of JSON is what `evaluate` returns."""
+    if not isinstance(value, dict) or type(value.get("examples")) is not int:
+        return False
+    shares = value.get("predicted", {})
+    numbers = [value.get(name) for name in ("accuracy", "accuracy_stderr", "loss")]
+    numbers += [
+        *(shares.values() if isinstance(shares, dict) else [None]),
+        *([value["auc"]] if value.get("auc") is not None else []),
+    ]
+    return all(type(number) is float for number in numbers)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """result.json of a run that has come to its end; None if there is none, or the run was interrupted.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    if result.get("interrupted") is True:
+        return None
+    if not (
+        result.get("interrupted") is False
+        and type(result.get("steps")) is int
+        and all(is_evaluation(result.get(name)) for name in ("before", "after"))
+    ):
+        raise UserError(f"{path} is not that of a run: remove it to go on with the run")
+    return result
+
+
 class Evaluations:
     """evaluations.jsonl: the evaluation before the first step, then those of the dev examples, each on the disk before the next step is
     recorded, so that a resumed run need not repeat them."""
@@ -114,19 +147,21 @@ class Evaluations:
             os.fsync(file.fileno())
 
     def recover(self, steps: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """(before, those of fewer than `steps` steps); the rest, and a torn line, are cut off."""
+        """(before, those of fewer than `steps` steps); the rest are cut off, and so is what follows a line that is torn or no evaluation."""
         before: dict[str, Any] | None = None
         history: list[dict[str, Any]] = []
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
             try:
                 (name, evaluation), *_ = json.loads(line).items()
-                if name == "before":
-                    before = dict(evaluation)
-                elif evaluation["step"] < steps:
-                    history.append(dict(evaluation))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 break
+            if not is_evaluation(evaluation) or (name != "before" and type(evaluation.get("step")) is not int):
+                break
+            if name == "before":
+                before = evaluation
+            elif evaluation["step"] < steps:
+                history.append(evaluation)
         part = self.path.with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
             for name, e in [("before", before)] * (before is not None) + [("dev", e) for e in history]:
@@ -153,9 +188,17 @@ class Log:
         found = {}
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                for row in csv.reader(file):
-                    with contextlib.suppress(ValueError, IndexError):
-                        found[int(row[0])] = float(row[4])
+                rows = csv.reader(file)
+                while True:
+                    try:
+                        row = next(rows, None)
+                        if row is None:
+                            break
+                        step, seconds = int(row[0]), float(row[4])
+                    except (ValueError, IndexError, csv.Error):
+                        continue
+                    if 0 <= seconds < math.inf:
+                        found[step] = seconds
         return found
 
     def write(self, rows: Iterable[Sequence[float]]) -> None:

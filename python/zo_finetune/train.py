@@ -98,6 +98,8 @@ class Config:
                 raise UserError(f"{option} must be finite")
             if value < 0 or (value == 0 and name in positive):
                 raise UserError(f"{option} must be {'greater than 0' if name in positive else 'at least 0'}")
+        if self.seed >= 1 << 64:
+            raise UserError(f"--seed {self.seed} must be below 2^64")
         if self.lr_schedule not in SCHEDULES:
             raise UserError(f"--lr-schedule {self.lr_schedule!r} must be one of {', '.join(SCHEDULES)}")
         if self.peft not in models.PEFTS:
@@ -131,7 +133,7 @@ def _fits(value: Any, hint: Any) -> bool:
         items: list[Any] = [*value, *value.values()] if isinstance(value, dict) else list(value)
         return all(_fits(item, inside[0]) for item in items)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1023)  # what float() takes
     return type(value) is hint
 
 
@@ -518,10 +520,11 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
     if set(saved) != {"directory", "config"} or not isinstance(saved["directory"], str):
         raise UserError(f"{output / 'config.json'} must have the keys directory and config")
     config = Config.of_json(saved["config"], str(output / "config.json"))
-    if (output / "result.json").is_file() and not (result := report.read_json(output / "result.json")).get("interrupted", True):
+    if (result := report.read_result(output / "result.json")) is not None:
         print(f"{folder} is finished after {result['steps']} steps: there is nothing to resume", file=sys.stderr)
         return result
-    with contextlib.chdir(saved["directory"]) if Path(saved["directory"]).is_dir() else contextlib.nullcontext():
+    usable = os.path.isdir(saved["directory"]) and os.access(saved["directory"], os.X_OK)  # unlike Path's, for any string
+    with contextlib.chdir(saved["directory"]) if usable else contextlib.nullcontext():
         run = prepare(config)  # its paths are as they were given then
     return complete(run, output, command, resumed=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import report
+from zo_finetune import report, train
 from zo_finetune.cli import main
+from zo_finetune.errors import UserError
 
 from tests.finetune.conftest import make_rows, write_jsonl
 from tests.kernels.cases import same_bits
@@ -217,3 +219,68 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     (run / "evaluations.jsonl").write_text(lines[0] + "\n")
     assert "lacks evaluations" in refused("resume", str(run))
     assert len(journal.read(run / report.JOURNAL)) == 2
+
+
+SCORE = {"accuracy": 0.5, "accuracy_stderr": 0.1, "loss": 0.7, "examples": 12}
+DAMAGED: dict[
+    str, tuple[dict[str, Any], dict[str, Any] | None, str]
+] = {  # found by the fuzzer: config.json, result.json, what is said
+    "no directory": ({"directory": "", "config": {}}, None, "goes on without it"),
+    "a directory that is none": ({"directory": "x" * 5000, "config": {}}, None, "goes on without it"),
+    "a number beyond floats": ({"directory": "/", "config": {"lr": 10**400}}, None, "lr=1000000"),
+    "a seed beyond the noise": (
+        {"directory": "/", "config": {"seed": 1 << 64}},
+        None,
+        "--seed 18446744073709551616 must be below 2^64",
+    ),
+    "a result without steps": ({}, {"interrupted": False}, "result.json is not that of a run"),
+    "a result of no run": ({}, {"interrupted": 0, "steps": 2, "before": SCORE, "after": SCORE}, "result.json is not that of a run"),
+    "a result without its end": (
+        {},
+        {"interrupted": False, "steps": 2, "before": SCORE, "after": None},
+        "result.json is not that of a run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_folder_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    saved, result, said = DAMAGED[name]
+    config = dataclasses.asdict(train.Config(model="m", task="sst2", data="d", output="o"))
+
+    def prepare(config: train.Config) -> Any:
+        raise UserError("goes on without it")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    (tmp_path / report.JOURNAL).touch()
+    report.write_json(tmp_path / "config.json", {"directory": "/", **saved, "config": {**config, **saved.get("config", {})}})
+    if result is not None:
+        report.write_json(tmp_path / "result.json", result)
+    assert main(["resume", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_evaluations_that_are_none_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    good = [{"before": SCORE}, {"dev": {"step": 0, **SCORE, "predicted": {"no": 1.0}, "auc": None}}, {"dev": {"step": 1, **SCORE}}]
+    for bad in (
+        *(
+            {"dev": {**good[2]["dev"], key: value}}
+            for key, value in (("step", "1"), ("step", True), ("accuracy", 10**400), ("auc", "x"))
+        ),
+        *({"dev": {"step": 1, **{k: v for k, v in SCORE.items() if k != key}}} for key in SCORE),
+        {"dev": {"step": 1, **SCORE, "predicted": [1.0]}},
+        {"before": {"accuracy": 0.5}},
+        {},
+        3,
+    ):
+        path.write_text("".join(json.dumps(line) + "\n" for line in (*good[:2], bad, good[2])))
+        assert report.Evaluations(path).recover(9) == (SCORE, [good[1]["dev"]])
+    path.write_text(json.dumps(good[0]) + "\n" + "[" * 100_000)
+    assert report.Evaluations(path).recover(9) == (SCORE, [])
+
+
+def test_times_that_are_none_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss,projected_gradient,lr,seconds\n1,,,,nan\n2,,,,-1\n3,,,,1.5\n4,,,,inf\n5,," + "x" * 200_000)
+    assert report.Log.seconds(path) == {3: 1.5}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import random
 import signal
 import subprocess
@@ -94,7 +95,10 @@ def fuzz_atheris(name: str, runs: int, seed: int, crashes: Path) -> None:
 
     with atheris.instrument_imports(include=["zo_kernels", "zo_finetune", "json"]):
         from tests.fuzz.targets import TARGETS
-    target, tally = TARGETS[name](), Tally()
+
+        target, tally = TARGETS[name](), Tally()
+        for data in target.seeds():  # some readers are imported when they are needed
+            target.check(data)
     corpus = crashes / f"{name}-corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for k, data in enumerate(target.seeds()):
@@ -128,7 +132,7 @@ def fuzz_atheris(name: str, runs: int, seed: int, crashes: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = ("journal", "masks", "scales", "options", "rows")
+    names = ("journal", "masks", "scales", "options", "folder", "rows")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=names, default=list(names))
     parser.add_argument("--runs", type=int, default=100_000, help="inputs for each target")
@@ -138,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--crashes", type=Path, default=Path("build/fuzz"), help="folder of inputs that were findings, and of corpora"
     )
     args = parser.parse_args(arguments)
+    os.environ["LANGUAGE"] = "C"  # argparse asks gettext for its words, which looks for a catalogue on the disk every time
     engine = args.engine
     if engine == "auto":
         engine = "atheris" if importlib.util.find_spec("atheris") else "random"

@@ -10,7 +10,10 @@ here: engines, counting, command line (run.py).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import math
@@ -20,9 +23,10 @@ import struct
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -254,8 +258,8 @@ class Journal(Target):
         assert got.records.tobytes() == data[got.start : end]
         assert len(got) == len(rows)
         assert (content["seed"], content["groups"], content["terms"]) == (got.header.seed, got.header.groups, got.header.terms)
-        numbers = [x for row in rows for x in row[4:]]  # loss and gradient may be anything
-        assert all(map(math.isfinite, numbers))
+        passes = [x for row in rows for x in row[4:]]  # loss and gradient are for people, and may be anything
+        assert all(map(math.isfinite, passes))
         if got.tail is None:
             assert end == len(data)
             journal.loads(data)
@@ -486,6 +490,12 @@ class Options(Target):
         from zo_finetune.cli import build_parser
 
         self._parser = build_parser()
+        (commands,) = (
+            action.choices.values() for action in self._parser._actions if isinstance(action, argparse._SubParsersAction)
+        )
+        for parser in (self._parser, *commands):  # the same text whatever the input, and most of the time of a refusal
+            for name in ("format_usage", "format_help"):
+                setattr(parser, name, functools.cache(getattr(parser, name)))
 
     def seeds(self) -> list[bytes]:
         start = "train --model m --task sst2 --data d --output o"
@@ -496,6 +506,8 @@ class Options(Target):
             f"{start} --train-examples 0 --dev-examples 3 --eval-examples 4 --max-length 99 --no-save --overwrite",
             f"{start} --perturbation scratch --rounding stochastic --lr-schedule cosine --backend cpu --accumulate 2",
             "demo --seed 1",
+            "resume o",
+            "replay o --model m --output p --upto 3 --mode fused",
         ]
         return ["\n".join(line.split()).encode() for line in lines]
 
@@ -553,10 +565,134 @@ class Options(Target):
         except UserError as error:
             assert str(error)
             return False
-        for name in ("lr", "eps", "clip", "weight_decay"):
-            assert (value := getattr(config, name)) is None or 0 <= value < math.inf
-        assert config.steps > 0 and config.batch_size > 0
+        checked(config)
         return True
+
+
+class Folder(Target):
+    """What `zo-finetune resume` reads in a run's folder besides the journal: config.json, result.json, evaluations.jsonl and log.csv, in this
+    order and with 0x1E between them. A `Config` that is checked and says what the file says, a finished run's result, or a `UserError`;
+    evaluations and times that the rest of the run can use."""
+
+    name = "folder"
+
+    def __init__(self) -> None:
+        shm = "/dev/shm"
+        self._folder = tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None)
+        self._path = Path(self._folder.name)
+        (self._path / "run.zoj").touch()
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def seeds(self) -> list[bytes]:
+        from zo_finetune.train import Config
+
+        plain = Config(model="m", task="sst2", data="d", output="o")
+        full = dataclasses.replace(
+            plain,
+            lr=1e-3,
+            eps=1e-3,
+            clip=2.0,
+            targets=["q"],
+            columns={"sentence": "s"},
+            dev_examples=3,
+            max_length=9,
+            backend="cpu",
+        )
+        score: dict[str, Any] = {
+            "accuracy": 0.5,
+            "accuracy_stderr": 0.1,
+            "loss": 0.7,
+            "examples": 12,
+            "predicted": {"no": 1.0},
+            "auc": None,
+        }
+        lines = [{"before": score}, {"dev": {"step": 0, **score}}, {"dev": {"step": 2, **score}}]
+        done = {"interrupted": False, "steps": 2, "before": score, "after": score}
+        evaluations = "".join(json.dumps(line) + "\n" for line in lines)
+        log = "step,loss,projected_gradient,lr,seconds\n1,0.5,0.1,1e-3,0.25\n2,0.5,0.1,1e-3,0.5\n"
+        return [
+            "\x1e".join((json.dumps({"directory": "/", "config": dataclasses.asdict(config)}), result, evaluations, log)).encode()
+            for config in (plain, full)
+            for result in ("", json.dumps(done), json.dumps({**done, "interrupted": True, "after": None}))
+        ]
+
+    def mutate(self, data: bytes, rng: random.Random) -> bytes:
+        if rng.random() < 0.2:
+            return mutate_bytes(data, rng)
+        parts = data.split(b"\x1e")
+        k = rng.choice((0, 0, 0, rng.randrange(len(parts))))
+        if rng.random() < 0.3:
+            parts[k] = mutate_bytes(parts[k], rng)
+            return b"\x1e".join(parts)
+        lines = parts[k].split(b"\n")  # evaluations.jsonl has a JSON value a line, the others at most one
+        n = rng.randrange(len(lines))
+        with contextlib.suppress(ValueError, RecursionError):
+            lines[n] = json.dumps(mutate_json(json.loads(lines[n]), rng)).encode()
+        parts[k] = b"\n".join(lines)
+        return b"\x1e".join(parts)
+
+    def check(self, data: bytes) -> bool:
+        from zo_finetune import report, train
+
+        for name, content in zip(("config.json", "result.json", "evaluations.jsonl", "log.csv"), data.split(b"\x1e"), strict=False):
+            if content or name == "config.json":
+                (self._path / name).write_bytes(content)
+            else:
+                (self._path / name).unlink(missing_ok=True)
+        evaluations = report.Evaluations(self._path / "evaluations.jsonl")
+        before, history = evaluations.recover(2)
+        assert evaluations.recover(2) == (before, history) or math.nan in walk([before, history])
+        assert all(type(e["step"]) is int and e["step"] < 2 for e in history)
+        for e in history + [before] * (before is not None):
+            assert train.describe(e)
+        seconds = report.Log.seconds(self._path / "log.csv")
+        assert all(type(k) is int and 0 <= x < math.inf for k, x in seconds.items())
+        return self._resume()
+
+    def _resume(self) -> bool:
+        from zo_finetune import train
+        from zo_finetune.errors import UserError
+
+        class Loading(Exception):
+            pass
+
+        def prepare(config: train.Config) -> Any:
+            raise Loading(config)
+
+        with mock.patch.object(train, "prepare", prepare), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                result = train.resume(str(self._path))
+            except UserError as error:
+                assert str(error)
+                return False
+            except Loading as loading:
+                (config,) = loading.args
+                said = json.loads((self._path / "config.json").read_text(encoding="utf-8"))["config"]
+                assert dataclasses.asdict(config) == said
+                checked(config)
+                return True
+        assert result["interrupted"] is False
+        assert f"{result['before']['accuracy']:.4f} {result['after']['accuracy']:.4f} {result['steps']}"  # what the command says
+        return True
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """The leaves of a JSON value, with one and the same object for every NaN."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from walk(item)
+    else:
+        yield math.nan if value != value else value
+
+
+def checked(config: Any) -> None:
+    """What a run relies on in a configuration that was accepted."""
+    for name in ("lr", "eps", "clip", "weight_decay"):
+        assert (value := getattr(config, name)) is None or 0 <= float(value) < math.inf
+    assert config.steps > 0 and config.batch_size > 0
+    assert 0 <= config.seed < 1 << 64
 
 
 class Rows(Target):
@@ -609,4 +745,4 @@ class Rows(Target):
         return True in accepted
 
 
-TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Masks, Scales, Options, Rows)}
+TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Masks, Scales, Options, Folder, Rows)}
