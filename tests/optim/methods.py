@@ -237,11 +237,27 @@ def to_12_bits(x: Any) -> Any:
     return np.ldexp(np.round(mantissa * 4096) / 4096, exponent)  # numpy rounds ties to even
 
 
-def layer_scale(every: int, variance: bool) -> Callable[[Reference, Sequence[int]], None]:
+def layer_scale(every: int, variance: bool, beta: float | None = None) -> Callable[[Reference, Sequence[int]], None]:
+    """`beta`: by the gradient, of which one parameter's is estimated in each step, with the tag behind the direction's; None: by the weights."""
+
+    def mean_square(r: Reference, n: str, t: Tensor) -> float:
+        if beta is None:
+            return float(t.square().mean())
+        turns = [g for name, g in r.memory.setdefault("turns", []) if name == n]
+        weights = [beta**age for age in reversed(range(len(turns)))]
+        return sum(w * g * g for w, g in zip(weights, turns, strict=True)) / sum(weights) / t.numel() if turns else 0.0
+
     def step(r: Reference, tags: Sequence[int]) -> None:
         if r.step % every == 0:
-            r.memory = {n: float(to_12_bits(math.sqrt(float(t.square().sum()) / t.numel()))) for n, t in r.theta.items()}
-        z, d = r.z(tags[0]), r.memory
+            means = {n: math.sqrt(mean_square(r, n, t)) for n, t in r.theta.items()}
+            known = [d for d in means.values() if d > 0]
+            middle = math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
+            r.memory["d"] = {n: float(to_12_bits(max(d / middle, 1e-2))) if d > 0 else 1.0 for n, d in means.items()}
+        if beta is not None:
+            n = sorted(r.theta)[r.step % len(r.theta)]
+            only = {n: noise(n, r.theta[n].shape, tags[0] + 1, r.kind)}
+            r.memory["turns"].append((n, (r.at(only, 1) - r.at(only, -1)) / (2 * EPS)))
+        z, d = r.z(tags[0]), r.memory["d"]
         g = r.two_sided({n: t / d[n] for n, t in z.items()})
         r.g = g["layers.0.weight"]
         r.move({n: -r.lr[n] * g[n] * z[n] * (d[n] if variance else 1.0) for n in z})
@@ -434,8 +450,12 @@ CASES: dict[str, Case] = {
     ),
     "sparse-mezo": Case(_of(zk.SparseMeZO, quantile=0.6), magnitude_sparse(0.6)),
     "random-sparse": Case(_of(zk.ZOStep, direction=zk.RandomSparse(0.3, 2)), random_sparse(0.3, 2)),
-    "layer-scale": Case(_of(zk.ZOStep, direction=zk.LayerScale("variance", every=7)), layer_scale(7, True)),
-    "layer-scale-expectation": Case(_of(zk.ZOStep, direction=zk.LayerScale("expectation", every=7)), layer_scale(7, False)),
+    "layer-scale": Case(_of(zk.ZOStep, direction=zk.LayerScale(estimate="variance", every=7)), layer_scale(7, True)),
+    "layer-scale-expectation": Case(_of(zk.ZOStep, direction=zk.LayerScale(estimate="expectation", every=7)), layer_scale(7, False)),
+    # Scales of 12 bits: one that falls on the other side of a tie is off by 2^-12; the tolerance of sharp = 8 has 2^-11.
+    "layer-scale-gradient": Case(
+        _of(zk.ZOStep, direction=zk.LayerScale("gradient", every=5, beta=0.7)), layer_scale(5, True, 0.7), 4, sharp=8
+    ),
     "hizoo": Case(_of(zk.HiZOO, alpha=1e-2, low=0.5, high=2.0), hizoo(1e-2, 0.5, 2.0), 3),
     "dizo": Case(_of(zk.DiZO, layers=[r"layers\.\d\.weight"], **DIZO), dizo(layers=QV, **DIZO), 8),
     "lozo": Case(_of(zk.LOZO, rank=2, every=5), lozo(2, 5)),
