@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zo_kernels import ops
+from zo_kernels.parameters import check_patterns
 
 ORDERS = ("cyclic", "random")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -42,12 +43,7 @@ class Blocks:
         if isinstance(self.by, str):
             ops.check_choice("by", self.by, ("layer",))
             return
-        object.__setattr__(self, "by", tuple(self.by))
-        for pattern in self.by:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"by={pattern!r} is no regular expression: {error}") from None
+        object.__setattr__(self, "by", check_patterns("by", self.by))
 
     def split(self, names: Sequence[str]) -> list[list[str]]:
         """The blocks, in order.

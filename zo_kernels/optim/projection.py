@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
-from zo_kernels.parameters import stream_of
+from zo_kernels.parameters import check_patterns, stream_of
 
 NOTHING: Callable[[], None] = lambda: None  # noqa: E731
 
@@ -50,12 +50,7 @@ class Projection:
                 raise ValueError(f"{what}={getattr(self, what)!r} must be positive")
         if not (isinstance(self.tau, (int, float)) and 0 < self.tau < 1):
             raise ValueError(f"tau={self.tau!r} must be in (0, 1): r is clipped to 1 ± tau")
-        object.__setattr__(self, "layers", tuple(self.layers))
-        for pattern in self.layers:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"layers={pattern!r} is no regular expression: {error}") from None
+        object.__setattr__(self, "layers", check_patterns("layers", self.layers))
 
     @property
     def size(self) -> int:

@@ -1081,6 +1081,10 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
     optimizer = ZOStep(
         params, lr=0.0, eps=1.0, seed=header.seed, kind=header.kind, perturbation="inplace", backend=backend, **parts
     )
+    if optimizer._terms != header.terms:
+        raise ValueError(
+            f"the journal has {header.terms} numbers a record, its method needs {optimizer._terms}: it was not written by zo_kernels"
+        )
     # The noise that the run had: in another set of names a collision may have been resolved in another way.
     optimizer._streams = {n: s for w in groups for n, s in zip(w.names, w.streams, strict=True)}
     optimizer._held = optimizer._direction.of(header.seed)
