@@ -37,6 +37,11 @@ std::atomic<int> runs{0};
 int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int features, int threads) {
   const size_t size = dtype == ZO_F32 ? 4 : 2;
   const int64_t block = 5, row_len = 7;
+  /* Factors of a matrix that has just enough rows for the tensor, or for its row numbers. */
+  const int64_t rank = features & 64 ? 3 : 0, cols = features & 16 ? row_len : 24;
+  const int64_t matrix_rows = features & 16 ? 11 : n ? (n - 1 + offset % 96) / cols + 1 : 0;
+  if (rank && !(features & 16)) offset %= 96;
+  Buffer left(4 * (size_t)(matrix_rows * rank)), right(4 * (size_t)(cols * rank));
   Buffer mask((size_t)(n + 7) / 8), scale(4 * (size_t)((offset + n - 1) / block - offset / block + 1));
   Buffer rows(8 * (size_t)((n + row_len - 1) / row_len));
   for (size_t k = 0; 8 * k < rows.bytes; ++k) {
@@ -54,8 +59,13 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
     if (features & 8) t.keep = 1u << 31;
     if (features & 16)
       t.rows = reinterpret_cast<const int64_t *>(rows.data), t.row_len = row_len, t.offset = 0, t.scale = nullptr;
+    if (rank) {
+      t.rank = (uint16_t)rank, t.cols = cols;
+      t.left = reinterpret_cast<const float *>(left.data), t.right = reinterpret_cast<const float *>(right.data);
+    }
+    t.rsqrt = features & 128 ? 1 : 0;
     zo_pass p = {};
-    p.seed = 42, p.dtype = dtype, p.kind = kind, p.rounding = rounding, p.n_terms = 3;
+    p.seed = 42, p.dtype = dtype, p.kind = kind, p.rounding = rounding, p.n_terms = rank ? 1 : 3;
     p.inline_tags[1] = 1, p.inline_tags[2] = 2;
     p.inline_coefs[0] = 1e-3f, p.inline_coefs[1] = -2.0f, p.inline_coefs[2] = 0.5f;
     const int64_t tags[] = {0, 1, 2}, first[] = {0, 1, 1, 3};
@@ -118,6 +128,9 @@ int main() {
       for (int64_t n : SIZES) {
         for (int64_t offset : OFFSETS) {
           for (int features = 0; features < 64; features += 3) { /* every feature and every pair of them occurs */
+            failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
+          }
+          for (int features : {64, 64 + 1, 64 + 2 + 4, 64 + 8 + 16, 64 + 4 + 128, 4 + 128}) {
             failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
           }
         }

@@ -22,7 +22,8 @@ from zo_kernels import _backends as registry
 CHOSEN = re.compile(
     "(float16-gaussian|bfloat16-rademacher|float32-gaussian)-"
     "(K1|K3|K21|out-of-place|misaligned1|misaligned-out|stochastic|decay-only|bitmask|random-mask|scale-block3|everything"
-    "|offset-odd-everything|offset-8|sequence-mixed|sequence-misaligned3|sequence-everything)"
+    "|offset-odd-everything|offset-8|rsqrt-everything|low-rank-3-cols8|low-rank-2-cols7|low-rank-mixed|low-rank-everything"
+    "|low-rank-offset-odd-everything|sequence-mixed|sequence-misaligned3|sequence-everything)"
 )
 
 

@@ -158,6 +158,26 @@ def test_rows(dtype: torch.dtype, row_len: int, backend: str) -> None:
     assert cases.same_bits(results[1], results[0])
 
 
+@pytest.mark.parametrize("row_len", [64, 7, 40, 4096])
+def test_rows_of_low_rank(row_len: int, backend: str) -> None:
+    """Gathered rows of a table with factors and with a value for each element."""
+    rows = torch.tensor([5, 0, 5, 2, 11])
+    source = cases.weights(12 * row_len, torch.bfloat16).view(12, row_len)[rows].contiguous()
+    left, right = cases.low_rank_pair(12, row_len, 2)
+    values = torch.linspace(0.1, 3, 12 * row_len)
+    results = []
+    for device in ("cpu", DEVICE):
+        target = torch.zeros(source.shape, dtype=torch.bfloat16, device=device)
+        there = [t.to(device) for t in (rows, values, left, right)]
+        entry = ops.Entry(source.to(device), target, STREAM, rows=there[0], row_len=row_len, scale=there[1], rsqrt=True, left=there[2],
+                          right=there[3], rank=2, cols=row_len)  # fmt: skip
+        plan = ops.Plan((entry,), target.device, torch.bfloat16)
+        p = ops.Pass(cases.SEED, [1], [1e-2])
+        reference.perturb(plan, p) if device == "cpu" else run(plan, p, backend)
+        results.append(target)
+    assert cases.same_bits(results[1], results[0])
+
+
 def test_many_tensors_in_one_list(backend: str) -> None:
     """A model's worth of tensors, all sizes, in one call equals one call for each."""
     sizes = [(37 * k * k) % 9973 for k in range(400)]

@@ -175,7 +175,7 @@ def test_device_decay(decay: float, coefs: list[float], library: ctypes.CDLL) ->
 
 
 @pytest.mark.parametrize("row_len", [32, 96, 1024, 1, 7, 40, 2100, 4096])
-@pytest.mark.parametrize("feature", ["plain", "bitmask", "random-mask", "scale"])
+@pytest.mark.parametrize("feature", ["plain", "bitmask", "random-mask", "scale", "rsqrt", "low-rank"])
 def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
     """Gathered rows are the rows of the full tensor, in any order and repeatedly; lengths with and without whole groups."""
     rows = torch.tensor([5, 0, 5, 2, 11, 10])
@@ -188,7 +188,13 @@ def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
         more |= {"keep": 1 << 31, "mask_tag": 3}
     elif feature == "scale":
         more |= {"scale": torch.linspace(-1, 2, 12), "scale_block": row_len}
-    p = ops.Pass(cases.SEED, [1, 2], [1e-2, 3e-3], rounding="stochastic")
+    elif feature == "rsqrt":
+        more |= {"scale": torch.linspace(0.1, 2, 12 * row_len), "scale_block": 1, "rsqrt": True}
+    elif feature == "low-rank":
+        left, right = cases.low_rank_pair(12, row_len, 3)
+        more |= {"left": left, "right": right, "rank": 3, "cols": row_len}
+    terms = 1 if feature == "low-rank" else 2
+    p = ops.Pass(cases.SEED, [1, 2][:terms], [1e-2, 3e-3][:terms], rounding="stochastic")
     for target, run in ((want, reference.perturb), (got, lambda plan, p: perturb(library, plan, p))):
         entry = ops.Entry(source.view(-1), target.view(-1), 77, rows=rows, row_len=row_len, **more)
         run(ops.Plan((entry,), source.device, source.dtype), p)

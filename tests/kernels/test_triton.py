@@ -89,6 +89,10 @@ def check_rows(device: str, dtype: torch.dtype) -> None:
         ],
         busy,
     )
+    pair = {n: cases.low_rank_pair(1000, n, 2) for n in lens}
+    factors = {"left": lambda n: pair[n][0].to(device), "right": lambda n: pair[n][1].to(device), "rank": 2, "cols": lambda n: n}
+    roots = {"scale": lambda n: torch.linspace(0.1, 3, 1000 * n, device=device), "scale_block": 1, "rsqrt": True}
+    both(lambda: [row_plan(dtype, device, lens, **factors, **roots)], ops.Pass(cases.SEED, [3], [1e-3]))
 
     def mixed() -> list[ops.Plan]:
         rows = row_plan(dtype, device, (64,)).entries
