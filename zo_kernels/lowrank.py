@@ -2,7 +2,7 @@
 
     U[i, rho] = N(seed, stream, tag_u, i * rank + rho)        V[j, rho] = N(seed, stream, tag_v, 2^55 + rho * cols + j)
 
-each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 8). U lies in memory row
+each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 11). U lies in memory row
 by row and V column by column: neighbouring elements of a row of z need neighbouring numbers of V.
 
 Belongs here: how factors are made. Does not belong here: what a pass makes of them (`ops.Entry`, the backends), when U and V change

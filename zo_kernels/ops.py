@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the codes of
 KINDS = {"gaussian": 0, "rademacher": 1}
 ROUNDINGS = {"nearest": 0, "stochastic": 1}
 MAX_INDEX = 1 << 56  # an element's index i is below this (docs/numerics.md, section 1)
-MAX_RANK = 64  # of a low-rank direction (section 8)
+MAX_RANK = 64  # of a low-rank direction (section 11)
 WORDS = 14  # of zo_tensor
 
 Terms = Sequence[tuple[int, float]] | tuple[Tensor, Tensor]
@@ -633,7 +633,7 @@ def perturb_(
         factors: for each tensor None, or ``(left, right)`` of the unsharded matrix [shape[0], numel / shape[0]]: float32 [rows, rank] in
             row order and [cols, rank] in column order (its ``.t()`` is contiguous), rank 1 .. 64. Its z is then left right^T and not
             noise, whatever the tag (LOZO). There is one term, and factors have at most 12 significant bits, as
-            `zo_kernels.lowrank.Factors` makes them (docs/numerics.md, section 8).
+            `zo_kernels.lowrank.Factors` makes them (docs/numerics.md, section 11).
         kind: "gaussian" or "rademacher".
         backend: "reference", "cpu", "triton" or "cuda"; default: the best for the device, or ``ZO_KERNELS_BACKEND``.
 

@@ -157,7 +157,7 @@ def cast_stochastic(r: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(r.isnan(), r, result).to(dtype)
 
 
-# ---- 8. Low-rank directions ----------------------------------------------------------------------------------------
+# ---- 11. Low-rank directions ---------------------------------------------------------------------------------------
 
 
 def low_rank_sum(i: Tensor, coefs: Tensor, entry: Entry) -> Tensor:

@@ -53,9 +53,13 @@ inline void low_rank(const zo_tensor &t, float c, uint64_t i, int64_t n, float *
 /* s[p] *= the scale of element i + p. */
 inline void multiply_scales(const zo_tensor &t, uint64_t i, int64_t n, float *s) {
   const uint64_t block = (uint64_t)t.scale_block, first = (uint64_t)t.offset / block;
-  if (t.rsqrt && block == 1) { /* a root and a division for each element, in vectors */
+  if (block == 1) { /* in vectors, and without a division of indices for each element */
     const float *const x = t.scale + (i - first);
-    for (int64_t p = 0; p < n; ++p) s[p] = mul_rn(s[p], inverse_root(x[p]));
+    if (t.rsqrt) {
+      for (int64_t p = 0; p < n; ++p) s[p] = mul_rn(s[p], inverse_root(x[p]));
+    } else {
+      for (int64_t p = 0; p < n; ++p) s[p] = mul_rn(s[p], x[p]);
+    }
     return;
   }
   for (int64_t p = 0; p < n;) {

@@ -4,8 +4,9 @@
  *
  * Cost: 2 * sizeof(weight) bytes of memory traffic per element. Instructions per element on 16-bit weights: 13.6 for
  * one Gaussian term, 5.2 for each further one, 15 more for stochastic rounding. A sequence of passes, each rounded
- * while the weights stay in registers, has the same traffic and takes 11.9 for each pass of one term
- * (benchmarks/sass.py prints all of them, tests/kernels/test_cuda_host.py asserts bounds).
+ * while the weights stay in registers, has the same traffic and takes 11.9 for each pass of one term. A low-rank
+ * direction takes 16 and 2.75 for each rank (benchmarks/sass.py prints all of them, tests/kernels/test_cuda_host.py
+ * asserts bounds).
  *
  * Belongs here: device code only. It also compiles as host C++ (tests/kernels/cuda_host.cpp provides threadIdx and the
  * barriers), so nothing here may need a header of the CUDA toolkit. Does not belong here: launches (perturb.cu), the

@@ -3,8 +3,9 @@
  *
  * A call: int64 n; the bytes (int64) of tags, coefficients, `first`, decays and roundings (of one pass, the last three
  * are empty); zo_pass; those five arrays; then for each tensor zo_tensor, int64 bytes of weights, of mask, of scales,
- * of rows, of left and of right, and those bytes. Where a pointer of zo_tensor is not null, it stands for the bytes that follow; src == dst
- * is an in-place pass. The answer: int64 code, 1 if anything was written outside the weights, and the weights written.
+ * of rows, of left and of right, and those bytes. Where a pointer of zo_tensor is not null, it stands for the bytes
+ * that follow; src == dst is an in-place pass. The answer: int64 code, 1 if anything was written outside the weights,
+ * and the weights written.
  *
  * Belongs here: transport. Does not belong here: expected values.
  */

@@ -6,8 +6,10 @@ test_cuda_host.py, test_cuda.py, test_triton.py). Does not belong here: optimize
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -279,6 +281,20 @@ def test_factors_are_noise_of_12_bits() -> None:
         assert ((got - exact).abs() <= exact.abs() * 2.0**-12).all()
     assert FIRST_V == 1 << 55
     assert (u.shape, u.stride()) == ((rows, rank), (rank, 1)) and (v.shape, v.stride()) == ((cols, rank), (1, cols))
+
+
+def test_anchors() -> None:
+    """Those of docs/numerics.md."""
+    u, v = factors(0x0123456789ABCDEF, 5, 7, 8, 96, 40, 2)
+    firsts = ["0x1.a98p-2", "0x1.bacp-1", "-0x1.3b4p+1", "-0x1.1c4p+0"]
+    assert [float(x) for x in (*u[0], *v[0])] == [float.fromhex(x) for x in firsts]
+    text = (Path(__file__).resolve().parents[2] / "docs" / "numerics.md").read_text()
+    assert all(x in text for x in firsts)
+    for digest in (
+        hashlib.sha256(u.numpy().tobytes() + v.t().contiguous().numpy().tobytes()).hexdigest(),
+        hashlib.sha256(z_of(96, 40, (u, v)).numpy().tobytes()).hexdigest(),
+    ):
+        assert digest in text
 
 
 def test_rounding_to_12_bits() -> None:

@@ -220,7 +220,7 @@ def add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND: tl.constexpr, FI
         return eight(w, 0, c, s, 0, FIRST) + eight(w, 16, c, s, 8, FIRST)
 
 
-# ---- 8. Low-rank directions -------------------------------------------------------------------------------------------
+# ---- 11. Low-rank directions ------------------------------------------------------------------------------------------
 
 
 @triton.jit
