@@ -34,7 +34,7 @@ from zo_kernels._backends import triton as backend
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A program of the interpreter costs 30 ms whatever its size, so the cases of 300 tensors and some of the sequences are left out, and
 # features that come after the sum over the terms (masks, scales, alignment) with the Gaussian only. On a GPU all cases run.
-AFTER_THE_SUM = ("scale", "mask", "bitmask", "misaligned", "stochastic-K0", "decay-only", "random", "sequence-")
+AFTER_THE_SUM = ("scale", "rsqrt", "mask", "bitmask", "misaligned", "stochastic-K0", "decay-only", "random", "sequence-")
 SLOW = ("-many", *(f"-sequence-{name}" for name in ("misaligned3", "offset-2^36", "bitmask", "scale-block3", "mixed-out")))
 INTERPRETER_CASES = [
     c
