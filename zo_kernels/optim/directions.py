@@ -248,10 +248,18 @@ class _LayerScale(Held):
     def __init__(self, config: LayerScale, seed: int) -> None:
         super().__init__(config, seed)
         self.squares: dict[str, tuple[float, float]] = {}  # of gradients: the weighted sum of g^2, and of the weights
+        self.loaded: dict[str, tuple[float, float]] = {}  # of parameters that no view has asked for yet
 
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
         scale = torch.ones(1, dtype=torch.float32, device=p.device)
-        return Limits(scale=scale, update_scale=scale.clone() if self.config.estimate == "variance" else 1.0)
+        limits = Limits(scale=scale, update_scale=scale.clone() if self.config.estimate == "variance" else 1.0)
+        self._set(limits, *self.loaded.pop(name, (1.0, 1.0)))
+        return limits
+
+    def _set(self, limits: Limits, scale: float, update: float) -> None:
+        limits.scale.fill_(scale)
+        if isinstance(limits.update_scale, Tensor):
+            limits.update_scale.fill_(update)
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         if step % self.config.every:
@@ -262,10 +270,8 @@ class _LayerScale(Held):
             relative = max(math.exp(logs[name] - mean), self.config.least) if name in logs else 1.0
             # Rounded to 12 bits: sums in another order, on another device, then give the same scale but in one case in a billion.
             mantissa, exponent = math.frexp(relative)
-            d, limits = math.ldexp(round(mantissa * 4096) / 4096, exponent), self.made[name]
-            limits.scale.fill_(1 / d)
-            if isinstance(limits.update_scale, Tensor):
-                limits.update_scale.fill_(d)
+            d = math.ldexp(round(mantissa * 4096) / 4096, exponent)
+            self._set(self.made[name], 1 / d, d)
 
     def _root_mean_square(self, name: str, p: Tensor) -> float:
         if self.config.by == "gradient":
@@ -311,15 +317,11 @@ class _LayerScale(Held):
 
     def state(self) -> dict[str, Any]:
         held = {n: (float(m.scale), float(m.update_scale)) for n, m in self.made.items()}
-        return {"scales": held, "squares": dict(self.squares)}
+        return {"scales": {**self.loaded, **held}, "squares": dict(self.squares)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.squares = dict(state["squares"])
-        for name, (scale, update) in state["scales"].items():
-            if name in self.made:
-                self.made[name].scale.fill_(scale)
-                if isinstance(self.made[name].update_scale, Tensor):
-                    self.made[name].update_scale.fill_(update)
+        self.made, self.loaded = {}, dict(state["scales"])
 
 
 @dataclass(frozen=True)
@@ -398,6 +400,13 @@ class _LowRank(Held):
             self.v_tags.append(None)
             for (name, _, _), pair in zip(members, factors.pairs, strict=True):
                 self.made[name] = Limits(factors=pair, update_scale=1.0 / self.config.rank)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.made, self.tables, self.v_tags = {}, [], []  # made anew, of the loaded run's seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own: plans know the tensors' memory."""
+        return {**self.__dict__, "made": {}, "tables": [], "v_tags": []}
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         v = step // self.config.every

@@ -201,6 +201,9 @@ class Conservative(Rule):
         if directions != 1:
             raise ValueError(f"rule=Conservative() with {directions} queries: it tries one direction; give queries=1")
 
+    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+        return [0.0, lr * gs[0]]  # nothing taken yet
+
     def trials(self, tag: perturb.Tag, tried: Number) -> list[list[tuple[perturb.Tag, Number]]]:
         """Where the candidates are evaluated."""
         return [[], [(tag, tried)], [(tag, -tried)]]

@@ -649,7 +649,7 @@ class ZOStep(torch.optim.Optimizer):
         """Evaluate a conservative rule's candidates and keep the best."""
         rule = self._rule
         assert isinstance(rule, rules.Conservative) and self._summary is not None
-        tried = [a.coefs[0] for a in decided]
+        tried = [a.coefs[1] for a in decided]
         trials = zip(*(rule.trials(a.tags[0], u) for a, u in zip(decided, tried, strict=True)), strict=True)
         sign = -1.0 if self._maximize else 1.0
         chosen = rule.choose([sign * at(list(shifts)) for shifts in trials], tried)
@@ -765,6 +765,11 @@ class ZOStep(torch.optim.Optimizer):
                 writer.close()
                 raise
         else:
+            if self.steps and mine["method"] is not None:
+                raise RuntimeError(
+                    f"open_journal() after {self.steps} steps: what this method's records mean depends on the number of a step and on the steps before "
+                    "it; open the journal before the first step"
+                )
             about: dict[str, Any] = {
                 "lr": [float(g["lr"]) for g in self.param_groups],
                 "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
@@ -839,7 +844,7 @@ class ZOStep(torch.optim.Optimizer):
             go = not flags & journals.FLAGS["skipped"]
             rounding = "stochastic" if flags & journals.FLAGS["stochastic"] else "nearest"
             count = self.steps + 1 - int(self._skipped)
-            self._prepare(view)
+            self._prepare(view)  # of the weights before a projection, as in the step itself
             own, learned = self._own, coefs[0][self._terms - self._direction.size :]
             if self._projection is not None:
                 self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own : own + self._projection.size], go)
@@ -975,6 +980,9 @@ class ZOStep(torch.optim.Optimizer):
                         f"state_dict was saved by a method without a {what} of this kind: make the optimizer with the same parts"
                     )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        self._held.seed = zo["seed"]
+        if self._projection is not None:
+            self._projection.seed = zo["seed"]
         if parts is not None:
             self._kept.load(parts["rule"])
             self._held.load(parts["direction"])
