@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import math
 import os
+import pickle
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -518,3 +524,183 @@ def test_the_triton_interpreter_replays_the_same_bits(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.split()[-1] == "same", done.stdout + done.stderr
+
+
+# ---- interrupts ---------------------------------------------------------------------------------------------------------------
+
+
+PACKAGE = str(Path(zk.__file__).parent)
+
+
+class InterruptAt:
+    """A SIGINT inside the block, where this library enters a function or comes back from one of C for the so-manyth time: that is where CPython
+    looks for signals (and where loops begin again)."""
+
+    def __init__(self, place: int) -> None:
+        self.left, self.where = place, ""
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        if self.where or event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {event} in {frame.f_code.co_name}"
+            signal.raise_signal(signal.SIGINT)
+
+    def __enter__(self) -> InterruptAt:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupt_anywhere_in_a_recorded_step(tmp_path: Path, mode: str) -> None:
+    """In passes, between them, around forwards, while the journal is written: weights, tag and journal agree, and the run goes on. Every other
+    interrupted step follows a flush, every other one a step: a lazy run is met at its weights and ahead of them, at each place."""
+    base, path = Small(torch.bfloat16), tmp_path / "run.zoj"
+    places: set[str] = set()
+    times = 2 if mode == "lazy" else 1
+    for k in itertools.count():
+        if k % 20 == 0:  # a run of its own, so that replays stay short
+            path.unlink(missing_ok=True)
+            live = copy.deepcopy(base)
+            optimizer = optimizer_of(live, mode, journal=path)
+        for _ in range(k % 2):
+            optimizer.step(partial(live, 1))
+        steps = optimizer.steps
+        try:
+            with InterruptAt(k // times) as at:
+                optimizer.step(partial(live, 0))
+        except KeyboardInterrupt:
+            places.add(at.where)
+        if not at.where:
+            break
+        assert at.where in places
+        assert optimizer.steps - steps in (0, 1)
+        optimizer.step(partial(live, 2))
+        optimizer.flush()
+        again = copy.deepcopy(base)
+        zk.replay(again, path)
+        assert len(journal.read(path).steps) == optimizer.steps, at.where
+        assert same(again, live), at.where
+    assert len(places) > 60
+    handler = signal.getsignal(signal.SIGINT)
+    gc.collect()
+    assert signal.getsignal(signal.SIGINT) is handler is signal.default_int_handler
+
+
+def interrupt_of(place: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch, visit: int) -> Callable[[], Tensor]:
+    """A closure of step 3 in whose forward, or around which in a pass or in the writing of the record, a SIGINT arrives: at the so-manyth."""
+    left = visit
+
+    def here() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    def closure() -> Tensor:
+        if place == "forward":
+            here()
+        return model(3)
+
+    run, write = zk.ops.run, os.write
+
+    def half_a_pass(plans: Any, *rest: Any) -> None:
+        for plan in plans:
+            middle = len(plan.entries) // 2
+            run([zk.ops.Plan(plan.entries[:middle], plan.device, plan.dtype)], *rest)
+            here()
+            run([zk.ops.Plan(plan.entries[middle:], plan.device, plan.dtype)], *rest)
+
+    def half_a_record(fd: int, data: bytes) -> int:
+        written = write(fd, data[:9])
+        here()
+        return written + write(fd, data[9:])
+
+    if place == "pass":
+        monkeypatch.setattr(zk.ops, "run", half_a_pass)
+    elif place == "journal":
+        monkeypatch.setattr(os, "write", half_a_record)
+    return closure
+
+
+@pytest.mark.parametrize(("place", "visit"), [("forward", 1), ("forward", 2), ("pass", 1), ("pass", 2), ("journal", 1)])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_run_goes_on_or_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, place: str, visit: int
+) -> None:
+    """Resumed from its journal it ends with the bits of a run that nobody disturbed; going on, with those too in scratch mode, and in place with
+    those that its journal says (the failed attempt has rounded)."""
+    base, path = Small(torch.bfloat16), tmp_path / "run.zoj"
+    undisturbed, live = copy.deepcopy(base), copy.deepcopy(base)
+    whole = optimizer_of(undisturbed, mode)
+    go_on(whole, undisturbed, 9)
+    whole.flush()
+    optimizer = optimizer_of(live, mode, journal=path)
+    go_on(optimizer, live, 3)
+    for group in optimizer.param_groups:  # what step 3 has in the other run
+        group["lr"] = 3e-3 * (1 - 3 / 100)
+    with monkeypatch.context() as patched:
+        closure = interrupt_of(place, live, patched, visit)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(closure)
+    killed = tmp_path / "killed.zoj"
+    killed.write_bytes(path.read_bytes())
+    done = optimizer.steps == 4
+    assert len(journal.read(path).steps) == optimizer.steps
+    assert done == (place == "journal") or place == "pass"  # the update's pass ends, and the step with it
+
+    go_on(optimizer, live, 9)
+    optimizer.close_journal()
+    optimizer.flush()
+    again = copy.deepcopy(base)
+    zk.replay(again, path)
+    assert same(again, live)
+    assert mode != "scratch" or same(live, undisturbed)
+
+    other = copy.deepcopy(base)
+    resumed = optimizer_of(other, mode, journal=killed, resume=True)
+    assert resumed.steps == 3 + done
+    go_on(resumed, other, 9)
+    resumed.flush()
+    resumed.close_journal()
+    assert same(other, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_does_not_record(tmp_path: Path, mode: str, how: str) -> None:
+    """One run has one journal, the original's: the copy goes on to the same bits, says that nobody records it, and may have a journal of its own."""
+    base, path = Small(torch.bfloat16), tmp_path / "run.zoj"
+    live = copy.deepcopy(base)
+    optimizer = optimizer_of(live, mode, journal=path)
+    go_on(optimizer, live, 3)
+    copied = copy.deepcopy if how == "deepcopy" else lambda pair: pickle.loads(pickle.dumps(pair))
+    with pytest.warns(UserWarning, match=r"the copy of an optimizer with a journal .* does not record: open_journal\(\)"):
+        other, twin = copied((live, optimizer))
+    go_on(optimizer, live, 6)
+    go_on(twin, other, 6)
+    assert len(journal.read(path).steps) == 6
+    optimizer.flush()
+    twin.flush()
+    assert same(live, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.close_journal()
+        copy.deepcopy((live, optimizer))
+    again = copy.deepcopy(base)
+    zk.replay(again, path)
+    assert same(again, live)
+
+    with pytest.raises(RuntimeError, match="resume=True after 6 steps"):
+        twin.open_journal(path, resume=True)
+    begun = copy.deepcopy(other)
+    twin.open_journal(tmp_path / "twin.zoj")
+    go_on(twin, other, 9)
+    twin.close_journal()
+    twin.flush()
+    zk.replay(begun, tmp_path / "twin.zoj")
+    assert same(begun, other)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zo_kernels import journal
+from zo_kernels import journal, perturb
 from zo_kernels.parameters import Weights, canonical_name
 
 
@@ -93,8 +93,9 @@ class Recorder:
                 if not wait and not event.query():
                     return
                 event.synchronize()
-            self.writer.append(**(entry if summary is None else complete(entry, summary.tolist())))
-            self._queue.popleft()
+            with perturb.uninterrupted():  # in the file or in the queue, not in both
+                self.writer.append(**(entry if summary is None else complete(entry, summary.tolist())))
+                self._queue.popleft()
 
     def reopen(self) -> None:
         """Go on with the file after an append has failed.

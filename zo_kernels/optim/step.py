@@ -343,8 +343,10 @@ class ZOStep(torch.optim.Optimizer):
     def flush(self) -> None:
         """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
         if isinstance(self._view, perturb.InPlace) and not self._inside:
-            self._flushed |= any(self._view.at)
-            self._view.restore()
+            with perturb.uninterrupted():
+                ahead = any(self._view.at)
+                self._view.restore()
+                self._flushed |= ahead
         if self._recorder is not None and not self._inside:
             self._recorder.drain(wait=True)
 
@@ -388,17 +390,21 @@ class ZOStep(torch.optim.Optimizer):
         view = self._refresh()
         if self._recorder is not None:
             self._recorder.check()
-        self._inside, tag = True, self._tag
-        try:
-            self._prepare(view)
-            loss = self._graphed(view, closure, batches) if self._graph_wanted else None
-            if loss is None:
-                loss = self._eager(view, closure, batches)
-        except BaseException:
-            self._record_failure(view, tag)
-            raise
-        finally:
-            self._inside = False
+        # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module and tag always agree.
+        with perturb.uninterrupted() as self._signals:
+            self._inside, tag, ahead = True, self._tag, False
+            if isinstance(view, perturb.InPlace):
+                view.seen, ahead = 0, any(view.at)
+            try:
+                self._prepare(view)
+                loss = self._graphed(view, closure, batches) if self._graph_wanted else None
+                if loss is None:
+                    loss = self._eager(view, closure, batches)
+            except BaseException:
+                self._record_failure(view, tag, ahead)
+                raise
+            finally:
+                self._inside = False
         if isinstance(view, perturb.Scratch) and (note := view.news()):
             warnings.warn(note, stacklevel=2)
         return loss.float()
@@ -433,12 +439,12 @@ class ZOStep(torch.optim.Optimizer):
             if self._projection is not None:
                 sign = -1.0 if self._maximize else 1.0
                 inner, undo = self._projection.learn(
-                    self.steps, tag, self._trained(), lambda: _evaluate(closure, batches), between, sign
+                    self.steps, tag, self._trained(), lambda: self._evaluate(closure, batches), between, sign
                 )
             if self._direction.size:
                 eps = float(numbers[0].eps)
                 inner += self._held.learn(
-                    self.steps, tag + len(inner), self._trained(), eps, lambda: _evaluate(closure, batches), between
+                    self.steps, tag + len(inner), self._trained(), eps, lambda: self._evaluate(closure, batches), between
                 )
             loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, undo, commit=not rehearsal)
         except BaseException:
@@ -498,12 +504,11 @@ class ZOStep(torch.optim.Optimizer):
                     return loss, self.projected_gradient, *([self._summary.queued()] if self._recorder is not None else [])
 
                 graphs.capture(key, batches, whole, view.memory)
-            with perturb.uninterrupted():
-                loss, self.projected_gradient, *summary = graphs.replay(key, batches)
-                ops.written([plan for w in view.groups for plan in w.plans])
-                if self._recorder is not None:
-                    self._recorder.put(self._entry(values), summary[0])
-                self._tag += 1
+            loss, self.projected_gradient, *summary = graphs.replay(key, batches)
+            ops.written([plan for w in view.groups for plan in w.plans])
+            if self._recorder is not None:
+                self._recorder.put(self._entry(values), summary[0])
+            self._tag += 1
             return loss
         except graph.Refused as refused:
             self._refuse_graph(str(refused))
@@ -534,7 +539,7 @@ class ZOStep(torch.optim.Optimizer):
 
         def at(shifts: list[perturb.Shift]) -> Tensor:
             view.see(shifts)
-            loss = _evaluate(closure, batches, dual)
+            loss = self._evaluate(closure, batches, dual)
             view.check()
             between()
             return loss
@@ -549,23 +554,30 @@ class ZOStep(torch.optim.Optimizer):
             if isinstance(self._rule, rules.Conservative) and decided[0].go is not False:
                 decided = self._choose(decided, at)
             ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
-            with perturb.uninterrupted():  # record, weights and tag agree, or none has changed
-                queued = self._record(numbers) if commit else None
-                self._apply(view, decided, *ahead)
-                assert self._summary is not None
-                if self._first_order is not None:
-                    if decided[0].go is not False:
-                        self._first_order.step()
-                    self._first_order.zero_grad()
-                if queued is not None and self._recorder is not None:
-                    self._recorder.put(*queued)
-                if commit:
-                    if self._direction.size:
-                        self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
-                    self._tag += self._terms
-                    if isinstance(self._clip, QuantileClip):
-                        self._past.append(_fp32_of(abs(self._summary.gradient)))
+            queued = self._record(numbers) if commit else None
+            self._apply(view, decided, *ahead)
+            assert self._summary is not None
+            if self._first_order is not None:
+                if decided[0].go is not False:
+                    self._first_order.step()
+                self._first_order.zero_grad()
+            if queued is not None and self._recorder is not None:
+                self._recorder.put(*queued)
+            if commit:
+                if self._direction.size:
+                    self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
+                self._tag += self._terms
+                if isinstance(self._clip, QuantileClip):
+                    self._past.append(_fp32_of(abs(self._summary.gradient)))
         return self._estimator.loss(losses)
+
+    def _evaluate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
+        """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
+        as_loss = tangents.as_loss if dual else _as_loss
+        with self._signals.but():
+            if batches is None:
+                return as_loss(closure())
+            return torch.stack([as_loss(closure(batch)) for batch in batches]).mean(0)
 
     def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
         """Of a step's directions."""
@@ -679,7 +691,7 @@ class ZOStep(torch.optim.Optimizer):
         try:
             for p in ours:
                 p.requires_grad_(False)
-            with torch.enable_grad():
+            with self._signals.but(), torch.enable_grad():
                 for batch in [None] if batches is None else batches:
                     loss = closure() if batches is None else closure(batch)
                     if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -895,8 +907,9 @@ class ZOStep(torch.optim.Optimizer):
             raise
         return None
 
-    def _record_failure(self, view: perturb.View, tag: int) -> None:
-        """A failed step in place has rounded the weights without an update; scratch mode has nothing to tell."""
+    def _record_failure(self, view: perturb.View, tag: int, ahead: bool) -> None:
+        """A failed step in place has rounded the weights without an update; scratch mode has nothing to tell. `ahead`: a lazy run's weights
+        were, when the step began."""
         if self._recorder is None or not isinstance(view, perturb.InPlace):
             return
         if not view.whole:
@@ -907,8 +920,8 @@ class ZOStep(torch.optim.Optimizer):
             entry = self._entry([n._replace(decay=1.0) for n in self._numbers()])
             entry |= {"coefs": [[0.0] * self._terms] * len(view.groups), "failed": "plus" if view.seen == 1 else "minus"}
             self._recorder.put(entry)
-        else:
-            self._flushed = self._lazy  # the step was done, or not begun, and the weights were restored from ahead
+        else:  # the step was done, or not begun; the weights may have been restored from ahead
+            self._flushed |= self._lazy and (ahead or self._tag != tag) and not any(view.at)
 
     def _check_recorded(self) -> None:
         """The journal's table of parameters is that of the whole run."""
@@ -1022,6 +1035,7 @@ class ZOStep(torch.optim.Optimizer):
         self._refuse_inside("a copy")
         state = {k: v for k, v in self.__dict__.items() if k not in _MADE_ANEW and not k.startswith("_optimizer_")}
         state["_at"] = self._view.at if isinstance(self._view, perturb.InPlace) else None
+        state["_journal"] = self._recorder.writer.path if self._recorder is not None else ""
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1029,6 +1043,11 @@ class ZOStep(torch.optim.Optimizer):
         if "_at" not in state:
             return
         at = self.__dict__.pop("_at")
+        if path := self.__dict__.pop("_journal"):
+            warnings.warn(
+                f"the copy of an optimizer with a journal ({path}) does not record: open_journal() gives it one of its own",
+                stacklevel=2,
+            )
         self._view = self._graphs = self._flush_at_exit = self._recorder = self._recorder_closes = None
         self._views = {}
         self._inside = False
@@ -1052,6 +1071,7 @@ _MADE_ANEW = {
     "_recorder",
     "_recorder_closes",
     "_inside",
+    "_signals",
     "step",
     "_zero_grad_profile_name",
 }
@@ -1222,11 +1242,3 @@ def _as_loss(value: Any) -> Tensor:
         return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
-
-
-def _evaluate(closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
-    """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
-    as_loss = tangents.as_loss if dual else _as_loss
-    if batches is None:
-        return as_loss(closure())
-    return torch.stack([as_loss(closure(batch)) for batch in batches]).mean(0)
