@@ -88,6 +88,18 @@ class Setting:
         table = parameters.streams_of([name for name, _ in self.judge.named_parameters()])
         self.streams = [table[name] for name, _ in named]
 
+    def described(self) -> dict[str, Any]:
+        """The columns that all rows share."""
+        return {
+            "model": self.model,
+            "text": self.text,
+            "weights": sum(s.numel() for s in self.start),
+            "batch": self.batch,
+            "sequence": self.train.shape[1],
+            "lr": self.lr,
+            "eps": self.eps,
+        }
+
     def model_of(self, dtype: str) -> tuple[nn.Module, list[Tensor]]:
         """A model of that type at the start, and its weights in the order of `start`."""
         model = drift.load(self.path, harness.DTYPES[dtype])
@@ -281,19 +293,7 @@ def measure(
     own = [s.clone() for s in setting.start]  # the fp32 trajectory that this run's coefficients give
     yardstick = own if reference is None or loop == "open" else [s.clone() for s in setting.start]
     updates = Updates()
-    described = {
-        "model": setting.model,
-        "text": setting.text,
-        "weights": sum(s.numel() for s in setting.start),
-        "batch": setting.batch,
-        "sequence": setting.train.shape[1],
-        "lr": setting.lr,
-        "eps": setting.eps,
-        "loop": loop,
-        "dtype": dtype,
-        "mode": mode,
-        "rounding": rounding,
-    }
+    described = {**setting.described(), "loop": loop, "dtype": dtype, "mode": mode, "rounding": rounding}
     for tag in range(setting.steps):
         done = tag + 1
         marked = done in MARKS or done == setting.steps
@@ -374,13 +374,7 @@ def start_row(setting: Setting) -> dict[str, Any]:
     """Where every run starts."""
     return {
         **dict.fromkeys(COLUMNS, ""),
-        "model": setting.model,
-        "text": setting.text,
-        "weights": sum(s.numel() for s in setting.start),
-        "batch": setting.batch,
-        "sequence": setting.train.shape[1],
-        "lr": setting.lr,
-        "eps": setting.eps,
+        **setting.described(),
         "loop": "start",
         "step": 0,
         "validation_loss": setting.loss(setting.start, setting.validation),

@@ -58,6 +58,13 @@ def draw_drift(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.12))
 
 
+def caption(axes: Any, x: str, y: str, title: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+
+
 FIDELITY = {  # (mode, rounding) -> colour, width, label
     ("scratch", "stochastic"): ("#1b7f5c", 1.8, "scratch, stochastic"),
     ("scratch", "nearest"): ("#2f6fb0", 1.8, "scratch, nearest"),
@@ -80,10 +87,12 @@ def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]], lr: str) -> No
     axes.axhline(1, color="#9aa3ab", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("distance from fp32 / distance travelled")
-    axes.set_title(f"Rounding alone, bfloat16, {rows[0]['model']}, lr {lr}, ε {rows[0]['eps']}", fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+    caption(
+        axes,
+        "steps",
+        "distance from fp32 / distance travelled",
+        f"Rounding alone, bfloat16, {rows[0]['model']}, lr {lr}, ε {rows[0]['eps']}",
+    )
 
 
 def draw_fidelity_loss(axes: Any, rows: list[dict[str, str]]) -> None:
@@ -96,10 +105,9 @@ def draw_fidelity_loss(axes: Any, rows: list[dict[str, str]]) -> None:
         mine = [row for row in closed if (row["mode"], row["rounding"], row["dtype"]) == (mode, rounding, dtype)]
         if mine:
             axes.plot(*columns(start + mine, "validation_loss"), color=colour, linewidth=width, label=label)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("validation loss (evaluated in fp32)")
-    axes.set_title(f"Whole runs, bfloat16, {closed[0]['model']} on {closed[0]['text']}", fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+    caption(
+        axes, "steps", "validation loss (evaluated in fp32)", f"Whole runs, bfloat16, {closed[0]['model']} on {closed[0]['text']}"
+    )
 
 
 def columns(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
@@ -142,10 +150,7 @@ def draw_size(axes: Any, rows: list[dict[str, str]]) -> None:
         axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=".")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("weights")
-    axes.set_ylabel("GB/s")
-    axes.set_title(f"One pass, bfloat16, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+    caption(axes, "weights", "GB/s", f"One pass, bfloat16, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}")
 
 
 def draw_terms(axes: Any, rows: list[dict[str, str]]) -> None:
@@ -161,10 +166,9 @@ def draw_terms(axes: Any, rows: list[dict[str, str]]) -> None:
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=f"{name}, {dtype}", marker=".")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("terms K of one pass")
-    axes.set_ylabel("10⁹ element-terms / s")
-    axes.set_title(f"Many terms, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+    caption(
+        axes, "terms K of one pass", "10⁹ element-terms / s", f"Many terms, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}"
+    )
 
 
 def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
