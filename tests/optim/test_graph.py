@@ -64,6 +64,18 @@ def test_the_same_bits_as_without(family: str, dtype: torch.dtype, options: dict
     assert step.skipped == 0
 
 
+@pytest.mark.parametrize("options", [{"queries": 3}, {"queries": 2, "one_sided": True, "kind": "rademacher"}], ids=str)
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_queries_are_one_graph(mode: str, options: dict[str, Any]) -> None:
+    model = make("opt", torch.float16)
+    other = copy.deepcopy(model)
+    data = batches(6, ((2, 6),))
+    losses, gradients, step = run(model, data, True, perturbation=mode, **options)
+    assert (losses, gradients) == run(other, data, False, perturbation=mode, **options)[:2]
+    assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert step.steps == 6 and len(Emulated.made) == 1
+
+
 def test_a_non_finite_loss_is_skipped_on_the_device() -> None:
     model = make("llama")
     data = [torch.tensor(v) for v in (0.1, 0.2, 0.3, float("nan"), 0.4, float("inf"), 0.5)]

@@ -508,7 +508,7 @@ class ZOStep(torch.optim.Optimizer):
             ops.written([plan for w in view.groups for plan in w.plans])
             if self._recorder is not None:
                 self._recorder.put(self._entry(values), summary[0])
-            self._tag += 1
+            self._tag += self._terms
             return loss
         except graph.Refused as refused:
             self._refuse_graph(str(refused))
