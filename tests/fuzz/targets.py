@@ -32,6 +32,21 @@ import torch
 
 from tests.journal.samples import append, header, second_reader
 from zo_kernels import RandomMask, journal, ops, pack_mask, perturb_
+from zo_kernels.optim import (
+    Adam,
+    Blocks,
+    HessianDiagonal,
+    InverseRoot,
+    LowRank,
+    Momentum,
+    OneSided,
+    Projection,
+    QuantileClip,
+    RandomSparse,
+    ThreePoint,
+    record,
+)  # fmt: skip
+from zo_kernels.optim.step import parts_of
 
 INTERESTING = (
     0,
@@ -185,6 +200,22 @@ def reseal(data: bytes, records: bool) -> bytes:
         return data
 
 
+METHODS = [
+    {"rule": record.described(Momentum()), "estimator": record.described(OneSided(3)), "clip": record.described(QuantileClip())},
+    {
+        "rule": record.described(Adam()),
+        "direction": record.described(RandomSparse()),
+        "blocks": record.described(Blocks(["a", "b+"])),
+    },
+    {"direction": record.described(LowRank()), "projection": record.described(Projection())},
+    {
+        "estimator": record.described(ThreePoint()),
+        "rule": record.described(HessianDiagonal()),
+        "direction": record.described(InverseRoot()),
+    },
+]
+
+
 class Journal(Target):
     """`journal.loads`, and every 50th input `recover`, `reopen` and `append` on a file. Beside it, a second reader that is written from the
     documentation says which records carry a good checksum: the library may refuse more, and must never give others."""
@@ -210,6 +241,7 @@ class Journal(Target):
             heads.append(
                 journal.Header(1, (masked,), kind="rademacher", frozen=(journal.Frozen.of("f", torch.ones(2)),), notes={"a": [1]})
             )
+            heads += [header("scratch", 1, 2, method=method) for method in METHODS]
             heads.append(journal.Header(1, (journal.Parameter.of("r", torch.ones(2), 1, mask=RandomMask(0.5), scale=2.0), base)))
             for k, head in enumerate(heads):
                 with journal.create(self._path, head, fsync_every=0, replace=True) as writer:
@@ -260,6 +292,10 @@ class Journal(Target):
         assert (content["seed"], content["groups"], content["terms"]) == (got.header.seed, got.header.groups, got.header.terms)
         passes = [x for row in rows for x in row[4:]]  # loss and gradient are for people, and may be anything
         assert all(map(math.isfinite, passes))
+        try:
+            parts_of(got.header)
+        except ValueError as error:
+            assert "journal's method" in str(error)
         if got.tail is None:
             assert end == len(data)
             journal.loads(data)

@@ -1087,15 +1087,25 @@ PARTS: Mapping[str, Sequence[type[Any]]] = {
 }
 
 
+def parts_of(header: journals.Header) -> dict[str, Any]:
+    """The parts of a recorded run's optimizer.
+
+    Raises:
+        ValueError: there is one that this version does not know, or whose values are out of range.
+    """
+    method = header.method or {}
+    if unknown := sorted(set(method) - set(PARTS)):
+        raise ValueError(f"the journal's method has the parts {unknown!r:.160}, which this version of zo_kernels does not know")
+    return {what: record.part_of(what, content, PARTS[what]) for what, content in method.items()}
+
+
 def replayer(header: journals.Header, groups: Sequence[parameters.Weights], backend: str | None) -> ZOStep:
     """An optimizer that can apply the records of a journal with a method to the weights that it started from.
 
     Raises:
         ValueError: the method is none that this version knows.
     """
-    if header.method is None or (unknown := set(header.method) - set(PARTS)):
-        raise ValueError(f"the journal's method has the parts {sorted(unknown)}, which this version of zo_kernels does not know")
-    parts = {what: record.part_of(what, content, PARTS[what]) for what, content in header.method.items()}
+    parts = parts_of(header)
     params = [
         {
             "params": list(zip(w.names, w.params, strict=True)),
