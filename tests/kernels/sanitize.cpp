@@ -89,6 +89,44 @@ int check(int dtype, int kind, int rounding, int64_t n, int64_t offset, int feat
   return 0;
 }
 
+int check_rule(int rule, int state_dtype, int dtype, int64_t n, int64_t offset, int features, int threads) {
+  const size_t size = dtype == ZO_F32 ? 4 : 2, state_size = state_dtype == ZO_F32 ? 4 : 2;
+  const int64_t block = 5;
+  Buffer mask((size_t)(n + 7) / 8), scale(4 * (size_t)((offset + n - 1) / block - offset / block + 1));
+  std::vector<uint8_t> expected;
+  for (int isa = 1; isa <= zo_cpu_best_isa(); ++isa) {
+    Buffer theta(size * (size_t)n), first(state_size * (size_t)n), second(4 * (size_t)n);
+    zo_tensor t = {};
+    t.src = t.dst = theta.data, t.numel = n, t.offset = offset, t.scale_block = 1, t.stream = 5;
+    if (features & 1) t.mask = mask.data;
+    if (features & 2) t.keep = 1u << 31;
+    if (features & 4) t.scale = reinterpret_cast<const float *>(scale.data), t.scale_block = block;
+    zo_states states = {nullptr, nullptr};
+    if (rule != ZO_ADAM_HISTORY) states.first = first.data;
+    if (rule == ZO_ADAM) states.second = reinterpret_cast<float *>(second.data);
+    zo_update u = {};
+    u.pass.seed = 42, u.pass.dtype = dtype, u.pass.kind = features & 8 ? ZO_RADEMACHER : ZO_GAUSSIAN;
+    u.pass.rounding = features & 16 ? ZO_STOCHASTIC : ZO_NEAREST;
+    u.pass.n_terms = rule == ZO_HIZOO ? 1 : 2;
+    u.pass.inline_tags[1] = 1;
+    u.pass.inline_coefs[0] = 1, u.pass.inline_coefs[1] = -2;
+    u.inline_squares[0] = 0.25f, u.inline_squares[1] = 0.5f;
+    u.rule = rule, u.state_dtype = state_dtype;
+    for (float &x : u.numbers) x = 0.5f;
+    const int code = zo_cpu_update(&u, &t, &states, 1, threads, isa);
+    std::vector<uint8_t> got;
+    for (const Buffer *b : {&theta, &first, &second}) got.insert(got.end(), b->data, b->data + b->bytes);
+    if (isa == 1) expected = got;
+    if (code || got != expected) {
+      std::printf("isa %d rule %d states %d dtype %d n %lld offset %lld features %d: code %d, or other bits\n", isa,
+                  rule, state_dtype, dtype, (long long)n, (long long)offset, features, code);
+      return 1;
+    }
+    ++runs;
+  }
+  return 0;
+}
+
 /* Calls at the same time, each with helpers; afterwards the same in a forked child, which must not miss its parent's.
  */
 int threads_and_fork() {
@@ -136,6 +174,18 @@ int main() {
         }
       }
       failures += check(dtype, kind, ZO_STOCHASTIC, 300001, 37, 1, 3);
+    }
+  }
+  const int rules[][2] = {{ZO_MOMENTUM, ZO_F32}, {ZO_MOMENTUM, ZO_BF16}, {ZO_ADAM, ZO_F32},
+                          {ZO_ADAM, ZO_BF16},    {ZO_HIZOO, ZO_F32},     {ZO_ADAM_HISTORY, ZO_F32}};
+  for (const auto &rule : rules) {
+    for (int dtype = ZO_F32; dtype <= ZO_BF16; ++dtype) {
+      for (int64_t n : SIZES) {
+        for (int features = 0; features < 32; features += 3) {
+          failures += check_rule(rule[0], rule[1], dtype, n, OFFSETS[features % 4], features, 1);
+        }
+      }
+      failures += check_rule(rule[0], rule[1], dtype, 300001, 37, 17, 3);
     }
   }
   failures += threads_and_fork();
