@@ -90,7 +90,17 @@ def unavailable() -> str | None:
     return None if find_cuobjdump() else "neither Triton nor the CUDA toolkit offers cuobjdump here"
 
 
-def kernels(arch: int) -> Iterator[Kernel]:
+@dataclass(frozen=True)
+class Function:
+    """The machine code of one kernel."""
+
+    symbol: str
+    code: list[tuple[int, str]]
+    registers: int
+    spill_bytes: int  # stack and local memory
+
+
+def functions(arch: int) -> Iterator[Function]:
     """Every kernel of the built extension."""
     from zo_kernels import _C
 
@@ -101,11 +111,17 @@ def kernels(arch: int) -> Iterator[Kernel]:
     usage = dict(re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", dump("-res-usage")))
     for part in dump("-sass").split("Function : ")[1:]:
         symbol = part.split(None, 1)[0]
-        found = re.search(r"(F32|F16|BF16)ELi(\d)ELi(\d)ELi(\d)", symbol)
-        if found is None:
-            continue
         code = [(int(a, 16), t.strip()) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]+);", part, re.M)]
         amount = {what: int(n) for what, n in re.findall(r"(\w+):(\d+)", usage[symbol])}
+        yield Function(symbol, code, amount["REG"], amount["STACK"] + amount["LOCAL"])
+
+
+def kernels(arch: int) -> Iterator[Kernel]:
+    """Every kernel of a pass or a sequence."""
+    for function in functions(arch):
+        found = re.search(r"(F32|F16|BF16)ELi(\d)ELi(\d)ELi(\d)", function.symbol)
+        if found is None:
+            continue
         yield Kernel(
             dtype=DTYPES[found[1]],
             rademacher=found[2] == "1",
@@ -113,9 +129,9 @@ def kernels(arch: int) -> Iterator[Kernel]:
             sequence=found[3] == "2",
             form=int(found[4]),
             arch=arch,
-            code=code,
-            registers=amount["REG"],
-            spill_bytes=amount["STACK"] + amount["LOCAL"],
+            code=function.code,
+            registers=function.registers,
+            spill_bytes=function.spill_bytes,
         )
 
 

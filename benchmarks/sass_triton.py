@@ -147,6 +147,36 @@ def gpu_linear_launch(dtype: str) -> Any:
     return backend.gpu_linear_launch(getattr(torch, dtype))
 
 
+UPDATE_PLAIN: dict[str, Any] = {"KIND": 0, "BIT_MASK": False, "RANDOM_MASK": False, "SCALE": False, "STOCHASTIC": False}
+
+
+def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str, Any]) -> Any:
+    """`update_kernel` as `zo_kernels._backends.triton.update` would launch it."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zo_kernels import update
+    from zo_kernels._backends import _triton_update as kernels
+    from zo_kernels._backends.triton import UPDATE_OPTIONS
+
+    launch, chosen = gpu_launch(dtype), update.RULES[rule]
+    constants = {**UPDATE_PLAIN, **flags, "DTYPE": getattr(tl, dtype), "STATE": getattr(tl, state), "P": launch.groups}
+    constants |= {"RULE": chosen.code, "NUMBERS": len(chosen.numbers), "INTERPRETED": False}
+    pointers = {**dict.fromkeys(("table", "states", "spans"), "*i64"), "tags": "*i32", "coefs": "*fp32", "numbers": "*fp32"}
+    if rule == "adam_history":
+        pointers["squares"] = "*fp32"
+    else:
+        constants["squares"] = None
+    names = kernels.update_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
+    source = ASTSource(kernels.update_kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **UPDATE_OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
 LINEAR_PLAIN: dict[str, Any] = {"KIND": 0, "TERMS": 1, "HALVES": True, "BIAS": True, "SPLIT": False, "EVEN_K": True, "BM": 16}
 LINEAR_VARIANTS: dict[str, dict[str, Any]] = {
     "perturbed-linear": {},

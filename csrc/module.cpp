@@ -197,6 +197,19 @@ void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, in
   check_cuda(zo_cuda_perturb(&pass, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
                              form, (void *)(uintptr_t)stream));
 }
+
+void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint64_t states, uint64_t seed, int dtype,
+                 int kind, int rounding, int rule, int state_dtype, py::handle tags, py::handle coefs, int64_t n_terms,
+                 py::handle numbers, py::handle squares, uint64_t stream) {
+  const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, py::none());
+  if (!pass.tags.empty()) throw py::value_error("more than INLINE_TERMS numbers: put them into device memory");
+  zo_update update = {};
+  update.pass = pass.c;
+  update.rule = rule, update.state_dtype = state_dtype;
+  fill(update, numbers, squares);
+  check_cuda(zo_cuda_update(&update, (const zo_tensor *)(uintptr_t)table, (const zo_states *)(uintptr_t)states,
+                            (const uint32_t *)(uintptr_t)map, tiles, tile, (void *)(uintptr_t)stream));
+}
 #endif
 
 } // namespace
@@ -240,6 +253,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n_terms"), py::arg("first"), py::arg("decays"), py::arg("roundings"), py::arg("n_passes"),
         py::arg("scratch"), py::arg("stream"),
         "zo_cuda_perturb for a sequence of passes; tags .. roundings and scratch are addresses in device memory.");
+  m.def("cuda_update", &cuda_update, py::arg("table"), py::arg("map"), py::arg("tiles"), py::arg("tile"),
+        py::arg("states"), py::arg("seed"), py::arg("dtype"), py::arg("kind"), py::arg("rounding"), py::arg("rule"),
+        py::arg("state_dtype"), py::arg("tags"), py::arg("coefs"), py::arg("n_terms"), py::arg("numbers"),
+        py::arg("squares"), py::arg("stream"),
+        "zo_cuda_update of csrc/zo_kernels.h; states is an address in device memory; numbers and squares are lists or "
+        "such addresses (squares may be None); the rest as in cuda_perturb.");
 #else
   m.attr("WITH_CUDA") = false;
 #endif

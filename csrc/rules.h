@@ -1,4 +1,4 @@
-/* rules.h - the update rules (docs/numerics.md, section 10) for one element, for host and device, scalar.
+/* rules.h - the update rules (docs/numerics.md, "Update rules") for one element, for host and device, scalar.
  *
  *   momentum      b <- beta b + u;                         theta <- d - lr b
  *   adam          m <- b1 m + o1 u; v <- b2 v + o2 u u;    theta <- d - lr1 m / (sqrt(f v) + eps)

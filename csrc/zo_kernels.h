@@ -72,7 +72,7 @@ typedef struct zo_pass {
   void *scratch; /* CUDA: ZO_CUDA_SCRATCH(n_passes, n_terms) bytes at a multiple of 16, for this call alone */
 } zo_pass;
 
-/* Update rules, docs/numerics.md, section 10:  (theta, states) <- rule(theta, states, u), u as above with theta = 0. */
+/* "Update rules" of docs/numerics.md:  (theta, states) <- rule(theta, states, u), with u as above. */
 enum zo_rule { ZO_MOMENTUM = 0, ZO_ADAM = 1, ZO_HIZOO = 2, ZO_ADAM_HISTORY = 3 };
 #define ZO_RULE_NUMBERS 9 /* at most; momentum 4, adam 9, hizoo 7, adam_history 4 */
 
@@ -98,7 +98,7 @@ const char *zo_error_string(int code);
 int zo_cpu_perturb(const zo_pass *pass, const zo_tensor *tensors, int64_t n, int threads, int isa);
 int zo_cpu_best_isa(void);
 
-/* In place: src == dst, and no rows. states[k] belongs to tensors[k]. */
+/* In place: src == dst; no rows, no rank, no rsqrt. states[k] belongs to tensors[k]. */
 int zo_cpu_update(const zo_update *update, const zo_tensor *tensors, const zo_states *states, int64_t n, int threads,
                   int isa);
 
@@ -118,7 +118,7 @@ enum zo_form {
 #define ZO_CUDA_SCRATCH(n_passes, n_terms) (16 * (n_passes) + 8 * (n_terms))
 int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles, int64_t tile,
                     int form, void *stream);
-/* The same for a rule: `states` lies in device memory. In place, and no rows. */
+/* The same for a rule: `states` lies in device memory. */
 int zo_cuda_update(const zo_update *update, const zo_tensor *table, const zo_states *states, const uint32_t *map,
                    int64_t tiles, int64_t tile, void *stream);
 const char *zo_cuda_error_string(int code);

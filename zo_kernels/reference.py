@@ -230,12 +230,6 @@ def sequence(plan: Plan, passes: Passes) -> None:
 # ---- 10. Update rules -----------------------------------------------------------------------------------------------
 
 
-def root(x: Tensor) -> Tensor:
-    """The correctly rounded fp32 root, through float64: no root of an fp32 lies within 2^-51 of the middle of two. (torch's own may be MKL's,
-    which is wrong in the last bit now and then.)"""
-    return x.double().sqrt().float()
-
-
 def momentum(d: Tensor, u: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(theta, b); every operation rounds to fp32."""
     lr, beta = n
@@ -248,7 +242,7 @@ def adam(d: Tensor, u: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple
     lr1, beta1, one_minus_beta1, beta2, one_minus_beta2, v_factor, eps = n
     m = beta1 * held[0] + one_minus_beta1 * u
     v = beta2 * held[1] + one_minus_beta2 * (u * u)
-    return d - (lr1 * m) / (root(v_factor * v) + eps), m, v
+    return d - (lr1 * m) / (exact_sqrt(v_factor * v) + eps), m, v
 
 
 def hizoo(d: Tensor, z: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -256,7 +250,7 @@ def hizoo(d: Tensor, z: Tensor, held: list[Tensor], n: Sequence[Tensor]) -> tupl
     lrg, alpha, kappa, low, high = n
     h = held[0] + held[0] * (alpha * (kappa * (z * z) - 1))
     h = torch.where(h < low, low, torch.where(h > high, high, h))
-    return d - (lrg * z) / root(h), h
+    return d - (lrg * z) / exact_sqrt(h), h
 
 
 RULES = {"momentum": momentum, "adam": adam, "hizoo": hizoo}
@@ -279,7 +273,7 @@ def update_entry(entry: Entry, held: Sequence[Tensor], p: RulePass, given: tuple
         def noise(tags: Tensor, coefs: Tensor, i: Tensor = i) -> Tensor:
             s = (gaussian_sum if gaussian else rademacher_sum)(i, tags, coefs, entry.stream, p.seed)
             if entry.scale is not None:
-                s = s * entry.scale[i // entry.scale_block - entry.offset // entry.scale_block]
+                s = s * scale_of(i, entry)
             return s + 0.0  # u is never -0
 
         keep = go.expand(len(e))
@@ -300,7 +294,7 @@ def update_entry(entry: Entry, held: Sequence[Tensor], p: RulePass, given: tuple
                 z = noise(tags[k : k + 1], one)
                 v = v + q * (z * z)
             lr, eps = rest
-            new: tuple[Tensor, ...] = (d - (lr * u) / (root(v) + eps),)
+            new: tuple[Tensor, ...] = (d - (lr * u) / (exact_sqrt(v) + eps),)
         else:
             new = RULES[p.rule](d, u, [s[chunk].float() for s in states], rest)
         for s, value in zip(states, new[1:], strict=True):

@@ -1,6 +1,6 @@
 """Update rules that keep state for every weight: one pass over weights and state, the noise generated in it.
 
-    u <- scale * mask * sum_k c_k z(seed, stream, tag_k);   (theta, states) <- rule(theta, states, u)          docs/numerics.md, section 10
+    u <- scale * mask * sum_k c_k z(seed, stream, tag_k);   (theta, states) <- rule(theta, states, u)          docs/numerics.md, "Update rules"
 
 Belongs here: `update_`, its checks and its dispatch to a backend, and what a backend receives beside the `ops.Plan`: `RulePass` and the
 state tensors. Does not belong here: the rules' arithmetic (csrc/rules.h, reference.py, _backends/), what a step does with them (optim/).
@@ -163,6 +163,8 @@ def check_plan(plan: Plan, states: States, p: RulePass) -> None:
         raise ValueError(f"rule {p.rule!r}: the plan writes to tensors other than it reads; a rule works in place")
     if plan.table[:, 7].any():
         raise ValueError(f"rule {p.rule!r}: the plan has gathered rows, which have no states of their own; give the whole table")
+    if plan.extended:
+        raise ValueError(f"rule {p.rule!r}: the plan has factors or inverse-square-root scales, which the rules do not take")
     if p.rule == "hizoo" and plan.table[:, 5].any():
         raise ValueError("rule 'hizoo': the plan has scales; the rule divides by the root of h itself: leave them out")
     if len(states) != len(plan.entries):
@@ -227,7 +229,7 @@ def update_(
 ) -> None:
     """One step of an update rule with the gradient estimate ``u = scale * mask * sum_k c_k z(seed, stream, tag_k)``, in one pass.
 
-    Weights and states are read and written once, u is never stored; every backend writes the same bits (docs/numerics.md, section 10).
+    Weights and states are read and written once, u is never stored; every backend writes the same bits (docs/numerics.md, "Update rules").
     Each operation is rounded to fp32. The rules, with their numbers in order and their states:
 
     - "momentum" (go, decay, lr, beta), state b: ``b <- beta b + u; theta <- decay theta - lr b``.

@@ -211,10 +211,11 @@ struct PortableStages {
   }
 
   /* In two steps, so that no loop reads and writes weights, which may be the same. The decay is 1 if there is none, and
-   * a product with 1 is exact. */
+   * a product with 1 is exact. Not inlined, so that passes and rules share it: inlined, g++ for AArch64 unrolled the
+   * rests of its loops. */
   template <class Weight>
-  static void apply(const Job &job, const Weight *src, Weight *dst, float *s, const uint8_t *keep, int64_t head,
-                    const uint16_t *v, int64_t n) {
+  __attribute__((noinline)) static void apply(const Job &job, const Weight *src, Weight *dst, float *s,
+                                              const uint8_t *keep, int64_t head, const uint16_t *v, int64_t n) {
     const float decay = job.decay;
     if (keep) {
       uint8_t kept[TILE + 8];

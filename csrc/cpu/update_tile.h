@@ -1,6 +1,6 @@
 /* update_tile.h - an update rule over a range of one tensor, tile by tile, for every instruction set.
  *
- *   (theta, states) <- rule(decay theta, states, u),  u = scale * sum_k c_k z_k          docs/numerics.md, section 10
+ *   (theta, states) <- rule(decay theta, states, u),  u = scale * sum_k c_k z_k     docs/numerics.md, "Update rules"
  *
  * Per tile of at most Stages::TILE consecutive elements, in L1: the sum as in a pass (tile.h), the weights to fp32, one
  * loop over the elements with the rule's arithmetic, the cast as in a pass. "adam_history" makes the noise of each of

@@ -1,10 +1,11 @@
-/* cuda_host.cpp - the CUDA kernel's body (csrc/cuda/perturb.cuh) as host code, so that its bits can be tested without a
+/* cuda_host.cpp - the CUDA kernels' bodies of csrc/cuda as host code, so that its bits can be tested without a
  * GPU.
  *
  * Belongs here: what the body needs of CUDA, and the loop over blocks and threads. test_cuda_host.py compiles it.
  *
- * The body has one barrier, at the end of stage(), and what comes before it only writes shared memory, the same each
- * time. So every thread of a block runs twice: first up to the barrier, which throws; then from the start to the end.
+ * A body has one barrier, at the end of stage() or stage_rule(), and what comes before it only writes shared memory,
+ * the same each time. So every thread of a block runs twice: first up to the barrier, which throws; then from the start
+ * to the end.
  */
 #include <stdint.h>
 
@@ -32,7 +33,28 @@ static int __syncthreads_or(int predicate) {
 /* The body calls it with a value that is the same in all lanes. */
 static uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return x; }
 
-#include "../../csrc/cuda/perturb.cuh"
+#include "../../csrc/cuda/update.cuh"
+
+namespace {
+
+/* Every thread of every block, up to the barrier and then as a whole. */
+template <class Body> void run_blocks(int64_t tiles, Body body) {
+  for (int64_t block = 0; block < tiles; ++block) {
+    blockIdx.x = (uint32_t)block;
+    any = false;
+    for (int round = 0; round < 2; ++round) {
+      at_barrier_throw = round == 0;
+      for (threadIdx.x = 0; threadIdx.x < (uint32_t)zo::cuda::THREADS; ++threadIdx.x) {
+        try {
+          body();
+        } catch (Barrier) {
+        }
+      }
+    }
+  }
+}
+
+} // namespace
 
 extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t *map, int64_t tiles,
                                int64_t tile, int form, void *) {
@@ -48,19 +70,21 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
   return dispatch(*pass, form, [&](auto variant) -> int {
     using V = decltype(variant);
     static Shared shared;
-    for (int64_t block = 0; block < tiles; ++block) {
-      blockIdx.x = (uint32_t)block;
-      any = false;
-      for (int round = 0; round < 2; ++round) {
-        at_barrier_throw = round == 0;
-        for (threadIdx.x = 0; threadIdx.x < (uint32_t)THREADS; ++threadIdx.x) {
-          try {
-            perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::FORM>(launch, shared);
-          } catch (Barrier) {
-          }
-        }
-      }
-    }
+    run_blocks(tiles, [&] { perturb_tile<typename V::T, V::KIND, V::ROUNDING, V::FORM>(launch, shared); });
+    return 0;
+  });
+}
+
+extern "C" int zo_cuda_update(const zo_update *update, const zo_tensor *table, const zo_states *states,
+                              const uint32_t *map, int64_t tiles, int64_t tile, void *) {
+  using namespace zo::cuda;
+  if (tile <= 0 || tile % SPAN) return 1;
+  const UpdateLaunch launch = {*update, zo::schedule(update->pass.seed),     zo::F_BASE, tile, table,
+                               states,  reinterpret_cast<const uint2 *>(map)};
+  return dispatch_rule(*update, [&](auto variant) -> int {
+    using V = decltype(variant);
+    static Shared shared;
+    run_blocks(tiles, [&] { update_tile<typename V::T, V::RULE, typename V::S>(launch, shared); });
     return 0;
   });
 }

@@ -25,6 +25,7 @@ import zo_kernels as zk
 from tests.kernels import cases
 from tests.vectors.make import check, vectors
 from zo_kernels import ops, reference
+from zo_kernels import update as rules
 from zo_kernels._backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,20 @@ class CPass(ctypes.Structure):
         ("inline_coefs", ctypes.c_float * INLINE),
         ("n_passes", ctypes.c_int64),
         *[(name, ctypes.c_void_p) for name in ("first", "decays", "roundings", "scratch")],
+    ]
+
+
+class CUpdate(ctypes.Structure):
+    """zo_update of csrc/zo_kernels.h."""
+
+    _fields_ = [
+        ("c", CPass),
+        ("rule", ctypes.c_int32),
+        ("state_dtype", ctypes.c_int32),
+        ("squares", ctypes.c_void_p),
+        ("number_ptr", ctypes.c_void_p),
+        ("numbers", ctypes.c_float * 9),
+        ("inline_squares", ctypes.c_float * INLINE),
     ]
 
 
@@ -88,6 +103,26 @@ def sequence(library: ctypes.CDLL, plan: ops.Plan, passes: ops.Passes, spans: in
     c.tags, c.coefs, c.first = passes.tags.data_ptr(), passes.coefs.data_ptr(), passes.first.data_ptr()
     c.decays, c.roundings, c.scratch = passes.decay.data_ptr(), passes.rounding.data_ptr(), start.ctypes.data
     launch(library, plan, c, spans, cuda.form_of(plan))
+
+
+def update(library: ctypes.CDLL, plan: ops.Plan, states: rules.States, p: rules.RulePass, spans: int = 1) -> None:
+    """What `cuda.update` does: few terms and the numbers in the struct if they are lists, in memory if they are tensors."""
+    tags, coefs, numbers, squares = p.tensors_on(plan.device)
+    c = CUpdate(CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], n_terms=len(tags)))
+    c.rule, c.state_dtype = rules.RULES[p.rule].code, ops.DTYPES[rules.state_dtype(states)]
+    if isinstance(p.tags, torch.Tensor) or len(tags) > INLINE:
+        c.c.tags, c.c.coefs, c.squares = tags.data_ptr(), coefs.data_ptr(), None if p.squares is None else squares.data_ptr()
+    else:
+        c.c.inline_tags[: len(tags)], c.c.inline_coefs[: len(tags)] = tags.tolist(), coefs.tolist()
+        c.inline_squares[: len(squares)] = squares.tolist()
+    if isinstance(p.numbers, torch.Tensor):
+        c.number_ptr = numbers.data_ptr()
+    else:
+        c.numbers[: len(numbers)] = numbers.tolist()
+    tile, table = spans * cuda.SPAN, rules.state_table(states)
+    blocks = cuda.work_map(plan.table, tile)
+    addresses = (ctypes.c_void_p(x.ctypes.data) for x in (plan.table, table, blocks))
+    assert library.zo_cuda_update(ctypes.byref(c), *addresses, ctypes.c_int64(len(blocks)), ctypes.c_int64(tile), None) == 0
 
 
 def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, form: int) -> None:
@@ -230,6 +265,8 @@ def test_constants_match_the_header() -> None:
     assert int(re.findall(r"ZO_CUDA_SPAN (\d+)", header)[0]) == cuda.SPAN
     assert int(re.findall(r"ZO_INLINE_TERMS (\d+)", header)[0]) == INLINE
     assert ctypes.sizeof(CPass) == 168
+    assert int(re.findall(r"ZO_RULE_NUMBERS (\d+)", header)[0]) == 9 == max(len(rule.numbers) for rule in rules.RULES.values())
+    assert ctypes.sizeof(CUpdate) == 264
 
 
 # ---- machine code -----------------------------------------------------------------------------------------------------
@@ -310,3 +347,28 @@ def test_accesses_of_a_group(arch: int) -> None:
         loads = [n for n in shape.usual if n != shape.term and sass.opcode(kernel.code[n][1]).startswith("LDG.E.128")]
         assert len(loads) == wanted
         assert kernel.registers <= (128 if kernel.extended or (kernel.sequence and not kernel.lean) else 96)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_machine_code_of_rules(arch: int) -> None:
+    """No spills and no local memory; of a group that lies inside, weights and states are read and written in 16 bytes at a time."""
+    import sass
+
+    reason = sass.unavailable()
+    if reason:
+        pytest.skip(reason)
+    found = [f for f in sass.functions(arch) if "UpdateVariant" in f.symbol]
+    assert len(found) == 18  # 3 types x (momentum and Adam with states of 2 types, HiZOO, recomputed Adam)
+    codes = {str(rule.code): rule for rule in rules.RULES.values()}
+    for f in found:
+        match = re.search(r"UpdateVariantINS0_\d(F32|F16|BF16)ELi(\d)E(NS0_4BF16E|S3_E|NS0_3F32E)", f.symbol)
+        assert match, f.symbol
+        states = len(codes[match[2]].states)
+        narrow = match[3] == "NS0_4BF16E" or (match[1] == "BF16" and match[3] == "S3_E")
+        wanted = (4 if match[1] == "F32" else 2) + (0 if states == 0 else (2 if narrow else 4) + 4 * (states - 1))
+        names = [sass.opcode(text) for _, text in f.code]
+        assert sum(name.startswith("STG.E.128") for name in names) == wanted, f.symbol
+        assert sum(name.startswith("LDG.E.128") for name in names) == wanted, f.symbol
+        assert not {name.split(".")[0] for name in names} & {"LDL", "STL", "LD", "ST"}, f.symbol
+        assert f.spill_bytes == 0, f.symbol
+        assert f.registers <= 128, f.symbol

@@ -173,3 +173,43 @@ def test_nothing_of_a_step_is_specialised_in_the_linear() -> None:
     for kernel in (linear.linear_kernel, linear.finish_kernel):
         free = {p.name for p in kernel.params if not p.is_constexpr} - fixed
         assert {p.name for p in kernel.params if p.do_not_specialize} == free
+
+
+# ---- update rules -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rule", "state", "flags", "wide"),
+    [
+        # 16-byte loads and stores of a lane: 2 of the weights, 4 of each fp32 state, 2 of a bf16 one.
+        (90, "float16", "adam", "float32", {}, 10),
+        (80, "bfloat16", "momentum", "bfloat16", {"STOCHASTIC": True, "BIT_MASK": True}, 4),
+    ],
+    ids=["adam", "momentum"],
+)
+def test_compiled_rule(arch: int, dtype: str, rule: str, state: str, flags: dict[str, bool], wide: int) -> None:
+    """What is loaded in 128 bits is taken apart within its thread: no shared memory, no shuffle, no spill; and a product that rounds by
+    itself stays one (the 16 fma of the exact c' f, in the paths of whole and of other tiles, are all there are in the PTX)."""
+    kernel = sass_triton.compile_update(arch, dtype, rule, state, flags)
+    code = sass_triton.instructions(kernel.asm["cubin"])
+    counts = sass_triton.counts_of(kernel, code, 0.0, None, 0)
+    for access in ("LDG", "STG"):
+        these = [text for _, text in code if sass_triton.opcode(text).startswith(access)]
+        assert sum(sass_triton.access_width(text) == 128 for text in these) == wide
+    assert counts.spill_bytes == 0
+    assert counts.shared_bytes == 0
+    assert counts.registers <= 128
+    names = {opcode.split(".")[0] for opcode in counts.opcodes}
+    assert not names & {"LDL", "STL", "LDS", "STS", "SHFL"}, "local or shared memory, or a shuffle"
+    assert ".ftz" not in counts.ptx, "subnormals would be flushed"
+    assert counts.ptx.count("fma.rn.f32") == 32
+    if rule == "adam":
+        assert counts.ptx.count("sqrt.rn.f32") == 32
+        assert counts.ptx.count("div.rn.f32") == 32
+
+
+def test_nothing_of_a_step_is_specialised_in_a_rule() -> None:
+    from zo_kernels._backends import _triton_update as rules
+
+    free = {p.name for p in rules.update_kernel.params if not p.is_constexpr} - {"table", "spans"}
+    assert {p.name for p in rules.update_kernel.params if p.do_not_specialize} == free

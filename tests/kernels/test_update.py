@@ -2,15 +2,20 @@
 
 Belongs here: update rules. Does not belong here: the cases (update_cases.py), noise and casts as such (test_cpu.py and its like).
 
-Triton's interpreter needs a process of its own: `test_in_the_interpreter` runs this file again with TRITON_INTERPRET=1, and then the
-tests at its end exist and no others.
+Triton's interpreter needs a process of its own: `test_in_the_interpreter` runs `test_triton_case` in one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +25,23 @@ from torch import Tensor
 
 import zo_kernels as zk
 from tests.kernels import cases
+from tests.kernels import test_cuda_host as cuda_host
 from tests.kernels import update_cases as uc
 from tests.kernels.cases import same_bits
+from tests.vectors.make import check_rule, rule_vectors
 from zo_kernels import _C, ops, reference, update
 from zo_kernels._backends import cpu
+
+library = cuda_host.library  # a fixture
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> uc.Run:
+    """A backend's `update`; the CUDA kernel's body as host code, with tiles of 1 or 3 spans."""
+    if isinstance(request.param, int):
+        return functools.partial(cuda_host.update, request.getfixturevalue("library"), spans=request.param)
+    return request.param  # type: ignore[no-any-return]
+
 
 RUNS: list[Any] = [pytest.param(reference.update, id="reference")]
 RUNS += [
@@ -33,12 +51,27 @@ RUNS += [
     for k, name in enumerate(_C.ISA_NAMES)
     if k
 ]
+RUNS += [pytest.param(spans, id=f"cuda-body-{spans}") for spans in (1, 3)]
 
 
-@pytest.mark.parametrize("run", RUNS[1:])
-@pytest.mark.parametrize("case", uc.CASES, ids=lambda c: c.name)
+# A tile of one span holds most cases; of three, it is met by those that fill one.
+PAIRS = [
+    pytest.param(r.values[0], c, id=f"{c.name}-{r.id}", marks=r.marks)
+    for c in uc.CASES
+    for r in RUNS[1:]
+    if r.values[0] != 3 or max(c.sizes) > 4000
+]
+
+
+@pytest.mark.parametrize(("run", "case"), PAIRS, indirect=["run"])
 def test_case(case: uc.Case, run: uc.Run) -> None:
     uc.check(run, case)
+
+
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+@pytest.mark.parametrize("v", rule_vectors())
+def test_vectors(v: dict[str, Any], run: uc.Run) -> None:
+    check_rule(v, run)
 
 
 # ---- the reference against float64 --------------------------------------------------------------------------------------
@@ -145,7 +178,7 @@ def test_reference_is_the_rule(rule: str, kind: str) -> None:
         assert (bounded.error < 1e-3 * np.abs(bounded.value).max()).all(), "a bound that any result would meet"
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, indirect=True)
 def test_clamp_of_hizoo(run: uc.Run) -> None:
     """Both ends are reached, and a NaN stays one."""
     h = torch.rand(4000, generator=torch.Generator().manual_seed(1)) * 2
@@ -161,7 +194,7 @@ def test_clamp_of_hizoo(run: uc.Run) -> None:
 # ---- masks, skips -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, indirect=True)
 @pytest.mark.parametrize(("rule", "held"), uc.RULES, ids=str)
 def test_what_is_masked_out_only_decays(rule: str, held: torch.dtype, run: uc.Run) -> None:
     for mask in (cases.random_bits, lambda j, p: zk.RandomMask(0.4, tag=3)):
@@ -207,7 +240,7 @@ def on_device(p: update.RulePass, device: str = "cpu") -> update.RulePass:
     return replace(p, tags=tags, coefs=coefs, numbers=numbers, squares=None if p.squares is None else squares)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, indirect=True)
 @pytest.mark.parametrize(("rule", "held"), uc.RULES, ids=str)
 def test_a_pass_that_is_not_to_be_made_leaves_every_bit(rule: str, held: torch.dtype, run: uc.Run) -> None:
     case = uc.Case("", rule, torch.float16, held, sizes=(700,), terms=11, rounding="stochastic")
@@ -218,7 +251,7 @@ def test_a_pass_that_is_not_to_be_made_leaves_every_bit(rule: str, held: torch.d
                 assert torch.equal(cases.bits(a), cases.bits(b)), name
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS, indirect=True)
 @pytest.mark.parametrize(("rule", "held"), uc.RULES, ids=str)
 @pytest.mark.parametrize("terms", [1, 11])
 def test_numbers_in_tensors(rule: str, held: torch.dtype, terms: int, run: uc.Run) -> None:
@@ -385,6 +418,8 @@ def test_plans_that_no_rule_takes() -> None:
     for plan, states, message in (
         (ops.make_plans([x], [1], out=[y])[0], [[b]], "works in place"),
         (rows, [[b]], "gathered rows"),
+        (ops.make_plans([x], [1], scales=[(torch.ones(9), 1, "rsqrt")])[0], [[b]], "factors or inverse-square-root scales"),
+        (ops.make_plans([x], [1], factors=[(torch.ones(9, 2), torch.ones(2, 1).t())])[0], [[b]], "factors or inverse-square-root"),
         (ops.make_plans([x], [1])[0], [], "states has 0 entries"),
         (ops.make_plans([x], [1])[0], [[]], "has 1 states"),
         (ops.make_plans([x], [1])[0], [[b[:8]]], "8 elements"),
@@ -423,3 +458,103 @@ def test_binding_refuses(change: dict[str, Any], error: str) -> None:
     with pytest.raises(RuntimeError, match="out of its range"):
         _C.cpu_update(**args)
     assert (x == 1).all() and (b == 1).all()
+
+
+# ---- Triton, and a GPU --------------------------------------------------------------------------------------------------
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreter_cases() -> list[uc.Case]:
+    """Two for each rule and type of state, so that every rule meets shards, masks, scales and whole tiles, and every type of weights each
+    of them: a program of the interpreter takes a tenth of a second."""
+    names = itertools.cycle(("stochastic", "bit-mask", "random-mask", "far"))
+    chosen = []
+    for k, (rule, held) in enumerate(uc.RULES):
+        for name, dtype in (("shard", cases.DTYPES[k % 3]), (next(names), cases.DTYPES[(k + 1) % 3])):
+            (case,) = [
+                c for c in uc.CASES if (c.rule, c.state_dtype, c.dtype) == (rule, held, dtype) and c.name.endswith(f"-{name}")
+            ]
+            chosen.append(replace(case, sizes=tuple(min(n, 1100) for n in case.sizes[-2:])))
+    return chosen
+
+
+def test_in_the_interpreter() -> None:
+    triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+    if INTERPRETED:
+        pytest.skip("this is the interpreter's process")
+    if triton.__version__ < "3.7" and np.__version__ >= "2.4":
+        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {np.__version__}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "-n",
+        "0",
+        "-k",
+        "test_triton_case",
+    ]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, __file__], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) == len(interpreter_cases()), done.stdout[-2000:]
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("case", interpreter_cases(), ids=lambda c: c.name)
+    def test_triton_case(case: uc.Case) -> None:
+        """And no pass if the last coefficient says so."""
+        from zo_kernels._backends import triton
+
+        case = replace(case, name=f"{case.name}-small")
+        uc.check(triton.update, case)
+        p = case.rule_pass()
+        untouched = uc.result(lambda *args: None, case)
+        changes = [replace(p, coefs=[*p.coefs[:-1], float("nan")]), replace(p, numbers=[0.0, *p.numbers[1:]])]
+        for changed in changes[: 2 if case.dtype == torch.float16 else 0]:
+            for a, b in zip(uc.result(triton.update, case, changed), untouched, strict=True):
+                assert torch.equal(cases.bits(a), cases.bits(b))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+class TestOnTheGPU:
+    @staticmethod
+    def run(name: str) -> uc.Run:
+        from zo_kernels import _backends
+
+        if reason := _backends.load(name).status():
+            pytest.skip(reason)
+        return _backends.load(name).update  # type: ignore[no-any-return]
+
+    @pytest.mark.parametrize("case", uc.CASES, ids=lambda c: c.name)
+    def test_case(self, name: str, case: uc.Case) -> None:
+        uc.check(self.run(name), case, "cuda")
+
+    @pytest.mark.parametrize(("rule", "held"), uc.RULES, ids=str)
+    @pytest.mark.parametrize("terms", [1, 11])
+    def test_numbers_on_the_device(self, name: str, rule: str, held: torch.dtype, terms: int) -> None:
+        """Nothing waits for the device, whether the pass is made or not."""
+        run = self.run(name)
+        case = uc.Case("", rule, torch.float16, held, sizes=(700,), terms=terms, rounding="stochastic")
+        p = case.rule_pass()
+        want, untouched = uc.result(reference.update, case), uc.result(lambda *args: None, case)
+        for changed, expected in ((p, want), (replace(p, numbers=[0.0, *p.numbers[1:]]), untouched)):
+            plan, states, buffers = case.make("cuda")
+            there = on_device(changed, "cuda")
+            run(plan, states, replace(there, numbers=torch.zeros_like(there.numbers)))  # compiles and uploads; writes nothing
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(plan, states, there)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert all(same_bits(a.cpu(), b) for a, b in zip(buffers, expected, strict=True))

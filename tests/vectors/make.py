@@ -1,7 +1,8 @@
 """Reads the vector files beside it, and writes them from the reference: run once per contract version, never to make a failing test pass.
 
 `noise_v1.json` came with the contract's specification and is not written here. `features_v1.json` freezes what the specification left
-open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. `sequences_v1.json` freezes passes one after another.
+open: Rademacher directions, masks, scales, decay, stochastic rounding, shards. `sequences_v1.json` freezes passes one after another,
+`rules_v1.json` update rules.
 Weights follow noise_v1's formula.
 
     python -m tests.vectors.make
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from zo_kernels import ops, reference
+from zo_kernels import ops, reference, update
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HERE = Path(__file__).parent
 Perturb = Callable[[ops.Plan, ops.Pass], None]
 Sequence = Callable[[ops.Plan, ops.Passes], None]
+Update = Callable[[ops.Plan, update.States, update.RulePass], None]
 
 # name, arguments of perturb_ in JSON form
 FEATURES: list[dict[str, Any]] = [
@@ -60,6 +62,21 @@ SEQUENCES: list[dict[str, Any]] = [
     {"name": "sequence of all sorts rademacher", "kind": "rademacher", "passes": ALL_SORTS, "n": 67},
     {"name": "sequence with everything", "offset": 37, "scale": [0.5, 2.0, 0.25, 1.5], "block": 24,
      "random_mask": {"keep": 0.5, "tag": 1}, "passes": ALL_SORTS, "n": 59},
+]  # fmt: skip
+
+# Of update rules; the states are made of the weights' formula: itself, then its absolute value plus 1/8.
+RULES: list[dict[str, Any]] = [
+    {"name": "momentum", "rule": "momentum", "numbers": [1, 0.999, 0.01, 0.9], "terms": [[7, 0.1], [8, -0.2]], "n": 67},
+    {"name": "momentum in bf16", "rule": "momentum", "numbers": [1, 1, 0.01, 0.9], "state": "bf16", "rounding": "stochastic",
+     "terms": [[7, 0.1]], "random_mask": {"keep": 0.5, "tag": 2}, "n": 67},
+    {"name": "adam", "rule": "adam", "numbers": [1, 0.999, 0.01, 0.9, 0.1, 0.99, 0.01, 1.5, 1e-8], "rounding": "stochastic",
+     "terms": [[7, 0.1], [8, 0.0]], "scale": [0.5, 2.0, 0.25, 1.5], "block": 24, "offset": 37, "n": 51},
+    {"name": "adam in bf16", "rule": "adam", "numbers": [1, 1, 0.01, 0.9, 0.1, 0.99, 0.01, 1.5, 1e-8], "state": "bf16", "kind": "rademacher",
+     "terms": [[7, 0.1], [8, 0.3]], "mask_bytes": [181, 15, 165, 0, 255, 1], "n": 43},
+    {"name": "hizoo", "rule": "hizoo", "numbers": [1, 0.999, 0.01, 0.3, 0.7, 0.13, 0.2], "terms": [[7, 1.0]], "n": 67},
+    {"name": "adam_history", "rule": "adam_history", "numbers": [1, 0.999, 0.01, 1e-8], "terms": [[7, 0.1], [8, 0.0], [9, -0.2]],
+     "squares": [0.01, 0.002, 0.3], "n": 67},
+    {"name": "go is 0", "rule": "momentum", "numbers": [0, 0.999, 0.01, 0.9], "terms": [[7, 0.1]], "n": 5},
 ]  # fmt: skip
 
 
@@ -115,8 +132,8 @@ def result(v: dict[str, Any], dtype: str, perturb: Perturb, sequence: Sequence, 
 
 
 def vectors() -> list[Any]:
-    """Every vector of every file, as pytest parameters."""
-    found = [(f.stem, v) for f in sorted(HERE.glob("*.json")) for v in json.loads(f.read_text())["vectors"]]
+    """Every vector of passes and sequences, as pytest parameters."""
+    found = [(f.stem, v) for f in sorted(HERE.glob("*.json")) if f.stem != "rules_v1" for v in json.loads(f.read_text())["vectors"]]
     return [pytest.param(v, id=f"{file}-{v.get('name', k)}") for k, (file, v) in enumerate(found)]
 
 
@@ -125,7 +142,41 @@ def check(v: dict[str, Any], perturb: Perturb, sequence: Sequence, device: str =
         assert result(v, dtype, perturb, sequence, device) == expected, dtype
 
 
+def rule_result(v: dict[str, Any], dtype: str, run: Update) -> list[list[str]]:
+    """The vector's weights and states after a backend's `update`, in hexadecimal."""
+    x = theta(v["n"], DTYPES[dtype])
+    kinds = [DTYPES[v["state"]] if "state" in v and len(held) > 1 else torch.float32 for _, held in update.RULES[v["rule"]].states]
+    values = [theta(v["n"], torch.float32), theta(v["n"], torch.float32).abs() + 0.125]
+    states = [(values[1] if v["rule"] == "hizoo" else values[k]).to(kind) for k, kind in enumerate(kinds)]
+    args = arguments(v)
+    given = args.pop("terms")
+    fields = {"seed": args.pop("seed"), "kind": args.pop("kind", "gaussian"), "rounding": args.pop("rounding", "nearest")}
+    (plan,) = ops.make_plans([x], **args)
+    coefs = [float(c) for _, c in given]
+    p = update.RulePass(
+        tags=[t for t, _ in given], coefs=coefs, rule=v["rule"], numbers=v["numbers"], squares=v.get("squares"), **fields
+    )
+    run(plan, [states], p)
+    return [to_hex(t) for t in (x, *states)]
+
+
+def rule_vectors() -> list[Any]:
+    found = json.loads((HERE / "rules_v1.json").read_text())["vectors"]
+    return [pytest.param(v, id=v["name"]) for v in found]
+
+
+def check_rule(v: dict[str, Any], run: Update) -> None:
+    for dtype, expected in v["out"].items():
+        assert rule_result(v, dtype, run) == expected, dtype
+
+
 def main() -> None:
+    rules = []
+    for described_rule in RULES:
+        v = {"seed": "0123456789abcdef", "stream": 5, **described_rule}
+        rules.append(v | {"out": {dtype: rule_result(v, dtype, reference.update) for dtype in DTYPES}})
+    text = json.dumps({"contract": "noise v1", "theta": "as noise_v1.json; states: make.py", "vectors": rules})
+    (HERE / "rules_v1.json").write_text(text + "\n")
     for name, described in (("features_v1", FEATURES), ("sequences_v1", SEQUENCES)):
         vectors = []
         for feature in described:

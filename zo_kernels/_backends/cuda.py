@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
+from zo_kernels import update as rules
 from zo_kernels._backends.cpu import extension
 
 if TYPE_CHECKING:
     from zo_kernels.ops import Pass, Passes, Plan
+    from zo_kernels.update import RulePass, States
 
 SPAN = 2048  # ZO_CUDA_SPAN: elements that a block works on at a time
 BLOCKS = 6  # of 128 threads that a multiprocessor holds (perturb.cu)
@@ -198,3 +200,67 @@ def sequence(plan: Plan, passes: Passes) -> None:
         tags, coefs = passes.tags.data_ptr(), passes.coefs.data_ptr()
         terms = (tags, coefs, n_terms, first, decays, roundings, n, scratch.data_ptr())
         module.cuda_sequence(*r.launch, r.form, passes.seed, r.dtype, ops.KINDS[passes.kind], *terms, raw)
+
+
+# ---- update rules -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ResidentStates:
+    """The states' table in device memory, uploaded anew when a state has moved; `ready` was recorded after the upload."""
+
+    addresses: bytes
+    table: Tensor
+    ready: torch.cuda.Event
+
+
+def resident_states(plan: Plan, states: States, index: int) -> Tensor:
+    """The states' table, in order before the work that the current stream gets next."""
+    table = rules.state_table(states)
+    held: ResidentStates | None = plan.cache.get("cuda states")
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(index)
+    if held is None or held.addresses != table.tobytes():
+        if capturing:
+            raise RuntimeError(
+                "a CUDA graph is being captured and this rule has never run on these states: run it once before the capture"
+            )
+        held = ResidentStates(table.tobytes(), ops.move(torch.from_numpy(table.view(np.int64)), plan.device), torch.cuda.Event())
+        held.ready.record(stream)
+        plan.cache["cuda states"] = held
+    elif not capturing:
+        stream.wait_event(held.ready)
+        held.table.record_stream(stream)
+    return held.table
+
+
+def update(plan: Plan, states: States, p: RulePass) -> None:
+    """One launch for the plan and its states. Returns before it is over; numbers in device memory are read by the kernel."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    with torch.cuda.device(plan.device):
+        index = torch.cuda.current_device()
+        raw = torch._C._cuda_getCurrentRawStream(index)
+        r: Resident | None = plan.cache.get("cuda")
+        if r is None or r.stream != raw:
+            r = resident(plan, r, index, raw)
+        table = resident_states(plan, states, index)
+        inline = not isinstance(p.tags, Tensor) and len(p.tags) <= module.INLINE_TERMS
+        given: list[Any] = [p.tags, p.coefs, p.numbers, p.squares]
+        kept: list[Tensor] = []  # until the launch
+        for k, x in enumerate(given):
+            if x is None:
+                continue
+            if isinstance(x, Tensor):
+                kept.append(x.contiguous())
+            elif k != 2 and not inline:
+                kept.append(staged(x, np.int64 if k == 0 else np.float32, plan.device))
+            else:
+                given[k] = list(x)
+                continue
+            given[k] = kept[-1].data_ptr()
+        tags, coefs, numbers, squares = given
+        options = ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], rules.RULES[p.rule].code
+        held_as = ops.DTYPES[rules.state_dtype(states)]
+        module.cuda_update(*r.launch, table.data_ptr(), p.seed, *options, held_as, tags, coefs, len(p.tags), numbers, squares, raw)

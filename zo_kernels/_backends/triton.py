@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
+from zo_kernels import update as rules
 from zo_kernels.ops import Pass
 
 if TYPE_CHECKING:
     from zo_kernels.ops import Entry, Passes, Plan
+    from zo_kernels.update import RulePass, States
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ F_BASE = 0x3C240000
 LOOP_OPTIONS = {
     "maxnreg": 128
 }  # without a limit ptxas (of Triton 3.7) takes 96 registers for loops over passes and ranks, and spills
+UPDATE_OPTIONS: dict[str, Any] = {"maxnreg": 128}  # weights, two states and the sum of a lane are 64 registers
 
 
 def loop_options(sequence: bool, kind: int) -> dict[str, Any]:
@@ -312,6 +315,44 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
             options |= loop_options(given["SEQUENCE"], given["KIND"])
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **given, **options)
+
+
+# ---- update rules -----------------------------------------------------------------------------------------------------
+
+
+def update(plan: Plan, states: States, p: RulePass) -> None:
+    """(theta, states) <- rule(decay theta, states, u) for every tensor of the plan, in one launch.
+
+    Numbers and terms travel through device memory (from the host without waiting, but not in a CUDA graph).
+    """
+    import triton.language as tl
+
+    from zo_kernels._backends import _triton_update as kernels
+
+    interpreted = _interpreted()
+    launch = INTERPRETER if interpreted else gpu_launch(plan.dtype)
+    rule = rules.RULES[p.rule]
+
+    def there(x: Any, dtype: torch.dtype) -> Tensor:
+        return x.contiguous() if isinstance(x, Tensor) else ops.move(torch.tensor(x, dtype=dtype), plan.device)
+
+    tags, coefs, numbers = there(p.tags, torch.int64), there(p.coefs, torch.float32), there(p.numbers, torch.float32)
+    squares = None if p.squares is None else there(p.squares, torch.float32)
+    table = ops.move(torch.from_numpy(rules.state_table(states).view(np.int64)), plan.device)
+    arguments = {
+        **_common(p.seed, p.kind, plan.dtype),
+        **{"n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "squares": squares, "numbers": numbers},
+        **{"RULE": rule.code, "NUMBERS": len(rule.numbers), "P": launch.groups},
+        "STATE": tl.bfloat16 if rules.state_dtype(states) == torch.bfloat16 else tl.float32,
+        "STOCHASTIC": p.rounding == "stochastic" and plan.dtype != torch.float32,
+    }
+    options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False, **UPDATE_OPTIONS}
+    for batch in _batches(plan, launch):
+        flags = {name: batch.flags[name] for name in ("BIT_MASK", "RANDOM_MASK")} | {"SCALE": batch.flags["SCALE"] > 0}
+        with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
+            kernels.update_kernel[(batch.spans.numel(),)](
+                batch.table, table, batch.spans, batch.tiles, **arguments, **flags, **options
+            )
 
 
 # ---- the perturbed linear ---------------------------------------------------------------------------------------------
