@@ -502,20 +502,21 @@ def _find(args: Any, kwargs: Any) -> list[PerturbedWeight]:
 def _replace(args: Any, kwargs: Any, values: Sequence[Tensor]) -> tuple[Any, Any]:
     """The arguments with `values` in place of what `_find` found, in its order."""
     supply = iter(values)
-
-    def swap(node: Any) -> Any:
-        if type(node) is PerturbedWeight:
-            return next(supply)
-        if isinstance(node, (tuple, list)):
-            items = [swap(inner) for inner in node]
-            return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-        if isinstance(node, dict):
-            return {key: swap(inner) for key, inner in node.items()}
-        return node
-
     if kwargs or any(type(a) in (tuple, list, dict) for a in args):
-        return [swap(a) for a in args], {key: swap(a) for key, a in kwargs.items()}
+        return [_swap(a, supply) for a in args], {key: _swap(a, supply) for key, a in kwargs.items()}
     return [next(supply) if type(a) is PerturbedWeight else a for a in args], kwargs
+
+
+def _swap(node: Any, supply: Iterator[Tensor]) -> Any:
+    # No function inside `_replace`: one that calls itself is a reference cycle, which holds the values until the collector runs.
+    if type(node) is PerturbedWeight:
+        return next(supply)
+    if isinstance(node, (tuple, list)):
+        items = [_swap(inner, supply) for inner in node]
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    if isinstance(node, dict):
+        return {key: _swap(inner, supply) for key, inner in node.items()}
+    return node
 
 
 Calls = tuple[int, ...]  # the weights that one call takes, by the ids of their shadows
