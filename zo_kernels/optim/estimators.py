@@ -157,7 +157,7 @@ class ForwardGradient:
         return [[(0, 1.0)]]
 
     def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        return [losses[0][1]]
+        return [losses[0][1] + 0 * losses[0][0]]  # no number where the loss is none, whatever its slope
 
     def loss(self, losses: Sequence[Tensor]) -> Tensor:
         return losses[0][0]

@@ -215,6 +215,7 @@ class ZOStep(torch.optim.Optimizer):
         self._estimator, self._rule, self._direction, self._blocks = estimator, rule, direction, blocks
         self._projection = projection.of(int(seed)) if projection is not None else None
         self._first_order = first_order
+        self._first_loss: Tensor | float = 0.0  # the sum of those that were differentiated
         self._points = estimator.points()
         self._own = rule.size(
             estimator.directions
@@ -547,6 +548,8 @@ class ZOStep(torch.optim.Optimizer):
         with view.step(recorded=isinstance(tag, Tensor)):
             for point in self._points:
                 losses.append(at([[(tags[i], factor * n.eps) for i, factor in point] for n in numbers]))
+            if self._first_order is not None:  # a loss at theta that is no number spoils both halves
+                losses[0] = losses[0] + torch.as_tensor(0 * self._first_loss, device=losses[0].device)
             decided = self._decide(tags, numbers, losses, inner)
             if inner and decided[0].go is False:
                 with view.clean():
@@ -688,6 +691,7 @@ class ZOStep(torch.optim.Optimizer):
         assert self._first_order is not None
         ours = list(self._trained().values())
         self._first_order.zero_grad()
+        self._first_loss = 0.0
         try:
             for p in ours:
                 p.requires_grad_(False)
@@ -699,6 +703,7 @@ class ZOStep(torch.optim.Optimizer):
                             "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer"
                         )
                     (loss / (1 if batches is None else len(batches))).backward()
+                    self._first_loss = self._first_loss + loss.detach().double()
         finally:
             for p in ours:
                 p.requires_grad_(True)
