@@ -271,7 +271,6 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: zk.RandomSparse(keep=1.5), "1.5"),
     (lambda: zk.RandomSparse(every=0), "every=0"),
     (lambda: zk.MagnitudeSparse(0.0), "quantile=0.0"),
-    (lambda: zk.LayerScale("mean"), "by='mean'"),
     (lambda: zk.LayerScale(estimate="mean"), "estimate='mean'"),
     (lambda: zk.LayerScale(least=0.0), "least=0.0"),
     (lambda: zk.LowRank(0), "rank=0"),
