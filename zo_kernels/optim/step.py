@@ -263,8 +263,8 @@ class ZOStep(torch.optim.Optimizer):
         """The view of the next step's weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
         block = self._blocks.at(self.steps, len(self._members), self._seed) if self._blocks and self._members else None
         view = self._views.get(block)
-        if view is not None and view is not self._view and isinstance(self._view, perturb.Scratch):
-            self._view.release()  # another block's
+        if isinstance(self._view, perturb.Scratch) and view is not self._view:
+            self._view.release()  # another block's: one buffer is enough
         if view is not None and self._current(view, block) and not view.moved():
             self._view = view
             return view
