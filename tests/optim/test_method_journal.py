@@ -35,6 +35,13 @@ COMBINED: dict[str, Callable[..., zk.ZOStep]] = {
     "blocks with a magnitude mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.MagnitudeSparse(0.6), **k),
     "blocks with a random mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.RandomSparse(0.5, 2), **k),
     "blocks with scales": lambda m, **k: CASES["blockwise"].make(m, direction=zk.LayerScale(every=2), **k),
+    "blocks with scales by the gradient": lambda m, **k: CASES["blockwise"].make(
+        m, direction=zk.LayerScale("gradient", every=2), **k
+    ),
+    "scales by the gradient with momentum": lambda m, **k: CASES["momentum"].make(
+        m, direction=zk.LayerScale("gradient", every=2), **k
+    ),
+    "dizo with scales by the gradient": lambda m, **k: CASES["dizo"].make(m, direction=zk.LayerScale("gradient", every=2), **k),
     "blocks with low rank": lambda m, **k: CASES["blockwise"].make(m, direction=zk.LowRank(2, 4), **k),
     "blocks with momentum": lambda m, **k: CASES["blockwise"].make(m, rule=zk.Momentum(0.8), **k),
     "blocks with Adam": lambda m, **k: CASES["blockwise"].make(m, rule=zk.Adam(0.8, 0.95), lr=1e-3, **k),
