@@ -95,18 +95,18 @@ def draw_fidelity_distance(axes: Any, rows: list[dict[str, str]], lr: str) -> No
     )
 
 
-def draw_fidelity_loss(axes: Any, rows: list[dict[str, str]]) -> None:
+def draw_fidelity_loss(axes: Any, rows: list[dict[str, str]], dtype: str) -> None:
     """Validation loss of runs that compute their own g, evaluated in fp32."""
     start = [row for row in rows if row["loop"] == "start"][:1]
     closed = [row for row in rows if row["loop"] == "closed" and row["validation_loss"]]
     styles = {("scratch", "nearest", "float32"): ("black", 1.2, "fp32, scratch")}
-    styles |= {(*key, "bfloat16"): style for key, style in FIDELITY.items()}
-    for (mode, rounding, dtype), (colour, width, label) in styles.items():
-        mine = [row for row in closed if (row["mode"], row["rounding"], row["dtype"]) == (mode, rounding, dtype)]
+    styles |= {(*key, dtype): style for key, style in FIDELITY.items()}
+    for key, (colour, width, label) in styles.items():
+        mine = [row for row in closed if (row["mode"], row["rounding"], row["dtype"]) == key]
         if mine:
             axes.plot(*columns(start + mine, "validation_loss"), color=colour, linewidth=width, label=label)
     caption(
-        axes, "steps", "validation loss (evaluated in fp32)", f"Whole runs, bfloat16, {closed[0]['model']} on {closed[0]['text']}"
+        axes, "steps", "validation loss (evaluated in fp32)", f"Whole runs, {dtype}, {closed[0]['model']} on {closed[0]['text']}"
     )
 
 
@@ -217,8 +217,9 @@ def figures(results: Path) -> dict[str, list[Panel]]:
         of_bf16 = [row for row in rows if row["dtype"] == "bfloat16"]
         for lr in dict.fromkeys(row["lr"] for row in of_bf16 if row["loop"] == "open"):
             panels["fidelity.png"].append((draw_fidelity_distance, (rows, lr)))
-        if any(row["loop"] == "closed" for row in of_bf16):
-            panels["fidelity.png"].append((draw_fidelity_loss, (rows,)))
+        for dtype in ("bfloat16", "float16"):
+            if any((row["loop"], row["dtype"]) == ("closed", dtype) for row in rows):
+                panels["fidelity.png"].append((draw_fidelity_loss, (rows, dtype)))
     for name in ("scaling", "gpu_scaling"):
         rows = read(name)
         for question, draw in (("size", draw_size), ("terms", draw_terms)):
