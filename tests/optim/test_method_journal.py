@@ -34,8 +34,6 @@ COMBINED: dict[str, Callable[..., zk.ZOStep]] = {
     "dizo with quantiles": lambda m, **k: CASES["dizo"].make(m, clip=zk.QuantileClip(0.6, 4, 2), **k),
     "blocks with a magnitude mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.MagnitudeSparse(0.6), **k),
     "blocks with a random mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.RandomSparse(0.5, 2), **k),
-    "blocks with scales": lambda m, **k: CASES["blockwise"].make(m, direction=zk.LayerScale(every=2), **k),
-    "blocks with scales by the gradient": lambda m, **k: CASES["blockwise"].make(
         m, direction=zk.LayerScale("gradient", every=2), **k
     ),
     "scales by the gradient with momentum": lambda m, **k: CASES["momentum"].make(
@@ -249,6 +247,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rule": zk.Momentum(state="recomputed"), "direction": zk.RandomSparse()}, ValueError, "past masks and scales are gone"),
     ({"rule": zk.Adam(state="recomputed"), "direction": zk.LayerScale()}, ValueError, "past masks and scales are gone"),
     ({"rule": zk.Adam(state="recomputed"), "estimator": zk.TwoSided(2)}, ValueError, "no sum of squares"),
+    ({"direction": zk.LayerScale(), "blocks": zk.Blocks()}, ValueError, "of which a block is a part"),
     ({"projection": zk.Projection(), "blocks": zk.Blocks()}, ValueError, "projection with blocks"),
     ({"projection": zk.Projection(), "rule": zk.Conservative()}, ValueError, "projection with blocks or Conservative"),
     ({"clip": 0.0}, ValueError, "clip=0.0 must be positive"),

@@ -1224,6 +1224,10 @@ def _check_parts(
         )
     if isinstance(direction, directions.LowRank) and (estimator.directions != 1 or kind != "gaussian"):
         raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
+    if isinstance(direction, directions.LayerScale) and blocks is not None:
+        raise ValueError(
+            "direction=LayerScale() with blocks: scales are relative to all parameters, of which a block is a part; leave one out"
+        )
     if isinstance(rule, rules.Conservative) and direction.update_differs:
         raise ValueError(
             f"rule=Conservative() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
