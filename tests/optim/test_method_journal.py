@@ -34,8 +34,6 @@ COMBINED: dict[str, Callable[..., zk.ZOStep]] = {
     "dizo with quantiles": lambda m, **k: CASES["dizo"].make(m, clip=zk.QuantileClip(0.6, 4, 2), **k),
     "blocks with a magnitude mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.MagnitudeSparse(0.6), **k),
     "blocks with a random mask": lambda m, **k: CASES["blockwise"].make(m, direction=zk.RandomSparse(0.5, 2), **k),
-        m, direction=zk.LayerScale("gradient", every=2), **k
-    ),
     "scales by the gradient with momentum": lambda m, **k: CASES["momentum"].make(
         m, direction=zk.LayerScale("gradient", every=2), **k
     ),
