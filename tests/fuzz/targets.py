@@ -46,7 +46,7 @@ from zo_kernels.optim import (
     ThreePoint,
     record,
 )  # fmt: skip
-from zo_kernels.optim.step import parts_of
+from zo_kernels.optim.parts import of_header
 
 INTERESTING = (
     0,
@@ -293,7 +293,7 @@ class Journal(Target):
         passes = [x for row in rows for x in row[4:]]  # loss and gradient are for people, and may be anything
         assert all(map(math.isfinite, passes))
         try:
-            parts_of(got.header)
+            of_header(got.header)
         except ValueError as error:
             assert "journal's method" in str(error)
         if got.tail is None:

@@ -290,6 +290,10 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: zk.BlockwiseZO(Tiny(), 1e-3, by=["", "nothing"]), "'nothing' matches no parameter"),
     (lambda: zk.DiZO(Tiny(), 1e-3, layers=["nothing"]).step(lambda: 1.0), "no parameter matches"),
     (lambda: zk.HybridZO(m := Tiny(), 1e-3, first_order=torch.optim.SGD(m.parameters(), 0.1)), "has all of its trainable parameters"),
+    (
+        lambda: zk.HybridZO(m := Tiny(), 1e-3, maximize=True, first_order=torch.optim.SGD(m.norm.parameters(), 0.1)),
+        "give both the same maximize",
+    ),
 ]  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from zo_kernels.optim.methods import (
     ZOSignSGD,
 )  # fmt: skip
 from zo_kernels.optim.projection import Projection
-from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, Momentum, Sign
-from zo_kernels.optim.step import QuantileClip, ZOStep
+from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, Momentum, QuantileClip, Sign
+from zo_kernels.optim.step import ZOStep
 
 METHODS = (
     MeZOStep,

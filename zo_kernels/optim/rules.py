@@ -9,6 +9,7 @@ A rule works in two halves, so that a run can be replayed. `decide` turns the es
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,36 @@ def _pass(
     return update.RulePass(
         options["seed"], tags, values, options["kind"], step.rounding, rule, _numbers([step.go, step.decay, *numbers]), **more
     )
+
+
+# ---- clipping ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantileClip:
+    """|g| is clipped to the `q` quantile of its last `window` values; not before there are `least`."""
+
+    q: float = 0.95
+    window: int = 100
+    least: int = 10
+    name: ClassVar[str] = "quantile"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.q, (int, float)) and 0 < self.q <= 1):
+            raise ValueError(f"q={self.q!r} must be in (0, 1]")
+        if not 1 <= ops.check_word("least", self.least) <= ops.check_word("window", self.window):
+            raise ValueError(f"least={self.least} must be in 1 .. window={self.window}")
+
+    def limit(self, past: Sequence[Number]) -> Number | None:
+        """The clip for the next step; None: there are too few values yet. Those that are not finite do not count."""
+        if len(past) < self.least:
+            return None
+        if any(isinstance(g, Tensor) for g in past):
+            device = next(g.device for g in past if isinstance(g, Tensor))
+            values = torch.stack([torch.as_tensor(g, dtype=torch.float64, device=device) for g in past])
+            return torch.where(values.isfinite(), values, torch.nan).nanquantile(self.q)
+        finite = torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)
+        return float(finite.quantile(self.q)) if len(finite) >= self.least else None
 
 
 # ---- rules that are lists of terms --------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from zo_kernels import _replay as replays
 from zo_kernels import journal as journals
 from zo_kernels import ops, parameters, perturb, tangents
 from zo_kernels.optim import blocks as blocking
-from zo_kernels.optim import directions, estimators, graph, projection, record, rules
+from zo_kernels.optim import directions, estimators, graph, parts, projection, record, rules
 
 Loss = Tensor | float
 
@@ -52,33 +52,6 @@ class Numbers(NamedTuple):
     lr: float | Tensor
     eps: float | Tensor
     decay: float | Tensor  # 1 - lr weight_decay
-
-
-@dataclass(frozen=True)
-class QuantileClip:
-    """|g| is clipped to the `q` quantile of its last `window` values; not before there are `least`."""
-
-    q: float = 0.95
-    window: int = 100
-    least: int = 10
-    name: ClassVar[str] = "quantile"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.q, (int, float)) and 0 < self.q <= 1):
-            raise ValueError(f"q={self.q!r} must be in (0, 1]")
-        if not 1 <= ops.check_word("least", self.least) <= ops.check_word("window", self.window):
-            raise ValueError(f"least={self.least} must be in 1 .. window={self.window}")
-
-    def limit(self, past: Sequence[rules.Number]) -> rules.Number | None:
-        """The clip for the next step; None: there are too few values yet. Those that are not finite do not count."""
-        if len(past) < self.least:
-            return None
-        if any(isinstance(g, Tensor) for g in past):
-            device = next(g.device for g in past if isinstance(g, Tensor))
-            values = torch.stack([torch.as_tensor(g, dtype=torch.float64, device=device) for g in past])
-            return torch.where(values.isfinite(), values, torch.nan).nanquantile(self.q)
-        finite = torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)
-        return float(finite.quantile(self.q)) if len(finite) >= self.least else None
 
 
 class ZOStep(torch.optim.Optimizer):
@@ -156,7 +129,7 @@ class ZOStep(torch.optim.Optimizer):
         cuda_graph: bool = False,
         rounding: str = "auto",
         kind: str = "gaussian",
-        clip: float | QuantileClip | None = None,
+        clip: float | rules.QuantileClip | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
         backend: str | None = None,
@@ -176,12 +149,14 @@ class ZOStep(torch.optim.Optimizer):
         ops.check_choice("rounding", rounding, ("auto", *ops.ROUNDINGS))
         ops.check_choice("kind", kind, ops.KINDS)
         ops.check_word("seed", seed, 64)
-        if clip is not None and not isinstance(clip, QuantileClip) and not ops.check_fp32("clip", clip) > 0:
+        if clip is not None and not isinstance(clip, rules.QuantileClip) and not ops.check_fp32("clip", clip) > 0:
             raise ValueError(f"clip={clip!r} must be positive, a QuantileClip, or None for no clipping")
         if first_order is not None and journal is not None:
             raise ValueError(
                 "journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
             )
+        if first_order is not None and any(bool(g.get("maximize")) != maximize for g in first_order.param_groups):
+            raise ValueError(f"maximize={maximize} and a first_order optimizer that does the opposite: give both the same maximize")
         theirs = {id(p) for g in first_order.param_groups for p in g["params"]} if first_order is not None else set()
         named = parameters.read_params(model_or_params, model, weight_decay, theirs)
         if perturbation == "scratch" and named.model is None:
@@ -199,7 +174,7 @@ class ZOStep(torch.optim.Optimizer):
             raise ValueError(
                 f"lazy=True with perturbation={perturbation!r}: only passes in place can be merged with the next step's; give 'inplace'"
             )
-        _check_parts(estimator, rule, direction, blocks, projection, first_order, clip, kind, lazy, cuda_graph, scratch or None)
+        parts.check(estimator, rule, direction, blocks, projection, first_order, clip, kind, lazy, cuda_graph, scratch or None)
         if lazy and cuda_graph:
             raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
@@ -222,7 +197,7 @@ class ZOStep(torch.optim.Optimizer):
         )  # numbers of the rule in a record; behind them come the projection's and the direction's
         self._terms = self._own + (projection.size if projection is not None else 0) + direction.size
         self._kept, self._held = rule.of(), direction.of(int(seed))
-        self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, QuantileClip) else 1)  # |g|, fp32
+        self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, rules.QuantileClip) else 1)  # |g|, fp32
         self._views: dict[int | None, perturb.View] = {}
         self._members: list[list[str]] = []  # the blocks' parameters
         self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
@@ -561,7 +536,7 @@ class ZOStep(torch.optim.Optimizer):
             self._apply(view, decided, *ahead)
             assert self._summary is not None
             if self._first_order is not None:
-                if decided[0].go is not False:
+                if bool(decided[0].go):  # on a device the host waits; a backward pass has kept it busy
                     self._first_order.step()
                 self._first_order.zero_grad()
             if queued is not None and self._recorder is not None:
@@ -570,7 +545,7 @@ class ZOStep(torch.optim.Optimizer):
                 if self._direction.size:
                     self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
                 self._tag += self._terms
-                if isinstance(self._clip, QuantileClip):
+                if isinstance(self._clip, rules.QuantileClip):
                     self._past.append(_fp32_of(abs(self._summary.gradient)))
         return self._estimator.loss(losses)
 
@@ -649,7 +624,7 @@ class ZOStep(torch.optim.Optimizer):
         ]
 
     def _clipped(self, raw: list[list[Any]], on_host: bool) -> tuple[list[list[Any]], Any]:
-        limit = self._clip.limit(list(self._past)) if isinstance(self._clip, QuantileClip) else self._clip
+        limit = self._clip.limit(list(self._past)) if isinstance(self._clip, rules.QuantileClip) else self._clip
         if limit is None:
             return raw, False if on_host else torch.zeros_like(raw[0][0], dtype=torch.bool)
         if on_host:
@@ -791,7 +766,7 @@ class ZOStep(torch.optim.Optimizer):
                 "lr": [float(g["lr"]) for g in self.param_groups],
                 "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
             }
-            clip = self._clip if not isinstance(self._clip, QuantileClip) else None  # that one is in the method
+            clip = self._clip if not isinstance(self._clip, rules.QuantileClip) else None  # that one is in the method
             about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": clip, "maximize": self._maximize}
             header = journals.Header(
                 parameters=record.table(groups),
@@ -824,17 +799,17 @@ class ZOStep(torch.optim.Optimizer):
         plain = isinstance(self._direction, directions.Dense) and type(self._direction) is directions.Dense
         plain &= type(self._rule) in (rules.SGD, rules.Sign) and self._blocks is None and self._projection is None
         plain &= isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
-        if plain and not isinstance(self._clip, QuantileClip):
+        if plain and not isinstance(self._clip, rules.QuantileClip):
             return None
-        parts = {
+        mine = {
             "estimator": self._estimator,
             "rule": self._rule,
             "direction": self._direction,
             "blocks": self._blocks,
             "projection": self._projection.config if self._projection else None,
-            "clip": self._clip if isinstance(self._clip, QuantileClip) else None,
+            "clip": self._clip if isinstance(self._clip, rules.QuantileClip) else None,
         }
-        return {what: record.described(part) for what, part in parts.items() if part is not None}
+        return {what: record.described(part) for what, part in mine.items() if part is not None}
 
     def _replay(self, view: perturb.View, past: journals.Journal) -> None:
         if past.header.method is None:
@@ -883,7 +858,7 @@ class ZOStep(torch.optim.Optimizer):
                 self._held.learned(self.steps, learned, self._trained())
             self._tag = tag + self._terms
             self._skipped = int(self._skipped) + (not go)
-        if isinstance(self._clip, QuantileClip):
+        if isinstance(self._clip, rules.QuantileClip):
             self._past.extend(abs(float(g)) for g in recorded["gradient"])
 
     def _entry(self, numbers: Sequence[Numbers]) -> dict[str, Any]:
@@ -990,10 +965,10 @@ class ZOStep(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model"
             )
-        parts = zo.get("parts")
-        if parts is not None:
+        saved = zo.get("parts")
+        if saved is not None:
             for what, part in (("rule", self._kept), ("direction", self._held), ("projection", self._projection)):
-                if part is not None and what not in parts:
+                if part is not None and what not in saved:
                     raise ValueError(
                         f"state_dict was saved by a method without a {what} of this kind: make the optimizer with the same parts"
                     )
@@ -1001,13 +976,13 @@ class ZOStep(torch.optim.Optimizer):
         self._held.seed = zo["seed"]
         if self._projection is not None:
             self._projection.seed = zo["seed"]
-        if parts is not None:
-            self._kept.load(parts["rule"])
-            self._held.load(parts["direction"])
+        if saved is not None:
+            self._kept.load(saved["rule"])
+            self._held.load(saved["direction"])
             self._past.clear()
-            self._past.extend(parts["past"])
+            self._past.extend(saved["past"])
             if self._projection is not None:
-                self._projection.load(parts["projection"])
+                self._projection.load(saved["projection"])
         self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
         self._first_tag = zo.get("first_tag", 0)
         self._view = None
@@ -1082,35 +1057,13 @@ _MADE_ANEW = {
 }
 
 
-PARTS: Mapping[str, Sequence[type[Any]]] = {
-    "estimator": (estimators.TwoSided, estimators.OneSided, estimators.ThreePoint, estimators.ForwardGradient),
-    "rule": rules.RULES,
-    "direction": directions.DIRECTIONS,
-    "blocks": (blocking.Blocks,),
-    "projection": (projection.Projection,),
-    "clip": (QuantileClip,),
-}
-
-
-def parts_of(header: journals.Header) -> dict[str, Any]:
-    """The parts of a recorded run's optimizer.
-
-    Raises:
-        ValueError: there is one that this version does not know, or whose values are out of range.
-    """
-    method = header.method or {}
-    if unknown := sorted(set(method) - set(PARTS)):
-        raise ValueError(f"the journal's method has the parts {unknown!r:.160}, which this version of zo_kernels does not know")
-    return {what: record.part_of(what, content, PARTS[what]) for what, content in method.items()}
-
-
 def replayer(header: journals.Header, groups: Sequence[parameters.Weights], backend: str | None) -> ZOStep:
     """An optimizer that can apply the records of a journal with a method to the weights that it started from.
 
     Raises:
         ValueError: the method is none that this version knows.
     """
-    parts = parts_of(header)
+    found = parts.of_header(header)
     params = [
         {
             "params": list(zip(w.names, w.params, strict=True)),
@@ -1119,10 +1072,10 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
         }
         for w in groups
     ]
-    if isinstance(parts.get("estimator"), estimators.ForwardGradient):
-        parts["estimator"] = estimators.TwoSided()  # one direction too, and nothing is evaluated
+    if isinstance(found.get("estimator"), estimators.ForwardGradient):
+        found["estimator"] = estimators.TwoSided()  # one direction too, and nothing is evaluated
     optimizer = ZOStep(
-        params, lr=0.0, eps=1.0, seed=header.seed, kind=header.kind, perturbation="inplace", backend=backend, **parts
+        params, lr=0.0, eps=1.0, seed=header.seed, kind=header.kind, perturbation="inplace", backend=backend, **found
     )
     if optimizer._terms != header.terms:
         raise ValueError(
@@ -1189,60 +1142,6 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{where}eps={eps!r} must be a finite number > 0, in fp32 too")
     if not (isinstance(decay, (int, float)) and 0 <= decay < math.inf):
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
-
-
-def _check_parts(
-    estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, first_order: Any, clip: Any, kind: str, lazy: bool,
-    cuda_graph: bool, scratch: bool | None,
-) -> None:  # fmt: skip
-    """Parts that make sense together.
-
-    Raises:
-        TypeError, ValueError: says which do not, and why.
-    """
-    for what, part in (("estimator", estimator), ("rule", rule), ("direction", direction)):
-        known = tuple(PARTS[what])
-        if not isinstance(part, known):
-            raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
-    rule.check(estimator.directions, direction.name)
-    plain = type(direction) is directions.Dense and blocks is None and projection is None and first_order is None
-    simple = isinstance(rule, (rules.SGD, rules.Sign)) and not isinstance(clip, QuantileClip) and plain
-    if lazy and not (simple and estimator == estimators.TwoSided()):
-        raise ValueError(
-            "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only"
-        )
-    if cuda_graph and not (simple and not isinstance(estimator, estimators.ForwardGradient)):
-        raise ValueError(
-            "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions"
-        )
-    three, inverse = isinstance(estimator, estimators.ThreePoint), isinstance(direction, directions.InverseRoot)
-    if isinstance(rule, rules.HessianDiagonal) != inverse or (inverse and not three):
-        raise ValueError("HessianDiagonal, InverseRoot and ThreePoint are the parts of one method, HiZOO: give all three")
-    if inverse and kind != "gaussian":
-        raise ValueError(
-            f"kind={kind!r} with HessianDiagonal: z^2 = 1 everywhere tells nothing about single weights; take 'gaussian'"
-        )
-    if isinstance(direction, directions.LowRank) and (estimator.directions != 1 or kind != "gaussian"):
-        raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
-    if isinstance(direction, directions.LayerScale) and blocks is not None:
-        raise ValueError(
-            "direction=LayerScale() with blocks: scales are relative to all parameters, of which a block is a part; leave one out"
-        )
-    if isinstance(rule, rules.Conservative) and direction.update_differs:
-        raise ValueError(
-            f"rule=Conservative() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
-        )
-    if isinstance(estimator, estimators.ForwardGradient):
-        if scratch is None:
-            raise ValueError(
-                "estimator=ForwardGradient() differentiates the model: give a plain (not compiled) module, and perturbation='auto' or 'scratch'"
-            )
-        if isinstance(rule, rules.Conservative):
-            raise ValueError("rule=Conservative() with ForwardGradient(): its trials perturb weights; take TwoSided()")
-    if projection is not None and (blocks is not None or isinstance(rule, rules.Conservative)):
-        raise ValueError(
-            "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
-        )
 
 
 def _as_loss(value: Any) -> Tensor:
