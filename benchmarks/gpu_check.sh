@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one go:  benchmarks/gpu_check.sh [RESULTS] [STAGE ...]
 #
-# Stages: build, test, sanitize, pass, linear, step, scaling, replay (default: all). Uses $PYTHON (default: python3) as it is, with no network. A stage
+# Stages: build, test, sanitize, pass, rules, linear, step, scaling, replay (default: all). Uses $PYTHON (default: python3) as it is, with no network. A stage
 # that fails does not stop the next; the exit status is that of the worst.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
 shift || true
-stages=${*:-build test sanitize pass linear step scaling replay}
+stages=${*:-build test sanitize pass rules linear step scaling replay}
 python=${PYTHON:-python3}
 export PYTHONPATH=.:python PYTHONUNBUFFERED=1
 mkdir -p "$results"
@@ -33,6 +33,7 @@ else
   echo "== compute-sanitizer is not installed: skipped"
 fi
 stage pass "$python" benchmarks/gpu_pass.py --out "$results/gpu_pass.csv"
+stage rules "$python" benchmarks/rule_pass.py --device cuda --out "$results/gpu_rule_pass.csv"
 stage linear "$python" benchmarks/gpu_linear.py --out "$results/gpu_linear.csv"
 stage step "$python" benchmarks/step.py --out "$results/gpu_step.csv"
 stage scaling "$python" benchmarks/scaling.py --out "$results/gpu_scaling.csv"

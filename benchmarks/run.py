@@ -80,6 +80,16 @@ def replay(out: Path, quick: bool) -> bool:
     return run(str(HERE / "replay.py"), "--device", "cpu", "--out", str(out / "replay.csv"), *(["--quick"] if quick else []))
 
 
+def rule_pass(out: Path, quick: bool) -> bool:
+    return run(str(HERE / "rule_pass.py"), "--device", "cpu", "--out", str(out / "rule_pass.csv"), *(["--quick"] if quick else []))
+
+
+def gpu_rule_pass(out: Path, quick: bool) -> bool:
+    return run(
+        str(HERE / "rule_pass.py"), "--device", "cuda", "--out", str(out / "gpu_rule_pass.csv"), *(["--quick"] if quick else [])
+    )
+
+
 def gpu_pass(out: Path, quick: bool) -> bool:
     return run(str(HERE / "gpu_pass.py"), "--out", str(out / "gpu_pass.csv"), *(["--quick"] if quick else []))
 
@@ -101,7 +111,9 @@ def gpu_replay(out: Path, quick: bool) -> bool:
     return run(str(HERE / "replay.py"), "--device", "cuda", "--out", str(out / "gpu_replay.csv"), *(["--quick"] if quick else []))
 
 
-SCRIPTS = (cpu_pass, drift, fidelity, step, scaling, replay, journal, gpu_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay)
+SCRIPTS = (
+    cpu_pass, rule_pass, drift, fidelity, step, scaling, replay, journal, gpu_pass, gpu_rule_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay,
+)  # fmt: skip
 RUNS = {script.__name__: script for script in SCRIPTS}
 
 

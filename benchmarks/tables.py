@@ -206,6 +206,18 @@ def replay(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["backend", "dtype", "kind", "rounding", "passes", "sequence", "separate", "fused"], body)
 
 
+def rule_pass(rows: list[Row]) -> str:
+    """Weights a second of each rule's pass, beside torch's and beside a pass that only perturbs."""
+    body = []
+    for key in dict.fromkeys((row["backend"], row["dtype"], row["rule"]) for row in rows):
+        mine = {r["contender"]: r for r in rows if (r["backend"], r["dtype"], r["rule"]) == key}
+        ours = mine["rule pass"]
+        cells = [f"{float(mine[n]['gweights_per_s']):.3g}" for n in ("rule pass", "torch", "perturb")]
+        body.append([*key, *cells, f"{float(ours['ratio_to_torch']):.1f}", ours["bytes_per_weight"], ours["percent_of_copy"]])
+    header = ["backend", "dtype", "rule", "rule pass", "torch", "perturb", "over torch", "bytes a weight", "% of copy"]
+    return "10⁹ weights a second.\n\n" + markdown(header, body)
+
+
 # ---- scaling.py: one table a question ---------------------------------------------------------------------------------
 
 
@@ -292,6 +304,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "gpu_step": ("gpu_step", step, ""),
     "replay": ("replay", replay, ""),
     "gpu_replay": ("gpu_replay", replay, ""),
+    "rule_pass": ("rule_pass", rule_pass, ""),
+    "gpu_rule_pass": ("gpu_rule_pass", rule_pass, ""),
     "size": ("scaling", size, "scaling.png"),
     "terms": ("scaling", terms, ""),
     "list": ("scaling", many, ""),

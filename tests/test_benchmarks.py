@@ -361,6 +361,21 @@ def test_replay(tmp_path: Path) -> None:
     assert all(row["ratio_to_separate"] == "1.0" for row in table if row["contender"] == "separate")
 
 
+@needs_extension
+def test_rule_pass(tmp_path: Path) -> None:
+    path = tmp_path / "rule_pass.csv"
+    done = run(str(BENCHMARKS / "rule_pass.py"), "--device=cpu", "--out", str(path), "--quick")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert {row["contender"] for row in table} == {"rule pass", "perturb", "torch"}
+    assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
+    assert {row["bytes_per_weight"] for row in table if row["rule"] == "adam" and row["contender"] == "rule pass"} == {"24", "20"}
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert "| cpu | bfloat16 | hizoo |" in page.read_text()
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1
