@@ -2,6 +2,7 @@
 # make test   set up .venv and run the tests
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks that fit this machine, as CSV and figures
+# make compare MODEL=PATH DATA=PATH   the comparison of docs/algorithms.md, with a model and SST-2 of your own (20 CPU minutes)
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's
@@ -24,7 +25,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench fuzz crash-test sanitize sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz crash-test sanitize sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -45,6 +46,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py --out $(OUT)
+
+compare: $(READY)
+	nice $(PYTHON) benchmarks/compare.py --model $(MODEL) --data $(DATA) --out $(OUT)/compare.csv --figures docs/figures --page docs/algorithms.md
 
 fuzz: RUNS ?= 100000
 fuzz: $(READY)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zo_finetune.errors import UserError
+from zo_finetune.methods import METHODS
 
 EPILOG = """\
 examples:
@@ -18,54 +19,67 @@ examples:
   zo-finetune train --model facebook/opt-1.3b --task sst2 --data stanfordnlp/sst2 --output runs/opt --lr 1e-7
   zo-finetune resume runs/opt
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --peft lora --steps 2000 --output runs/lora
+  zo-finetune train --model ./my-model --task sst2 --data ./reviews --method momentum --option state=recomputed --output runs/momentum
+  zo-finetune compare --model ./my-model --task sst2 --data ./reviews --methods mezo,sign,lozo:rank=4 --forwards 2000 --output runs/compared
 
 Defaults are MeZO's (Malladi et al. 2023): batch 16, 1,000 training, 500 dev and 1,000 evaluation examples, constant learning rate;
-lr and eps by --peft: none 1e-6, 1e-3; lora 1e-4, 1e-2; prefix and prompt 1e-2, 1e-1; ln 3e-4, 5e-3 (ours).
-"""
+its lr and eps by --peft: none 1e-6, 1e-3; lora 1e-4, 1e-2; prefix and prompt 1e-2, 1e-1; ln 3e-4, 5e-3 (ours).
+
+methods (--list-methods says more: options, defaults and where they come from, forward passes a step):
+""" + "".join(f"  {m.name:<14} {m.summary}\n" for m in METHODS.values())
 
 
-def column(text: str) -> tuple[str, str]:
+def pair(text: str, wanted: str = "KEY=VALUE, for example queries=4") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} must be FIELD=NAME, for example sentence=text")
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
     return name, value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def column(text: str) -> tuple[str, str]:
+    return pair(text, "FIELD=NAME, for example sentence=text")
+
+
+def number_of(text: str) -> tuple[str, float]:
+    """METHOD=VALUE; the method may have options, which have = signs too."""
+    name, equals, value = text.rpartition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be METHOD=NUMBER, for example mezo=1e-6") from None
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them") from None
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
+
+
+class ListMethods(argparse.Action):
+    """Prints the methods and ends, as --version does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from zo_finetune.methods import listing
+
+        print(listing())
+        parser.exit()
+
+
+def add_run_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What a run is of, how it goes, where it leaves what; `several`: as many runs as there are methods and seeds."""
     from zo_finetune.tasks import TASKS
 
-    parser = argparse.ArgumentParser(
-        prog="zo-finetune",
-        description="Fine-tune a language model with forward passes only (MeZO).",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|resume|replay|demo")
-    train = commands.add_parser(
-        "train", help="fine-tune a model on a task", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
-    )
-    resume = commands.add_parser("resume", help="go on with a killed or interrupted run, to the bits of a run never killed")
-    resume.add_argument("run_dir", metavar="RUN_DIR", help="the --output of the run")
-    replay = commands.add_parser("replay", help="make a run's weights again from its base model and its journal")
-    replay.add_argument("source", metavar="RUN_DIR_OR_JOURNAL", help="a run's folder, or its run.zoj alone")
-    replay.add_argument(
-        "--model", required=True, metavar="PATH_OR_HUB_ID", help="the base model that the run started from; another is refused"
-    )
-    replay.add_argument("--output", required=True, metavar="DIR", help="the model or adapter goes here")
-    replay.add_argument("--upto", type=int, metavar="N", help="the weights after N steps (default: after all)")
-    replay.add_argument(
-        "--mode",
-        choices=("sequential", "fused"),
-        default="sequential",
-        help="the run's own bits, or one sum rounded once (default: sequential)",
-    )
-    replay.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    replay.add_argument(
-        "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of zo_kernels (default: the best available)"
-    )
-    demo = commands.add_parser("demo", help="watch a small model learn film reviews on this machine, in minutes")
-
-    what = train.add_argument_group("what")
+    what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID", help="model folder, .gguf file or hub id")
     what.add_argument("--gguf-file", metavar="NAME", help="a GGUF file inside --model, dequantised on loading")
     what.add_argument(
@@ -101,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-length", type=int, metavar="TOKENS", help="longest input; longer ones lose their beginning (default: the model's)"
     )
 
-    how = train.add_argument_group("how")
+    how = parser.add_argument_group("how")
     how.add_argument(
         "--peft",
         choices=("none", "lora", "ln", "prefix", "prompt"),
@@ -114,14 +128,67 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="ends of names of the modules that lora or ln adapts (default: query and value; every norm); repeatable",
     )
-    how.add_argument("--steps", type=int, metavar="N", help="(default: 20000)")
+    if several:
+        how.add_argument(
+            "--methods",
+            required=True,
+            metavar="METHOD,...",
+            help="with a method's own options behind it, as in mezo,mezo:queries=4,momentum:state=recomputed:history=16",
+        )
+        how.add_argument(
+            "--forwards",
+            type=int,
+            required=True,
+            metavar="N",
+            help="forward passes of each run; --list-methods says what a step costs",
+        )
+        how.add_argument(
+            "--seeds", type=whole_numbers, metavar="S,...", help="of noise, sample and order of the data (default: 0,1,2)"
+        )
+        how.add_argument(
+            "--lr",
+            dest="lrs",
+            type=number_of,
+            action="append",
+            metavar="METHOD=LR",
+            help="instead of the method's default; repeatable",
+        )
+        how.add_argument(
+            "--eps",
+            dest="epses",
+            type=number_of,
+            action="append",
+            metavar="METHOD=EPS",
+            help="instead of the method's default; repeatable",
+        )
+        how.add_argument(
+            "--lr-factors",
+            type=numbers,
+            metavar="F,...",
+            help="try each method's lr times these with the first seed, and take the best by its loss on the dev examples (default: 1)",
+        )
+        how.add_argument("--points", type=int, metavar="N", help="evaluations on the dev examples along a run (default: 5)")
+    else:
+        how.add_argument("--method", metavar="METHOD", help="one of those below (default: mezo)")
+        how.add_argument(
+            "--option",
+            dest="options",
+            type=pair,
+            action="append",
+            metavar="KEY=VALUE",
+            help="one of the method's own options; repeatable",
+        )
+        how.add_argument("--steps", type=int, metavar="N", help="(default: 20000)")
+    how.add_argument("--list-methods", action=ListMethods, nargs=0, help="print the methods, their options and defaults, and exit")
     how.add_argument("--batch-size", type=int, metavar="B", help="(default: 16)")
     how.add_argument(
         "--accumulate", type=int, metavar="N", help="micro-batches of --batch-size in one step, their losses averaged (default: 1)"
     )
-    how.add_argument("--lr", type=float, help="learning rate (default: by --peft, see below)")
+    if not several:
+        how.add_argument("--lr", type=float, help="learning rate (default: by --method and --peft)")
+        how.add_argument("--eps", type=float, help="perturbation scale (default: by --method and --peft)")
+        how.add_argument("--seed", type=int, help="of the noise, the sample and the order of the data (default: 0)")
     how.add_argument("--lr-schedule", choices=("constant", "linear", "cosine"), help="the last two decay to 0 (default: constant)")
-    how.add_argument("--eps", type=float, help="perturbation scale (default: by --peft, see below)")
     how.add_argument("--weight-decay", type=float, metavar="W", help="decoupled (default: 0)")
     how.add_argument("--clip", type=float, metavar="G", help="clip |projected gradient| to this (default: not)")
     how.add_argument(
@@ -132,23 +199,25 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--rounding", choices=("auto", "nearest", "stochastic"), help="of the update to 16-bit weights (default: auto)"
     )
-    how.add_argument("--seed", type=int, help="of the noise, the sample and the order of the data (default: 0)")
 
-    where = train.add_argument_group("where")
+    where = parser.add_argument_group("where")
     where.add_argument(
         "--output",
         required=True,
-        metavar="RUN_DIR",
-        help="result.json, curve.png, log.csv, the journal run.zoj and the weights go here",
+        metavar="DIR" if several else "RUN_DIR",
+        help="table.md, curves.png, compare.csv, compare.json and a folder of each run go here; finished runs in it are kept"
+        if several
+        else "result.json, curve.png, log.csv, the journal run.zoj and the weights go here",
     )
-    where.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN_DIR")
-    where.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="save the model or adapter")
-    where.add_argument(
-        "--eval-every",
-        type=int,
-        metavar="N",
-        help="steps between evaluations on the dev examples, 0: none (default: a fifth of --steps)",
-    )
+    if not several:
+        where.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN_DIR")
+        where.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="save the model or adapter")
+        where.add_argument(
+            "--eval-every",
+            type=int,
+            metavar="N",
+            help="steps between evaluations on the dev examples, 0: none (default: a fifth of --steps)",
+        )
     where.add_argument("--eval-batch-size", type=int, metavar="B", help="(default: 32)")
     where.add_argument(
         "--dtype",
@@ -163,6 +232,47 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of zo_kernels (default: the best available)"
     )
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zo-finetune",
+        description="Fine-tune a language model with forward passes only: MeZO and the other zeroth-order methods.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|compare|resume|replay|demo")
+    train = commands.add_parser(
+        "train", help="fine-tune a model on a task", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
+    )
+    compare = commands.add_parser(
+        "compare",
+        help="train with several methods on the same data, noise seeds and number of forward passes",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+    )
+    resume = commands.add_parser("resume", help="go on with a killed or interrupted run, to the bits of a run never killed")
+    resume.add_argument("run_dir", metavar="RUN_DIR", help="the --output of the run")
+    replay = commands.add_parser("replay", help="make a run's weights again from its base model and its journal")
+    replay.add_argument("source", metavar="RUN_DIR_OR_JOURNAL", help="a run's folder, or its run.zoj alone")
+    replay.add_argument(
+        "--model", required=True, metavar="PATH_OR_HUB_ID", help="the base model that the run started from; another is refused"
+    )
+    replay.add_argument("--output", required=True, metavar="DIR", help="the model or adapter goes here")
+    replay.add_argument("--upto", type=int, metavar="N", help="the weights after N steps (default: after all)")
+    replay.add_argument(
+        "--mode",
+        choices=("sequential", "fused"),
+        default="sequential",
+        help="the run's own bits, or one sum rounded once (default: sequential)",
+    )
+    replay.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    replay.add_argument(
+        "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of zo_kernels (default: the best available)"
+    )
+    demo = commands.add_parser("demo", help="watch a small model learn film reviews on this machine, in minutes")
+
+    add_run_options(train)
+    add_run_options(compare, several=True)
     demo.add_argument("--output", default="runs/demo", metavar="RUN_DIR", help="(default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the noise and the order of the data (default: %(default)s)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier run in RUN_DIR")
@@ -182,8 +292,13 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
     if options.command == "replay":
         print(f"saved in {replay(**given)}")
         return None
-    if "columns" in given:
-        given["columns"] = dict(given["columns"])
+    for name in ("columns", "options", "lrs", "epses"):
+        if name in given:
+            given[name] = dict(given[name])
+    if options.command == "compare":
+        from zo_finetune.compare import compare, plan_of
+
+        return compare(plan_of(given), command)
     return train(Config(**given), command)
 
 
@@ -203,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if result["interrupted"]:
         return 130
+    if options.command == "compare":
+        return 0
     before, after = result["before"]["accuracy"], result["after"]["accuracy"]
     folder = options.run_dir if options.command == "resume" else options.output
     print(f"accuracy {before:.4f} -> {after:.4f} in {result['steps']} steps; see {folder}/result.json and curve.png")

@@ -17,7 +17,6 @@ from zo_finetune.errors import UserError, one_line
 from zo_finetune.tasks.base import Form
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PEFTS = ("none", "lora", "ln", "prefix", "prompt")
 VIRTUAL_TOKENS = 5  # MeZO's prefix length
 SOFT_PROMPT_TEXT = "Here is a text. Read it and answer."  # real activations or embeddings to start from, as MeZO does
 
@@ -164,7 +163,7 @@ def load(
         spec: a folder in transformers' format, a `.gguf` file, or a hub id.
         dtype: "float32", "float16", "bfloat16", or "auto": the dtype that the weights were saved in on a GPU, float32 on a CPU.
         device: "auto", or a torch device.
-        peft: one of `PEFTS`.
+        peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
         targets: the modules that `peft` "lora" or "ln" adapts, by the end of their names; default query and value, or every norm.

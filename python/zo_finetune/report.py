@@ -5,6 +5,7 @@ Belongs here: the run directory, its files, the facts about the machine and the 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -13,6 +14,7 @@ import platform
 import resource
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,6 +80,52 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there and KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def state_bytes(optimizer: Any) -> int:
+    """What an optimizer keeps between steps besides the weights: moments, diagonals, masks, factors, anchors, a first-order optimizer's
+    state. Buffers that only a step uses are not counted."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.ndim and not isinstance(value, torch.nn.Parameter):
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            return
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, (list, tuple, set, deque)):
+            for part in value:
+                visit(part)
+        elif type(value).__module__.startswith("zo_kernels.") and hasattr(value, "__dict__"):
+            visit(vars(value))
+
+    first_order = getattr(optimizer, "_first_order", None)
+    for name in ("_kept", "_held", "_projection", "_past"):
+        visit(getattr(optimizer, name))
+    if first_order is not None:
+        visit(dict(first_order.state))
+    return sum(found.values())
+
+
+def remove_journal(path: Path) -> None:
+    """Remove an earlier run's journal, unless that run is under way."""
+    from zo_kernels import journal
+
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError, ValueError):  # a damaged one goes too
+        try:
+            journal.reopen(path)[0].close()
+        except journal.LockedError as error:
+            raise UserError(f"{path.parent}: {one_line(error)}") from error
+    path.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

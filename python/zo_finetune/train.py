@@ -26,18 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from zo_finetune import methods, report
 from zo_finetune import model as models
-from zo_finetune import report
 from zo_finetune.data import Batches, load_splits
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import evaluate
 from zo_finetune.scoring import Batch, Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Task
-
-# (lr, eps) where the user gives none. none, lora, prefix: MeZO's for OPT (appendix E). ln: found on SmolLM2-135M, see demo.py.
-# prompt: as prefix, since both are five tokens' worth of activations.
-DEFAULT_LR_EPS = {"none": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "ln": (3e-4, 5e-3), "prefix": (1e-2, 1e-1), "prompt": (1e-2, 1e-1)}
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
@@ -56,6 +52,8 @@ class Config:
     task: str
     data: str
     output: str
+    method: str = "mezo"
+    options: dict[str, str] = field(default_factory=dict)
     steps: int = 20_000
     batch_size: int = 16
     accumulate: int = 1
@@ -102,8 +100,9 @@ class Config:
             raise UserError(f"--seed {self.seed} must be below 2^64")
         if self.lr_schedule not in SCHEDULES:
             raise UserError(f"--lr-schedule {self.lr_schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if self.peft not in models.PEFTS:
-            raise UserError(f"--peft {self.peft!r} must be one of {', '.join(models.PEFTS)}")
+        if self.peft not in methods.PEFTS:
+            raise UserError(f"--peft {self.peft!r} must be one of {', '.join(methods.PEFTS)}")
+        methods.get(self.method).options(self.options, self.peft)
 
     @classmethod
     def of_json(cls, content: Any, where: str) -> Config:
@@ -218,13 +217,15 @@ class Prepared:
     max_length: int
     lr: float
     eps: float
+    method: methods.Method
+    options: dict[str, Any]  # of the method, complete
     stepper: Any
     seconds: float
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
         return (
-            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}), {lm.model.dtype} on {lm.device}; "
+            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.method.name}, {lm.model.dtype} on {lm.device}; "
             f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
         )
 
@@ -245,15 +246,15 @@ class Outcome:
 
 def make_stepper(language_model: models.LanguageModel, config: Config, lr: float, eps: float) -> Any:
     """zo_kernels' step rule for this run; what it refuses is the user's to put right."""
-    import zo_kernels
-
     if not any(p.requires_grad for p in language_model.model.parameters()):
         raise UserError(f"--model {config.model} with --peft {config.peft} has no trainable weights: choose another --peft")
     try:
-        return zo_kernels.MeZOStep(
+        method = methods.get(config.method)
+        return method.make(
             language_model.model,
-            lr=lr,
-            eps=eps,
+            lr,
+            eps,
+            method.options(config.options, config.peft),
             seed=config.seed,
             weight_decay=config.weight_decay,
             perturbation="inplace" if config.perturbation == "lazy" else config.perturbation,
@@ -285,9 +286,10 @@ def prepare(config: Config) -> Prepared:
     """Load and check everything that `config` names."""
     started = time.perf_counter()
     task = get_task(config.task)
-    default_lr, default_eps = DEFAULT_LR_EPS[config.peft]
-    lr = default_lr if config.lr is None else config.lr
-    eps = default_eps if config.eps is None else config.eps
+    method = methods.get(config.method)
+    preset = method.preset(config.peft)
+    lr = preset.lr if config.lr is None else config.lr
+    eps = preset.eps if config.eps is None else config.eps
     language_model = load_model(config)
     form = language_model.form
     if form not in task.forms:
@@ -316,13 +318,21 @@ def prepare(config: Config) -> Prepared:
         max_length=max_length,
         lr=lr,
         eps=eps,
+        method=method,
+        options=method.options(config.options, config.peft),
         stepper=make_stepper(language_model, config, lr, eps),
         seconds=time.perf_counter() - started,
     )
 
 
 def open_journal(run: Prepared, output: Path, resumed: bool) -> Any:
-    """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process."""
+    """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
+    neither; one of an earlier run goes."""
+    if run.method.no_journal:
+        print(f"--method {run.method.name} writes no journal and cannot be resumed: {run.method.no_journal}", file=sys.stderr)
+        output.mkdir(parents=True, exist_ok=True)
+        report.remove_journal(output / report.JOURNAL)
+        return None
     digest = hashlib.sha256()
     for part in (run.train_set, run.dev_set, run.eval_set):
         for example in part:
@@ -445,7 +455,7 @@ def draw(run: Prepared, outcome: Outcome, path: Path) -> None:
     what = "all weights" if run.config.peft == "none" else run.config.peft
     report.draw_curve(
         path,
-        f"{run.task.name}, {Path(run.config.model).name}: MeZO, {what}",
+        f"{run.task.name}, {Path(run.config.model).name}: {run.method.name}, {what}",
         outcome.losses,
         {f"evaluation ({len(run.eval_set)} examples)": ends, f"dev ({len(run.dev_set)} examples)": outcome.history},
     )
@@ -455,7 +465,7 @@ def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequenc
     """The content of result.json."""
     lm = run.language_model
     trainable, total = lm.counts()
-    effective = {"lr": run.lr, "eps": run.eps, "form": lm.form, "max_length": run.max_length}
+    effective = {"lr": run.lr, "eps": run.eps, "form": lm.form, "max_length": run.max_length, "options": run.options}
     return {
         "task": run.task.name,
         "before": outcome.before,
@@ -463,12 +473,14 @@ def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequenc
         "history": outcome.history,
         "interrupted": outcome.interrupted,
         "steps": outcome.steps,
+        "forwards": run.method.forwards(run.options, outcome.steps),
         "skipped_steps": run.stepper.skipped,
         "seconds_per_step": outcome.training_seconds / outcome.steps if outcome.steps else None,
         "training_seconds": outcome.training_seconds,
         "evaluation_seconds": outcome.evaluation_seconds,
         "loading_seconds": run.seconds,
         "peak_memory_bytes": report.peak_memory_bytes(lm.device),
+        "state_bytes": report.state_bytes(run.stepper),
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(run.config), **effective},
         "data": run.origin,
@@ -514,12 +526,17 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: there is no run in the folder, it is running, or its base model or data have changed; nothing was changed.
     """
     output = Path(folder).expanduser().absolute()
-    if not (output / "config.json").is_file() or not (output / report.JOURNAL).is_file():
-        raise UserError(f"{folder} has no config.json and {report.JOURNAL}: no run began there that could be resumed")
+    nothing = f"{folder} has no config.json and {report.JOURNAL}: no run began there that could be resumed"
+    if not (output / "config.json").is_file():
+        raise UserError(nothing)
     saved = report.read_json(output / "config.json")
     if set(saved) != {"directory", "config"} or not isinstance(saved["directory"], str):
         raise UserError(f"{output / 'config.json'} must have the keys directory and config")
     config = Config.of_json(saved["config"], str(output / "config.json"))
+    if reason := methods.get(config.method).no_journal:
+        raise UserError(f"{folder}: a run of --method {config.method} cannot be resumed: {reason}; begin it anew with --overwrite")
+    if not (output / report.JOURNAL).is_file():
+        raise UserError(nothing)
     if (result := report.read_result(output / "result.json")) is not None:
         print(f"{folder} is finished after {result['steps']} steps: there is nothing to resume", file=sys.stderr)
         return result

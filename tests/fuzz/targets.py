@@ -517,8 +517,8 @@ def through_kernels(t: torch.Tensor, option: dict[str, Any]) -> bool:
 
 
 class Options(Target):
-    """The configuration of a run: the command line of `zo-finetune train`, one argument a line, through `Config.check`. It ends in a
-    checked configuration, the parser's own exit 2, or a `UserError`."""
+    """The configuration of a run, or of a comparison: the command line of `zo-finetune train` and `compare`, one argument a line, through
+    `Config.check` and `Plan.check`. It ends in a checked configuration, the parser's own exit 2, or a `UserError`."""
 
     name = "options"
 
@@ -541,6 +541,10 @@ class Options(Target):
             f"{start} --column sentence=text --column label=y --peft lora --peft-target q_proj --dtype float16",
             f"{start} --train-examples 0 --dev-examples 3 --eval-examples 4 --max-length 99 --no-save --overwrite",
             f"{start} --perturbation scratch --rounding stochastic --lr-schedule cosine --backend cpu --accumulate 2",
+            f"{start} --method adam --option betas=0.8,0.9 --option state=recomputed --option history=4",
+            f"{start} --method blockwise --option by=a,b --option every=2",
+            "compare --model m --task sst2 --data d --output o --methods mezo,lozo:rank=4:every=2,fzoo --forwards 99 --seeds 1,2 --lr mezo=1e-3",
+            "compare --model m --task sst2 --data d --output o --methods dizo:inner=3 --forwards 9 --lr-factors 1,2 --points 3 --eps dizo=1e-2",
             "demo --seed 1",
             "resume o",
             "replay o --model m --output p --upto 3 --mode fused",
@@ -580,6 +584,7 @@ class Options(Target):
         return b"\n".join(words)
 
     def check(self, data: bytes) -> bool:
+        from zo_finetune.compare import plan_of
         from zo_finetune.errors import UserError
         from zo_finetune.train import Config
 
@@ -592,11 +597,18 @@ class Options(Target):
             assert exit.code in (0, 2)
             return False
         given = {name: value for name, value in given.items() if value is not None}
-        if given.pop("command") != "train":
+        command = given.pop("command")
+        if command not in ("train", "compare"):
             return True
-        given["columns"] = dict(given.get("columns", []))
-        config = Config(**given)
+        for name in ("columns", "options") if command == "train" else ("columns", "lrs", "epses"):
+            given[name] = dict(given.get(name, []))
         try:
+            if command == "compare":
+                plan = plan_of(given)
+                plan.check()
+                config = plan.config(plan.entries[0], plan.lr(plan.entries[0]), plan.seeds[0])
+            else:
+                config = Config(**given)
             config.check()
         except UserError as error:
             assert str(error)

@@ -72,12 +72,21 @@ class Projector:
     def due(self, step: int) -> bool:
         return step > 0 and step % self.config.every == 0
 
-    def _chosen(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def matching(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that are projected.
+
+        Raises:
+            ValueError: there is none.
+        """
         chosen = {n: p for n, p in params.items() if any(re.search(pattern, n) for pattern in self.config.layers)}
         if not chosen:
             raise ValueError(
                 f"projection: no parameter matches {list(self.config.layers)}: give layers=[...] with patterns of this model's names"
             )
+        return chosen
+
+    def _chosen(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen = self.matching(params)
         for name, p in chosen.items():
             if name not in self.anchors:
                 self.anchors[name] = p.detach().clone()

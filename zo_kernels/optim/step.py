@@ -219,6 +219,8 @@ class ZOStep(torch.optim.Optimizer):
         self._flushed = False  # since the last record
         self._summary: record.Summary | None = None  # of the step under way
         super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        if self._projection is not None:
+            self._projection.matching(self._trained())  # refuse now what no step could do
         self._refresh()
         if lazy and named.model is not None:
             self._guard(named.model)

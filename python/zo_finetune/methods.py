@@ -1,0 +1,436 @@
+"""The methods of `zo-finetune --method`: a name, a constructor, the papers' hyperparameters, the price of a step.
+
+Belongs here: names, presets with the source of each number, a method's own options as text, forward passes. Does not belong here: what a step
+computes (zo_kernels), a run's other options (train.Config). Nothing here loads torch before a method is made: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zo_finetune.errors import UserError
+
+PEFTS = ("none", "lora", "ln", "prefix", "prompt")
+FIRST_ORDER = ("sgd", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The hyperparameters of one method for one kind of tuning, and where each comes from. `options`: the method's own, as text."""
+
+    lr: float
+    eps: float
+    source: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. `constructor`: a name in zo_kernels, or a function of this file. `step_cost`: (forward passes of every step, those of a
+    projection and the steps between two), as functions of the method's complete options; the rest of a step costs no forwards."""
+
+    name: str
+    summary: str
+    constructor: str | Callable[..., Any]
+    presets: Mapping[str, Preset]
+    step_cost: Callable[[Mapping[str, Any]], int]
+    cost_note: str
+    no_journal: str = ""  # why there is none
+    options_note: str = ""
+
+    def preset(self, peft: str) -> Preset:
+        """The hyperparameters for a kind of tuning. Where no source has any, MeZO's for that kind, times what the method's learning rate for
+        full tuning is of MeZO's."""
+        if peft in self.presets:
+            return self.presets[peft]
+        base, full, ours = MEZO[peft], MEZO["none"], self.presets["none"]
+        lr = float(f"{base.lr * ours.lr / full.lr:.3g}")
+        return Preset(lr, base.eps, f"ours: MeZO's for {peft}, times {ours.lr / full.lr:g} as for full tuning", ours.options)
+
+    def function(self) -> Callable[..., Any]:
+        if callable(self.constructor):
+            return self.constructor
+        import zo_kernels
+
+        made: Callable[..., Any] = getattr(zo_kernels, self.constructor)
+        return made
+
+    def parameters(self) -> dict[str, tuple[Any, Any]]:
+        """(type, default) of each option of its own."""
+        return _own_parameters(self.function())
+
+    def options(self, given: Mapping[str, str], peft: str = "none") -> dict[str, Any]:
+        """All options of its own: those given, those of the preset, the constructor's defaults.
+
+        Raises:
+            UserError: an option that the method has not, or a value of another type; names it and the remedy.
+        """
+        known = self.parameters()
+        values = {name: default for name, (_, default) in known.items()}
+        for name, text in {**self.preset(peft).options, **given}.items():
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none of its own"
+                raise UserError(f"--option {name}={text}: --method {self.name} has no option {name!r}: {has}")
+            values[name] = parse(f"--option {name}={text}", text, known[name][0])
+        return values
+
+    def forwards(self, options: Mapping[str, Any], steps: int) -> int:
+        """Forward passes of so many steps, each over a step's whole batch, evaluations not counted. A pass that carries tangents counts as two,
+        a backward pass as two. `options`: complete."""
+        projections = max(0, (steps - 1) // options["every"]) if self.name == "dizo" else 0
+        return steps * self.step_cost(options) + (projections * 2 * options["inner"] if projections else 0)
+
+    def steps(self, options: Mapping[str, Any], forwards: int) -> int:
+        """The most steps that so many forward passes pay for."""
+        low, high = 0, forwards // self.step_cost(options)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.forwards(options, middle) <= forwards else (low, middle - 1)
+        return low
+
+    def make(self, model: Any, lr: float, eps: float, options: Mapping[str, Any], **more: Any) -> Any:
+        """The optimizer; raises what the library raises."""
+        return self.function()(model, lr, eps=eps, **options, **more)
+
+
+@functools.cache
+def _own_parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    inside = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    hints = typing.get_type_hints(inside)
+    return {
+        name: (hints[name], p.default)
+        for name, p in inspect.signature(inside).parameters.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+# ---- constructors that the library has no name for ------------------------------------------------------------------------
+
+
+def random_sparse(
+    model: Any, lr: float, eps: float = 1e-3, *, keep: float = 0.1, every: int = 1, queries: int = 1, **more: Any
+) -> Any:
+    """Each weight takes part with probability `keep`; a new mask every `every` steps."""
+    import zo_kernels as zk
+
+    return zk.MeZOStep(model, lr, eps, queries=queries, direction=zk.RandomSparse(keep, every), **more)
+
+
+def layer_scale(
+    model: Any,
+    lr: float,
+    eps: float = 1e-3,
+    *,
+    by: str = "rms",
+    estimate: str = "variance",
+    every: int = 100,
+    beta: float = 0.9,
+    queries: int = 1,
+    **more: Any,
+) -> Any:
+    """z of each parameter divided by the root mean square of its weights, or of its gradient."""
+    import zo_kernels as zk
+
+    return zk.MeZOStep(model, lr, eps, queries=queries, direction=zk.LayerScale(by, estimate, every, beta), **more)
+
+
+def hybrid(
+    model: Any,
+    lr: float,
+    eps: float = 1e-3,
+    *,
+    first_order: str = "adamw",
+    first_order_lr: float = 1e-5,
+    first_order_params: str = "last-layer",
+    **more: Any,
+) -> Any:
+    """Forwards alone for most parameters, backpropagation for those that `first_order_params` names: a regular expression that matches a part of
+    a parameter's name, or "last-layer": the block with the highest number, behind which backpropagation ends. The head is not the default:
+    where it is tied to the input embedding, its gradient needs a backward pass through the whole model."""
+    import torch
+
+    import zo_kernels as zk
+
+    if first_order not in FIRST_ORDER:
+        raise UserError(f"--option first_order={first_order}: must be one of {', '.join(FIRST_ORDER)}")
+    if not 0 <= first_order_lr < math.inf:
+        raise UserError(f"--option first_order_lr={first_order_lr}: must be finite and at least 0")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if first_order_params == "last-layer":
+        numbers = {name: int(found[1]) for name, _ in named if (found := re.search(r"(?:^|\.)(\d+)\.", name))}
+        if not numbers:
+            raise UserError(
+                "--option first_order_params=last-layer: no trained parameter has a layer's number in its name; give a regular expression of names"
+            )
+        chosen = [p for name, p in named if numbers.get(name) == max(numbers.values())]
+    else:
+        try:
+            pattern = re.compile(first_order_params)
+        except re.error as error:
+            raise UserError(f"--option first_order_params={first_order_params}: no regular expression: {error}") from None
+        chosen = [p for name, p in named if pattern.search(name)]
+        if not chosen:
+            raise UserError(
+                f"--option first_order_params={first_order_params}: matches no trained parameter, such as {named[0][0]}: give another expression"
+            )
+    kind: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[first_order]
+    return zk.HybridZO(model, lr, eps, first_order=kind(chosen, lr=first_order_lr), **more)
+
+
+# ---- the registry ---------------------------------------------------------------------------------------------------------
+
+_OPT = "MeZO (arXiv 2305.17333), appendix E, OPT"
+MEZO: Mapping[str, Preset] = {
+    "none": Preset(1e-6, 1e-3, f"{_OPT}: lr 1e-6 or 1e-7, eps 1e-3"),
+    "lora": Preset(1e-4, 1e-2, f"{_OPT}: lr 1e-4 or 5e-5, eps 1e-2"),
+    "prefix": Preset(1e-2, 1e-1, f"{_OPT}: lr 1e-2 or 1e-3, eps 1e-1"),
+    "prompt": Preset(1e-2, 1e-1, "ours: as prefix, since both are five tokens' worth of activations"),
+    "ln": Preset(3e-4, 5e-3, "ours: found on SmolLM2-135M, see demo.py"),
+}
+_BENCH = "ZO-LLM benchmark (arXiv 2402.11592), public sweep SST2_opt-1.3b"
+
+
+def _sides(options: Mapping[str, Any]) -> int:
+    q = options["queries"]
+    return 1 + q if options.get("one_sided") else 2 * q
+
+
+_SIDES = "2 queries, or 1 + queries where one_sided"
+
+METHODS: Mapping[str, Method] = {
+    m.name: m
+    for m in (
+        Method("mezo", "zeroth-order SGD along Gaussian directions (ZO-SGD)", "MeZOStep", MEZO, _sides, _SIDES),
+        Method(
+            "sign",
+            "only the sign of the projected gradient (ZO-SGD-Sign)",
+            "ZOSignSGD",
+            {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-4, 1e-6, 1e-8 the middle one; eps of 1e-3, 1e-5")},
+            _sides,
+            _SIDES,
+        ),
+        Method(
+            "momentum",
+            "heavy-ball momentum, stored or recomputed from the last records (ZO-SGD-MMT)",
+            "ZOMomentum",
+            {"none": Preset(1e-7, 1e-3, f"{_BENCH}: beta 0.9, lr of the grid 1e-5 to 1e-8, eps of 1e-3 to 1e-5; we took MeZO's lr times 1 - beta")},
+            _sides,
+            _SIDES,
+        ),
+        Method(
+            "adam",
+            "Adam on the estimate, stored or recomputed (ZO-AdaMM, ZO-Adam)",
+            "ZOAdam",
+            {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-4 to 1e-8 the middle one, eps of 1e-3 to 1e-5; betas and eps torch's")},
+            _sides,
+            _SIDES,
+        ),
+        Method(
+            "conservative",
+            "the best of staying, the step and its opposite (ZO-SGD-Cons)",
+            "ZOConservative",
+            {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-5 to 1e-8, eps of 1e-2 to 1e-4; we took MeZO's")},
+            lambda o: 5,
+            "5: two for g, three candidates",
+        ),
+        Method(
+            "forward-grad",
+            "the exact projection, by forward-mode differentiation; no eps",
+            "ForwardGrad",
+            {"none": Preset(5e-7, 1e-3, f"{_BENCH}: lr marked the best of the grid 1e-5 to 1e-8; eps is not used")},
+            lambda o: 2,
+            "2: one pass that carries tangents, which costs as much as two",
+        ),
+        Method(
+            "hybrid",
+            "backpropagation for a few parameters, forwards for the rest",
+            hybrid,
+            {"none": Preset(1e-6, 1e-3, "ours: arXiv 2402.11592 gives no numbers for its hybrid; MeZO's, and 1e-5 for AdamW")},
+            lambda o: 5,
+            "5: two for g, one with a graph, and its backward counted as two",
+            no_journal="gradients by backpropagation are no record of scalars",
+            options_note="first_order: sgd, adam or adamw; first_order_params: a regular expression of names, or last-layer",
+        ),
+        Method(
+            "blockwise",
+            "one block of parameters in a step",
+            "BlockwiseZO",
+            {"none": Preset(1e-6, 1e-3, "ours: MeZO's; the public code of arXiv 2402.11592 has an example with lr 1e-8, eps 1e-3 and no recommendation")},
+            lambda o: 2,
+            "2",
+            options_note="by: layer, or regular expressions of names",
+        ),
+        Method(
+            "sparse",
+            "only the small weights take part (Sparse-MeZO)",
+            "SparseMeZO",
+            {"none": Preset(1e-6, 1e-3, "Sparse MeZO (arXiv 2402.15751): sparsity 75 %, that is quantile 0.25; lr and eps ours: MeZO's", {"quantile": "0.25"})},
+            lambda o: 2,
+            "2",
+        ),
+        Method(
+            "random-sparse",
+            "a random share of the weights takes part, drawn anew every few steps",
+            random_sparse,
+            {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr 1e-6, eps 1e-3, sparsity 0.1 to 0.9, a new mask every 1 to 20,000 steps; we took keep 0.1, every 1")},
+            lambda o: 2 * o["queries"],
+            "2 queries",
+        ),
+        Method(
+            "layer-scale",
+            "directions scaled by each parameter's weights or gradient (MeZO, appendix B)",
+            layer_scale,
+            {"none": Preset(1e-6, 1e-3, "ours: MeZO's; scales are relative to their mean over the parameters, so that lr and eps keep their meaning")},
+            lambda o: 2 * o["queries"] + (2 if o["by"] == "gradient" else 0),
+            "2 queries, and 2 more where by=gradient",
+            options_note="by: rms or gradient; estimate: variance or expectation",
+        ),
+        Method(
+            "hizoo",
+            "preconditioned by a running diagonal of the Hessian",
+            "HiZOO",
+            {
+                "none": Preset(1e-6, 1e-3, "HiZOO (arXiv 2402.15173), README of its code for OPT: lr 1e-6, eps 1e-3, alpha 1e-10", {"alpha": "1e-10"}),
+                "lora": Preset(1e-5, 1e-2, "HiZOO, the same README, LoRA: lr 1e-5, eps 1e-2, alpha 1e-6", {"alpha": "1e-6"}),
+                "prefix": Preset(1e-2, 1e-1, "HiZOO, the same README, prefix: lr 1e-2, eps 1e-1, alpha 1e-10", {"alpha": "1e-10"}),
+            },
+            lambda o: 3,
+            "3",
+        ),
+        Method(
+            "dizo",
+            "MeZO with learned projections of some layers",
+            "DiZO",
+            {
+                "none": Preset(
+                    1e-6,
+                    1e-3,
+                    "DiZO (arXiv 2502.03304), its code: lr 1e-6 or 1e-7, eps 1e-3, every 50, inner eps 0.1, clip 0.2; inner steps and their lr ours, "
+                    "in units of the distance moved",
+                    {"every": "50", "inner_eps": "0.1", "tau": "0.2"},
+                )
+            },
+            lambda o: 2,
+            "2, and 2 inner more before every `every`-th step",
+            options_note="layers: regular expressions of names",
+        ),
+        Method(
+            "lozo",
+            "directions of low rank",
+            "LOZO",
+            {
+                "none": Preset(
+                    1e-7,
+                    1e-3,
+                    "LOZO (arXiv 2410.07698), README of its code for OPT-13B: lr 1e-6 or 1e-7, eps 1e-3, rank 1 or 2, nu 50 or 100; example 1e-7, 2, 50",
+                    {"rank": "2", "every": "50"},
+                )
+            },
+            lambda o: 2,
+            "2",
+        ),
+        Method(
+            "fzoo",
+            "one-sided Rademacher queries, normalised by the losses' standard deviation",
+            "FZOO",
+            {
+                "none": Preset(
+                    3e-8,
+                    1e-3,
+                    "ours: we have no numbers of arXiv 2506.09034. A step moves a weight by about lr / (eps sqrt(queries)), whatever the loss: 1e-5 here",
+                    {"queries": "8"},
+                )
+            },
+            lambda o: 1 + o["queries"],
+            "1 + queries",
+        ),
+    )
+}  # fmt: skip
+
+
+def get(name: str) -> Method:
+    """Raises UserError where there is none of that name."""
+    if name not in METHODS:
+        raise UserError(f"--method {name!r} must be one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def listing() -> str:
+    """What `--list-methods` prints."""
+    lines = []
+    for m in METHODS.values():
+        lines.append(f"{m.name}: {m.summary}")
+        lines.append(f"    forward passes a step: {m.cost_note}")
+        options = ", ".join(f"{name}={written(default)}" for name, (_, default) in m.parameters().items())
+        lines.append(f"    options: {options or 'none'}" + (f" ({m.options_note})" if m.options_note else ""))
+        for peft in PEFTS:
+            p = m.preset(peft)
+            own = "".join(f", {name}={text}" for name, text in p.options.items())
+            lines.append(f"    --peft {peft}: lr {p.lr:g}, eps {p.eps:g}{own} ({p.source})")
+        if m.no_journal:
+            lines.append(f"    writes no journal, cannot be resumed or replayed: {m.no_journal}")
+    return "\n".join(lines)
+
+
+# ---- options as text ------------------------------------------------------------------------------------------------------
+
+
+def written(value: Any) -> str:
+    """A value as `parse` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return json.dumps(list(value)) if any(isinstance(v, str) for v in value) else ",".join(map(written, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse(where: str, text: str, hint: Any) -> Any:
+    """The value of an option, by its type: bool, int, float, str, a tuple of them, or a sequence of str (commas, or a JSON list).
+
+    Raises:
+        UserError: begins with `where`, and says what is wanted.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # str | Sequence[str]: one name is a name
+        single = "," not in text and not text.startswith("[")
+        return parse(where, text, str if single else Sequence[str])
+    if typing.get_origin(hint) is tuple:
+        kinds, parts = typing.get_args(hint), text.split(",")
+        if len(parts) != len(kinds):
+            raise UserError(f"{where}: give {len(kinds)} values with commas between them")
+        return tuple(parse(where, part, kind) for part, kind in zip(parts, kinds, strict=True))
+    if typing.get_origin(hint) is not None:
+        if not text.startswith("["):
+            return text.split(",")
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError):
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f'{where}: give names with commas between them, or a JSON list of strings such as ["a", "b"]')
+        return items
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{where}: give true or false")
+        return text.lower() == "true"
+    if hint is int:
+        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+            raise UserError(f"{where}: give a whole number, at least 0")
+        return int(text)
+    if hint is float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{where}: give a finite number")
+        return value
+    return text

@@ -1,0 +1,205 @@
+"""`zo-finetune compare`: which runs it makes, what it writes, what it keeps after Ctrl-C, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zo_finetune import compare as comparing
+from zo_finetune import report
+from zo_finetune.cli import main
+from zo_finetune.scoring import Scorer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def build(methods: str, *more: str, forwards: int = 12, seeds: str = "0,1") -> list[str]:
+        fixed = ["compare", "--model", str(model_folder("llama")), "--task", "sst2", "--data", str(data_folder), "--device", "cpu"]
+        sizes = ["--batch-size", "4", "--dev-examples", "6", "--eval-examples", "4", "--points", "2", "--seeds", seeds]
+        return [*fixed, *sizes, "--methods", methods, "--forwards", str(forwards), "--output", str(tmp_path / "out"), *more]
+
+    return build
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "compare.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_methods_and_two_seeds(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ctrl-C in the third run keeps two; the same command goes on, and ends as if nothing had been."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    arguments = command("mezo,fzoo:queries=3", "--lr", "mezo=1e-3")
+    calls, stop, loss = [0], [12 + 12 + 5], Scorer.loss
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(Scorer, "loss", counted)
+    assert main(arguments) == 130
+    out = tmp_path / "out"
+    assert [(row["method"], row["seed"]) for row in rows_of(out)] == [("mezo", "0"), ("fzoo:queries=3", "0")]
+    assert "2 runs are finished and kept" in capsys.readouterr().err
+    kept = {path: path.read_bytes() for path in out.glob("runs/*/*seed0/result.json")}
+    assert len(kept) == 2
+    stop[0] = 0
+    assert main(arguments) == 0
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    rows = rows_of(out)
+    assert [(row["method"], row["seed"], row["steps"], row["forwards"]) for row in rows] == [
+        ("mezo", "0", "6", "12"), ("fzoo:queries=3", "0", "3", "12"), ("mezo", "1", "6", "12"), ("fzoo:queries=3", "1", "3", "12"),
+    ]  # fmt: skip
+    assert {(row["method"], row["lr"]) for row in rows} == {("mezo", "0.001"), ("fzoo:queries=3", "3e-08")}
+    for seed in "01":  # the same data: the same model, evaluated on the same examples
+        assert len({row["accuracy_before"] + row["loss_before"] for row in rows if row["seed"] == seed}) == 1
+    content = json.loads((out / "compare.json").read_text())
+    assert not content["interrupted"] and len(content["runs"]) == 4
+    assert content["methods"]["fzoo:queries=3"] == {"queries": 3, "kind": "rademacher"}
+    mezo = content["curves"]["mezo"]
+    assert [run["seed"] for run in mezo] == [0, 1]
+    assert [point[0] for point in mezo[0]["dev"]] == [0, 6, 12]
+    assert [point[0] for point in content["curves"]["fzoo:queries=3"][0]["dev"]] == [0, 8, 12]
+    table = (out / "table.md").read_text()
+    assert table.count("\n| mezo | 6 | 12 | 0.001 |") == 1 and table in capsys.readouterr().out
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # Without a journal, only finished runs are kept; here all of them are.
+    calls[0] = 0
+    assert main(arguments) == 0 and calls[0] == 0
+    assert main([*arguments, "--batch-size", "5"]) == 2
+    assert "has a run with another batch_size" in capsys.readouterr().err
+
+
+def test_learning_rates_are_chosen_on_the_dev_examples(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lowest loss on them at the end; the run that was chosen serves as that of the first seed."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    assert main(command("hybrid", "--lr-factors", "1e4,1", forwards=10)) == 0
+    out = tmp_path / "out"
+    content = json.loads((out / "compare.json").read_text())
+    tuned = content["tuned"]["hybrid"]
+    assert list(tuned) == ["0.01", "1e-06"] and len(set(tuned.values())) == 2
+    best = min(tuned, key=tuned.__getitem__)
+    assert [(row["lr"], row["seed"]) for row in content["runs"]] == [(float(best), 0), (float(best), 1)]
+    assert content["runs"][0]["dev_loss"] == tuned[best]
+    assert {path.name for path in (out / "runs" / "hybrid").iterdir()} == {"lr0.01-seed0", "lr1e-06-seed0", f"lr{best}-seed1"}
+
+
+def test_state_is_counted(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of state for a trained weight, of methods that have none, one and two numbers, a bit, and copies of two layers' matrices."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    wanted = "mezo,momentum,momentum:state=recomputed,adam,sparse,hizoo,dizo"
+    assert main(command(wanted, "--points", "0", forwards=6, seeds="0")) == 0
+    found = {row["method"]: (int(row["state_bytes"]), int(row["trained_weights"])) for row in rows_of(tmp_path / "out")}
+    weights = found["mezo"][1]
+    assert {name: size for name, (size, _) in found.items() if name not in ("sparse", "dizo")} == {
+        "mezo": 0, "momentum": 4 * weights, "momentum:state=recomputed": 0, "adam": 8 * weights, "hizoo": 4 * weights,
+    }  # fmt: skip
+    assert weights / 8 <= found["sparse"][0] <= weights / 8 + 100
+    assert found["dizo"][0] == 2 * 2 * 32 * 32 * 4  # query and value of two layers
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "reason"),
+    [
+        ("mezo,mezo", [], "--methods: give at least one, and none twice"),
+        ("mezo,nonsense", [], "--method 'nonsense' must be one of"),
+        ("mezo:queries", [], "'queries' must be KEY=VALUE"),
+        ("mezo:rank=2", [], "--method mezo has no option 'rank'"),
+        ("mezo", ["--lr", "sign=1e-3"], "--lr sign=0.001: --methods has no 'sign'"),
+        ("mezo", ["--lr", "mezo=-1"], "--lr -1.0 must be at least 0"),
+        ("mezo,conservative", ["--forwards", "4"], "--forwards 4: a step of conservative needs 5"),
+        ("mezo", ["--lr-factors", "1,0"], "--lr-factors must be finite and greater than 0"),
+        ("mezo", ["--lr-factors", "1,2", "--points", "0"], "--lr-factors chooses by the dev examples"),
+        ("mezo", ["--seeds", "1,1"], "--seeds: give at least one, and none twice"),
+        ("mezo", ["--points", "-1"], "--points -1 must be at least 0"),
+    ],
+)
+def test_what_is_refused(
+    methods: str, more: list[str], reason: str, command: Callable[..., list[str]], tmp_path: Path, capsys: Any
+) -> None:
+    assert main(command(methods, *more)) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_of_the_documentation(
+    model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/compare.py: a CSV with the documented columns and without a path, a figure, a table in a page."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    out, page = tmp_path / "compare.csv", tmp_path / "page.md"
+    page.write_text("before\n<!-- table compare -->\nold\n<!-- end -->\nafter\n")
+    script = [
+        "compare.py",
+        "--model",
+        str(model_folder("llama")),
+        "--data",
+        str(data_folder),
+        "--work",
+        str(tmp_path / "work"),
+        "--quick",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", [*script, "--out", str(out), "--figures", str(tmp_path), "--page", str(page), "--methods", "sign"]
+    )
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / "compare.py"), run_name="__main__")
+    assert end.value.code == 0
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    listed = {key: columns.split() for key, columns in re.findall(r"^- `([\w.]+)`: `([\w ]+)`", text, re.MULTILINE)}
+    with out.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        assert reader.fieldnames == listed["machine"] + listed["compare.csv"]
+    assert [(row["method"], row["seed"], row["steps"], row["peft"]) for row in rows] == [
+        ("sign", "0", "5", "ln"),
+        ("sign", "1", "5", "ln"),
+    ]
+    assert str(tmp_path) not in out.read_text()
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    filled = page.read_text()
+    assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "| sign | 5 | 10 |" in filled and "old" not in filled
+
+
+@pytest.mark.parametrize("option", [["--lr", "1e-3"], ["--seeds", "a"], ["--lr-factors", "1,,2"]])
+def test_what_the_parser_refuses(option: list[str], command: Callable[..., list[str]]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(command("mezo", *option))
+    assert end.value.code == 2
+
+
+def test_an_unfinished_run_without_a_journal_begins_anew(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    calls, loss = [0], Scorer.loss
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(Scorer, "loss", counted)
+    arguments = command("hybrid", forwards=10, seeds="0")
+    assert main(arguments) == 130
+    assert not (tmp_path / "out" / "compare.csv").exists()
+    assert main(arguments) == 0
+    assert [row["steps"] for row in rows_of(tmp_path / "out")] == ["2"]
+    assert tuple(rows_of(tmp_path / "out")[0]) == comparing.COLUMNS
