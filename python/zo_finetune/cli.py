@@ -179,7 +179,14 @@ def add_run_options(parser: argparse.ArgumentParser, several: bool = False) -> N
             help="one of the method's own options; repeatable",
         )
         how.add_argument("--steps", type=int, metavar="N", help="(default: 20000)")
-    how.add_argument("--list-methods", action=ListMethods, nargs=0, help="print the methods, their options and defaults, and exit")
+    how.add_argument(
+        "--list-methods",
+        action=ListMethods,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help="print the methods, their options and defaults, and exit",
+    )
     how.add_argument("--batch-size", type=int, metavar="B", help="(default: 16)")
     how.add_argument(
         "--accumulate", type=int, metavar="N", help="micro-batches of --batch-size in one step, their losses averaged (default: 1)"
