@@ -2,7 +2,7 @@
 # make test   set up .venv and run the tests
 # make lint   ruff, mypy, clang-format
 # make bench  the benchmarks that fit this machine, as CSV and figures
-# make compare MODEL=PATH DATA=PATH   the comparison of docs/algorithms.md, with a model and SST-2 of your own (20 CPU minutes)
+# make compare MODEL=PATH DATA=PATH   the comparison of docs/algorithms.md, with a model and SST-2 of your own
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's

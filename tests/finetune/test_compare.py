@@ -156,7 +156,9 @@ def test_the_benchmark_of_the_documentation(
         "--quick",
     ]
     monkeypatch.setattr(
-        sys, "argv", [*script, "--out", str(out), "--figures", str(tmp_path), "--page", str(page), "--methods", "sign"]
+        sys,
+        "argv",
+        [*script, "--out", str(out), "--figures", str(tmp_path), "--page", str(page), "--methods", "sign", "--peft", "ln"],
     )
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "benchmarks" / "compare.py"), run_name="__main__")
@@ -172,7 +174,7 @@ def test_the_benchmark_of_the_documentation(
         ("sign", "1", "5", "ln"),
     ]
     assert str(tmp_path) not in out.read_text()
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "compare-ln.png").read_bytes().startswith(b"\x89PNG")
     filled = page.read_text()
     assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "| sign | 5 | 10 |" in filled and "old" not in filled
 

@@ -38,10 +38,6 @@ class Estimator(Protocol):
         """What a step returns: the best that these losses tell about the loss at theta."""
         ...
 
-    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
-        """The second difference along the direction, for rules that want it."""
-        ...
-
 
 def check_queries(queries: int) -> None:
     if ops.check_word("queries", queries, 16) < 1:
@@ -73,9 +69,6 @@ class TwoSided:
 
     def loss(self, losses: Sequence[Tensor]) -> Tensor:
         return (losses[0] + losses[1]) / 2 if self.queries == 1 else torch.stack(list(losses)).mean()
-
-    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
-        raise NotImplementedError("a two-sided estimate has no loss at theta")
 
 
 @dataclass(frozen=True)
@@ -114,9 +107,6 @@ class OneSided:
     def loss(self, losses: Sequence[Tensor]) -> Tensor:
         return losses[0]
 
-    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
-        raise NotImplementedError("a one-sided estimate has no loss at theta - eps z")
-
 
 @dataclass(frozen=True)
 class ThreePoint:
@@ -139,6 +129,7 @@ class ThreePoint:
         return losses[0]
 
     def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
+        """For `HessianDiagonal`."""
         return (losses[1] + losses[2] - 2 * losses[0]).abs() / (2 * eps * eps)
 
 
@@ -161,6 +152,3 @@ class ForwardGradient:
 
     def loss(self, losses: Sequence[Tensor]) -> Tensor:
         return losses[0][0]
-
-    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
-        raise NotImplementedError("a forward gradient has one point")

@@ -19,7 +19,9 @@ from torch import Tensor
 from zo_kernels import ops
 from zo_kernels.parameters import check_patterns, stream_of
 
-NOTHING: Callable[[], None] = lambda: None  # noqa: E731
+
+def nothing() -> None:
+    """What undoes a projection that was not made."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Projector:
         """
         chosen = self._chosen(params)
         if not self.due(step):
-            return [0.0] * self.size, NOTHING
+            return [0.0] * self.size, nothing
         far = {n: p.detach().clone() for n, p in chosen.items()}
 
         def undo() -> None:

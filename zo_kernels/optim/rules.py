@@ -58,7 +58,6 @@ class Rule:
     name: ClassVar[str]
     stateful: ClassVar[bool] = False  # the update is a rule pass over weights and state, not a list of terms
     memory: ClassVar[bool] = False  # the update depends on earlier steps
-    wants_curvature: ClassVar[bool] = False
 
     def size(self, directions: int) -> int:
         """How many numbers a step records in each group."""
@@ -74,7 +73,7 @@ class Rule:
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         """The update as a pass over weights and state, for rules with `stateful`."""
-        raise NotImplementedError
+        raise TypeError(f"the rule {self.name!r} is a list of terms")
 
     def check(self, directions: int, direction: str) -> None:
         """ValueError where the rule makes no sense with so many directions, or this kind of them."""
@@ -409,7 +408,6 @@ class HessianDiagonal(Rule):
     name: ClassVar[str] = "hessian-diagonal"
     stateful: ClassVar[bool] = True
     memory: ClassVar[bool] = True
-    wants_curvature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 1):

@@ -407,7 +407,7 @@ class ZOStep(torch.optim.Optimizer):
             rng.set(before)
 
         numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
-        undo: Callable[[], None] = projection.NOTHING
+        undo: Callable[[], None] = projection.nothing
         inner: list[float] = []
         try:
             if self._first_order is not None:
@@ -587,7 +587,7 @@ class ZOStep(torch.optim.Optimizer):
             raw, loss = [[float(g) for g in gs] for gs in raw], float(loss)
         gs, clipped = self._clipped(raw, on_host)
         curvatures: list[Any] = [None] * len(numbers)
-        if self._rule.wants_curvature:
+        if isinstance(self._estimator, estimators.ThreePoint):
             curvatures = [self._estimator.curvature(losses, n.eps) for n in numbers]
             curvatures = [float(c) for c in curvatures] if on_host else curvatures
         # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
