@@ -101,9 +101,9 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     from zo_kernels._backends import _triton_kernels as kernels
-    from zo_kernels._backends.triton import loop_options
+    from zo_kernels._backends.triton import GPU, loop_options
 
-    launch = gpu_launch(dtype)
+    launch = GPU
     constants = {**PLAIN, **flags, "DTYPE": getattr(tl, dtype), "P": launch.groups, "NARROW": launch.narrow, "INTERPRETED": False}
     pointers = {"table": "*i64", "spans": "*i64"}
     if constants["HOST_TERMS"]:
@@ -131,14 +131,6 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def gpu_launch(dtype: str) -> Any:
-    import torch
-
-    from zo_kernels._backends import triton as backend
-
-    return backend.gpu_launch(getattr(torch, dtype))
-
-
 def gpu_linear_launch(dtype: str) -> Any:
     import torch
 
@@ -159,9 +151,9 @@ def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str
 
     from zo_kernels import update
     from zo_kernels._backends import _triton_update as kernels
-    from zo_kernels._backends.triton import UPDATE_OPTIONS
+    from zo_kernels._backends.triton import GPU, UPDATE_OPTIONS
 
-    launch, chosen = gpu_launch(dtype), update.RULES[rule]
+    launch, chosen = GPU, update.RULES[rule]
     constants = {**UPDATE_PLAIN, **flags, "DTYPE": getattr(tl, dtype), "STATE": getattr(tl, state), "P": launch.groups}
     constants |= {"RULE": chosen.code, "NUMBERS": len(chosen.numbers), "INTERPRETED": False}
     pointers = {**dict.fromkeys(("table", "states", "spans"), "*i64"), "tags": "*i32", "coefs": "*fp32", "numbers": "*fp32"}
@@ -369,7 +361,8 @@ def rank_loop(code: list[tuple[int, str]], edges: list[list[int]]) -> float:
 
 
 def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
-    launch = gpu_launch(dtype)
+    from zo_kernels._backends.triton import GPU as launch
+
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)
     edges = successors(code)

@@ -46,7 +46,6 @@ class Launch:
 GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)
 # One tuning run on an H100 gave fp32 about twice the bandwidth with 256 groups (65 % of a copy's instead of 34 %); not taken yet, since the
 # count of a sequence's instructions does not know that loop, and the full benchmark is not yet measured again.
-GPU_FP32 = GPU
 INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 30 ms, whatever its size
 
 
@@ -76,10 +75,6 @@ UPDATE_OPTIONS: dict[str, Any] = {"maxnreg": 128}  # weights, two states and the
 
 def loop_options(sequence: bool, kind: int) -> dict[str, Any]:
     return LOOP_OPTIONS if sequence or kind == _kernels().LOW_RANK_8.value else {}
-
-
-def gpu_launch(dtype: torch.dtype) -> Launch:
-    return GPU_FP32 if dtype == torch.float32 else GPU
 
 
 def gpu_linear_launch(dtype: torch.dtype) -> LinearLaunch:
@@ -300,7 +295,7 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
     """A launch for each batch of the plan; `arguments`: those of the kernel that depend on the terms."""
     kernels = _kernels()
     interpreted = _interpreted()
-    launch = INTERPRETER if interpreted else gpu_launch(plan.dtype)
+    launch = INTERPRETER if interpreted else GPU
     arguments |= {
         **_common(seed, kind, plan.dtype),
         "STOCHASTIC": stochastic and plan.dtype != torch.float32,
@@ -330,7 +325,7 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
     from zo_kernels._backends import _triton_update as kernels
 
     interpreted = _interpreted()
-    launch = INTERPRETER if interpreted else gpu_launch(plan.dtype)
+    launch = INTERPRETER if interpreted else GPU
     rule = rules.RULES[p.rule]
 
     def there(x: Any, dtype: torch.dtype) -> Tensor:
