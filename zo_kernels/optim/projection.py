@@ -40,7 +40,7 @@ class Projection:
     eps: float = 0.1
     lr: float = 0.05
     tau: float = 0.2
-    layers: Sequence[str] = (r"\b(q_proj|v_proj|query|value|query_key_value|c_attn)\.weight",)
+    layers: Sequence[str] = (r"\b(q_proj|v_proj|query|value|query_key_value|c_attn)\.(weight$|lora_[AB]\.)",)
     name: ClassVar[str] = "dizo"
 
     def __post_init__(self) -> None:
