@@ -348,6 +348,7 @@ def test_table_layout() -> None:
 # ---- sanitizers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
     """sanitize.cpp over exactly sized allocations: no access outside, no undefined behaviour, no race, the same bits for every ISA."""

@@ -479,6 +479,7 @@ def interpreter_cases() -> list[uc.Case]:
     return chosen
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
     if INTERPRETED:

@@ -135,6 +135,7 @@ def test_replay_and_resume_give_the_bits_of_the_run(tmp_path: Path, mode: str, d
         assert cut.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "dtype"), [("scratch", torch.bfloat16), ("inplace", torch.float16), ("lazy", torch.bfloat16)], ids=str
 )
