@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -46,13 +45,12 @@ def test_what_is_no_list_of_patterns_is_refused(patterns: object) -> None:
         check_patterns("by", patterns)
 
 
+@pytest.mark.timeout(120)  # 300 patterns take a second; one that hangs takes for ever
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab()*+?|.{},19[]^$\\", max_size=24))
-def test_what_is_taken_matches_in_no_time(pattern: str) -> None:
+def test_what_is_taken_comes_to_an_end(pattern: str) -> None:
     try:
         check_patterns("by", [pattern])
     except ValueError:
         return
-    start = time.process_time()
     re.search(pattern, "ab" * 40 + "c")
-    assert time.process_time() - start < 2, "a hang; matching takes milliseconds"
