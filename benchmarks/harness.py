@@ -9,12 +9,14 @@ no path, no user.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import gc
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +182,25 @@ def copy_bandwidth(nbytes: int = 1 << 28, *, device: torch.device | str = "cpu",
     target = torch.empty_like(source)
     timings = interleaved({"copy": lambda: target.copy_(source), "rewrite": lambda: rewrite_(source)}, rounds=rounds, device=device)
     return {name: 2 * nbytes / timing.median for name, timing in timings.items()}
+
+
+def device_script(
+    doc: str, columns: Sequence[str], rows: Callable[[torch.device, bool], Iterable[Mapping[str, Any]]], arguments: list[str] | None
+) -> int:
+    """The command line of a script that times backends on one device and writes one CSV file: --device, --out, --quick."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="the CSV file")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    table = list(rows(torch.device(args.device), args.quick))
+    if not table:
+        print("no backend could be timed", file=sys.stderr)
+        return 1
+    write_csv(args.out, columns, table)
+    return 0
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------

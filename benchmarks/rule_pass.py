@@ -11,10 +11,8 @@ plain pass of one term, `perturb`, is what the noise and the weights alone cost.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -90,6 +88,7 @@ def torch_step(rule: str, theta: Tensor, states: list[Tensor]) -> Callable[[], A
     return history
 
 
+@torch.no_grad()
 def rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     gpu = device.type == "cuda"
     weights = (1 << 17 if quick else 1 << 28 if gpu else 1 << 24) + 17
@@ -137,20 +136,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    with torch.no_grad():
-        table = list(rows(torch.device(args.device), args.quick))
-    if not table:
-        print("no backend could be timed", file=sys.stderr)
-        return 1
-    harness.write_csv(args.out, COLUMNS, table)
-    return 0
+    return harness.device_script(__doc__ or "", COLUMNS, rows, arguments)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class View(abc.ABC):
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
-        self.names = {id(p): name for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
+        self.params = {name: p for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
+        self.names = {id(p): name for name, p in self.params.items()}
         # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
         self.places: list[tuple[nn.Module, str, Tensor]] = [
             (module, attribute, p)

@@ -181,6 +181,14 @@ def perturb(plan: Plan, p: Pass) -> None:
     module.cuda_perturb(*r.launch, form, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
 
 
+def on_current_stream(plan: Plan) -> tuple[Resident, int]:
+    """The plan's tables, ready on the current stream of the current device, the plan's; and that stream's number."""
+    index = torch.cuda.current_device()
+    raw = torch._C._cuda_getCurrentRawStream(index)
+    r: Resident | None = plan.cache.get("cuda")
+    return (r if r is not None and r.stream == raw else resident(plan, r, index, raw)), raw
+
+
 def sequence(plan: Plan, passes: Passes) -> None:
     """All passes over each group of weights while it lies in registers: one launch, after a small one that prepares the terms."""
     plan.admit_sequence()
@@ -188,11 +196,7 @@ def sequence(plan: Plan, passes: Passes) -> None:
     if isinstance(module, str):
         raise RuntimeError(module)
     with torch.cuda.device(plan.device):
-        index = torch.cuda.current_device()
-        raw = torch._C._cuda_getCurrentRawStream(index)
-        r: Resident | None = plan.cache.get("cuda")
-        if r is None or r.stream != raw:
-            r = resident(plan, r, index, raw)
+        r, raw = on_current_stream(plan)
         n, n_terms = len(passes), passes.tags.numel()
         scratch = torch.empty(16 * n + 8 * n_terms, dtype=torch.uint8, device=plan.device)  # ZO_CUDA_SCRATCH
         there = (ops.move(passes.first, plan.device), passes.decay, ops.move(passes.rounding, plan.device))
@@ -240,12 +244,8 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
     if isinstance(module, str):
         raise RuntimeError(module)
     with torch.cuda.device(plan.device):
-        index = torch.cuda.current_device()
-        raw = torch._C._cuda_getCurrentRawStream(index)
-        r: Resident | None = plan.cache.get("cuda")
-        if r is None or r.stream != raw:
-            r = resident(plan, r, index, raw)
-        table = resident_states(plan, states, index)
+        r, raw = on_current_stream(plan)
+        table = resident_states(plan, states, r.index)
         inline = not isinstance(p.tags, Tensor) and len(p.tags) <= module.INLINE_TERMS
         given: list[Any] = [p.tags, p.coefs, p.numbers, p.squares]
         kept: list[Tensor] = []  # until the launch

@@ -35,6 +35,12 @@ def of_header(header: journal.Header) -> dict[str, Any]:
     return {what: record.part_of(what, content, PARTS[what]) for what, content in method.items()}
 
 
+def plain(rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any) -> bool:
+    """Whether every step is the same list of terms, with coefficients of its own losses alone."""
+    steady = type(direction) is directions.Dense and blocks is None and projection is None
+    return steady and isinstance(rule, (rules.SGD, rules.Sign)) and not isinstance(clip, rules.QuantileClip)
+
+
 def check(
     estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, first_order: Any, clip: Any, kind: str, lazy: bool,
     cuda_graph: bool, scratch: bool | None,
@@ -49,8 +55,7 @@ def check(
         if not isinstance(part, known):
             raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
     rule.check(estimator.directions, direction.name)
-    plain = type(direction) is directions.Dense and blocks is None and projection is None and first_order is None
-    simple = isinstance(rule, (rules.SGD, rules.Sign)) and not isinstance(clip, rules.QuantileClip) and plain
+    simple = plain(rule, direction, blocks, projection, clip) and first_order is None
     if lazy and not (simple and estimator == estimators.TwoSided()):
         raise ValueError(
             "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only"

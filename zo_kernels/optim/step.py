@@ -249,18 +249,10 @@ class ZOStep(torch.optim.Optimizer):
         if view is not None:
             self._views.clear()
         if self._blocks is not None:
-            names = [n for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=False) if p.requires_grad]
-            self._members = self._blocks.split(names)
+            self._members = self._blocks.split([n for _, n, _ in self._active()])
             block = self._blocks.at(self.steps, len(self._members), self._seed)
         among = self._among(block)
-        self._held.expect(
-            [
-                (n, p, self._streams[n])
-                for g in self.param_groups
-                for n, p in zip(g["param_names"], g["params"], strict=False)
-                if p.requires_grad and (among is None or n in among)
-            ]
-        )
+        self._held.expect([(n, p, self._streams[n]) for _, n, p in self._active() if among is None or n in among])
         groups = [
             parameters.Weights.of_group(g, self._streams, among, self._limits, self._direction.update_differs)
             for g in self.param_groups
@@ -310,8 +302,7 @@ class ZOStep(torch.optim.Optimizer):
 
     def _prepare(self, view: perturb.View) -> None:
         """Masks, scales and factors of the next step, from the clean weights."""
-        params = {n: p for w in view.groups for n, p in zip(w.names, w.params, strict=True)}
-        self._held.prepare(self.steps, self._tag, params)
+        self._held.prepare(self.steps, self._tag, view.params)
         if view.mask_tag != self._held.mask_tag:
             assert self._held.mask_tag is not None
             view.retag(self._held.mask_tag)
@@ -406,6 +397,9 @@ class ZOStep(torch.optim.Optimizer):
                 after[:] = rng.get()
             rng.set(before)
 
+        def evaluate() -> Tensor:
+            return self._evaluate(closure, batches)
+
         numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
         undo: Callable[[], None] = projection.nothing
         inner: list[float] = []
@@ -416,14 +410,10 @@ class ZOStep(torch.optim.Optimizer):
             tag = self._tag + self._own
             if self._projection is not None:
                 sign = -1.0 if self._maximize else 1.0
-                inner, undo = self._projection.learn(
-                    self.steps, tag, self._trained(), lambda: self._evaluate(closure, batches), between, sign
-                )
+                inner, undo = self._projection.learn(self.steps, tag, self._trained(), evaluate, between, sign)
             if self._direction.size:
                 eps = float(numbers[0].eps)
-                inner += self._held.learn(
-                    self.steps, tag + len(inner), self._trained(), eps, lambda: self._evaluate(closure, batches), between
-                )
+                inner += self._held.learn(self.steps, tag + len(inner), self._trained(), eps, evaluate, between)
             loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, undo, commit=not rehearsal)
         except BaseException:
             undo()
@@ -660,8 +650,17 @@ class ZOStep(torch.optim.Optimizer):
             for a in decided:
                 rule.run(kept, a, view.groups[a.group], options)
 
+    def _active(self) -> list[tuple[int, str, Tensor]]:
+        """(group, name, parameter) of all that are not frozen. A group whose list was edited is refused where its weights are made."""
+        return [
+            (k, n, p)
+            for k, g in enumerate(self.param_groups)
+            for n, p in zip(g["param_names"], g["params"], strict=False)
+            if p.requires_grad
+        ]
+
     def _trained(self) -> dict[str, Tensor]:
-        return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.requires_grad}
+        return {n: p for _, n, p in self._active()}
 
     def _backpropagate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> None:
         """Gradients of the first-order optimizer's parameters at theta; no graph is kept for ours."""
@@ -798,10 +797,9 @@ class ZOStep(torch.optim.Optimizer):
     def method(self) -> dict[str, Any] | None:
         """What the numbers of a record mean, for a journal's header: JSON; None where they are the coefficients of an update along directions
         that stay, as in plain MeZO: such records replay without an optimizer."""
-        plain = isinstance(self._direction, directions.Dense) and type(self._direction) is directions.Dense
-        plain &= type(self._rule) in (rules.SGD, rules.Sign) and self._blocks is None and self._projection is None
-        plain &= isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
-        if plain and not isinstance(self._clip, rules.QuantileClip):
+        if parts.plain(self._rule, self._direction, self._blocks, self._projection, self._clip) and (
+            isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
+        ):
             return None
         mine = {
             "estimator": self._estimator,
@@ -909,12 +907,7 @@ class ZOStep(torch.optim.Optimizer):
         """The journal's table of parameters is that of the whole run."""
         assert self._recorder is not None
         recorded = {(p.name, p.group) for p in self._recorder.writer.header.parameters}
-        now = {
-            (n, k)
-            for k, g in enumerate(self.param_groups)
-            for n, p in zip(g["param_names"], g["params"], strict=True)
-            if p.requires_grad
-        }
+        now = {(n, k) for k, n, _ in self._active()}
         if recorded != now:
             raise RuntimeError(
                 f"parameter {min(recorded ^ now)[0]!r} was frozen, unfrozen, added or moved to another group, and the journal "
