@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,21 +33,35 @@ def canonical_name(name: str) -> str:
     return _PEFT_PREFIX.sub("", stripped) or name
 
 
+def hash_of(text: str) -> int:
+    """The first four bytes, little-endian, of the SHA-256 of the text's UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
 def stream_of(name: str) -> int:
-    """The 32-bit stream of a canonical name: the first four bytes, little-endian, of the SHA-256 of its UTF-8."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    """The 32-bit stream of a parameter's noise: the first four bytes, little-endian, of the SHA-256 of its canonical name. The prefixes of peft, DDP,
+    FSDP and torch.compile do not count, so that a name as `named_parameters()` gives it will do. In a model where two names have one hash, the
+    optimizer's own `stream_of` knows which of them got another.
+
+    >>> stream_of("base_model.model.layers.0.q_proj.base_layer.weight") == stream_of("layers.0.q_proj.weight")
+    True
+    """
+    return hash_of(canonical_name(name))
 
 
-def streams_of(names: Iterable[str]) -> dict[str, int]:
+def streams_of(names: Iterable[str], known: Mapping[str, int] | None = None) -> dict[str, int]:
     """A stream for every name, none twice. `names` are all names of the model, the frozen ones too, so that freezing cannot
-    change the outcome; a collision (odds n^2 / 2^33) moves the later name in alphabetical order to its next hash."""
-    table: dict[str, int] = {}
-    taken: set[int] = set()
-    for name in sorted(set(names)):
-        stream, again = stream_of(canonical_name(name)), 0
+    change the outcome; a collision (odds n^2 / 2^33) moves the later name in alphabetical order to its next hash. `known`: streams that
+    stay what they are, of names that were there before these."""
+    table = dict(known or {})
+    taken = set(table.values())
+    for name in sorted(set(names) - table.keys()):
+        # Not `stream_of`: a canonical name may have a prefix of its own that a second look would take off.
+        bare, again = canonical_name(name), 0
+        stream = hash_of(bare)
         while stream in taken:
             again += 1
-            stream = stream_of(f"{canonical_name(name)}#{again}")
+            stream = hash_of(f"{bare}#{again}")
         table[name] = stream
         taken.add(stream)
     return table
@@ -128,8 +142,29 @@ class Named:
     all_names: list[str]
 
 
-def read_params(source: Any, model: nn.Module | None, weight_decay: float, without: Collection[int] = ()) -> Named:
-    """Read a module, (name, tensor) pairs, tensors, or parameter groups of either. `without`: ids of a module's parameters to leave out."""
+def _listed(where: str, members: Any) -> list[Any]:
+    """An ordered collection as a list.
+
+    Raises:
+        TypeError: it has no order, or none of tensors.
+    """
+    if isinstance(members, (Set, Mapping, str)):
+        raise TypeError(
+            f"{where} is a {type(members).__name__}: give an ordered collection, for example named_parameters() or a list; a set has no order"
+        )
+    return [members] if isinstance(members, Tensor) else list(members)
+
+
+def read_params(
+    source: Any, model: nn.Module | None, weight_decay: float, without: Collection[int] = (), positions: bool = True
+) -> Named:
+    """Read a module, (name, tensor) pairs, tensors, or parameter groups of either. `without`: ids of a module's parameters to leave out. `positions`:
+    tensors without a name are named by their place.
+
+    Raises:
+        TypeError: not a collection of tensors, or one without an order.
+        ValueError: a parameter is frozen, or two have one name.
+    """
     if isinstance(source, nn.Module):
         pairs: list[tuple[str, Tensor]] = [pair for pair in trainable(source) if id(pair[1]) not in without]
         if not pairs:
@@ -144,7 +179,7 @@ def read_params(source: Any, model: nn.Module | None, weight_decay: float, witho
         kept = [(n, p) for n, p in pairs if id(p) in skip]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
         return Named([g for g in groups if g["params"]], source, names)
-    if isinstance(source, (Tensor, str, Mapping)):
+    if isinstance(source, (Tensor, str, Mapping, Set)):
         raise TypeError(
             f"params is a {type(source).__name__}: give a module, named_parameters(), a list of tensors, or parameter groups"
         )
@@ -157,14 +192,17 @@ def read_params(source: Any, model: nn.Module | None, weight_decay: float, witho
     for number, group in enumerate(groups):
         if not isinstance(group, dict) or "params" not in group:
             raise TypeError(f"params[{number}] is not a parameter group: a group is a dict with the key 'params'")
-        members = group["params"]
         pairs = []
-        for item in [members] if isinstance(members, Tensor) else list(members):
+        for item in _listed(f"params[{number}]['params']", group["params"]):
             if isinstance(item, tuple):
+                if len(item) != 2 or not isinstance(item[0], str):
+                    raise TypeError(f"params: {item!r:.80} is neither a tensor nor a pair (name, tensor)")
                 name, p = item
             else:
                 p = item
                 name = by_id.get(id(p))
+                if name is None and not positions:
+                    raise ValueError("param_group: its parameters need names for their noise: give (name, tensor) pairs")
                 if name is None:
                     name, nameless = f"param.{position}", True
             if not isinstance(p, Tensor):

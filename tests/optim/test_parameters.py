@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -36,8 +39,8 @@ def test_the_stream_is_a_stable_hash() -> None:
 
 
 def test_collisions_are_resolved_the_same_way_whatever_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = parameters.stream_of
-    monkeypatch.setattr(parameters, "stream_of", lambda name: 7 if name in ("a", "b") else real(name))
+    real = parameters.hash_of
+    monkeypatch.setattr(parameters, "hash_of", lambda text: 7 if text in ("a", "b") else real(text))
     table = parameters.streams_of(["b", "c", "a"])
     assert table["a"] == 7
     assert table["b"] == real("b#1")
@@ -84,3 +87,109 @@ def test_groups_need_names_once_added() -> None:
     step.step(lambda: next(values))
     z = zk.normal(2, seed=0, stream=zk.stream_of("bias"), tag=0)
     assert torch.allclose(m.bias, before - 0.5 * 500 * z, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "base_model.model.", "_fsdp_wrapped_module."])
+def test_a_stream_is_that_of_the_name_in_any_wrapper(prefix: str) -> None:
+    assert zk.stream_of(prefix + "layers.0.weight") == parameters.hash_of("layers.0.weight")
+
+
+def test_a_canonical_name_with_a_prefix_of_its_own_keeps_its_stream() -> None:
+    """Of two prefixes of peft one is the wrapper's; the run's stream takes one off, not two."""
+    name = "base_model.model.base_model.model.x"
+    assert zk.stream_of(name) == parameters.streams_of([name])[name] == parameters.hash_of("base_model.model.x")
+
+
+def test_the_recipe_for_z_holds_for_names_of_an_adapter() -> None:
+    model = make("lora")
+    step = zk.MeZOStep(model, lr=0.5, seed=4, perturbation="inplace")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    values = iter([0.002, 0.0])
+    step.step(lambda: next(values))
+    assert before
+    for n, p in model.named_parameters():
+        if n in before:
+            z = zk.normal(p.shape, seed=4, stream=zk.stream_of(n), tag=step.tags_of(0)[0])
+            assert torch.allclose(p.detach(), before[n] - 0.5 * z, rtol=1e-4, atol=1e-5), n
+            assert step.stream_of(n) == zk.stream_of(n) == step.stream_of(parameters.canonical_name(n))
+
+
+def test_the_optimizer_knows_the_stream_of_a_name_that_collided(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = parameters.hash_of
+    monkeypatch.setattr(parameters, "hash_of", lambda text: 7 if text in ("a", "b") else real(text))
+    a, b = (nn.Parameter(torch.zeros(4)) for _ in "ab")
+    step = zk.MeZOStep([("a", a), ("module.b", b)], lr=0.5, perturbation="inplace")
+    assert [step.stream_of(n) for n in ("a", "module.b", "b", "module.a")] == [7, real("b#1"), real("b#1"), 7]
+    values = iter([0.002, 0.0])
+    step.step(lambda: next(values))
+    for n, p in (("a", a), ("b", b)):
+        z = zk.normal(4, seed=0, stream=step.stream_of(n), tag=0)
+        assert torch.allclose(p.detach(), -0.5 * z, rtol=1e-4), n
+    with pytest.raises(ValueError, match=r"name='c': this optimizer knows no such parameter; it knows a, module.b"):
+        step.stream_of("c")
+
+
+def test_names_that_come_later_take_no_stream_from_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alphabetical order resolves a collision of names that are there together; one that comes later gives way."""
+    real = parameters.hash_of
+    monkeypatch.setattr(parameters, "hash_of", lambda text: 7 if text in ("a", "b") else real(text))
+    step = zk.MeZOStep([("b", nn.Parameter(torch.zeros(4)))], lr=0.5, perturbation="inplace")
+    step.add_param_group({"params": [("a", nn.Parameter(torch.zeros(4)))]})
+    assert step.stream_of("b") == 7 and step.stream_of("a") == real("a#1")
+
+
+def parameter(*shape: int, **more: Any) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*(shape or (8,)), **more))
+
+
+W = parameter()
+GROUPS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: {"params": [("w", parameter())]}, ValueError, "the name 'w' is in use"),
+    (lambda: {"params": [("q", parameter()), ("q", parameter())]}, ValueError, "'q' occurs twice"),
+    (lambda: {"params": [("q", parameter(dtype=torch.float64))]}, TypeError, "'?q'? has dtype torch.float64"),
+    (lambda: {"params": [("q", parameter(dtype=torch.complex64))]}, TypeError, "complex64"),
+    (lambda: {"params": [("q", torch.zeros(8))]}, ValueError, "q is frozen"),
+    (lambda: {"params": [("q", torch.zeros(8, dtype=torch.int64))]}, ValueError, "q is frozen"),
+    (lambda: {"params": [("q", torch.zeros(4, 4).to_sparse().requires_grad_())]}, ValueError, "sparse_coo"),
+    (lambda: {"params": [("q", parameter(4, 4).t().detach().requires_grad_())]}, ValueError, "q.*contiguous"),
+    (lambda: {"params": [("q", parameter(device="meta"))]}, (TypeError, ValueError), "meta"),
+    (lambda: {"params": [("q", W)]}, ValueError, "overlap|share"),
+    (lambda: {"params": [("q", W.detach()[2:].requires_grad_())]}, ValueError, "overlap|share"),
+    (lambda: {"params": [("q", p := parameter()), ("r", p)]}, ValueError, "overlap|share"),
+    (lambda: {"params": {("q", parameter())}}, TypeError, "is a set: .* no order"),
+    (lambda: {"params": {"q": parameter()}}, TypeError, "is a dict"),
+    (lambda: {"params": [parameter()]}, ValueError, "need names"),
+    (lambda: {"params": [(5, parameter())]}, TypeError, "neither a tensor nor a pair"),
+    (lambda: {"params": [("q", 5)]}, TypeError, "q is a int"),
+    (lambda: {"params": [("q", parameter())], "lr": -1.0}, ValueError, "lr=-1.0"),
+    (lambda: {"params": [("q", parameter())], "mask": torch.zeros(1)}, (TypeError, ValueError), "mask"),
+    (lambda: [("q", parameter())], TypeError, "param_group is a list"),
+    (lambda: {"lr": 1.0}, TypeError, "'params'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make_group", "error", "match"), GROUPS, ids=range(len(GROUPS)))
+def test_a_group_that_no_step_could_take_is_not_added(make_group: Callable[[], Any], error: Any, match: str) -> None:
+    step = zk.MeZOStep([("w", W)], lr=0.5, perturbation="inplace")
+    before, streams = [dict(g) for g in step.param_groups], dict(step._streams)
+    with pytest.raises(error, match=match):
+        step.add_param_group(make_group())
+    assert step.param_groups == before and step._streams == streams
+    step.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("params", [{W}, frozenset([W]), [{"params": {W}}], [{"params": {"w": W}}], {"w": W}, [{"params": "w"}]])
+def test_what_has_no_order_is_refused(params: Any) -> None:
+    with pytest.raises(TypeError, match=r"set|dict|str"):
+        zk.MeZOStep(params, lr=0.5)
+
+
+def test_generators_tensors_and_empty_groups_are_fine() -> None:
+    m = nn.Linear(3, 2)
+    step = zk.MeZOStep([{"params": iter(m.named_parameters())}, {"params": []}], lr=0.5, model=m)
+    step.add_param_group({"params": []})
+    m.extra = parameter()
+    step.add_param_group({"params": m.extra})  # by the module's name for it
+    step.add_param_group({"params": (pair for pair in [("other", parameter())]), "lr": 0.1})
+    assert [g["param_names"] for g in step.param_groups] == [["weight", "bias"], [], [], ["extra"], ["other"]]
+    step.step(lambda: m(torch.ones(1, 3)).sum())

@@ -218,7 +218,9 @@ class ZOStep(torch.optim.Optimizer):
         self._recorder_closes: weakref.finalize[..., Any] | None = None
         self._flushed = False  # since the last record
         self._summary: record.Summary | None = None  # of the step under way
+        self._made = False
         super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self._made = True
         if self._projection is not None:
             self._projection.matching(self._trained())  # refuse now what no step could do
         self._refresh()
@@ -555,8 +557,25 @@ class ZOStep(torch.optim.Optimizer):
 
     def tags_of(self, step: int) -> list[int]:
         """The tags of the directions of the run's step number `step` (0: the first): z_i of a parameter is
-        ``zk.normal(shape, seed=seed, stream=zk.stream_of(name), tag=tags[i])``."""
+        ``zk.normal(shape, seed=seed, stream=optimizer.stream_of(name), tag=tags[i])``."""
         return [int(t) for t in self._tags(self._first_tag + step * self._terms)]
+
+    def stream_of(self, name: str) -> int:
+        """The stream of a parameter's noise in this run, by its name with or without the prefixes of wrappers: `zk.stream_of(name)`, but where
+        two names of the model have one hash.
+
+        Raises:
+            ValueError: the model had no such parameter.
+        """
+        if name in self._streams:
+            return self._streams[name]
+        bare = parameters.canonical_name(name)
+        for known, stream in self._streams.items():
+            if parameters.canonical_name(known) == bare:
+                return stream
+        raise ValueError(
+            f"name={name!r}: this optimizer knows no such parameter; it knows {', '.join(sorted(self._streams)[:3])}, ..."
+        )
 
     def _decide(
         self, tags: Sequence[perturb.Tag], numbers: Sequence[Numbers], losses: Sequence[Tensor], inner: Sequence[float]
@@ -984,17 +1003,34 @@ class ZOStep(torch.optim.Optimizer):
         self._views = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a group's parameters need names (``(name, tensor)`` pairs) that the model had at the start or new ones."""
-        if self.__dict__.get("_view") is not None:
-            self._refuse_inside("add_param_group()")
-            self.flush()
-        super().add_param_group(param_group)
-        names = self.param_groups[-1].get("param_names")
-        if names is None:
-            raise ValueError("param_group: its parameters need names for their noise: give (name, tensor) pairs")
-        missing = [n for n in names if n not in self._streams]
-        if missing:
-            self._streams = parameters.streams_of([*self._streams, *missing])
+        """As torch's; a group's parameters need names (``(name, tensor)`` pairs), or are the module's, and no name twice.
+
+        Raises:
+            TypeError, ValueError: no step could take the group; says why. The groups are as they were.
+        """
+        if not self._made:  # by torch's constructor, of groups that are read and checked as a whole
+            super().add_param_group(param_group if param_group["params"] else {**param_group, "param_names": []})
+            return
+        self._refuse_inside("add_param_group()")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}: give a dict with the key 'params'")
+        (group,) = parameters.read_params([param_group], self._model, 0.0, positions=False).groups
+        _check_group("param_group: ", {**self.defaults, **group})
+        there = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
+        names = [n for n, _ in group["params"]]
+        if taken := [n for n in names if n in there]:
+            raise ValueError(f"param_group: the name {taken[0]!r} is in use: names give parameters their noise and must be unique")
+        streams = parameters.streams_of(names, self._streams)
+        tensors = [p for _, p in group["params"]]
+        parameters.Weights.of_group({**group, "params": tensors, "param_names": names}, streams)
+        ops.check_overlap([(f"parameter {n}", p) for n, p in [*there.items(), *group["params"]]], "a step updates each weight once")
+        for p in tensors:
+            backends.pick(p.device, self._backend)
+        if self._blocks is not None:
+            self._blocks.split([n for _, n, _ in self._active()] + names)
+        self.flush()
+        super().add_param_group(group if names else {**group, "param_names": []})
+        self._streams = streams
 
     # -- copies --
 
