@@ -1,26 +1,26 @@
 """Rows from files or the hub, as examples in splits, and the batch of every step.
 
-Belongs here: reading (through `datasets`), splits, sampling, batching. Does not belong here: prompts (tasks/), tokens (scoring.py).
-Local files never touch the network.
+Belongs here: which rows, splits, sampling, batching. Does not belong here: formats of files (tables.py), prompts (tasks/), tokens
+(scoring.py). Local files never touch the network.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from zo_finetune.errors import UserError, one_line
-from zo_finetune.tasks.base import Example, Form, RowError, Task
-
-if TYPE_CHECKING:  # importing datasets takes seconds, and --help must not wait for it
-    from datasets import Dataset
+from zo_finetune.errors import UserError, did_you_mean, one_line, printable, shortened
+from zo_finetune.tables import SUFFIXES, Table, read_table
+from zo_finetune.tasks.base import ClassificationTask, Example, Form, RowError, Task
 
 T = TypeVar("T")
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")  # in order of preference; hub test splits often have no labels
 
@@ -29,7 +29,7 @@ EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")  # in order of prefe
 class Source:
     """The rows of one split and the name that error messages give them."""
 
-    rows: Dataset
+    rows: Table
     name: str
 
 
@@ -41,95 +41,175 @@ class Splits:
     dev: list[Example]
     eval: list[Example]
     origin: dict[str, str] = field(default_factory=dict)  # split -> where its rows came from
+    notes: list[str] = field(default_factory=list)  # lines for the user: what was read, and what about it may be a mistake
 
 
-def read_file(path: Path) -> Source:
-    """One table, by its suffix. A file that cannot be parsed is a `UserError`."""
-    import datasets
-
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--data {path} has the suffix {path.suffix!r}; readable are {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"--data {path} is empty: give a file with at least one row")
-    datasets.disable_progress_bars()
-    try:
-        if path.suffix.lower() in (".jsonl", ".json"):
-            rows = datasets.Dataset.from_json(str(path))
-        elif path.suffix.lower() == ".parquet":
-            rows = datasets.Dataset.from_parquet(str(path))
-        else:
-            rows = datasets.Dataset.from_csv(str(path), sep="\t" if path.suffix.lower() == ".tsv" else ",")
-    except (
-        Exception
-    ) as error:  # pyarrow, pandas, json and datasets each raise their own kinds; they all mean that the file is at fault
-        cause = error.__cause__ or error
-        raise UserError(f"--data {path} could not be read as {path.suffix[1:]}: {one_line(cause)}; check the file") from error
-    return Source(rows, str(path))
+def read_file(path: Path, keep: Collection[str] | None = None) -> Source:
+    return Source(read_table(path, keep), str(path))
 
 
-def read_folder(folder: Path) -> tuple[Source, Source | None]:
+def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
     """`train.*` and, if there is one, `validation.*` (or dev, test) of a folder."""
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
 
     def find(names: Sequence[str]) -> Path | None:
-        return next((p for name in names for p in files if p.stem.lower() == name), None)
+        for name in names:
+            found = [p for p in files if p.stem.lower() == name]
+            if len(found) > 1:
+                raise UserError(f"--data {folder} holds {' and '.join(p.name for p in found)}: keep one, or give one file")
+            if found:
+                return found[0]
+        return None
 
     train, evaluation = find(TRAIN_NAMES), find(EVAL_NAMES)
     if train is None:
-        found = ", ".join(p.name for p in files) or "no data file"
+        meant = next((hint for p in files if (hint := did_you_mean(p.stem, TRAIN_NAMES))), "")
         raise UserError(
-            f"--data {folder} holds {found}; a folder needs train{{{','.join(SUFFIXES)}}}: rename a file, or give one file"
+            f"--data {folder} holds {shortened(p.name for p in files) or 'no data file'}; a folder needs train{{{','.join(SUFFIXES)}}}: "
+            f"rename a file, or give one file{meant}"
         )
-    return read_file(train), read_file(evaluation) if evaluation else None
+    return read_file(train, keep), read_file(evaluation, keep) if evaluation else None
 
 
-def read_hub(name: str, config: str | None) -> tuple[Source, Source | None]:
+def read_hub(name: str, config: str | None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
     """The train split and the first labelled evaluation split of a hub data set."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(name, config)
+        splits = datasets.load_dataset(name, config, trust_remote_code=False)
     except Exception as error:  # network, unknown name, unknown config: the library's sentence says which
         raise UserError(
             f"--data {name!r} is neither a local file or folder nor a data set that could be loaded from the hub: {one_line(error)}"
         ) from error
     train = next((n for n in TRAIN_NAMES if n in splits), None)
     if train is None:
-        raise UserError(f"--data {name!r} has the splits {', '.join(splits)}; one called 'train' is needed")
+        raise UserError(f"--data {name!r} has the splits {shortened(splits)}; one called 'train' is needed")
     evaluation = next((n for n in EVAL_NAMES if n in splits), None)
     label = f"{name}:{config}" if config else name
-    return Source(splits[train], f"{label}/{train}"), Source(splits[evaluation], f"{label}/{evaluation}") if evaluation else None
+
+    def source(split: str) -> Source:
+        rows = splits[split]
+        names = {column: list(f.names) for column, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
+        kept = [column for column in rows.column_names if keep is None or column in keep]
+        values = list(zip(*(rows[column] for column in kept), strict=True)) if kept else [()] * len(rows)
+        return Source(Table(rows.column_names, kept, values, class_names=names), f"{label}/{split}")
+
+    return source(train), source(evaluation) if evaluation else None
 
 
-def read(spec: str, config: str | None = None) -> tuple[Source, Source | None]:
-    """(training rows, evaluation rows or None) of a file, a folder or a hub id."""
+def read(spec: str, config: str | None = None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
+    """(training rows, evaluation rows or None) of a file, a folder or a hub id; `keep` names the columns that are wanted."""
     path = Path(spec).expanduser()
-    if path.is_dir():
-        return read_folder(path)
-    if path.is_file():
-        return read_file(path), None
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        raise UserError(f"--data {spec} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a hub id")
-    return read_hub(spec, config)
+    try:
+        if path.is_dir():
+            return read_folder(path, keep)
+        if path.is_file():
+            return read_file(path, keep), None
+        exists = path.exists()
+    except OSError as error:  # not ours to read
+        raise UserError(f"--data {spec}: {one_line(error)}") from error
+    if exists:
+        raise UserError(f"--data {spec} is neither a regular file nor a folder: give one of them, or a hub id")
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() and os.access(path.parent, os.R_OK) else []
+    hint = did_you_mean(path.name, beside)
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or hint:
+        raise UserError(f"--data {spec} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a hub id{hint}")
+    return read_hub(spec, config, keep)
+
+
+def find_columns(source: Source, wanted: Mapping[str, str], task: Task) -> None:
+    """Refuse a table that lacks a column of `wanted` (field -> column)."""
+    names = source.rows.column_names
+    missing = [column for column in wanted.values() if column not in names]
+    if not missing:
+        return
+    hint = "".join(did_you_mean(column, names) for column in missing[:1])
+    if len(names) == 1 and (other := next((c for c in "\t;|," if c in names[0]), None)):
+        hint += f"; its columns seem to be separated by {other!r}, which is a .tsv file's tab or needs a change to commas"
+    raise UserError(
+        f"{source.name} has the columns {shortened(names)}; task {task.name} needs {', '.join(wanted.values())}: "
+        f"rename them, or map each with --column FIELD=NAME{hint}"
+    )
+
+
+def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:
+    """What the numbers of a column with class names are for the task: by the names, which may be in another order than the task's.
+
+    None: the numbers count, since there are no names or they say no more than the numbers do ("LABEL_1")."""
+    names = source.rows.class_names.get(column)
+    if not names or not isinstance(task, ClassificationTask) or all(re.fullmatch(rf".*?0*{k}", n) for k, n in enumerate(names)):
+        return None
+    numbers = [task.number(name) for name in names]
+    if all(k is None for k in numbers):
+        raise UserError(
+            f"{source.name}: the classes of column {column!r} are called {shortened(names)}, and those of {task.name} {', '.join(task.labels)}: "
+            "give the rows those names, or plain numbers without names"
+        )
+    return [name if k is None else k for k, name in zip(numbers, names, strict=True)]  # another name is refused where a row has it
 
 
 def to_examples(source: Source, indices: Sequence[int], task: Task, form: Form, columns: Mapping[str, str]) -> list[Example]:
     """The examples of the chosen rows. `columns` maps a task's field to the column that holds it, where their names differ."""
     wanted = {name: columns.get(name, name) for name in task.fields}
-    missing = [column for column in wanted.values() if column not in source.rows.column_names]
-    if missing:
-        raise UserError(
-            f"{source.name} has the columns {', '.join(source.rows.column_names)}; "
-            f"task {task.name} needs {', '.join(wanted.values())}: rename them, or map each with --column FIELD=NAME"
-        )
+    numbers = {f: n for f, column in wanted.items() if (n := class_numbers(source, column, task)) is not None}
     examples = []
-    for index, row in zip(indices, source.rows.select(indices), strict=True):
+    for index in indices:
+        content = source.rows.row(index)
+        row = {name: content[column] for name, column in wanted.items()}
+        for name, meaning in numbers.items():
+            if isinstance(row[name], int) and 0 <= row[name] < len(meaning):
+                row[name] = meaning[row[name]]
         try:
-            examples.append(task.example({name: row[column] for name, column in wanted.items()}, form))
+            examples.append(task.example(row, form))
         except RowError as error:
-            raise UserError(f"{source.name}, row {index + 1}: {error}") from None
+            raise UserError(f"{source.name}, {source.rows.place(index)}: {error}") from None
     return examples
+
+
+def text_of(example: Example) -> tuple[str, ...]:
+    return tuple(f"{c.context}\0{c.answer}\0{c.tail}" for c in example.candidates)
+
+
+def notes_on(parts: Mapping[str, Sequence[Example]], sources: Sequence[Source], task: Task) -> list[str]:
+    """What was read, in a line, and a line for each thing about it that may be a mistake.
+
+    `parts`: "train", "dev" and "eval" -> examples."""
+    counts = ", ".join(f"{s.name} {len(s.rows):,} rows" for s in sources)
+    lines = [f"data: {counts}"]
+    names = task.class_names
+    if names is not None:
+        shares = {part: Counter(e.label for e in examples) for part, examples in parts.items() if examples}
+        lines[0] += "".join(
+            f"; {part}: " + ", ".join(f"{count[k]:,} {name}" for k, name in enumerate(names)) for part, count in shares.items()
+        )
+        for part, count in shares.items():
+            if len(count) == 1 and count.total() > 1:
+                lines.append(
+                    f"warning: all {count.total():,} {part} examples are {names[next(iter(count))]!r}: is the data sorted, or the column the wrong one?"
+                )
+    lines += [f"{s.name}: {note}" for s in sources for note in s.rows.notes]
+    seen = {part: {text_of(e): e.label for e in examples} for part, examples in parts.items()}
+    twins = {part: len(examples) - len(seen[part]) for part, examples in parts.items() if len(examples) > len(seen[part])}
+    if twins:
+        lines.append(
+            "duplicates: "
+            + ", ".join(f"{n:,} of {len(parts[part]):,} {part} examples" for part, n in twins.items())
+            + " repeat another's text"
+        )
+    for part in ("dev", "eval"):
+        if shared := len(seen["train"].keys() & seen[part].keys()):
+            lines.append(
+                f"warning: {shared:,} of {len(seen[part]):,} {part} texts are training examples too: the {part} accuracy is not that of new texts"
+            )
+    if names is not None:
+        told: dict[tuple[str, ...], set[int]] = {}
+        for examples in parts.values():
+            for e in examples:
+                told.setdefault(text_of(e), set()).add(e.label)
+        if torn := sum(len(labels) > 1 for labels in told.values()):
+            lines.append(f"warning: {torn:,} texts stand with different labels")
+    return [printable(line) for line in lines]
 
 
 def shuffled(n: int, seed: int) -> list[int]:
@@ -176,8 +256,14 @@ def load_splits(
     columns = columns or {}
     unknown = [name for name in columns if name not in task.fields]
     if unknown:
-        raise UserError(f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}")
-    train_source, eval_source = read(spec, config)
+        raise UserError(
+            f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
+        )
+    wanted = {name: columns.get(name, name) for name in task.fields}
+    train_source, eval_source = read(spec, config, set(wanted.values()))
+    sources = [train_source] if eval_source is None else [train_source, eval_source]
+    for source in sources:
+        find_columns(source, wanted, task)
     order = shuffled(len(train_source.rows), seed)
     if eval_source is None:
         if eval_examples == 0:
@@ -193,11 +279,15 @@ def load_splits(
             f"{train_source.name} has {len(train_source.rows)} rows: {len(train_indices)} are left to train on, "
             f"{len(eval_indices)} to evaluate on, {len(dev_indices)} for dev; add rows, or lower --eval-examples and --dev-examples"
         )
+    train = to_examples(train_source, train_indices, task, form, columns)
+    dev = to_examples(train_source, dev_indices, task, form, columns)
+    evaluation = to_examples(held_out, eval_indices, task, form, columns)
     return Splits(
-        train=to_examples(train_source, train_indices, task, form, columns),
-        dev=to_examples(train_source, dev_indices, task, form, columns),
-        eval=to_examples(held_out, eval_indices, task, form, columns),
+        train=train,
+        dev=dev,
+        eval=evaluation,
         origin={"train": train_source.name, "dev": train_source.name, "eval": held_out.name},
+        notes=notes_on({"train": train, "dev": dev, "eval": evaluation}, sources, task),
     )
 
 

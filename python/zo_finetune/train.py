@@ -29,7 +29,7 @@ from tqdm import tqdm
 from zo_finetune import methods, report
 from zo_finetune import model as models
 from zo_finetune.data import Batches, load_splits
-from zo_finetune.errors import UserError, one_line
+from zo_finetune.errors import UserError, one_line, printable
 from zo_finetune.evaluate import evaluate
 from zo_finetune.scoring import Batch, Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
@@ -221,11 +221,12 @@ class Prepared:
     options: dict[str, Any]  # of the method, complete
     stepper: Any
     seconds: float
+    notes: list[str] = field(default_factory=list)  # lines about the data
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
         return (
-            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.method.name}, {lm.model.dtype} on {lm.device}; "
+            f"{printable(self.config.model)}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.method.name}, {lm.model.dtype} on {lm.device}; "
             f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
         )
 
@@ -322,6 +323,7 @@ def prepare(config: Config) -> Prepared:
         options=method.options(config.options, config.peft),
         stepper=make_stepper(language_model, config, lr, eps),
         seconds=time.perf_counter() - started,
+        notes=splits.notes,
     )
 
 
@@ -508,7 +510,7 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
 def complete(run: Prepared, output: Path, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
     """Train and write what there is to write."""
     config = run.config
-    print(run.describe(), file=sys.stderr)
+    print(*run.notes, run.describe(), sep="\n", file=sys.stderr)
     outcome = fit(run, output, resumed)
     saved = run.language_model.save(output) if config.save else None
     draw(run, outcome, output / "curve.png")

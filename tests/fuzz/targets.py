@@ -744,8 +744,7 @@ def checked(config: Any) -> None:
 
 
 class Rows(Target):
-    """A row of a data file, as any JSON value, through a task: an example, or a `RowError`. (The bytes of the file are read by pyarrow and
-    pandas, which are fuzzed by their own projects.)"""
+    """A row of a data file, as any JSON value, through a task: an example, or a `RowError`."""
 
     name = "rows"
 
@@ -793,4 +792,50 @@ class Rows(Target):
         return True in accepted
 
 
-TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Masks, Scales, Options, Folder, Rows)}
+class Tables(Target):
+    """A data file that is text: its first byte says which, the others are its content. (parquet is read by pyarrow, which its own project
+    fuzzes.)"""
+
+    name = "tables"
+    suffixes = (".jsonl", ".json", ".csv", ".tsv")
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def seeds(self) -> list[bytes]:
+        contents = (
+            '{"sentence": "fine", "label": 1}\n\n{"label": null, "sentence": "ü"}\n',
+            '[{"sentence": "fine", "label": 1}, {"sentence": "dull"}]',
+            '{"sentence": ["fine", "dull"], "label": [1, 0]}',
+            'sentence,label\r\n"one, ""two""\nthree",1\r\nNA,0\r\n',
+            'sentence\tlabel\n"an odd quote\t1\n\n"a ""word"""\t0\n',
+        )
+        kinds = (0, 1, 1, 2, 3)
+        texts = [bytes([kind]) + content.encode() for kind, content in zip(kinds, contents, strict=True)]
+        return [*texts, b"\x02" + contents[3].encode("utf-16")]
+
+    def check(self, data: bytes) -> bool:
+        from zo_finetune.errors import UserError
+        from zo_finetune.tables import read_table
+
+        path = Path(self._folder.name) / f"a{self.suffixes[data[0] % 4 if data else 0]}"
+        path.write_bytes(data[1:])
+        for keep in (None, {"sentence", "label"}):
+            try:
+                table = read_table(path, keep)
+            except UserError as error:
+                assert str(error).isprintable()
+                if keep is None:
+                    continue
+                return False
+            assert len(table) == len(table.lines) > 0
+            assert all(len(values) == len(table.kept) for values in table.values)
+            assert sorted(table.lines) == table.lines
+            assert table.row(0).keys() == set(table.kept) <= set(table.column_names)
+        return True
+
+
+TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Masks, Scales, Options, Folder, Rows, Tables)}

@@ -17,7 +17,7 @@ from tests.fuzz.targets import TARGETS, Journal
 from tests.journal.samples import header
 from zo_kernels import journal
 
-RUNS = {"journal": 3000, "masks": 500, "scales": 1000, "options": 300, "folder": 300, "rows": 2000}
+RUNS = {"journal": 3000, "masks": 500, "scales": 1000, "options": 300, "folder": 300, "rows": 2000, "tables": 1500}
 NEED = {"options": "transformers", "folder": "transformers", "rows": "datasets"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zo_finetune.errors import UserError
+from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.tasks.base import Task
 from zo_finetune.tasks.sst2 import SST2
 
@@ -14,4 +14,4 @@ def get_task(name: str) -> Task:
     try:
         return TASKS[name]
     except KeyError:
-        raise UserError(f"--task {name!r} is unknown; known tasks are: {', '.join(TASKS)}") from None
+        raise UserError(f"--task {name!r} is unknown; known tasks are: {', '.join(TASKS)}{did_you_mean(name, TASKS)}") from None

@@ -15,6 +15,8 @@ To add a task, write a file with a subclass, and name it in tasks/__init__.py:
 
 from __future__ import annotations
 
+import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,13 @@ from typing import Any, ClassVar, Literal
 Row = Mapping[str, Any]
 Form = Literal["causal", "masked"]
 Objective = Literal["classification", "language-model"]
+
+MAX_TEXT = 1_000_000  # characters of a text: beyond any context, and some tokenizers take quadratic time
+
+
+def plain(name: str) -> str:
+    """A class name as it is compared."""
+    return re.sub(r"[\s_-]+", " ", name.strip().lower())
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class RowError(ValueError):
     """A row that a task cannot use. Whoever knows the file and the row number adds them (data.py)."""
 
     def __init__(self, field: str, value: Any, remedy: str) -> None:
-        super().__init__(f"field {field!r} is {value!r}; {remedy}")
+        shown = repr(value)
+        super().__init__(f"field {field!r} is {shown if len(shown) <= 80 else shown[:77] + '...'}; {remedy}")
 
 
 class Task(ABC):
@@ -82,10 +92,15 @@ class Task(ABC):
         """
 
     def text(self, row: Row, field: str) -> str:
-        """A text column with its surrounding white space removed; an empty or non-text value is a `RowError`."""
+        """A text column with its surrounding white space removed; a value that is no text, is empty, far too long or cannot be
+        written in UTF-8 (half of a surrogate pair, as JSON may have) is a `RowError`."""
         value = row[field]
         if not isinstance(value, str) or not value.strip():
             raise RowError(field, value, f"{self.name} needs a text there: correct the row or remove it")
+        if len(value) > MAX_TEXT:
+            raise RowError(field, value, f"a text has at most {MAX_TEXT:,} characters, this one {len(value):,}: shorten it")
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise RowError(field, value, "it holds half of a surrogate pair, which is no character: correct the row or remove it")
         return value.strip()
 
 
@@ -108,19 +123,34 @@ class ClassificationTask(Task):
         """The text before and after the mask, for a masked model; only asked of a task that has "masked" among its `forms`."""
         raise NotImplementedError(f"task {self.name} names the form 'masked' without a prompt for it")
 
+    def number(self, name: str) -> int | None:
+        """Which label a name stands for: its own in any case, with spaces, - or _ between words, or the only one that begins so ("neg")."""
+        key, known = plain(name), [plain(one) for one in self.labels]
+        if key in known:
+            return known.index(key)
+        begun = [k for k, one in enumerate(known) if len(key) >= 3 and one.startswith(key)]
+        return begun[0] if len(begun) == 1 else None
+
     def label(self, row: Row) -> int:
-        """The label as an index. It may be given as that number, as its decimal string, or by name in any case."""
-        value = row[self.label_field]
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.labels):
-            return value
-        if isinstance(value, str):
-            known = {name.lower(): k for k, name in enumerate(self.labels)} | {str(k): k for k in range(len(self.labels))}
-            if (key := value.strip().lower()) in known:
-                return known[key]
+        """The label as an index. It may be given as that number, whole in whatever type, as its decimal string, or by name."""
+        value: Any = row[self.label_field]
         meaning = ", ".join(f"{k} ({name})" for k, name in enumerate(self.labels))
-        raise RowError(
-            self.label_field, value, f"the labels of {self.name} are {meaning}: correct the row, or choose another --task"
-        )
+        remedy = f"the labels of {self.name} are {meaning}: correct the row, or choose another --task"
+        if value is None or value == "" or value != value:
+            raise RowError(self.label_field, value, f"the row has no label; {remedy}")
+        known: int | float | None = None
+        if isinstance(value, (str, bool)):
+            known = self.number(str(value))
+        if known is None and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                known = float(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            known = value
+        if known is not None and known in range(len(self.labels)):  # by value: 1.0 is, 0.5 and an infinity are not
+            return int(known)
+        if known == -1:
+            remedy = f"test sets of the hub have -1 in place of labels that are kept secret: evaluate on another split; {remedy}"
+        raise RowError(self.label_field, value, remedy)
 
     def example(self, row: Row, form: Form) -> Example:
         context, tail = (self.prompt(row), "") if form == "causal" else self.masked_prompt(row)
