@@ -395,6 +395,33 @@ def test_records_that_no_writer_writes_are_refused() -> None:
     assert "eps that is not positive" in refused((0, 0, 0.5, 2.0, 1.0, 0.0, 0.25))
 
 
+@pytest.mark.parametrize("flags", [16, 32])
+def test_no_step_fails_in_scratch_mode(flags: int) -> None:
+    """There a failed step has changed nothing, and a record of it would use up its place: neither written nor read."""
+    data, body = header().encode(), struct.pack("<IIffff", 0, flags, 0.5, 2.0, 1.0, 0.0)
+    crc = zlib.crc32(body, zlib.crc32(struct.pack("<Q", 0), struct.unpack("<I", data[-4:])[0]))
+    with pytest.raises(journal.DamagedError, match=r"record 0 .* flags that exclude each other"):
+        journal.loads(data + body + struct.pack("<I", crc))
+
+
+@pytest.mark.parametrize("terms", [2, 3])
+def test_the_last_direction_has_the_last_tag(tmp_path: Path, terms: int) -> None:
+    """A step's tags are tag .. tag + terms - 1, all of 32 bits: beyond them noise would begin again with that of the first steps."""
+    last = 2**32 - terms
+    head = header(terms=terms)
+    with journal.create(tmp_path / "run.zoj", head) as writer:
+        with pytest.raises(ValueError, match=f"tag={last + 1} .* below 2\\^32"):
+            writer.append(last + 1, [[0.5] * terms])
+        writer.append(last, [[0.5] * terms])
+    data = (tmp_path / "run.zoj").read_bytes()
+    assert journal.loads(data).next_tag == 2**32
+    start = len(head.encode())
+    body = struct.pack("<I", last + 1) + data[start + 4 : -4]
+    crc = zlib.crc32(body, zlib.crc32(struct.pack("<Q", 0), struct.unpack("<I", data[start - 4 : start])[0]))
+    with pytest.raises(journal.DamagedError, match="tags beyond 2\\^32"):
+        journal.loads(data[:start] + body + struct.pack("<I", crc))
+
+
 # ---- the starting weights ---------------------------------------------------------------------------------------------
 
 

@@ -137,11 +137,21 @@ def test_random_masks_keep_the_stated_fraction(keep: float) -> None:
 
 
 def test_random_mask_probability_is_exact() -> None:
-    """By counting: over a half-word's 2^16 values and both ties, the number kept is T, not T rounded to 16 bits."""
-    threshold = round(0.3 * 2**32)
-    high, low = threshold >> 16, threshold & 0xFFFF
-    kept = high * (1 << 16) + low  # x < T for x = (u, v): all v where u < high, v < low where u == high
-    assert kept == threshold
+    """An element is kept where x < T, x its 32 bits and T = keep 2^32, so with probability T / 2^32 and no other: at T = x it is out, at
+    T = x + 1 it is in. x: the word of its pair, whose halves the even element has swapped (docs/numerics.md, section 4)."""
+    n, tag, stream = 64, 4, 3
+    i = torch.arange(n)
+    words = reference.words(i // 8, 3, stream, tag, SEED)[i, i % 8 // 2]
+    x = torch.where(i % 2 == 0, words % 2**16 * 2**16 + words // 2**16, words)
+
+    def kept(threshold: int) -> torch.Tensor:
+        theta = torch.zeros(n)
+        zk.perturb_([theta], [(1, 1.0)], seed=SEED, streams=[stream], masks=[zk.RandomMask(threshold / 2**32, tag)])
+        return theta != 0
+
+    for threshold in x.tolist():
+        assert torch.equal(kept(threshold), x < threshold)
+        assert torch.equal(kept(threshold + 1), x <= threshold)
 
 
 def test_masked_direction_is_unbiased_with_its_inverse_scale() -> None:

@@ -260,6 +260,21 @@ def test_numbers_in_tensors(rule: str, held: torch.dtype, terms: int, run: uc.Ru
         assert torch.equal(cases.bits(a), cases.bits(b))
 
 
+@functools.cache
+def of_many_terms(rule: str, kind: str) -> tuple[uc.Case, list[Tensor]]:
+    """More than the 1,024 of which shared memory holds the coefficients (STAGE of perturb.cuh)."""
+    case = uc.Case("", rule, torch.float32, torch.float32, sizes=(17,), terms=1030, kind=kind)
+    return case, uc.result(reference.update, case)
+
+
+@pytest.mark.parametrize("run", RUNS[1:], indirect=True)
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("rule", ["momentum", "adam_history"])
+def test_more_terms_than_shared_memory_holds(rule: str, kind: str, run: uc.Run) -> None:
+    case, want = of_many_terms(rule, kind)
+    assert all(same_bits(a, b) for a, b in zip(uc.result(run, case), want, strict=True))
+
+
 # ---- 16-bit states ------------------------------------------------------------------------------------------------------
 
 

@@ -23,15 +23,19 @@ Weights = dict[str, Tensor]
 
 
 class Tiny(nn.Module):
-    """Two linear layers and a norm, odd sizes; a smooth loss in float64, whatever the weights' type."""
+    """Two linear layers and a norm, odd sizes; a smooth loss in float64, whatever the weights' type.
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    `told`: a list, to which each forward adds the weights that it saw, in float64, and its loss.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, sizes: tuple[int, int, int] = (7, 5, 4)) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(1)
-        self.layers = nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 4)])
-        self.norm = nn.LayerNorm(5)
-        self.x = torch.randn(11, 7, generator=g, dtype=torch.float64)
-        self.y = torch.randn(11, 4, generator=g, dtype=torch.float64)
+        self.layers = nn.ModuleList([nn.Linear(sizes[0], sizes[1]), nn.Linear(sizes[1], sizes[2])])
+        self.norm = nn.LayerNorm(sizes[1])
+        self.x = torch.randn(11, sizes[0], generator=g, dtype=torch.float64)
+        self.y = torch.randn(11, sizes[2], generator=g, dtype=torch.float64)
+        self.told: list[tuple[Weights, Tensor]] | None = None
         for p in self.parameters():
             p.data = (0.5 * torch.randn(p.shape, generator=g)).to(dtype)
 
@@ -41,12 +45,16 @@ class Tiny(nn.Module):
             "layers.0.weight": first.weight, "layers.0.bias": first.bias, "layers.1.weight": second.weight, "layers.1.bias": second.bias,
             "norm.weight": norm.weight, "norm.bias": norm.bias,
         }  # fmt: skip
-        return loss({n: p.double() for n, p in weights.items()}, self.x[rows], self.y[rows])
+        wide = {n: p.double() for n, p in weights.items()}
+        found = loss(wide, self.x[rows], self.y[rows])
+        if self.told is not None:
+            self.told.append(({n: p.detach().clone() for n, p in wide.items()}, found.detach()))
+        return found
 
 
 def loss(w: Weights, x: Tensor, y: Tensor) -> Tensor:
     h = nn.functional.linear(x, w["layers.0.weight"], w["layers.0.bias"])
-    h = nn.functional.layer_norm(h, (5,), w["norm.weight"], w["norm.bias"])
+    h = nn.functional.layer_norm(h, w["norm.weight"].shape, w["norm.weight"], w["norm.bias"])
     return (nn.functional.linear(h.tanh(), w["layers.1.weight"], w["layers.1.bias"]) - y).square().mean()
 
 
@@ -256,7 +264,7 @@ def layer_scale(every: int, variance: bool, beta: float | None = None) -> Callab
         if beta is not None:
             n = sorted(r.theta)[r.step % len(r.theta)]
             only = {n: noise(n, r.theta[n].shape, tags[0] + 1, r.kind)}
-            r.memory["turns"].append((n, (r.at(only, 1) - r.at(only, -1)) / (2 * EPS)))
+            r.memory["turns"].append((n, (r.at(only, 1) - r.at(only, -1)) / (2 * r.eps["layers.0.weight"])))
         z, d = r.z(tags[0]), r.memory["d"]
         g = r.two_sided({n: t / d[n] for n, t in z.items()})
         r.g = g["layers.0.weight"]

@@ -9,6 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.methods import CASES, EPS, EVERY, SEED, Tiny, noise, values
+from zo_kernels import journal
+from zo_kernels.optim import step as step_module
 
 MODES = ("scratch", "inplace")
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -275,6 +278,26 @@ def test_g_is_clipped_and_the_clip_is_told(name: str) -> None:
     for n, m in moves(bound, before).items():
         assert float(m.abs().max()) <= 1.01 * b.defaults["lr"] * 1e-3 * 8.3 * (4 if name == "lozo" else 1) + 2**-24, n
     assert max(float(m.abs().max()) for m in moves(free, before).values()) > 1e-3
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("clipped", [(False, False), (True, False), (False, True)], ids=str)
+def test_a_clip_in_any_group_is_recorded(
+    clipped: tuple[bool, bool], queries: int, on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a flag that tells of the first group, or the first query, alone. A group's g is the difference over its own eps."""
+    monkeypatch.setattr(step_module, "_on_host", lambda device: on_host)
+    model = Tiny()
+    groups = [
+        {"params": list(getattr(model, name).named_parameters(prefix=name)), "eps": 0.1 if small else 1.0}
+        for name, small in zip(("layers", "norm"), clipped, strict=True)
+    ]
+    step = zk.MeZOStep(groups, 1e-3, clip=5.0, queries=queries, model=model, journal=tmp_path / "run.zoj")
+    losses = iter([torch.tensor(x, dtype=torch.float64) for x in (0.0, 0.0, 1.5, 0.0)[-2 * queries :]])
+    step.step(lambda: next(losses))
+    step.close_journal()
+    assert journal.read(tmp_path / "run.zoj").flag("clipped").tolist() == [any(clipped)]  # 1.5 / 0.2 is 7.5, 1.5 / 2 below 5
 
 
 def recorded_state(step: zk.ZOStep) -> Any:

@@ -57,7 +57,7 @@ def run(make: Callable[..., zk.ZOStep], bad: int | None, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [None, 6])
+@pytest.mark.parametrize("bad", [None, 1, 6])
 @pytest.mark.parametrize("name", METHODS)
 def test_tensors_give_the_bits_of_numbers(name: str, bad: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bad`: that forward gives NaN, and its step is skipped, on a device without anybody knowing."""
@@ -67,3 +67,45 @@ def test_tensors_give_the_bits_of_numbers(name: str, bad: int | None, dtype: tor
     assert skipped == skipped_there
     for a, b in zip(numbers, tensors, strict=True):
         assert same_bits(a, b)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize(
+    ("past", "limit"),
+    [
+        ([], None),
+        ([4.0], None),
+        ([1.0, 2.0, 3.0], 2.0),
+        ([1.0, NAN, 2.0, INF, 3.0], 2.0),
+        ([NAN, INF, 1.0, 3.0], 2.0),
+        ([NAN, INF, 4.0], None),
+        ([INF, INF, INF], None),
+        ([NAN, NAN, NAN], None),
+    ],
+    ids=str,
+)
+def test_a_quantile_is_of_the_gradients_that_are_numbers(past: list[float], limit: float | None, there: bool) -> None:
+    """Two are needed. On a device, where nobody knows how many there are, infinity limits nothing."""
+    given: list[Any] = [torch.tensor(g, dtype=torch.float64) for g in past] if there else past
+    found = zk.QuantileClip(0.5, 8, 2).limit(given)
+    if limit is None and there and len(past) >= 2:
+        limit = INF
+    assert found is None if limit is None else found is not None and float(found) == limit
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_gradient_that_is_no_number_clips_no_later_step(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is skipped; the steps behind it go on with the quantile of the others, from the second of those on."""
+    monkeypatch.setattr(step, "_on_host", lambda device: on_host)
+    model = nn.Linear(3, 1)
+    optimizer = zk.ZOStep(model, 1.0, 0.5, clip=zk.QuantileClip(1.0, 4, 2), kind="rademacher")
+    moved = []
+    for g in (INF, 1.0, NAN, 2.0, 8.0, 16.0):
+        before = model.bias.detach().clone()
+        optimizer.step(iter([torch.tensor(g, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)]).__next__)
+        moved.append(float((model.bias.detach() - before).abs()))
+    assert moved == pytest.approx([0.0, 1.0, 0.0, 2.0, 2.0, 8.0], rel=1e-5)
+    assert optimizer.skipped == 2

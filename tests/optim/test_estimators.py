@@ -63,6 +63,26 @@ def check_mean(found: Tensor, want: Tensor, sigmas: float = 5.0) -> None:
     assert (error < 0.6 * want.abs().max()).all(), "a band that everything is in"
 
 
+ESTIMATORS: list[tuple[dict[str, Any], list[float], float, float]] = [  # options, losses, the step's loss, the first g at eps = 0.5
+    ({"estimator": zk.TwoSided(1)}, [1.0, 4.0], 2.5, -3.0),
+    ({"estimator": zk.TwoSided(3)}, [1.0, 4.0, 2.0, 8.0, 16.0, 32.0], 10.5, -3.0),
+    ({"estimator": zk.OneSided(3)}, [1.0, 4.0, 2.0, 8.0], 1.0, 6.0),
+    ({"estimator": zk.ThreePoint(), "rule": zk.HessianDiagonal(), "direction": zk.InverseRoot()}, [1.0, 4.0, 2.0], 1.0, 2.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "losses", "loss", "g"), ESTIMATORS, ids=lambda x: repr(x.get("estimator")) if isinstance(x, dict) else ""
+)
+def test_the_loss_of_a_step_is_what_its_losses_tell(options: dict[str, Any], losses: list[float], loss: float, g: float) -> None:
+    """Two-sided: the mean over all queries and both sides. Where theta itself is evaluated: the loss there."""
+    given = iter(losses)
+    step = zk.ZOStep(Quadratic(), 0.0, 0.5, **options)
+    assert float(step.step(lambda: next(given))) == loss
+    assert next(given, None) is None
+    assert step.projected_gradient is not None and float(step.projected_gradient) == g
+
+
 @pytest.mark.parametrize(("kind", "factor"), [("gaussian", D + 2), ("rademacher", D)])
 def test_two_sided_is_unbiased_with_the_known_second_moment(kind: str, factor: float) -> None:
     """E g z = G; E |g z|^2 = (d + 2) |G|^2 for normal z, less 0.03 here (docs/numerics.md), d |G|^2 for ±1. The sample's own spread gives the band."""

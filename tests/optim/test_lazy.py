@@ -178,6 +178,24 @@ def test_a_skipped_step_goes_on_too() -> None:
     assert near(values(model), before, 3)
 
 
+@pytest.mark.parametrize(("tag", "further"), [(2**32 - 2, True), (2**32 - 1, False)])
+def test_the_last_step_of_all_does_not_go_ahead(tag: int, further: bool) -> None:
+    """Behind it there is no direction: its weights stand at theta, and no step follows."""
+    model = make("llama")
+    before = values(model)
+    step = lazy(model, lr=0.0)
+    state = step.state_dict()
+    state["zo"]["tag"] = tag
+    step.load_state_dict(state)
+    step.step(closure_of(model))
+    assert near(values(model), before, 3) != further
+    if further:
+        step.step(closure_of(model))
+    with pytest.raises(RuntimeError, match=r"2\^32 directions are used up"):
+        step.step(closure_of(model))
+    assert near(values(model), before, 6)
+
+
 def test_freezing_a_parameter_cleans_it_first() -> None:
     model = make("llama")
     before = values(model)

@@ -192,7 +192,8 @@ class QuantileClip:
         if any(isinstance(g, Tensor) for g in past):
             device = next(g.device for g in past if isinstance(g, Tensor))
             values = torch.stack([torch.as_tensor(g, dtype=torch.float64, device=device) for g in past])
-            return torch.where(values.isfinite(), values, torch.nan).nanquantile(self.q)
+            finite = values.isfinite()  # how many there are nobody knows here; infinity limits nothing
+            return torch.where(finite.sum() >= self.least, torch.where(finite, values, torch.nan).nanquantile(self.q), torch.inf)
         finite = torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)
         return float(finite.quantile(self.q)) if len(finite) >= self.least else None
 
