@@ -80,7 +80,7 @@ def find_cuobjdump() -> str | None:
 
 def unavailable() -> str | None:
     """Why the extension's CUDA kernels cannot be disassembled here, or None."""
-    from zo_kernels._backends.cpu import extension
+    from zo_kernels._backends._extension import extension
 
     module = extension()
     if isinstance(module, str):

@@ -8,10 +8,13 @@
  */
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <stddef.h>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "rules.h"
 #include "zo_kernels.h"
 
 namespace py = pybind11;
@@ -212,13 +215,38 @@ void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint
 }
 #endif
 
+/* The names of an enum, each at the place that is its value. */
+using Names = std::initializer_list<std::pair<int, const char *>>;
+
+py::tuple in_order(Names names) {
+  py::tuple result(names.size());
+  for (const auto &[value, name] : names) result[(size_t)value] = name;
+  return result;
+}
+
+/* (name, numbers, states) of every rule. */
+py::tuple rules(Names names) {
+  py::tuple result(names.size());
+  for (const auto &[value, name] : names) {
+    result[(size_t)value] = py::make_tuple(name, zo::count_of_numbers(value), zo::count_of_states(value));
+  }
+  return result;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels; use zo_kernels.perturb_, which checks its arguments.";
+  /* What zo_kernels/_backends/_extension.py compares with its own, and the functions' names and arguments. */
   m.attr("TENSOR_WORDS") = sizeof(zo_tensor) / 8;
+  m.attr("STATE_WORDS") = sizeof(zo_states) / 8;
   m.attr("INLINE_TERMS") = ZO_INLINE_TERMS;
   m.attr("MAX_RANK") = ZO_MAX_RANK;
+  m.attr("DTYPES") = in_order({{ZO_F32, "float32"}, {ZO_F16, "float16"}, {ZO_BF16, "bfloat16"}});
+  m.attr("KINDS") = in_order({{ZO_GAUSSIAN, "gaussian"}, {ZO_RADEMACHER, "rademacher"}});
+  m.attr("ROUNDINGS") = in_order({{ZO_NEAREST, "nearest"}, {ZO_STOCHASTIC, "stochastic"}});
+  m.attr("RULES") =
+      rules({{ZO_MOMENTUM, "momentum"}, {ZO_ADAM, "adam"}, {ZO_HIZOO, "hizoo"}, {ZO_ADAM_HISTORY, "adam_history"}});
 
   /* ---- CPU ---- */
   m.attr("ISA_NAMES") = py::make_tuple("best", "portable", "avx2", "avx512"); /* in the order of the argument `isa` */

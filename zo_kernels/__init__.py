@@ -1,6 +1,6 @@
 """Fine-tune large language models with forward passes only, with noise regenerated from a seed. The public names, nothing else."""
 
-from zo_kernels._backends import backends
+from zo_kernels._backends import _extension, backends
 from zo_kernels._replay import replay
 from zo_kernels.linear import perturbed_linear
 from zo_kernels.ops import RandomMask, normal, pack_mask, perturb_, perturb_sequence_
@@ -43,6 +43,7 @@ from zo_kernels.parameters import stream_of
 from zo_kernels.update import update_
 
 __version__ = "0.1.0"
+_extension.extension()  # one of another version is refused here, before it computes anything
 __all__ = [
     "FZOO",
     "LOZO",

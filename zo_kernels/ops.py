@@ -8,6 +8,7 @@ Belongs here: `perturb_`, `perturb_sequence_`, `normal`, and the records that a 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -319,6 +320,27 @@ def check_overlap(named: list[tuple[str, Tensor]], what: str) -> None:
             raise ValueError(f"{a} and {b} share memory; {what}: pass a tied tensor once")
 
 
+def check_apart(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str, Tensor]]) -> None:
+    """Nothing that a pass reads beside the weights (scales, masks, factors, numbers) shares memory with what it writes: results would depend
+    on the order in which a backend works. What is read may be shared among the tensors. The written ones do not overlap."""
+    spans: dict[str, list[tuple[int, int, str]]] = {}
+    for name, t in read:
+        if t.numel():
+            spans.setdefault(str(t.device), []).append((*byte_range(t), name))
+    if not spans:
+        return
+    targets: dict[str, list[tuple[int, int, str]]] = {}
+    for name, t in written:
+        if t.numel():
+            targets.setdefault(str(t.device), []).append((*byte_range(t), name))
+    for device, own in spans.items():
+        there = sorted(targets.get(device, ()))
+        for start, end, name in own:
+            k = bisect.bisect_left(there, (end,)) - 1  # the last that begins before this one ends
+            if k >= 0 and there[k][1] > start:
+                raise ValueError(f"{name} shares memory with {there[k][2]}, which the pass writes: give a copy of it (.clone())")
+
+
 def check_length(name: str, values: Sequence[Any] | None, n: int) -> Sequence[Any]:
     if values is None:
         return [None] * n
@@ -383,7 +405,7 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
     block: Any
     if isinstance(scale, Tensor):
         if scale.numel() == 1:
-            block = max(1, MAX_INDEX - 1)  # one block holds every element, whatever the offset
+            block = MAX_INDEX  # one block holds every element, whatever the offset
         elif t.ndim and scale.numel() == t.shape[0]:
             block = max(1, t.numel() // max(1, t.shape[0]))  # of an empty tensor: anything
         else:
@@ -454,8 +476,11 @@ def make_plans(
     offsets: Sequence[int] | None = None,
     factors: Sequence[Any] | None = None,
     names: Sequence[str] | None = None,
+    read: Sequence[tuple[str, Tensor]] = (),
+    written: Sequence[tuple[str, Tensor]] = (),
 ) -> list[Plan]:
-    """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments."""
+    """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments; `read` and
+    `written`: by name, what else the pass reads and writes."""
     n = len(params)
     names = names or [f"params[{k}]" for k in range(n)]
     check_list(params, names)
@@ -476,6 +501,7 @@ def make_plans(
         distinct = {(t.data_ptr(), t.numel()): (s, t) for s, t in zip(names, params, strict=True)}  # reading twice is fine
         check_overlap([*zip(out_names, targets, strict=True), *distinct.values()], "out must lie apart from params")
     groups: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+    read = list(read)
     for k, (t, o) in enumerate(zip(params, targets, strict=True)):
         if offsets[k] + t.numel() > MAX_INDEX:
             raise ValueError(f"offsets[{k}]={offsets[k]} with {t.numel()} elements exceeds 2^56, the contract's largest index")
@@ -491,6 +517,9 @@ def make_plans(
             rsqrt=rsqrt,
         )
         groups.setdefault((t.device, t.dtype), []).append(entry)
+        of_pass = {f"masks[{k}]": mask, f"scales[{k}]": scale, f"factors[{k}]: left": left, f"factors[{k}]: right": right}
+        read += [(name, x) for name, x in of_pass.items() if x is not None]
+    check_apart([*zip(names if out is None else out_names, targets, strict=True), *written], read)
     return [Plan(tuple(entries), device, dtype) for (device, dtype), entries in groups.items()]
 
 
@@ -638,7 +667,8 @@ def perturb_(
         backend: "reference", "cpu", "triton" or "cuda"; default: the best for the device, or ``ZO_KERNELS_BACKEND``.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; names it, its value and the remedy. Nothing has been changed.
+        TypeError, ValueError: an argument is wrong; names it, its value and the remedy. Nothing has been changed. Masks, scales, factors,
+            terms and decay that share memory with what is written are refused too.
         RuntimeError: the backend asked for is not available; says why.
     """
     args = op_arguments(
@@ -780,6 +810,7 @@ def checked_plans(
     rights: list[Tensor | None],
     *,
     backend: str | None,
+    read: Mapping[str, Tensor | None],
 ) -> list[Plan]:
     """The plans of an operation, whose backends have been asked for before anything is changed."""
     plans = make_plans(
@@ -793,6 +824,7 @@ def checked_plans(
         ],
         offsets=offsets,
         factors=[None if left is None else (left, right) for left, right in zip(lefts, rights, strict=True)],
+        read=[(name, t) for name, t in read.items() if t is not None],
     )
     for plan in plans:
         backends.pick(plan.device, backend)
@@ -821,7 +853,8 @@ def _perturb(
         kind,
         rounding,
     )
-    run(checked_plans(dst, src, *described, backend=backend), p, backend)
+    read = {"terms: the tags": tag_tensor, "terms: the coefficients": coef_tensor, "decay": decay_tensor}
+    run(checked_plans(dst, src, *described, backend=backend, read=read), p, backend)
 
 
 def _perturb_sequence(
@@ -837,7 +870,8 @@ def _perturb_sequence(
 ) -> None:
     *described, kind, backend = rest
     passes = Passes(seed & ((1 << 64) - 1), tags, coefs, first, decay, rounding, kind)
-    run_sequence(checked_plans(dst, src, *described, backend=backend), passes, backend)
+    read = {"passes: the tags": tags, "passes: the coefficients": coefs, "passes: the decays": decay}
+    run_sequence(checked_plans(dst, src, *described, backend=backend, read=read), passes, backend)
 
 
 for _name, _function in (("perturb_", _perturb), ("perturb_sequence_", _perturb_sequence)):

@@ -330,3 +330,18 @@ class Weights:
             and all(a is b for a, b in zip(active, self.params, strict=True))
             and all(e.src.dtype == p.dtype and e.src.data_ptr() == p.data_ptr() for e, p in self.pairs)
         )
+
+
+def check_apart(groups: Sequence[Weights], trained: Iterable[tuple[str, Tensor]]) -> None:
+    """No mask, scale or factor of a group shares memory with a trained parameter, be it another group's: steps would change it.
+
+    Raises:
+        ValueError: names both.
+    """
+    read = []
+    for w in groups:
+        names = {id(p): n for n, p in zip(w.names, w.params, strict=True)}
+        for e, p in w.pairs:
+            limits = {"mask": e.mask, "scale": e.scale, "left factor": e.left, "right factor": e.right}
+            read += [(f"the {what} of parameter {names[id(p)]}", t) for what, t in limits.items() if t is not None]
+    ops.check_apart([(f"parameter {n}", p) for n, p in trained], read)

@@ -273,7 +273,7 @@ def update_entry(entry: Entry, held: Sequence[Tensor], p: RulePass, given: tuple
         def noise(tags: Tensor, coefs: Tensor, i: Tensor = i) -> Tensor:
             s = (gaussian_sum if gaussian else rademacher_sum)(i, tags, coefs, entry.stream, p.seed)
             if entry.scale is not None:
-                s = s * scale_of(i, entry)
+                s = torch.where((coefs != 0).any(), s * scale_of(i, entry), s)  # without a live term it is not looked at
             return s + 0.0  # u is never -0
 
         keep = go.expand(len(e))

@@ -22,6 +22,7 @@ from zo_kernels.ops import Mask, Plan, Terms
 
 ROUNDED = (torch.float32, torch.bfloat16)  # a state that may be held in 16 bits, rounded stochastically
 EXACT = (torch.float32,)
+STATE_WORDS = 2  # of zo_states
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def check_plan(plan: Plan, states: States, p: RulePass) -> None:
 
 def state_table(states: States) -> np.ndarray:
     """uint64 [n, 2]: the structs zo_states of csrc/zo_kernels.h, 0 where the rule has no such state."""
-    table = np.zeros((len(states), 2), dtype=np.uint64)
+    table = np.zeros((len(states), STATE_WORDS), dtype=np.uint64)
     for row, own in zip(table, states, strict=True):
         row[: len(own)] = [s.data_ptr() for s in own]
     return table
@@ -262,12 +263,19 @@ def update_(
     ops.check_word("seed", seed, 64)
     ops.check_choice("kind", kind, ops.KINDS)
     ops.check_choice("rounding", rounding, ops.ROUNDINGS)
-    plans = ops.make_plans(params, streams, masks=masks, scales=scales, offsets=offsets)
+    ops.check_list(params)
     tags, coefs = ops.make_terms(terms)
     check_single(rule, coefs)
     given = check_numbers(rule, numbers)
     q = check_squares(rule, squares, coefs)
-    held = {(t.device, t.data_ptr()): own for t, own in zip(params, check_states(rule, states, params), strict=True) if t.numel()}
+    kept = check_states(rule, states, params)
+    read = {"terms: the tags": tags, "terms: the coefficients": coefs, "numbers": given, "squares": q}
+    plans = ops.make_plans(
+        params, streams, masks=masks, scales=scales, offsets=offsets,
+        read=[(name, x) for name, x in read.items() if isinstance(x, Tensor)],
+        written=[(f"states[{k}][{j}]", s) for k, own in enumerate(kept) for j, s in enumerate(own)],
+    )  # fmt: skip
+    held = {(t.device, t.data_ptr()): own for t, own in zip(params, kept, strict=True) if t.numel()}
     p = RulePass(seed, tags, coefs, kind, rounding, rule, given, q)
     own: list[list[list[Tensor]]] = []
     for k, plan in enumerate(plans):

@@ -28,13 +28,15 @@ struct UpdateLaunch {
   const uint2 *map;
 };
 
-/* The terms into shared memory and the numbers into `numbers`; returns whether the pass is to be made. Ends with the
- * barrier. */
-template <int RULE> ZO_DEVICE bool stage_rule(const zo_update &update, Term *terms, Numbers &numbers) {
+/* The terms into shared memory and the numbers into `numbers`; returns whether the pass is to be made, and in `live`
+ * whether any term is. Ends with a barrier. */
+template <int RULE> ZO_DEVICE bool stage_rule(const zo_update &update, Term *terms, Numbers &numbers, bool &live) {
   const zo_pass &pass = update.pass;
   bool bad = false;
+  live = false;
   for (int64_t k = threadIdx.x; k < pass.n_terms; k += THREADS) {
     const Term t = pass.kind == ZO_GAUSSIAN ? make_term<ZO_GAUSSIAN>(pass, k) : make_term<ZO_RADEMACHER>(pass, k);
+    live |= t.c != 0.0f;
     if (k < STAGE) terms[k] = t;
     bad |= !is_finite(pass.tags ? pass.coefs[k] : pass.inline_coefs[k]);
     if constexpr (RULE == ZO_ADAM_HISTORY) {
@@ -49,6 +51,7 @@ template <int RULE> ZO_DEVICE bool stage_rule(const zo_update &update, Term *ter
     }
   }
   bad |= numbers.x[0] == 0.0f;
+  live = opaque(__syncthreads_or(live)) != 0;
   return opaque(__syncthreads_or(bad)) == 0;
 }
 
@@ -157,8 +160,9 @@ template <class T, int RULE, class S> ZO_DEVICE void update_tile(const UpdateLau
   const uint32_t stream = t->stream;
 
   Numbers numbers;
+  bool live;
   if (threadIdx.x == 0) shared.base = launch.base; /* stage_rule() ends with a barrier */
-  if (!stage_rule<RULE>(update, shared.terms, numbers)) return;
+  if (!stage_rule<RULE>(update, shared.terms, numbers, live)) return;
   const uint32_t base = shared.base;
   const uint32_t staged = opaque(pass.n_terms < STAGE ? (uint32_t)pass.n_terms : STAGE);
   Keys keys;
@@ -215,7 +219,7 @@ template <class T, int RULE, class S> ZO_DEVICE void update_tile(const UpdateLau
 #pragma unroll
       for (int k = 0; k < 16; ++k) b[k] = as_bits(v[k]);
       load();
-    } else if (pass.n_terms == 0) {
+    } else if (!live) {
 #pragma unroll
       for (int k = 0; k < 16; ++k) u[k] = 0.0f;
     } else if (pass.kind == ZO_GAUSSIAN) {
@@ -223,7 +227,7 @@ template <class T, int RULE, class S> ZO_DEVICE void update_tile(const UpdateLau
     } else {
       noise<ZO_RADEMACHER>(u, pass, shared.terms, staged, q, stream, keys, base);
     }
-    scaled(u);
+    if (live) scaled(u); /* u = 0 whatever the scale, if there is none */
     uint32_t keep = 0xFFFFu;
     if (mask) keep = bit_mask(global(mask), e, inside);
     if (t->keep) keep &= random_mask(q, t->keep, t->mask_tag, stream, keys);

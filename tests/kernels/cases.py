@@ -104,6 +104,18 @@ def block_scales(block: int) -> Callable[[int, Tensor], Any]:
     return scale
 
 
+def wild_scales(block: int) -> Callable[[int, Tensor], Any]:
+    """Infinities, NaN and zeros of both signs among ordinary values."""
+
+    def scale(j: int, p: Tensor) -> Any:
+        values, _ = block_scales(block)(j, p)
+        for k, x in enumerate((float("inf"), float("nan"), -float("inf"), 0.0, -0.0)):
+            values[k::7] = x
+        return values, block
+
+    return scale
+
+
 def roots(block: int) -> Callable[[int, Tensor], Any]:
     """Inverse-square-root scales: values of many magnitudes, subnormals and those that have no root among them."""
 
@@ -166,6 +178,11 @@ def cases() -> Iterator[Case]:
         yield case("scale-number", scales=lambda j, p: 0.5 + j)
         for block in (1, 3, 8, 24, 32, 1000):
             yield case(f"scale-block{block}", scales=block_scales(block))
+        for block in (1, 8):
+            yield case(f"scale-wild{block}", scales=wild_scales(block), terms=terms(2), masks=random_bits, decay=0.9)
+        yield case("scale-wild-dead", scales=wild_scales(3), terms=[(3, 0.0), (4, 2.0**-101)], rounding="stochastic", decay=0.9)
+        # One block for all, up to the last index there is.
+        yield case("scale-number-last", sizes=(1000, 33), scales=lambda j, p: -1.5, offsets=lambda j, p: ops.MAX_INDEX - p.numel())
         yield case("everything", scales=block_scales(40), masks=random_bits, decay=0.99, rounding="stochastic", terms=terms(3))
         yield case("everything-random", scales=block_scales(7), masks=lambda j, p: zk.RandomMask(0.6, tag=j), decay=1.01,
                    rounding="stochastic", terms=terms(2), out=True)  # fmt: skip

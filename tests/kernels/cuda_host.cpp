@@ -3,9 +3,9 @@
  *
  * Belongs here: what the body needs of CUDA, and the loop over blocks and threads. test_cuda_host.py compiles it.
  *
- * A body has one barrier, at the end of stage() or stage_rule(), and what comes before it only writes shared memory,
- * the same each time. So every thread of a block runs twice: first up to the barrier, which throws; then from the start
- * to the end.
+ * A body's barriers are all in stage() or stage_rule(), and what comes before them only writes shared memory, the same
+ * each time. So every thread of a block runs once more than there are barriers: first up to the first barrier, which
+ * throws; then from the start to the next one; at last to the end.
  */
 #include <stdint.h>
 
@@ -21,13 +21,15 @@ static thread_local struct {
 
 namespace {
 struct Barrier {};
-bool at_barrier_throw, any;
+int passed, closed; /* barriers that the running thread has passed; the one that throws */
+bool any[2];        /* what they return */
 } // namespace
 
 static int __syncthreads_or(int predicate) {
-  any |= predicate != 0;
-  if (at_barrier_throw) throw Barrier();
-  return any;
+  const int here = passed++;
+  any[here] |= predicate != 0;
+  if (here == closed) throw Barrier();
+  return any[here];
 }
 
 /* The body calls it with a value that is the same in all lanes. */
@@ -37,17 +39,20 @@ static uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return x; }
 
 namespace {
 
-/* Every thread of every block, up to the barrier and then as a whole. */
+/* Every thread of every block, up to each barrier and then as a whole. */
 template <class Body> void run_blocks(int64_t tiles, Body body) {
   for (int64_t block = 0; block < tiles; ++block) {
     blockIdx.x = (uint32_t)block;
-    any = false;
-    for (int round = 0; round < 2; ++round) {
-      at_barrier_throw = round == 0;
+    any[0] = any[1] = false;
+    bool stopped = true;
+    for (closed = 0; stopped; ++closed) {
+      stopped = false;
       for (threadIdx.x = 0; threadIdx.x < (uint32_t)zo::cuda::THREADS; ++threadIdx.x) {
+        passed = 0;
         try {
           body();
         } catch (Barrier) {
+          stopped = true;
         }
       }
     }

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from tests.kernels import cases
 from tests.kernels.cases import same_bits
 from zo_kernels import _C, ops, reference
 from zo_kernels._backends import cpu
+from zo_kernels._backends._extension import extension
 from zo_kernels.ops import Entry, Pass, Plan
 
 ISAS = [
@@ -276,23 +278,96 @@ def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_choice: N
     assert "ZO_KERNELS_ISA='sse9' must be one of 'portable', 'avx2', 'avx512'" in (cpu.status() or "")
 
 
+@pytest.mark.parametrize("request_by_name", [{}, {"backend": "cpu"}])
+def test_a_refused_isa_is_not_replaced_by_another_backend(
+    monkeypatch: pytest.MonkeyPatch, fresh_choice: None, request_by_name: dict[str, str]
+) -> None:
+    monkeypatch.setenv("ZO_KERNELS_ISA", "sse9")
+    monkeypatch.setattr(ops.backends, "_pick", ops.backends._pick.__wrapped__)
+    t = torch.zeros(8)
+    with pytest.raises(ValueError, match="ZO_KERNELS_ISA='sse9'"):
+        zk.perturb_([t], [(1, 1.0)], seed=1, streams=[1], **request_by_name)
+    assert not t.any()
+    monkeypatch.setenv("ZO_KERNELS_ISA", "avx2")
+    monkeypatch.setattr(cpu, "extension", lambda: "the extension is not there")
+    with pytest.raises(RuntimeError, match="ZO_KERNELS_ISA='avx2', but the extension is not there"):
+        zk.perturb_([t], [(1, 1.0)], seed=1, streams=[1], **request_by_name)
+    zk.perturb_([t], [(1, 1.0)], seed=1, streams=[1], backend="reference")
+    assert t.any()
+
+
+def test_the_reference_does_not_take_over_in_silence(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+    monkeypatch.delenv("ZO_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(ops.backends, "_pick", ops.backends._pick.__wrapped__)
+    monkeypatch.setattr(cpu, "extension", lambda: "the extension is not there")
+    with pytest.warns(UserWarning, match="served by the reference.*cpu: the extension is not there"):
+        zk.perturb_([torch.zeros(8)], [(1, 1.0)], seed=1, streams=[1])
+    with pytest.raises(RuntimeError, match="backend='cpu' was asked for and cannot serve cpu: the extension is not there"):
+        zk.perturb_([torch.zeros(8)], [(1, 1.0)], seed=1, streams=[1], backend="cpu")
+
+
 def test_missing_isa_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
     monkeypatch.setattr(cpu, "extension", lambda: SimpleNamespace(ISA_NAMES=_C.ISA_NAMES, cpu_best_isa=lambda: 2))
     monkeypatch.setenv("ZO_KERNELS_ISA", "avx512")
     assert "the best instruction set of this processor and build is 'avx2'" in (cpu.status() or "")
 
 
-def test_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.extension.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "zo_kernels._C", None)
-    try:
-        assert "pip install -e ." in (cpu.status() or "")
-        (plan,) = ops.make_plans([torch.zeros(3)], [0])
-        with pytest.raises(RuntimeError, match=r"zo_kernels\._C cannot be imported"):
-            cpu.perturb(plan, Pass(0, [1], [1.0]))
-    finally:
-        monkeypatch.undo()
-        cpu.extension.cache_clear()
+@pytest.fixture
+def fresh_import() -> Iterator[None]:
+    extension.cache_clear()
+    yield
+    extension.cache_clear()
+
+
+def test_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch, fresh_import: None) -> None:
+    monkeypatch.setitem(sys.modules, "zo_kernels._C", None)
+    assert "pip install -e ." in (cpu.status() or "")
+    (plan,) = ops.make_plans([torch.zeros(3)], [0])
+    with pytest.raises(RuntimeError, match=r"zo_kernels\._C cannot be imported"):
+        cpu.perturb(plan, Pass(0, [1], [1.0]))
+
+
+def module(**changes: Any) -> SimpleNamespace:
+    """The extension with other attributes; None: without."""
+    mine = {name: getattr(_C, name) for name in dir(_C)} | changes
+    return SimpleNamespace(**{name: value for name, value in mine.items() if value is not None})
+
+
+def function(signature: str) -> SimpleNamespace:
+    return SimpleNamespace(__doc__=signature)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TENSOR_WORDS": 13}, "its TENSOR_WORDS is 13, this version's 14"),
+        ({"TENSOR_WORDS": None}, "its TENSOR_WORDS is None"),
+        ({"STATE_WORDS": 3}, "its STATE_WORDS is 3, this version's 2"),
+        ({"KINDS": ("rademacher", "gaussian")}, "its KINDS is"),
+        ({"RULES": _C.RULES[:3]}, "its RULES is"),
+        ({"RULES": (("momentum", 5, 1), *_C.RULES[1:])}, "its RULES is"),
+        ({"cpu_update": None}, "its function cpu_update is 'missing'"),
+        ({"cpu_perturb": function(_C.cpu_perturb.__doc__.replace("decay: ", "factor: "))}, "its function cpu_perturb is"),
+        ({"cpu_best_isa": function("cpu_best_isa(n: int) -> int")}, "its function cpu_best_isa is"),
+        ({"WITH_CUDA": True, "cuda_update": None}, "its function cuda_"),
+        ({"INLINE_TERMS": None}, "it has no INLINE_TERMS"),
+    ],
+    ids=str,
+)
+def test_an_extension_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fresh_import: None, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "zo_kernels._C", module(**changes))
+    with pytest.raises(ImportError, match=r"is another version's: .*pip install -e \.") as refused:
+        extension()
+    assert message in str(refused.value)
+
+
+def test_an_extension_of_another_version_is_refused_when_zo_kernels_is_imported() -> None:
+    code = "import sys, types; sys.modules['zo_kernels._C'] = types.SimpleNamespace(TENSOR_WORDS=13); import zo_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: the extension zo_kernels._C is another version's: its TENSOR_WORDS is 13" in done.stderr
 
 
 def test_other_devices_are_refused() -> None:
@@ -342,7 +417,7 @@ def test_unsound_table_is_refused(column: str) -> None:
 
 
 def test_table_layout() -> None:
-    assert _C.TENSOR_WORDS == ops.WORDS == ops.make_plans([torch.zeros(1)], [0])[0].table.shape[1]
+    assert ops.make_plans([torch.zeros(1)], [0])[0].table.shape[1] == ops.WORDS
 
 
 # ---- sanitizers ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from typing import Any
@@ -233,3 +234,56 @@ def test_sharded_parameters_are_refused(tmp_path: Any) -> None:
         zk.perturb_([sharded.to_local()], [(0, 1.0)], offsets=[0], **OK)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ---- what a pass reads beside the weights -------------------------------------------------------------------------------
+
+
+def overlapping() -> dict[str, tuple[dict[str, Any], str]]:
+    """name -> (arguments, what shares memory with what) of passes over w, with `out` o."""
+    w, o = torch.linspace(-1, 1, 4096), torch.ones(4096)
+    words, last = w.view(torch.int64), w.view(64, 64)
+    return {
+        "scale": ({"params": [w], "scales": [(w, 1)]}, r"scales\[0\] shares memory with params\[0\]"),
+        "scale-end": ({"params": [w[:100]], "scales": [(w[99:200], 2)]}, r"scales\[0\] shares memory with params\[0\]"),
+        "scale-root": ({"params": [w], "scales": [(w, 1, "rsqrt")]}, r"scales\[0\] shares memory"),
+        "scale-of-another": (
+            {"params": [o, w], "streams": [1, 2], "scales": [w[:1], None]},
+            r"scales\[0\] shares memory with params\[1\]",
+        ),
+        "scale-out": ({"params": [w], "out": [o], "scales": [(o, 3)]}, r"scales\[0\] shares memory with out\[0\]"),
+        "mask": ({"params": [w], "masks": [w.view(torch.uint8)[:512]]}, r"masks\[0\] shares memory with params\[0\]"),
+        "left": ({"params": [w], "factors": [(w[:64, None], torch.ones(64, 1))]}, r"factors\[0\]: left shares memory"),
+        "right": ({"params": [w], "factors": [(torch.ones(64, 1), last[-1:].t())]}, r"factors\[0\]: right shares memory"),
+        "coefs": ({"params": [w], "terms": (torch.tensor([1]), w[5:6])}, "terms: the coefficients shares? memory"),
+        "tags": ({"params": [w], "terms": (words[:1], torch.ones(1))}, "terms: the tags shares? memory"),
+        "decay": ({"params": [w], "decay": w[-1:]}, r"decay shares memory with params\[0\]"),
+    }
+
+
+@pytest.mark.parametrize("name", overlapping())
+def test_what_is_read_lies_apart_from_what_is_written(name: str) -> None:
+    arguments, message = overlapping()[name]
+    given = {"terms": [(1, 1.0)], "seed": 1, "streams": [1], **arguments}
+    before = [t.clone() for t in given["params"]]
+    with pytest.raises(ValueError, match=message):
+        zk.perturb_(**given)
+    assert all(map(torch.equal, before, given["params"]))
+
+
+def test_sequences_and_neighbours_in_memory() -> None:
+    w = torch.linspace(-1, 1, 64)
+    for passes in ([{"terms": (torch.tensor([1]), w[:1])}], [{"terms": [], "decay": w[3:4]}]):
+        before = w.clone()
+        zk.perturb_sequence_([w.clone()], passes, seed=1, streams=[1])  # another tensor
+        with contextlib.suppress(ValueError):  # numbers of several passes are gathered into memory of their own
+            zk.perturb_sequence_([w], passes * 2, seed=1, streams=[1])
+            w.copy_(before)
+    with pytest.raises(ValueError, match=r"scales\[0\] shares memory"):
+        zk.perturb_sequence_([w], [{"terms": [(1, 1.0)]}], seed=1, streams=[1], scales=[(w, 1)])
+    # One allocation, no common byte; a scale for two tensors; a scale that is only read with `out`; empty tensors.
+    zk.perturb_([w[:32]], [(1, 1.0)], seed=1, streams=[1], scales=[(w[32:], 1)])
+    shared = torch.ones(32)
+    zk.perturb_([w[:32], w[32:]], [(1, 1.0)], seed=1, streams=[1, 2], scales=[(shared, 1), (shared, 1)])
+    zk.perturb_([w], [(1, 1.0)], seed=1, streams=[1], scales=[(w, 1)], out=[torch.empty(64)])
+    zk.perturb_([w[:0], w], [(1, 1.0)], seed=1, streams=[1, 2], scales=[(w[:0], 1), None])

@@ -42,6 +42,25 @@ def test_the_sixteen_numbers_have_the_stated_values_and_exact_moments() -> None:
     assert excess == pytest.approx(-0.0019, abs=1e-4)
 
 
+def test_a_call_has_one_parity_and_its_sums_take_32_values() -> None:
+    """What the mix leaves of the lattice, as numerics.md says it: of a call's 16 numbers, in units of c' 2^-13, and of their 16 signed sums
+    with the signs of the mix, whose moments are exact. The mix rounds to fp32, by no more than 2^-6 units at this coefficient."""
+    z = z_of(3, n=1 << 14).view(-1, 2, 2, 8).transpose(1, 2).reshape(-1, 16)
+    unit = reference.gaussian_coefficients(torch.ones(1)).double() * 2.0**-13
+    units = z / unit
+    assert (units - units.round()).abs().max() < 2.0**-6
+    parity = units.round() % 2
+    assert torch.equal(parity, parity[:, :1].expand_as(parity))
+    assert 0.4 < parity[:, 0].mean() < 0.6
+    values = torch.tensor([m * s for m in (82, 83, 114, 115) for s in (1, 2, 16, 32)])
+    sums = reference.mix(units.round()).div(16)
+    assert torch.equal(sums, sums.round())
+    assert torch.equal(sums.abs().unique(), values.double().sort().values)
+    mean = {n: Fraction(sum(v**n for v in values.tolist()), 16) for n in (2, 4, 6, 8)}
+    moments = [float(mean[n] / mean[2] ** (n // 2)) for n in (4, 6, 8)]
+    assert [f"{m:.4g}" for m in moments] == ["2.97", "10.7", "41.76"]
+
+
 def test_gaussian_moments_and_distribution() -> None:
     z = z_of(1)
     assert abs(z.mean()) < 5 / math.sqrt(N)

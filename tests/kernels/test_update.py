@@ -396,6 +396,26 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     assert (x == 1).all() and (b == 1).all()
 
 
+def test_what_is_read_lies_apart_from_weights_and_states() -> None:
+    x, b = torch.ones(64), torch.ones(64)
+    numbers = torch.tensor([1.0, 1.0, 0.1, 0.9])
+    for change, message in (
+        ({"scales": [(b, 1)]}, r"scales\[0\] shares memory with states\[0\]\[0\]"),
+        ({"scales": [(x, 1)]}, r"scales\[0\] shares memory with params\[0\]"),
+        ({"masks": [b.view(torch.uint8)[:8]]}, r"masks\[0\] shares memory with states\[0\]\[0\]"),
+        ({"numbers": b[:4]}, r"numbers shares memory with states\[0\]\[0\]"),
+        ({"numbers": x[:4]}, r"numbers shares memory with params\[0\]"),
+        ({"terms": (torch.tensor([3]), b[:1])}, r"the coefficients shares memory with states\[0\]\[0\]"),
+    ):
+        given: dict[str, Any] = {"terms": [(3, 1.0)], "states": [[b]], **GOOD, "numbers": numbers, **change}
+        with pytest.raises(ValueError, match=message):
+            zk.update_([x], **given)
+        assert (x == 1).all() and (b == 1).all()
+    history: dict[str, Any] = {"rule": "adam_history", "numbers": [1, 1, 0.1, 1e-8], "seed": 1, "streams": [2]}
+    with pytest.raises(ValueError, match=r"squares shares memory with params\[0\]"):
+        zk.update_([x], (torch.tensor([3]), torch.ones(1)), squares=x[:1], **history)
+
+
 def test_more_refusals() -> None:
     x, y, b, c = (torch.ones(9) for _ in range(4))
     more: dict[str, Any] = GOOD | {"streams": [1, 2]}
@@ -486,7 +506,8 @@ def interpreter_cases() -> list[uc.Case]:
     names = itertools.cycle(("stochastic", "bit-mask", "random-mask", "far"))
     chosen = []
     for k, (rule, held) in enumerate(uc.RULES):
-        for name, dtype in (("shard", cases.DTYPES[k % 3]), (next(names), cases.DTYPES[(k + 1) % 3])):
+        wild = [("wild-scale-dead", torch.float16), ("scale-number-last", torch.float32)] if k in (0, 5) else []
+        for name, dtype in (("shard", cases.DTYPES[k % 3]), (next(names), cases.DTYPES[(k + 1) % 3]), *wild):
             (case,) = [
                 c for c in uc.CASES if (c.rule, c.state_dtype, c.dtype) == (rule, held, dtype) and c.name.endswith(f"-{name}")
             ]

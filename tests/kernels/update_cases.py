@@ -127,6 +127,13 @@ def case_list() -> Iterator[Case]:
         if rule != "hizoo":
             yield case("no-term", terms=0, rounding="stochastic")
             yield case("dead-term", terms=2, coefs={0: 0.0, 1: 2.0**-110})
+            # Without a live term u = 0, whatever the scale; with one its infinities and NaN count, but for what is masked out.
+            wild = {"scales": cases.wild_scales(3), "masks": cases.random_bits}
+            yield case("wild-scale", terms=2, rounding="stochastic", kind="rademacher", plan=wild)
+            yield case("wild-scale-dead", terms=2, coefs={0: 0.0, 1: 2.0**-110}, rounding="stochastic", plan=wild)
+            yield case("wild-scale-no-term", terms=0, plan={"scales": cases.wild_scales(8)})
+            last = {"offsets": lambda j, p: ops.MAX_INDEX - p.numel(), "scales": lambda j, p: -1.5}
+            yield case("scale-number-last", sizes=(1000, 33), plan=last)
             yield case("scale-number", plan={"scales": lambda j, p: -1.5}, kind="rademacher")
 
 

@@ -193,3 +193,23 @@ def test_generators_tensors_and_empty_groups_are_fine() -> None:
     step.add_param_group({"params": (pair for pair in [("other", parameter())]), "lr": 0.1})
     assert [g["param_names"] for g in step.param_groups] == [["weight", "bias"], [], [], ["extra"], ["other"]]
     step.step(lambda: m(torch.ones(1, 3)).sum())
+
+
+@pytest.mark.parametrize("perturbation", ["inplace", "scratch"])
+@pytest.mark.parametrize("what", ["scale", "mask"])
+def test_a_scale_that_is_trained_is_refused(what: str, perturbation: str) -> None:
+    """One that the steps themselves would change: its own parameter or another group's. A frozen parameter may serve."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
+    a, b = model["a"].weight, model["b"].weight
+    for other in (a, b):
+        limit = (other.detach(), 1) if what == "scale" else other.detach().view(torch.uint8).view(-1)[:8]
+        groups = [{"params": [("a.weight", a)], what: limit}, {"params": [("b.weight", b)]}]
+        with pytest.raises(ValueError, match="shares memory with"):
+            zk.MeZOStep(groups, lr=0.1, model=model, perturbation=perturbation)
+        name = "a.weight" if other is a else "b.weight"
+        if other is b:
+            with pytest.raises(ValueError, match=rf"the {what} of parameter a\.weight shares memory with parameter {name}"):
+                zk.MeZOStep(groups, lr=0.1, model=model, perturbation=perturbation)
+    b.requires_grad_(False)
+    limit = (b.detach(), 1) if what == "scale" else b.detach().view(torch.uint8).view(-1)[:8]
+    zk.MeZOStep([{"params": [("a.weight", a)], what: limit}], lr=0.1, model=model, perturbation=perturbation)

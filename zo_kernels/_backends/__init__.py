@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -41,14 +42,21 @@ def _pick(device_type: str, index: int | None, name: str | None) -> ModuleType:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     if name is not None:
         module = load(name)
-        reason = module.status() or module.supports(device)
+        reason = module.supports(device) or module.status()
         if reason:
             raise RuntimeError(f"backend={name!r} was asked for and cannot serve {device}: {reason}")
         return module
+    refused: list[str] = []
     for candidate in PREFERENCE.get(device_type, ("reference",)):
         module = load(candidate)
-        if not (module.status() or module.supports(device)):
+        if not (reason := module.supports(device) or module.status()):
+            if refused and candidate == "reference":
+                warnings.warn(
+                    f"tensors on {device} are served by the reference in plain PyTorch, which is a hundred times slower and more: {'; '.join(refused)}",
+                    stacklevel=3,
+                )
             return module
+        refused.append(f"{candidate}: {reason}")
     raise RuntimeError(f"no backend can serve device {device}; see `python -m zo_kernels`")
 
 

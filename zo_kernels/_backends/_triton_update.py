@@ -202,11 +202,14 @@ def update_tile(
     v = zeros
     one = coefficient(zero + 1.0, KIND)
     go = n_terms >= 0
+    live = n_terms < 0
     for k in range(0, n_terms):
         tag = tl.load(tags + 2 * k).to(tl.uint32)
         given = tl.load(coefs + k)
         go = go & is_finite(given)
-        s = add_term(s, i_tile, at, stream, tag, coefficient(given, KIND), k0, k1, base, KIND, False, False)
+        c = coefficient(given, KIND)
+        live = live | (c != 0.0)
+        s = add_term(s, i_tile, at, stream, tag, c, k0, k1, base, KIND, False, False)
         if RULE == ADAM_HISTORY:
             q = tl.load(squares + k)
             go = go & is_finite(q)
@@ -238,7 +241,10 @@ def update_tile(
             f = widen(old_first[a], STATE)
         if RULE == ADAM:
             g = old_second[a]
-        r, f, g = rule_of(d, s[a] + 0.0, f, g, n, RULE)  # u is never -0
+        u = s[a] + 0.0  # never -0
+        if SCALE:
+            u = tl.where(live, u, 0.0)  # whatever the scale
+        r, f, g = rule_of(d, u, f, g, n, RULE)
         if STATE == tl.bfloat16:
             f = round_stochastic(f, state_dice[a], STATE)
         if BIT_MASK or RANDOM_MASK:

@@ -9,7 +9,6 @@ once, at the first use. Threads: as many as `torch.get_num_threads()`, if the pa
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +16,11 @@ import torch
 
 from zo_kernels import ops
 from zo_kernels import update as rules
+from zo_kernels._backends._extension import ISA_NAMES, extension
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from zo_kernels.ops import Pass, Passes, Plan
     from zo_kernels.update import RulePass, States
-
-
-@functools.cache
-def extension() -> ModuleType | str:
-    """zo_kernels._C, or the reason why it cannot be imported."""
-    try:
-        return importlib.import_module("zo_kernels._C")
-    except ImportError as error:
-        return f"the extension zo_kernels._C cannot be imported ({error}); build it with `pip install -e .` in the repository"
 
 
 @functools.cache
@@ -39,14 +28,16 @@ def chosen_isa() -> int:
     """The instruction set to ask for: 0 (the best one), or what ZO_KERNELS_ISA names.
 
     Raises:
-        ValueError: it names none. RuntimeError: this processor or this build lacks it.
+        ValueError: it names none. RuntimeError: this processor or this build lacks it, or there is no extension that could have it.
     """
     name = os.environ.get("ZO_KERNELS_ISA")
-    module = extension()
-    if not name or isinstance(module, str):
+    if not name:
         return 0
+    ops.check_choice("ZO_KERNELS_ISA", name, ISA_NAMES[1:])
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(f"ZO_KERNELS_ISA={name!r}, but {module}")
     names = module.ISA_NAMES
-    ops.check_choice("ZO_KERNELS_ISA", name, names[1:])
     best = module.cpu_best_isa()
     if names.index(name) > best:
         raise RuntimeError(f"ZO_KERNELS_ISA={name!r}, but the best instruction set of this processor and build is {names[best]!r}")
@@ -54,18 +45,20 @@ def chosen_isa() -> int:
 
 
 def status() -> str | None:
-    module = extension()
-    if isinstance(module, str):
-        return module
     try:
         chosen_isa()
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return None
+    module = extension()
+    return module if isinstance(module, str) else None
 
 
 def supports(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else f"it works on cpu tensors, not on {device.type}"
+    """As every backend's. An instruction set that was asked for by name and is refused is an error here: no other backend takes its place."""
+    if device.type != "cpu":
+        return f"it works on cpu tensors, not on {device.type}"
+    chosen_isa()
+    return None
 
 
 def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:

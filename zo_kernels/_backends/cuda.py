@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zo_kernels import ops
 from zo_kernels import update as rules
-from zo_kernels._backends.cpu import extension
+from zo_kernels._backends._extension import extension
 
 if TYPE_CHECKING:
     from zo_kernels.ops import Pass, Passes, Plan

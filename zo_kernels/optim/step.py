@@ -263,6 +263,7 @@ class ZOStep(torch.optim.Optimizer):
             [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
             "a step updates each weight once",
         )
+        parameters.check_apart(groups, [(n, p) for _, n, p in self._active()])
         options: dict[str, Any] = {"seed": self._seed, "kind": self._kind, "backend": self._backend}
         if isinstance(self._estimator, estimators.ForwardGradient):
             assert self._model is not None
