@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_kernels import _backends as backends
 from zo_kernels import ops
+from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 
 MOST_GATHERS = 64  # plans of gathered rows that are kept: batches of every length come along in a run
@@ -42,61 +42,6 @@ GATHER_BYTES = 1 << 22  # of gathered rows that are perturbed at a time, and at 
 GATHER_ROWS = 1 << 16
 PART_ROWS = 256  # parts of a matrix have a multiple of so many rows: whole tiles of matrix kernels, whole calls of the noise
 ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
-
-
-class uninterrupted:
-    """Hold back SIGINT until the block is done, so that a KeyboardInterrupt never leaves half of the tensors written, nor a step half undone.
-
-    Only the main thread receives signals in Python; elsewhere this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[int, Any]] = []
-        self.before: Any = None
-        self.holds = False
-
-    def __enter__(self) -> uninterrupted:
-        if threading.current_thread() is threading.main_thread():
-            with contextlib.suppress(ValueError):  # a sub-interpreter's main thread
-                self.before = signal.signal(signal.SIGINT, self._hold)
-                self.holds = True
-        return self
-
-    def _hold(self, *received: Any) -> None:
-        self.pending.append(received)
-
-    def __exit__(self, *_: object) -> None:
-        if self.holds:
-            self._let()
-
-    def _let(self) -> None:
-        # A handler that was not installed from Python reads as None and cannot be put back; the default is its nearest.
-        signal.signal(signal.SIGINT, signal.default_int_handler if self.before is None else self.before)
-        if self.pending and callable(self.before):
-            self.before(*self.pending.pop())
-
-    def but(self) -> _But:
-        """A part of the block that may be interrupted: code of the user's, who may also install a handler of his own."""
-        return _But(self)
-
-
-class _But:
-    """No generator: one that an interrupt had left half way would hold SIGINT back again whenever it is collected."""
-
-    def __init__(self, block: uninterrupted) -> None:
-        self.block = block
-
-    def __enter__(self) -> None:
-        if self.block.holds:
-            try:
-                self.block._let()
-            except BaseException:  # what was held back: no __exit__ follows
-                self.__exit__()
-                raise
-
-    def __exit__(self, *_: object) -> None:
-        if self.block.holds:
-            self.block.before = signal.signal(signal.SIGINT, self.block._hold)
 
 
 Tag = int | Tensor  # a tensor: 0-d int64

@@ -31,6 +31,7 @@ import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.interrupts import interrupted
 from zo_kernels import perturb
+from zo_kernels._backends import cpu
 
 # scratch: a launch a weight; resident: everything fits, and the modules hold the values themselves after the first step.
 MODES: dict[str, dict[str, Any]] = {
@@ -1085,3 +1086,73 @@ def test_a_handler_of_the_closure_stays() -> None:
         assert len(heard) == 3
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class TimeLimit(Exception):
+    pass
+
+
+@each_mode
+@pytest.mark.parametrize(
+    "kind", [signal.SIGALRM, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name
+)
+def test_a_handler_that_raises_in_any_pass(mode: str, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises when the step is done: weights, modules, modes of torch and handlers are as after a step, and the next one goes on."""
+    model = Net()
+    before = values(model)
+    step = optimizer_of(model, mode, lr=0.0)
+    real, left = cpu.perturb, 0
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeLimit
+
+    def perturb_and_signal(plan: Any, p: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            signal.raise_signal(kind)
+        real(plan, p)
+
+    monkeypatch.setattr(cpu, "perturb", perturb_and_signal)
+    old = signal.signal(kind, stop)
+    try:
+        done = 0
+        for at in range(1, 4):
+            left = at
+            with pytest.raises(TimeLimit):
+                step.step(model)
+            done += step.steps - done
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            assert signal.getsignal(kind) is stop
+            step.flush()
+            assert is_at(model, before, mode, 8 * at)
+        assert step.steps == done
+        step.step(model)
+        assert step.steps == done + 1
+    finally:
+        signal.signal(kind, old)
+
+
+@each_mode
+def test_time_limits_at_random_moments(mode: str) -> None:
+    model = Net()
+    before = values(model)
+    step = optimizer_of(model, mode, lr=0.0)
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeLimit
+
+    old, passes = signal.signal(signal.SIGALRM, stop), 0
+    try:
+        for trial in range(40):
+            with contextlib.suppress(TimeLimit):
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1.3e-4 * trial)
+                while True:
+                    step.step(model)
+            step.flush()
+            passes = 5 * step.steps + 10 * (trial + 1)
+            assert is_at(model, before, mode, passes)
+            assert signal.getsignal(signal.SIGALRM) is stop and torch.is_grad_enabled()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zo_kernels import journal, perturb
+from zo_kernels import interrupts, journal
 from zo_kernels.parameters import Weights, canonical_name
 
 
@@ -93,7 +93,7 @@ class Recorder:
                 if not wait and not event.query():
                     return
                 event.synchronize()
-            with perturb.uninterrupted():  # in the file or in the queue, not in both
+            with interrupts.uninterrupted():  # in the file or in the queue, not in both
                 self.writer.append(**(entry if summary is None else complete(entry, summary.tolist())))
                 self._queue.popleft()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import _replay as replays
+from zo_kernels import interrupts, ops, parameters, perturb, tangents
 from zo_kernels import journal as journals
-from zo_kernels import ops, parameters, perturb, tangents
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import directions, estimators, graph, parts, projection, record, rules
 
@@ -206,7 +207,8 @@ class ZOStep(torch.optim.Optimizer):
         self._graphs: graph.Graphs | None = None
         self._graph_wanted = cuda_graph
         self._flush_at_exit: weakref.finalize[..., Any] | None = None
-        self._inside = False  # a step is under way
+        self._busy = threading.Lock()  # a step is under way, in this thread or in another
+        self._inside = False  # its view is made, and it may stand anywhere
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._tag = self._first_tag = 0  # of the next step's first direction, and of the run's
         self._skipped: Tensor | int = 0
@@ -315,7 +317,7 @@ class ZOStep(torch.optim.Optimizer):
     def flush(self) -> None:
         """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
         if isinstance(self._view, perturb.InPlace) and not self._inside:
-            with perturb.uninterrupted():
+            with interrupts.uninterrupted():
                 ahead = any(self._view.at)
                 self._view.restore()
                 self._flushed |= ahead
@@ -330,8 +332,6 @@ class ZOStep(torch.optim.Optimizer):
             handles += [module.register_state_dict_pre_hook(flush), module.register_load_state_dict_pre_hook(flush)]
         weakref.finalize(self, _remove, handles)
 
-    @torch.inference_mode(False)  # what a step makes is used by the next one, in whatever mode that is
-    @torch.no_grad()
     def step(self, closure: Callable[..., Loss] | None = None, batches: Sequence[Any] | None = None) -> Tensor:  # type: ignore[override]
         """One step.
 
@@ -350,11 +350,25 @@ class ZOStep(torch.optim.Optimizer):
             within the rounding of the passes). TypeError if the closure returns no loss. RuntimeError if it changes the weights, or steps
             this optimizer, or if the module lost a parameter since it was given; docs/faults.md has every case.
         """
-        self._refuse_inside("step()")
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
         if batches is not None and not len(batches):
             raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
+        # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
+        # What a step makes is used by the next one, in whatever mode that is.
+        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad():
+            if not self._busy.acquire(blocking=False):
+                raise _inside("step()")
+            try:
+                loss = self._step(closure, batches)
+            finally:
+                self._inside = False
+                self._busy.release()
+            if isinstance(self._view, perturb.Scratch) and (note := self._view.news()):
+                warnings.warn(note, stacklevel=3)
+        return loss.float()
+
+    def _step(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
         if self._tag + self._terms > 1 << 32:
             raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
         for number, group in enumerate(self.param_groups):
@@ -362,24 +376,18 @@ class ZOStep(torch.optim.Optimizer):
         view = self._refresh()
         if self._recorder is not None:
             self._recorder.check()
-        # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module and tag always agree.
-        with perturb.uninterrupted() as self._signals:
-            self._inside, tag, ahead = True, self._tag, False
-            if isinstance(view, perturb.InPlace):
-                view.seen, ahead = 0, any(view.at)
-            try:
-                self._prepare(view)
-                loss = self._graphed(view, closure, batches) if self._graph_wanted else None
-                if loss is None:
-                    loss = self._eager(view, closure, batches)
-            except BaseException:
-                self._record_failure(view, tag, ahead)
-                raise
-            finally:
-                self._inside = False
-        if isinstance(view, perturb.Scratch) and (note := view.news()):
-            warnings.warn(note, stacklevel=2)
-        return loss.float()
+        self._inside, tag, ahead = True, self._tag, False
+        if isinstance(view, perturb.InPlace):
+            view.seen, ahead = 0, any(view.at)
+        try:
+            self._prepare(view)
+            loss = self._graphed(view, closure, batches) if self._graph_wanted else None
+            if loss is None:
+                loss = self._eager(view, closure, batches)
+        except BaseException:
+            self._record_failure(view, tag, ahead)
+            raise
+        return loss
 
     def _numbers(self) -> list[Numbers]:
         return [
@@ -547,10 +555,9 @@ class ZOStep(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
         """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
         as_loss = tangents.as_loss if dual else _as_loss
-        with self._signals.but():
-            if batches is None:
-                return as_loss(closure())
-            return torch.stack([as_loss(closure(batch)) for batch in batches]).mean(0)
+        if batches is None:
+            return as_loss(interrupts.outside(closure))
+        return torch.stack([as_loss(interrupts.outside(closure, batch)) for batch in batches]).mean(0)
 
     def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
         """Of a step's directions."""
@@ -691,18 +698,21 @@ class ZOStep(torch.optim.Optimizer):
         try:
             for p in ours:
                 p.requires_grad_(False)
-            with self._signals.but(), torch.enable_grad():
-                for batch in [None] if batches is None else batches:
-                    loss = closure() if batches is None else closure(batch)
-                    if not isinstance(loss, Tensor) or not loss.requires_grad:
-                        raise TypeError(
-                            "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer"
-                        )
-                    (loss / (1 if batches is None else len(batches))).backward()
-                    self._first_loss = self._first_loss + loss.detach().double()
+            interrupts.outside(self._differentiate, closure, batches)
         finally:
             for p in ours:
                 p.requires_grad_(True)
+
+    def _differentiate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> None:
+        with torch.enable_grad():
+            for batch in [None] if batches is None else batches:
+                loss = closure() if batches is None else closure(batch)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise TypeError(
+                        "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer"
+                    )
+                (loss / (1 if batches is None else len(batches))).backward()
+                self._first_loss = self._first_loss + loss.detach().double()
 
     @property
     def skipped(self) -> int:
@@ -1036,10 +1046,8 @@ class ZOStep(torch.optim.Optimizer):
     # -- copies --
 
     def _refuse_inside(self, what: str) -> None:
-        if self._inside:
-            raise RuntimeError(
-                f"{what} of an optimizer whose step is under way, by its closure or in another thread: call it between two steps"
-            )
+        if self._busy.locked():
+            raise _inside(what)
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: everything, the module too, but hooks and what the next step makes anew. A lazy optimizer is not
@@ -1062,7 +1070,7 @@ class ZOStep(torch.optim.Optimizer):
             )
         self._view = self._graphs = self._flush_at_exit = self._recorder = self._recorder_closes = None
         self._views = {}
-        self._inside = False
+        self._busy, self._inside = threading.Lock(), False
         view = self._refresh()
         if isinstance(view, perturb.InPlace) and at is not None and len(at) == len(view.at):
             view.at = at
@@ -1082,8 +1090,8 @@ _MADE_ANEW = {
     "_flush_at_exit",
     "_recorder",
     "_recorder_closes",
+    "_busy",
     "_inside",
-    "_signals",
     "step",
     "_zero_grad_profile_name",
 }
@@ -1118,6 +1126,12 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
     optimizer._held = optimizer._direction.of(header.seed)
     optimizer._views, optimizer._view = {}, None
     return optimizer
+
+
+def _inside(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} of an optimizer whose step is under way, by its closure or in another thread: call it between two steps"
+    )
 
 
 class _Flush:
