@@ -79,49 +79,6 @@ def no_decay(model: nn.Module) -> set[int]:
     return found
 
 
-MOST_REPEATS = 3  # in a pattern: with names of some hundred bytes, matching stays in milliseconds
-
-
-def check_patterns(what: str, patterns: Any) -> tuple[str, ...]:
-    """Regular expressions that choose parameters by a part of their name. They may come from a journal somebody sent, so those that could take for
-    ever are refused: a repeat (* + ? {a,b}) inside a repeat, more than MOST_REPEATS of them, a back reference.
-
-    Raises:
-        ValueError: names the pattern and what is wrong with it.
-    """
-    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
-        raise ValueError(f"{what}={patterns!r:.80} must be a list of regular expressions")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or len(pattern) > 256:
-            raise ValueError(f"{what}: {pattern!r:.80} must be a regular expression of at most 256 characters")
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of sets that will mean something else one day
-                re.compile(pattern)
-                repeats = _repeats(re._parser.parse(pattern), False)  # type: ignore[attr-defined]
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{what}: {pattern!r:.80} is no regular expression: {error}") from None
-        if repeats > MOST_REPEATS:
-            raise ValueError(
-                f"{what}: {pattern!r:.80} repeats too much (one inside another, or more than {MOST_REPEATS}): simplify it"
-            )
-    return tuple(patterns)
-
-
-def _repeats(tree: Any, inside: bool) -> int:
-    """How many repeats there are in a parsed pattern; a nested one, or a back reference, counts as too many."""
-    total = 0
-    for op, argument in tree:
-        name, parts = str(op), argument if isinstance(argument, tuple) else ()
-        repeat = "REPEAT" in name and argument[1] > argument[0]
-        if (repeat and inside) or name.startswith("GROUPREF"):
-            total += MOST_REPEATS + 1
-        total += repeat
-        for part in argument[1] if name == "BRANCH" else parts:
-            if hasattr(part, "data"):  # a pattern inside this one
-                total += _repeats(part, inside or "REPEAT" in name)
-    return total
-
-
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The model's trainable parameters by name, tied ones once; an error if there are none, or one has no values."""
     pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

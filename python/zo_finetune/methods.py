@@ -159,6 +159,7 @@ def hybrid(
     import torch
 
     import zo_kernels as zk
+    from zo_kernels.patterns import Patterns
 
     if first_order not in FIRST_ORDER:
         raise UserError(f"--option first_order={first_order}: must be one of {', '.join(FIRST_ORDER)}")
@@ -174,10 +175,10 @@ def hybrid(
         chosen = [p for name, p in named if numbers.get(name) == max(numbers.values())]
     else:
         try:
-            pattern = re.compile(first_order_params)
-        except re.error as error:
-            raise UserError(f"--option first_order_params={first_order_params}: no regular expression: {error}") from None
-        chosen = [p for name, p in named if pattern.search(name)]
+            pattern = Patterns("--option first_order_params", [first_order_params])
+            chosen = [p for name, p in named if pattern.first(name) is not None]
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if not chosen:
             raise UserError(
                 f"--option first_order_params={first_order_params}: matches no trained parameter, such as {named[0][0]}: give another expression"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zo_kernels import ops
-from zo_kernels.parameters import check_patterns
+from zo_kernels.patterns import Patterns, check_patterns
 
 ORDERS = ("cyclic", "random")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -52,13 +52,13 @@ class Blocks:
             ValueError: a parameter belongs to no block, or a pattern names none.
         """
         found: dict[int, list[str]] = {}
+        by = None if self.by == "layer" else Patterns("by", self.by)
         for name in names:
-            if self.by == "layer":
+            if by is None:
                 number = _LAYER.search(name)
                 found.setdefault(int(number[1]) if number else -1, []).append(name)
                 continue
-            at = next((k for k, pattern in enumerate(self.by) if re.search(pattern, name)), None)
-            if at is None:
+            if (at := by.first(name)) is None:
                 raise ValueError(f"blocks: parameter {name!r} matches none of {list(self.by)}: add a pattern, or freeze it")
             found.setdefault(at, []).append(name)
         if self.by != "layer" and (empty := [p for k, p in enumerate(self.by) if k not in found]):

@@ -8,7 +8,6 @@ Belongs here: the anchors, the inner steps, and their repetition from a record. 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
-from zo_kernels.parameters import check_patterns, stream_of
+from zo_kernels.parameters import stream_of
+from zo_kernels.patterns import Patterns, check_patterns
 
 
 def nothing() -> None:
@@ -80,7 +80,8 @@ class Projector:
         Raises:
             ValueError: there is none.
         """
-        chosen = {n: p for n, p in params.items() if any(re.search(pattern, n) for pattern in self.config.layers)}
+        layers = Patterns("layers", self.config.layers)
+        chosen = {n: p for n, p in params.items() if layers.first(n) is not None}
         if not chosen:
             raise ValueError(
                 f"projection: no parameter matches {list(self.config.layers)}: give layers=[...] with patterns of this model's names"
