@@ -395,6 +395,37 @@ def test_records_that_no_writer_writes_are_refused() -> None:
     assert "eps that is not positive" in refused((0, 0, 0.5, 2.0, 1.0, 0.0, 0.25))
 
 
+def test_tags_of_steps_do_not_overlap() -> None:
+    """A step with three terms has three tags: the next begins behind them, and what begins among them would repeat a direction."""
+    data = header(terms=3).encode()
+
+    def file(second: int) -> bytes:
+        made = data
+        for k, tag in enumerate((4, second)):
+            body = struct.pack("<IIffffff", tag, 0, 0.5, 2.0, 1.0, 0.25, 0.25, 0.25)
+            made += body + struct.pack("<I", zlib.crc32(body, zlib.crc32(struct.pack("<Q", k), struct.unpack("<I", data[-4:])[0])))
+        return made
+
+    assert len(journal.loads(file(7))) == 2
+    for second in (4, 5, 6):
+        with pytest.raises(journal.DamagedError, match=r"record 1 .* a tag that was used before"):
+            journal.loads(file(second))
+
+
+def test_records_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is checked with its own place, whatever was read before it."""
+    path = tmp_path / "run.zoj"
+    whole = journal.loads(write(path, 11))
+    monkeypatch.setattr(journal, "_CHUNK", 3 * whole.header.record.itemsize)
+    again = journal.read(path)
+    assert again.records.tobytes() == whole.records.tobytes() and again.tail is None
+    damaged = bytearray(path.read_bytes())
+    damaged[whole.start + 7 * whole.header.record.itemsize] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(journal.DamagedError, match="record 7 at byte"):
+        journal.read(path)
+
+
 @pytest.mark.parametrize("flags", [16, 32])
 def test_no_step_fails_in_scratch_mode(flags: int) -> None:
     """There a failed step has changed nothing, and a record of it would use up its place: neither written nor read."""

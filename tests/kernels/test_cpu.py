@@ -108,6 +108,25 @@ def test_gathered_rows(dtype: torch.dtype, row_len: int, index: int) -> None:
 
 
 @pytest.mark.parametrize("index", ISAS)
+def test_a_dead_first_term_names_the_draw(index: int) -> None:
+    """Of stochastic rounding: the list's first tag, whether its coefficient counts or not."""
+    (plan,) = ops.make_plans([cases.weights(700, torch.bfloat16)], [3])
+    p = Pass(cases.SEED, [5, 6], [0.0, 2e-3], rounding="stochastic")
+    (got,), (want,) = results(plan, p, index), results(plan, p, None)
+    assert same_bits(got, want)
+    assert not same_bits(got, results(plan, replace(p, tags=[6], coefs=[2e-3]), index)[0])
+
+
+@pytest.mark.parametrize("index", ISAS)
+@pytest.mark.parametrize("decay", [float("nan"), float("inf"), -float("inf")])
+def test_a_decay_that_is_no_number(decay: float, index: int) -> None:
+    """In a tensor, where nobody has looked at it: it counts as 1."""
+    (plan,) = ops.make_plans([cases.weights(700, torch.float16)], [3])
+    p = Pass(cases.SEED, [5], [2e-3])
+    assert same_bits(results(plan, replace(p, decay=torch.tensor(decay)), index)[0], results(plan, p, None)[0])
+
+
+@pytest.mark.parametrize("index", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_half(dtype: torch.dtype, index: int) -> None:
     cases.check_every_half(dtype, functools.partial(cpu.perturb, isa=index))

@@ -36,6 +36,7 @@ EACH(float_to_bfloat, float, uint16_t, zo::float_to_bfloat(x[k]))
 EACH(stochastic_half, float, uint16_t, zo::float_to_half(zo::stochastic_half_value(x[k], v[k])))
 EACH(stochastic_bfloat, float, uint16_t, zo::float_to_bfloat_stochastic(x[k], v[k]))
 EACH(coefficient, float, float, zo::gaussian_coefficient(x[k]))
+EACH(signed_coefficient, float, float, zo::rademacher_coefficient(x[k]))
 extern "C" void philox(const uint32_t *c, uint64_t seed, uint32_t *w) {
   const zo::Words r = zo::philox(c[0], c[1], c[2], c[3], seed);
   for (int m = 0; m < 4; ++m) w[m] = r.w[m];
@@ -101,6 +102,14 @@ def test_stochastic_casts_equal_reference(noise: ctypes.CDLL, name: str, dtype: 
 def test_gaussian_coefficients_equal_reference(noise: ctypes.CDLL) -> None:
     x = floats()  # by value: a dead term may be 0 or -0
     assert torch.equal(each(noise, "coefficient", x, torch.float32), reference.gaussian_coefficients(x))
+
+
+def test_rademacher_coefficients(noise: ctypes.CDLL) -> None:
+    """As they are from 2^-100 on, and dead below."""
+    edge = torch.tensor([2.0**-100, -(2.0**-100)])
+    x = torch.cat([floats(), edge, edge.nextafter(torch.zeros(2)), edge.nextafter(2 * edge)])
+    live = x.isfinite() & (x.double().abs() >= 2.0**-100)
+    assert torch.equal(each(noise, "signed_coefficient", x, torch.float32), torch.where(live, x, 0.0))
 
 
 @pytest.mark.parametrize("line", PHILOX.strip().splitlines())

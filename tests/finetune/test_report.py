@@ -1,0 +1,54 @@
+"""The numbers of a run directory, and of an evaluation, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zo_finetune import report
+from zo_finetune.evaluate import evaluate
+from zo_finetune.scoring import Encoded, Span
+
+
+class Oracle:
+    """Stands for a `Scorer`: the right answer has the score -1, every other -3."""
+
+    def collate(self, examples: Sequence[Encoded], **_: Any) -> Sequence[Encoded]:
+        return examples
+
+    def scores(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        return torch.tensor([[-1.0 if k == e.label else -3.0 for k in range(2)] for e in batch])
+
+
+def test_answers_and_labels_belong_together() -> None:
+    """Whatever the order in which examples are evaluated: the shortest first."""
+    lengths, labels = [9, 2, 7, 1, 5, 3, 8], [0, 1, 1, 0, 1, 1, 0]
+    span = Span(0, (0,), (0,))
+    examples = [Encoded((tuple(range(n)),), (span, span), label) for n, label in zip(lengths, labels, strict=True)]
+    oracle: Any = Oracle()
+    found = evaluate(oracle, examples, 3, ("no", "yes"))
+    assert found["accuracy"] == 1.0 and found["auc"] == 1.0 and found["examples"] == 7
+    assert found["predicted"] == {"no": pytest.approx(3 / 7), "yes": pytest.approx(4 / 7)}
+    assert found["loss"] == pytest.approx(0.126928, abs=1e-6)  # log(1 + e^-2)
+
+
+def test_a_trailing_mean() -> None:
+    assert report.smoothed([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+    assert report.smoothed([1.0, 2.0, 3.0], 5) == [1.0, 1.5, 2.0]
+    assert report.smoothed([], 5) == []
+
+
+def test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off(tmp_path: Path) -> None:
+    """The evaluation behind a step is made again with the step."""
+    about = {"examples": 4, "accuracy": 0.5, "accuracy_stderr": 0.25, "loss": 0.75}
+    kept = report.Evaluations(tmp_path / "evaluations.jsonl")
+    kept.add("before", about)
+    for step in (0, 2, 4, 6):
+        kept.add("dev", {**about, "step": step})
+    before, history = kept.recover(4)
+    assert before == about
+    assert [e["step"] for e in history] == [0, 2]
+    assert kept.recover(9) == (before, history), "the file has no more than that"
