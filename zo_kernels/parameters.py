@@ -209,6 +209,7 @@ class Weights:
     plans: list[ops.Plan] = field(init=False)
     update_plans: list[ops.Plan] = field(init=False)
     pairs: list[tuple[ops.Entry, Tensor]] = field(init=False)  # every entry beside its parameter
+    parts: dict[frozenset[str], list[tuple[ops.Plan, list[str]]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         options: dict[str, Any] = {"masks": self.masks, "names": [f"parameter {n}" for n in self.names]}
@@ -224,6 +225,21 @@ class Weights:
             order.setdefault((p.device, p.dtype), []).append(p)
         entries = [e for plan in self.plans for e in plan.entries]
         self.pairs = list(zip(entries, [p for members in order.values() for p in members], strict=True))
+
+    def part(self, names: Collection[str]) -> list[tuple[ops.Plan, list[str]]]:
+        """The plans of an update of these parameters alone, each with the names of its entries; the same plans for the same names."""
+        key = frozenset(names)
+        if key not in self.parts:
+            of, params = {id(p): n for n, p in zip(self.names, self.params, strict=True)}, iter([p for _, p in self.pairs])
+            found = []
+            for plan in self.update_plans:
+                members = [(e, of[id(next(params))]) for e in plan.entries]
+                if chosen := [(e, n) for e, n in members if n in key]:
+                    whole = len(chosen) == len(members)
+                    entries = tuple(e for e, _ in chosen)
+                    found.append((plan if whole else ops.Plan(entries, plan.device, plan.dtype), [n for _, n in chosen]))
+            self.parts[key] = found
+        return self.parts[key]
 
     @classmethod
     def of_group(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -171,6 +171,14 @@ class View(abc.ABC):
             for k, u in enumerate(updates):
                 self.run(k, u.terms, u.decay, u.rounding, update=True)
 
+    def update_parts(self, parts: Sequence[Sequence[tuple[Collection[str] | None, Update]]]) -> None:
+        """`update`, where parameters of one group differ: for each group the updates of its parts, by names (None: all of the group)."""
+        with self.clean():
+            for weights, updates in zip(self.groups, parts, strict=True):
+                for names, u in updates:
+                    if (p := self._pass(u.terms, u.decay, u.rounding)) is not None:
+                        ops.run([plan for plan, _ in weights.part(weights.names if names is None else names)], p, self.backend)
+
     @contextlib.contextmanager
     def clean(self) -> Iterator[None]:
         """For a pass of the caller's own over the clean weights, in place of `update`; an interrupt waits until it is done."""
@@ -183,6 +191,8 @@ class View(abc.ABC):
             yield from weights.plans
             if weights.update_plans is not weights.plans:
                 yield from weights.update_plans
+            for part in weights.parts.values():
+                yield from (plan for plan, _ in part)
 
     def retag(self, mask_tag: int) -> None:
         """Another draw of the random masks."""

@@ -210,6 +210,23 @@ def blockwise(block_of: Callable[[int], Sequence[str]]) -> Callable[[Reference, 
     return step
 
 
+def in_blocks(
+    method: Callable[[Reference, Sequence[int]], None], block_of: Callable[[int], Sequence[str]]
+) -> Callable[[Reference, Sequence[int]], None]:
+    """A method of each block's own: what it remembers is of the steps of that block."""
+
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        names = block_of(r.step)
+        own = r.memory.setdefault(tuple(names), {})
+        theta = {n: r.theta[n] for n in names}
+        part = Reference(theta, lambda w: r.loss({**r.theta, **w}), r.lr, r.eps, r.decay, r.kind, memory=own)
+        method(part, tags)
+        r.theta.update(part.theta)
+        r.path += part.path
+
+    return step
+
+
 def magnitude_sparse(quantile: float) -> Callable[[Reference, Sequence[int]], None]:
     def step(r: Reference, tags: Sequence[int]) -> None:
         if not r.step:
@@ -455,6 +472,20 @@ CASES: dict[str, Case] = {
     "blockwise-patterns": Case(
         _of(zk.BlockwiseZO, by=["bias$", "weight$"], every=3),
         blockwise(lambda k: [n for block in LAYERS for n in block if n.endswith(("bias", "weight")[k // 3 % 2])]),
+    ),
+    "momentum-blocks": Case(
+        _of(zk.ZOMomentum, beta=0.8, blocks=zk.Blocks()), in_blocks(momentum(0.8), lambda k: LAYERS[k % 3]), lr=5e-4
+    ),
+    "momentum-recomputed-blocks": Case(
+        _of(zk.ZOMomentum, beta=0.8, state="recomputed", history=6, blocks=zk.Blocks(order="random")),
+        in_blocks(momentum(0.8, history=6), lambda k: LAYERS[zk.Blocks(order="random").at(k, 3, SEED)]), lr=5e-4,
+    ),
+    "adam-blocks": Case(
+        _of(zk.ZOAdam, lr=3e-3, betas=(0.8, 0.95), blocks=zk.Blocks(every=2)), in_blocks(adam(0.8, 0.95, 1e-8), lambda k: LAYERS[k // 2 % 3]), lr=3e-3
+    ),
+    "adam-recomputed-blocks": Case(
+        _of(zk.ZOAdam, lr=3e-3, betas=(0.8, 0.95), state="recomputed", history=6, blocks=zk.Blocks()),
+        in_blocks(adam(0.8, 0.95, 1e-8, history=6), lambda k: LAYERS[k % 3]), lr=3e-3,
     ),
     "sparse-mezo": Case(_of(zk.SparseMeZO, quantile=0.6), magnitude_sparse(0.6)),
     "random-sparse": Case(_of(zk.ZOStep, direction=zk.RandomSparse(0.3, 2)), random_sparse(0.3, 2)),

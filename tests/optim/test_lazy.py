@@ -116,11 +116,11 @@ def looks(model: nn.Module, step: zk.MeZOStep) -> dict[str, Any]:
         "state_dict of a part": model.model.layers[0].state_dict,
         "optimizer state": step.state_dict,
         "a new group": lambda: step.add_param_group({"params": [("extra", nn.Parameter(torch.zeros(3)))]}),
-        "load optimizer": lambda: step.load_state_dict(copy.deepcopy(torch.optim.Optimizer.state_dict(step)) | {"zo": saved_zo}),
+        "load optimizer": lambda: step.load_state_dict(saved),
     }
 
 
-saved_zo: dict[str, Any] = {}
+saved: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_whoever_looks_finds_clean_weights(look: str) -> None:
     model = make("llama")
     before = values(model)
     step = lazy(model, lr=0.0)
-    saved_zo.update(step.state_dict()["zo"])
+    saved.update(step.state_dict())
     step.step(closure_of(model))
     looks(model, step)[look]()
     assert near(values(model), before, 3)
@@ -185,7 +185,7 @@ def test_the_last_step_of_all_does_not_go_ahead(tag: int, further: bool) -> None
     before = values(model)
     step = lazy(model, lr=0.0)
     state = step.state_dict()
-    state["zo"]["tag"] = tag
+    state["param_groups"][0]["zo"]["tag"] = tag
     step.load_state_dict(state)
     step.step(closure_of(model))
     assert near(values(model), before, 3) != further

@@ -32,7 +32,21 @@ def of_header(header: journal.Header) -> dict[str, Any]:
     method = header.method or {}
     if unknown := sorted(set(method) - set(PARTS)):
         raise ValueError(f"the journal's method has the parts {unknown!r:.160}, which this version of zo_kernels does not know")
+    if counted(header):
+        rule = {key: value for key, value in method["rule"].items() if key != "counts"}
+        method = {**method, "rule": rule}
     return {what: record.part_of(what, content, PARTS[what]) for what, content in method.items()}
+
+
+COUNTS = (
+    "parameter"  # what a journal's rule counts, where there are blocks: earlier versions counted the run's steps, and wrote nothing
+)
+
+
+def counted(header: journal.Header) -> bool:
+    """Whether the run's rule counted a parameter's own updates."""
+    rule = (header.method or {}).get("rule")
+    return isinstance(rule, dict) and rule.get("counts") == COUNTS
 
 
 def plain(rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any) -> bool:

@@ -10,8 +10,7 @@ A rule works in two halves, so that a run can be replayed. `decide` turns the es
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from zo_kernels import ops, perturb, update
 from zo_kernels.optim.estimators import Number
 from zo_kernels.parameters import Weights
 
+Part = tuple[Collection[str] | None, Sequence[tuple[perturb.Tag, Number]]]  # (names, terms)
 STATES = ("stored", "recomputed")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,8 +30,8 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Applied:
     """One recorded step of one parameter group, as `apply` gets it. Numbers are floats, or 0-d float64 tensors with fp32 values.
 
-    `tags`: of the step's directions. `coefs`: what `decide` gave. `count`: of the steps with an update up to this one, for bias corrections.
-    `go`: False (or a 0-d bool tensor): the step is skipped, and changes neither weights nor state.
+    `tags`: of the step's directions. `coefs`: what `decide` gave. `go`: False (or a 0-d bool tensor): the step is skipped, and changes neither
+    weights nor state.
     """
 
     group: int
@@ -39,7 +39,6 @@ class Applied:
     coefs: Sequence[Number]
     decay: Number
     rounding: str
-    count: Number
     go: Any
 
     def live(self, c: Number) -> Number:
@@ -57,7 +56,16 @@ class Rule:
 
     name: ClassVar[str]
     stateful: ClassVar[bool] = False  # the update is a rule pass over weights and state, not a list of terms
-    memory: ClassVar[bool] = False  # the update depends on earlier steps
+
+    @property
+    def keeps(self) -> Mapping[str, torch.dtype]:
+        """The tensors of every parameter that the rule keeps between steps, one number for each weight."""
+        return {}
+
+    @property
+    def counts(self) -> bool:
+        """Whether an update depends on how many steps its parameters have seen, or on which."""
+        return False
 
     def size(self, directions: int) -> int:
         """How many numbers a step records in each group."""
@@ -67,9 +75,9 @@ class Rule:
         """The numbers of the record, before they are rounded to fp32. `gs` have the sign of the descent: theta + lr mean(g_i z_i) goes downhill."""
         return [lr * g / len(gs) for g in gs]
 
-    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
-        """The update as terms."""
-        return list(zip(step.tags, step.coefs, strict=False))
+    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
+        """The update as terms, for each part of the group's parameters whose terms are the same; `names` None: all of them."""
+        return [(None, list(zip(step.tags, step.coefs, strict=False)))]
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         """The update as a pass over weights and state, for rules with `stateful`."""
@@ -82,34 +90,51 @@ class Rule:
         return Kept(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Past:
     """An earlier step as a recomputed state sees it. If it was skipped, `live` and the coefficients are 0."""
 
     tags: Sequence[perturb.Tag]
     coefs: Sequence[Number]
-    count: Number
     live: Number
 
 
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Parameters that took part in the same steps. `count`: of those that updated them; `past`: the last of them."""
+
+    names: frozenset[str]
+    count: Number = 0
+    past: tuple[Past, ...] = ()
+
+    def ages(self) -> list[tuple[Past, Number]]:
+        """Each past step with its age, in steps that updated these parameters; the last one first."""
+        age: Number = 0
+        found = []
+        for p in reversed(self.past):
+            found.append((p, age))
+            age = age + p.live
+        return found
+
+
 class Kept:
-    """What a rule keeps between the steps of one optimizer: tensors by parameter name, or the last records."""
+    """What a rule keeps between the steps of one optimizer: tensors by parameter name, and which steps updated which parameters. Blocks, and
+    parameters that are added, frozen or unfrozen, see different steps: a state is a function of a parameter's own."""
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
         self.tensors: dict[str, dict[str, Tensor]] = {}
-        self.history: dict[int, deque[Past]] = {}
+        self.cohorts: tuple[Cohort, ...] = ()
+        self.together = False  # all parameters count all steps, as in runs of blocks that were recorded before cohorts were kept
 
-    def of(self, weights: Weights, wanted: Mapping[str, torch.dtype]) -> list[list[list[Tensor]]]:
-        """For each plan, for each of its entries, the tensors called `wanted`, zeros at the start."""
-        names = {id(p): n for n, p in zip(weights.names, weights.params, strict=True)}
-        found = iter(weights.pairs)
+    def of(self, weights: Weights, names: Collection[str], wanted: Mapping[str, torch.dtype]) -> list[list[list[Tensor]]]:
+        """For each plan of a part, for each of its entries, the tensors called `wanted`, zeros at the start."""
+        params = dict(zip(weights.names, weights.params, strict=True))
         states: list[list[list[Tensor]]] = []
-        for plan in weights.update_plans:
+        for _, members in weights.part(names):
             states.append([])
-            for _ in plan.entries:
-                _, p = next(found)
-                mine = self.tensors.setdefault(names[id(p)], {})
+            for name in members:
+                p, mine = params[name], self.tensors.setdefault(name, {})
                 for what, dtype in wanted.items():
                     if what not in mine:
                         mine[what] = torch.zeros(p.numel(), dtype=dtype, device=p.device)
@@ -118,26 +143,52 @@ class Kept:
                 states[-1].append([mine[what] for what in wanted])
         return states
 
-    def remember(self, step: Applied, gs: Sequence[Number], most: int) -> list[tuple[Past, Number]]:
-        """The last `most` steps of a group, this one last, each with its age in steps that had an update. A skipped step takes a place too, since
-        on a device nobody knows."""
-        past = self.history.setdefault(step.group, deque(maxlen=most))
-        live = step.go.double() if isinstance(step.go, Tensor) else float(step.go)
-        past.append(Past(list(step.tags[: len(gs)]), list(gs), step.count, live))
-        return [(p, step.count - p.count) for p in past]
+    def advance(self, step: Applied, weights: Weights, gs: Sequence[Number] = (), most: int = 0) -> list[Cohort]:
+        """The group's parameters, by what they have seen, this step included; `most` past steps with `gs` are kept. A skipped step takes a place
+        among them too, since on a device nobody knows."""
+        present = frozenset([str(step.group)] if self.together else weights.names)
+        rest, moved, new = [], [], present
+        for cohort in self.cohorts:
+            inside = cohort.names & present
+            if inside:
+                moved.append(cohort if len(inside) == len(cohort.names) else replace(cohort, names=inside))
+                new -= inside
+            if len(inside) < len(cohort.names):
+                rest.append(replace(cohort, names=cohort.names - inside) if inside else cohort)
+        if new:
+            moved.append(Cohort(new))
+        live = step.go.double() if isinstance(step.go, Tensor) else int(step.go)
+        now = (Past(list(step.tags[: len(gs)]), list(gs), live),) if most else ()
+        advanced: dict[Any, Cohort] = {}
+        for cohort in moved:
+            after = Cohort(cohort.names, cohort.count + live, (*cohort.past, *now)[-most:] if most else ())
+            # One pass for all that are in the same state: of the same last steps, or after the same number of them.
+            count = ("at", after.count) if isinstance(after.count, int) else ("on a device", id(cohort.count))
+            key = tuple(map(id, after.past)) if most else count
+            advanced[key] = replace(after, names=after.names | advanced[key].names) if key in advanced else after
+        self.cohorts = (*rest, *advanced.values())
+        found = list(advanced.values())
+        return [replace(c, names=frozenset(weights.names)) for c in found] if self.together else found
 
     def state(self) -> dict[str, Any]:
+        """Tensors by what they are and parameter name, and the cohorts. A past step that several cohorts share is the same one after `load`."""
+        past = list({id(p): p for c in self.cohorts for p in c.past}.values())
+        place = {id(p): k for k, p in enumerate(past)}
         return {
-            "tensors": {n: {k: t.clone() for k, t in m.items()} for n, m in self.tensors.items()},
-            "history": {
-                k: [(list(p.tags), [float(c) for c in p.coefs], float(p.count), float(p.live)) for p in h]
-                for k, h in self.history.items()
-            },
+            **{what: {n: own[what].clone() for n, own in self.tensors.items() if what in own} for what in self.rule.keeps},
+            "past": [([int(t) for t in p.tags], [float(c) for c in p.coefs], int(p.live)) for p in past],
+            "cohorts": [(sorted(c.names), int(c.count), [place[id(p)] for p in c.past]) for c in self.cohorts],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.tensors = {n: {k: t.clone() for k, t in m.items()} for n, m in state["tensors"].items()}
-        self.history = {k: deque((Past(*p) for p in h), maxlen=self.rule.history) for k, h in state["history"].items()}
+        self.tensors = {}
+        for what in self.rule.keeps:
+            for name, t in state[what].items():
+                self.tensors.setdefault(name, {})[what] = t.clone()
+        past = [Past([int(t) for t in tags], [float(c) for c in coefs], int(live)) for tags, coefs, live in state["past"]]
+        self.cohorts = tuple(
+            Cohort(frozenset(names), int(count), tuple(past[k] for k in places)) for names, count, places in state["cohorts"]
+        )
 
 
 def _numbers(values: Sequence[Any]) -> Any:
@@ -248,8 +299,8 @@ class Conservative(Rule):
             return [factor * t for t in tried]
         return [torch.where(forward, t, torch.where(backward, -t, 0.0)) for t in tried]
 
-    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
-        return [(step.tags[0], step.coefs[0])]
+    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
+        return [(None, [(step.tags[0], step.coefs[0])])]
 
 
 # ---- momentum -----------------------------------------------------------------------------------------------------------
@@ -258,7 +309,6 @@ class Conservative(Rule):
 class _Rated(Rule):
     """The record: the estimate's coefficients g_i, and the learning rate."""
 
-    memory = True
     history: int
 
     def size(self, directions: int) -> int:
@@ -286,7 +336,8 @@ class Momentum(_Rated):
 
     Args:
         state: "stored": b is held, 4 bytes a weight (or 2), and updated with the weights in one pass. "recomputed": b is formed anew from the last
-            `history` records, one pass with history * q terms and nothing held. What is left out then is beta^history of b.
+            `history` records of steps that a parameter took part in, one pass with history * q terms and nothing held. What is left out then is
+            beta^history of b.
         dtype: of a stored b: "float32", or "bfloat16" (rounded stochastically: unbiased).
     """
 
@@ -304,6 +355,14 @@ class Momentum(_Rated):
     def stateful(self) -> bool:  # type: ignore[override]
         return self.state == "stored"
 
+    @property
+    def keeps(self) -> Mapping[str, torch.dtype]:
+        return {"momentum": STATE_DTYPES[self.dtype]} if self.state == "stored" else {}
+
+    @property
+    def counts(self) -> bool:
+        return self.state == "recomputed"
+
     def check(self, directions: int, direction: str) -> None:
         if direction == "low-rank":
             raise ValueError("rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take SGD()")
@@ -312,28 +371,33 @@ class Momentum(_Rated):
                 f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
             )
 
-    def terms(self, kept: Kept, step: Applied) -> Sequence[tuple[perturb.Tag, Number]]:
+    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
         *gs, lr = step.coefs
-        past = kept.remember(step, gs, self.history)
-        if step.go is False:
-            return [(step.tags[0], 0.0)]
-        # The step's own direction first: it names the draw of stochastic rounding.
-        return [
-            (tag, step.live(-lr * c * self.beta**age)) for p, age in reversed(past) for tag, c in zip(p.tags, p.coefs, strict=True)
-        ]
+        parts: list[Part] = []
+        for cohort in kept.advance(step, weights, gs, self.history):
+            # The step's own direction first: it names the draw of stochastic rounding.
+            terms = [
+                (tag, step.live(-lr * c * self.beta**age))
+                for p, age in cohort.ages()
+                for tag, c in zip(p.tags, p.coefs, strict=True)
+            ]
+            parts.append((cohort.names, terms))
+        return parts if step.go is not False and parts else [(None, [(step.tags[0], 0.0)])]
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         *gs, lr = step.coefs
+        kept.advance(step, weights)
         if step.go is False:
             return
-        states = kept.of(weights, {"momentum": STATE_DTYPES[self.dtype]})
+        states = kept.of(weights, weights.names, self.keeps)
         update.run_rule(weights.update_plans, states, _pass(step, "momentum", gs, [lr, self.beta], options), options["backend"])
 
 
 @dataclass(frozen=True)
 class Adam(_Rated):
     """m <- b1 m + (1 - b1) u, v <- b2 v + (1 - b2) u^2, u = sum_i g_i z_i;
-    theta <- (1 - lr wd) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    theta <- (1 - lr wd) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). t counts a parameter's own updates, as torch.optim.Adam does:
+    steps of other blocks, and those before it was added or unfrozen, are none of it.
 
     Args:
         state: "stored": m and v are held (8 bytes a weight, 6 with a bfloat16 m) and updated with the weights in one pass. v is fp32 always: in
@@ -358,6 +422,14 @@ class Adam(_Rated):
         if not (isinstance(self.eps, (int, float)) and ops.check_fp32("eps", self.eps) > 2.0**-126):
             raise ValueError(f"eps={self.eps!r} must be a positive normal number in fp32: it keeps 0 / 0 away")
 
+    @property
+    def keeps(self) -> Mapping[str, torch.dtype]:
+        return {"m": STATE_DTYPES[self.dtype], "v": torch.float32} if self.state == "stored" else {}
+
+    @property
+    def counts(self) -> bool:
+        return True
+
     def check(self, directions: int, direction: str) -> None:
         if direction == "low-rank":
             raise ValueError("rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD()")
@@ -375,24 +447,30 @@ class Adam(_Rated):
         if self.state == "recomputed":
             self._from_history(kept, step, weights, options)
             return
-        if step.go is False:
-            return
-        b1, b2, t = self.beta1, self.beta2, step.count
-        numbers = [lr / (1 - b1**t), b1, 1 - b1, b2, 1 - b2, 1 / (1 - b2**t), self.eps]
-        states = kept.of(weights, {"m": STATE_DTYPES[self.dtype], "v": torch.float32})
-        update.run_rule(weights.update_plans, states, _pass(step, "adam", gs, numbers, options), options["backend"])
+        b1, b2 = self.beta1, self.beta2
+        for cohort in kept.advance(step, weights):
+            if step.go is False:
+                continue
+            t = cohort.count
+            numbers = [lr / (1 - b1**t), b1, 1 - b1, b2, 1 - b2, 1 / (1 - b2**t), self.eps]
+            states = kept.of(weights, cohort.names, self.keeps)
+            plans = [plan for plan, _ in weights.part(cohort.names)]
+            update.run_rule(plans, states, _pass(step, "adam", gs, numbers, options), options["backend"])
 
     def _from_history(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         g, lr = step.coefs
-        past = kept.remember(step, [g], self.history)
-        if step.go is False:
-            return
-        sums = [sum(p.live * b**age for p, age in past) for b in (self.beta1, self.beta2)]
-        first = [p.coefs[0] * (self.beta1**age / sums[0]) for p, age in reversed(past)]
-        second = [p.coefs[0] * p.coefs[0] * (self.beta2**age / sums[1]) for p, age in reversed(past)]
-        step = replace(step, tags=[p.tags[0] for p, _ in reversed(past)])
-        p = _pass(step, "adam_history", first, [lr, self.eps], options, squares=_numbers(second))
-        update.run_rule(weights.update_plans, [[[] for _ in plan.entries] for plan in weights.update_plans], p, options["backend"])
+        for cohort in kept.advance(step, weights, [g], self.history):
+            if step.go is False:
+                continue
+            past = cohort.ages()
+            # Of the oldest first, as the weights beta^age always were added.
+            sums = [sum(p.live * b**age for p, age in reversed(past)) for b in (self.beta1, self.beta2)]
+            first = [p.coefs[0] * (self.beta1**age / sums[0]) for p, age in past]
+            second = [p.coefs[0] * p.coefs[0] * (self.beta2**age / sums[1]) for p, age in past]
+            own = replace(step, tags=[p.tags[0] for p, _ in past])
+            p = _pass(own, "adam_history", first, [lr, self.eps], options, squares=_numbers(second))
+            plans = [plan for plan, _ in weights.part(cohort.names)]
+            update.run_rule(plans, [[[] for _ in plan.entries] for plan in plans], p, options["backend"])
 
 
 @dataclass(frozen=True)
@@ -408,7 +486,6 @@ class HessianDiagonal(Rule):
     high: float = 1e4
     name: ClassVar[str] = "hessian-diagonal"
     stateful: ClassVar[bool] = True
-    memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 1):
@@ -425,11 +502,11 @@ class HessianDiagonal(Rule):
 
     def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
         lrg, kappa = step.coefs
+        kept.advance(step, weights)
         if step.go is False:
             return
-        names = {id(p): n for n, p in zip(weights.names, weights.params, strict=True)}
-        held, found = options["held"], iter(weights.pairs)
-        states = [[[held.made[names[id(next(found)[1])]].scale[0]] for _ in plan.entries] for plan in weights.update_plans]
+        held = options["held"]
+        states = [[[held.made[name].scale[0]] for name in members] for _, members in weights.part(weights.names)]
         numbers = [lrg, self.alpha, kappa, self.low, self.high]
         update.run_rule(weights.update_plans, states, _pass(step, "hizoo", [1.0], numbers, options), options["backend"])
 

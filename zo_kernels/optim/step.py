@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from zo_kernels import _replay as replays
 from zo_kernels import interrupts, ops, parameters, perturb, tangents
 from zo_kernels import journal as journals
 from zo_kernels.optim import blocks as blocking
-from zo_kernels.optim import directions, estimators, graph, parts, projection, record, rules
+from zo_kernels.optim import directions, estimators, graph, parts, projection, record, rules, saved
 
 Loss = Tensor | float
 
@@ -156,8 +156,6 @@ class ZOStep(torch.optim.Optimizer):
             raise ValueError(
                 "journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
             )
-        if first_order is not None and any(bool(g.get("maximize")) != maximize for g in first_order.param_groups):
-            raise ValueError(f"maximize={maximize} and a first_order optimizer that does the opposite: give both the same maximize")
         theirs = {id(p) for g in first_order.param_groups for p in g["params"]} if first_order is not None else set()
         named = parameters.read_params(model_or_params, model, weight_decay, theirs)
         if perturbation == "scratch" and named.model is None:
@@ -180,11 +178,9 @@ class ZOStep(torch.optim.Optimizer):
             raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
             raise ValueError(f"scratch_bytes={scratch_bytes!r} must be a positive number of bytes, or None for the default")
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         for number, group in enumerate(named.groups):
-            _check_group(
-                f"params[{number}]: " if len(named.groups) > 1 else "",
-                {"lr": lr, "eps": eps, "weight_decay": weight_decay, **group},
-            )
+            _check_group(f"params[{number}]: " if len(named.groups) > 1 else "", {**defaults, **group})
         for _, p in (pair for g in named.groups for pair in g["params"]):
             if not p.is_meta:
                 backends.pick(p.device, backend)
@@ -202,7 +198,7 @@ class ZOStep(torch.optim.Optimizer):
         self._views: dict[int | None, perturb.View] = {}
         self._members: list[list[str]] = []  # the blocks' parameters
         self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
-        self._scratch, self._clip, self._maximize = scratch, clip, maximize
+        self._scratch, self._clip = scratch, clip
         self._lazy, self._scratch_bytes = lazy, scratch_bytes
         self._graphs: graph.Graphs | None = None
         self._graph_wanted = cuda_graph
@@ -221,7 +217,9 @@ class ZOStep(torch.optim.Optimizer):
         self._flushed = False  # since the last record
         self._summary: record.Summary | None = None  # of the step under way
         self._made = False
-        super().__init__(named.groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self._complete = False  # state_dict() has a place for every tensor that there will be
+        self._check_signs([{**defaults, **group} for group in named.groups])
+        super().__init__(named.groups, defaults)
         self._made = True
         if self._projection is not None:
             self._projection.matching(self._trained())  # refuse now what no step could do
@@ -350,6 +348,9 @@ class ZOStep(torch.optim.Optimizer):
             within the rounding of the passes). TypeError if the closure returns no loss. RuntimeError if it changes the weights, or steps
             this optimizer, or if the module lost a parameter since it was given; docs/faults.md has every case.
         """
+        if closure is None and self._is_dummy():
+            self._complete = True
+            return torch.full((), math.nan)
         if not callable(closure):
             raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
         if batches is not None and not len(batches):
@@ -373,6 +374,7 @@ class ZOStep(torch.optim.Optimizer):
             raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
         for number, group in enumerate(self.param_groups):
             _check_group(f"param_groups[{number}]: ", group)
+        self._check_signs(self.param_groups)
         view = self._refresh()
         if self._recorder is not None:
             self._recorder.check()
@@ -388,6 +390,32 @@ class ZOStep(torch.optim.Optimizer):
             self._record_failure(view, tag, ahead)
             raise
         return loss
+
+    def _is_dummy(self) -> bool:
+        """torch.distributed.checkpoint makes an optimizer's state by a step without a closure, with lr = 0 and gradients of zero."""
+        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return all(float(g.get("lr", 1)) == 0 for g in self.param_groups) and all(
+            p.grad is not None and not p.grad.any() for p in trained
+        )
+
+    def _check_signs(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Whether groups may go in opposite directions: not where one choice is made for all of them.
+
+        Raises:
+            ValueError: they do, and may not.
+        """
+        signs = {bool(g["maximize"]) for g in groups}
+        one = next((part for part in (self._projection, self._first_order) if part is not None), None)
+        if len(signs) > 1 and (one is not None or isinstance(self._rule, rules.Conservative)):
+            raise ValueError(
+                "maximize differs between groups, and a projection, a first_order optimizer or the rule Conservative() goes one way for all: "
+                "give all groups the same"
+            )
+        theirs = {bool(g.get("maximize")) for g in self._first_order.param_groups} if self._first_order is not None else signs
+        if theirs != signs:
+            raise ValueError(
+                f"maximize={sorted(signs)} and a first_order optimizer that does the opposite: give both the same maximize"
+            )
 
     def _numbers(self) -> list[Numbers]:
         return [
@@ -420,7 +448,7 @@ class ZOStep(torch.optim.Optimizer):
                 between()
             tag = self._tag + self._own
             if self._projection is not None:
-                sign = -1.0 if self._maximize else 1.0
+                sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
                 inner, undo = self._projection.learn(self.steps, tag, self._trained(), evaluate, between, sign)
             if self._direction.size:
                 eps = float(numbers[0].eps)
@@ -461,7 +489,8 @@ class ZOStep(torch.optim.Optimizer):
             graphs = self._graphs
             training = self._model.training if self._model is not None else None
             decays = tuple(g["weight_decay"] != 0 for g in self.param_groups)
-            key = graph.key_of(closure, batches, training, decays, len(self.param_groups))
+            signs = tuple(g["maximize"] for g in self.param_groups)  # constants of the captured kernels
+            key = graph.key_of(closure, batches, training, (*decays, *signs), len(self.param_groups))
             if not graphs.known(key):
                 if not isinstance(view, perturb.Scratch):
                     return None  # in place a rehearsal would round the weights
@@ -596,7 +625,7 @@ class ZOStep(torch.optim.Optimizer):
         if recorded and device != tags[0].device:  # type: ignore[union-attr]
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
         on_host = (_on_host(device) or bool(inner)) and not recorded
-        sign = 1.0 if self._maximize else -1.0
+        signs = [1.0 if g["maximize"] else -1.0 for g in self.param_groups]
         raw: list[list[Any]] = [self._estimator.gradients(losses, n.eps) for n in numbers]
         self.projected_gradient = raw[0][0]
         loss: Any = self._estimator.loss(losses)
@@ -610,10 +639,9 @@ class ZOStep(torch.optim.Optimizer):
         # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
         coefs: list[list[Any]] = [
             [_fp32_of(c) for c in self._rule.decide([sign * g for g in group], n.lr, curvature)]
-            for group, n, curvature in zip(gs, numbers, curvatures, strict=True)
+            for sign, group, n, curvature in zip(signs, gs, numbers, curvatures, strict=True)
         ]
         decays: list[perturb.Coefficient] = [n.decay for n in numbers]
-        before = self._skipped.double() if isinstance(self._skipped, Tensor) else self._skipped
         finite: Any
         if on_host:
             finite = all(math.isfinite(x) for group in (*raw, *coefs) for x in group)
@@ -636,10 +664,8 @@ class ZOStep(torch.optim.Optimizer):
         first = list(inner) if finite is not False else [0.0] * len(inner)
         recorded_coefs = [[*group, *(first if k == 0 else [0.0] * len(first))] for k, group in enumerate(coefs)]
         self._summary = record.Summary(loss, raw[0][0], finite, clipped, recorded_coefs)
-        count = self.steps + 1 - before if self._rule.memory else 0
         return [
-            rules.Applied(k, tags, group, d, self._rounding, count, finite)
-            for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
+            rules.Applied(k, tags, group, d, self._rounding, finite) for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
         ]
 
     def _clipped(self, raw: list[list[Any]], on_host: bool) -> tuple[list[list[Any]], Any]:
@@ -660,7 +686,7 @@ class ZOStep(torch.optim.Optimizer):
         assert isinstance(rule, rules.Conservative) and self._summary is not None
         tried = [a.coefs[1] for a in decided]
         trials = zip(*(rule.trials(a.tags[0], u) for a, u in zip(decided, tried, strict=True)), strict=True)
-        sign = -1.0 if self._maximize else 1.0
+        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
         chosen = rule.choose([sign * at(list(shifts)) for shifts in trials], tried)
         coefs = [[c, u] for c, u in zip(chosen, tried, strict=True)]
         self._summary = self._summary._replace(coefs=coefs)
@@ -669,13 +695,25 @@ class ZOStep(torch.optim.Optimizer):
     def _apply(self, view: perturb.View, decided: Sequence[rules.Applied], *ahead: Any) -> None:
         """Weights and state as a function of the step's numbers: the one place where a live step and a replayed one change them."""
         rule, kept = self._rule, self._kept
-        if not rule.stateful:
-            view.update([perturb.Update(rule.terms(kept, a), a.decay, a.rounding) for a in decided], *ahead)
-            return
-        options = {"seed": self._seed, "kind": self._kind, "backend": self._backend, "held": self._held}
-        with view.clean():
-            for a in decided:
-                rule.run(kept, a, view.groups[a.group], options)
+        before = kept.cohorts
+        try:
+            if rule.stateful:
+                options = {"seed": self._seed, "kind": self._kind, "backend": self._backend, "held": self._held}
+                with view.clean():
+                    for a in decided:
+                        rule.run(kept, a, view.groups[a.group], options)
+                return
+            updates = [
+                [(names, perturb.Update(terms, a.decay, a.rounding)) for names, terms in rule.terms(kept, a, view.groups[a.group])]
+                for a in decided
+            ]
+            if all(len(parts) == 1 for parts in updates):
+                view.update([parts[0][1] for parts in updates], *ahead)
+            else:
+                view.update_parts(updates)
+        except BaseException:
+            kept.cohorts = before
+            raise
 
     def _active(self) -> list[tuple[int, str, Tensor]]:
         """(group, name, parameter) of all that are not frozen. A group whose list was edited is refused where its weights are made."""
@@ -798,7 +836,9 @@ class ZOStep(torch.optim.Optimizer):
                 "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
             }
             clip = self._clip if not isinstance(self._clip, rules.QuantileClip) else None  # that one is in the method
-            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": clip, "maximize": self._maximize}
+            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": clip}
+            signs = [g["maximize"] for g in self.param_groups]
+            about["maximize"] = signs[0] if len(set(signs)) == 1 else signs
             header = journals.Header(
                 parameters=record.table(groups),
                 groups=len(groups),
@@ -839,7 +879,10 @@ class ZOStep(torch.optim.Optimizer):
             "projection": self._projection.config if self._projection else None,
             "clip": self._clip if isinstance(self._clip, rules.QuantileClip) else None,
         }
-        return {what: record.described(part) for what, part in mine.items() if part is not None}
+        described = {what: record.described(part) for what, part in mine.items() if part is not None}
+        if self._blocks is not None and self._rule.counts and not self._kept.together:
+            described["rule"]["counts"] = parts.COUNTS
+        return described
 
     def _replay(self, view: perturb.View, past: journals.Journal) -> None:
         if past.header.method is None:
@@ -865,15 +908,13 @@ class ZOStep(torch.optim.Optimizer):
             view, tags = self._refresh(), self._tags(tag)
             go = not flags & journals.FLAGS["skipped"]
             rounding = "stochastic" if flags & journals.FLAGS["stochastic"] else "nearest"
-            count = self.steps + 1 - int(self._skipped)
             self._prepare(view)  # of the weights before a projection, as in the step itself
             own, learned = self._own, coefs[0][self._terms - self._direction.size :]
             if self._projection is not None:
                 self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own : own + self._projection.size], go)
             coefs = [group[:own] for group in coefs]
             decided = [
-                rules.Applied(k, tags, group, d, rounding, count, go)
-                for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
+                rules.Applied(k, tags, group, d, rounding, go) for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
             ]
             if epses is not None and isinstance(view, perturb.InPlace):
                 view.expect()
@@ -947,71 +988,48 @@ class ZOStep(torch.optim.Optimizer):
     # -- a run that goes on --
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on besides the weights: torch's groups, the seed, the next tag and the streams."""
+        """Everything the next step depends on besides the weights, in torch's form: tensors of a parameter in "state", the groups, and the seed, the next
+        tag, the streams and what the method remembers in the first group (`saved`). Tensors are copies."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self.flush()
-        state = super().state_dict()
-        state["zo"] = {
-            "seed": self._seed,
-            "tag": self._tag,
-            "first_tag": self._first_tag,
-            "skipped": self.skipped,
-            "kind": self._kind,
-            "streams": dict(self._streams),
-            "parts": {"rule": self._kept.state(), "direction": self._held.state(), "past": [float(g) for g in self._past]},
-        }
-        if self._projection is not None:
-            state["zo"]["parts"]["projection"] = self._projection.state()
+        state = saved.pack(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume exactly: the next step's noise is that of the run that was saved.
+        """Resume exactly: the next step's noise is that of the run that was saved. Parameters are found by their names, in whatever order and wrapper
+        they were saved. States of earlier versions load where what they hold is what this optimizer's method keeps.
 
         Raises:
-            ValueError: not a state of this class, or of a model with other parameters.
+            TypeError, ValueError: not a state of this class, or one of another method, of other parameters, or with a part lost or damaged; says what
+            differs. Nothing was changed.
         """
         self._refuse_inside("load_state_dict()")
         if self._recorder is not None:
             raise RuntimeError(
                 "load_state_dict() of an optimizer with a journal: load first, then open_journal(); or resume the journal"
             )
+        given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, given)
+            given = given if changed is None else changed
+        loaded = saved.read(self, given, _check_group)
+        self._check_signs(loaded.groups)
         self.flush()
-        if "zo" not in state_dict:
-            raise ValueError(
-                "state_dict has no entry 'zo': it was not saved by zo_kernels; give the state_dict of one of its optimizers"
+        with interrupts.uninterrupted():
+            self.param_groups, self.state = loaded.groups, defaultdict(dict, loaded.state)
+            self._kept, self._held, self._projection = loaded.kept, loaded.held, loaded.projector
+            self._past = deque(loaded.past, maxlen=self._past.maxlen)
+            self._seed, self._tag, self._first_tag, self._skipped = (
+                loaded.numbers[what] for what in ("seed", "tag", "first_tag", "skipped")
             )
-        zo = state_dict["zo"]
-        if zo["kind"] != self._kind:
-            raise ValueError(
-                f"state_dict was saved with kind={zo['kind']!r}, this optimizer has kind={self._kind!r}: make it with the same"
-            )
-        mine = [name for g in self.param_groups for name in g["param_names"]]
-        absent = [name for name in mine if name not in zo["streams"]]
-        if absent:
-            raise ValueError(
-                f"state_dict has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model"
-            )
-        saved = zo.get("parts")
-        if saved is not None:
-            for what, part in (("rule", self._kept), ("direction", self._held), ("projection", self._projection)):
-                if part is not None and what not in saved:
-                    raise ValueError(
-                        f"state_dict was saved by a method without a {what} of this kind: make the optimizer with the same parts"
-                    )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
-        self._held.seed = zo["seed"]
-        if self._projection is not None:
-            self._projection.seed = zo["seed"]
-        if saved is not None:
-            self._kept.load(saved["rule"])
-            self._held.load(saved["direction"])
-            self._past.clear()
-            self._past.extend(saved["past"])
-            if self._projection is not None:
-                self._projection.load(saved["projection"])
-        self._seed, self._tag, self._skipped, self._streams = zo["seed"], zo["tag"], zo["skipped"], dict(zo["streams"])
-        self._first_tag = zo.get("first_tag", 0)
-        self._view = None
-        self._views = {}
+            self._streams = loaded.streams
+            self._view, self._views = None, {}
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group's parameters need names (``(name, tensor)`` pairs), or are the module's, and no name twice.
@@ -1124,6 +1142,7 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
     # The noise that the run had: in another set of names a collision may have been resolved in another way.
     optimizer._streams = {n: s for w in groups for n, s in zip(w.names, w.streams, strict=True)}
     optimizer._held = optimizer._direction.of(header.seed)
+    optimizer._kept.together = optimizer._blocks is not None and not parts.counted(header)
     optimizer._views, optimizer._view = {}, None
     return optimizer
 
@@ -1176,9 +1195,10 @@ def _remove(handles: Iterable[Any]) -> None:
 
 
 def _check_group(where: str, group: dict[str, Any]) -> None:
-    for key in ("lr", "eps", "weight_decay"):
+    for key in ("lr", "eps", "weight_decay", "maximize"):
         if key not in group:
             raise ValueError(f"{where}the group has no {key!r}: put it back")
+    for key in ("lr", "eps", "weight_decay"):
         if isinstance(group[key], Tensor) and group[key].numel() != 1:
             raise ValueError(f"{where}{key} is a tensor of shape {tuple(group[key].shape)}: give one number")
     lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
@@ -1188,6 +1208,8 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{where}eps={eps!r} must be a finite number > 0, in fp32 too")
     if not (isinstance(decay, (int, float)) and 0 <= decay < math.inf):
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"{where}maximize={group['maximize']!r} must be True or False")
 
 
 def _as_loss(value: Any) -> Tensor:
