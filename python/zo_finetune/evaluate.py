@@ -6,7 +6,7 @@ Belongs here: metrics and the pass over an evaluation set. Does not belong here:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,28 +23,36 @@ def standard_error(p: float, n: int) -> float:
 
 def auc(margins: Tensor, labels: Tensor) -> float | None:
     """The chance that a random example of label 1 has a larger margin than one of label 0, ties half (Mann-Whitney); None if a
-    label is absent.
+    label is absent, or a margin is NaN.
 
     No constant added to the margins changes it: what it gains is discrimination, what accuracy gains beyond it is calibration.
     """
     ones, zeros = margins[labels == 1].double(), margins[labels == 0].double()
-    if not len(ones) or not len(zeros):
+    if not len(ones) or not len(zeros) or margins.isnan().any():
         return None
     ranks = torch.searchsorted(zeros.sort().values, ones) + torch.searchsorted(zeros.sort().values, ones, right=True)
     return (ranks.double().mean() / 2 / len(zeros)).item()
 
 
 @torch.no_grad()
-def evaluate(scorer: Scorer, examples: Sequence[Encoded], batch_size: int, class_names: Sequence[str] | None) -> dict[str, Any]:
+def evaluate(
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    class_names: Sequence[str] | None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
     """Accuracy and its kin over `examples`.
 
     Args:
         batch_size: examples in a batch; they are sorted by length first, so that little is padded.
         class_names: of the candidates, if they are the same for every example.
+        progress: called with the number of examples of each batch that is done.
 
     Returns:
-        `accuracy`, `accuracy_stderr`, `loss` (mean cross-entropy over the candidates' scores), `examples`; with class names also
-        `predicted`, the share of each answer, and for two classes `auc`.
+        `accuracy`, `accuracy_stderr`, `loss` (mean cross-entropy over the candidates' scores, None where it is not finite), `examples`; with
+        class names also `predicted`, the share of each answer, and for two classes `auc`. An example whose best score is not finite has no
+        answer: it counts as a wrong one, and `without_score` says how many there are, if there are any.
     """
     scores: list[Tensor] = []
     labels: list[int] = []
@@ -52,17 +60,22 @@ def evaluate(scorer: Scorer, examples: Sequence[Encoded], batch_size: int, class
         batch = scorer.collate(part)
         scores.extend(scorer.scores(batch))  # rows, which differ in width where examples differ in their number of candidates
         labels.extend(e.label for e in part)
+        progress(len(part))
     width = max(len(row) for row in scores)
     table = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in scores]).cpu()
     truth = torch.tensor(labels)
-    answers = table.argmax(-1)
+    scored = table.max(-1).values.isfinite()  # a NaN is the maximum of its row
+    answers = torch.where(scored, table.argmax(-1), -1)
     accuracy = (answers == truth).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(table, truth).item()
     result: dict[str, Any] = {
         "accuracy": accuracy,
         "accuracy_stderr": standard_error(accuracy, len(truth)),
-        "loss": torch.nn.functional.cross_entropy(table, truth).item(),
+        "loss": loss if math.isfinite(loss) else None,
         "examples": len(truth),
     }
+    if not scored.all():
+        result["without_score"] = int((~scored).sum())
     if class_names is not None:
         result["predicted"] = {name: (answers == k).double().mean().item() for k, name in enumerate(class_names)}
         if len(class_names) == 2:

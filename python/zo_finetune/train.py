@@ -9,32 +9,44 @@ Dropout is off throughout (eval mode): SPSA's two losses must differ by the pert
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import math
 import os
+import shlex
 import sys
 import time
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from zo_finetune import methods, report
+from zo_finetune import console, methods, report
 from zo_finetune import model as models
 from zo_finetune.data import Batches, load_splits
-from zo_finetune.errors import UserError, one_line, printable
+from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import evaluate
 from zo_finetune.scoring import Batch, Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Task
 
+FP32_MAX, FP32_MIN = 3.4028235e38, 1.1754944e-38  # of normal numbers
+MOVABLE = (
+    "model",
+    "data",
+    "output",
+    "overwrite",
+    "device",
+    "backend",
+    "save",
+)  # may differ when a run goes on: checked by other means, or no part of it
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done -> factor of the learning rate
@@ -91,13 +103,22 @@ class Config:
             value = getattr(self, name)
             if value is None:
                 continue
-            option = f"--{name.replace('_', '-')} {value}"
+            option = f"--{name.replace('_', '-')} {value!s:.40}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{option} must be finite")
+            if name in ("lr", "eps", "clip", "weight_decay") and value and not FP32_MIN <= abs(value) <= FP32_MAX:
+                raise UserError(f"{option} must be {FP32_MIN:.3g} to {FP32_MAX:.3g}, the numbers of fp32")
+            if name != "seed" and isinstance(value, int) and value >= 1 << 31:
+                raise UserError(f"{option} must be below 2^31")
             if value < 0 or (value == 0 and name in positive):
                 raise UserError(f"{option} must be {'greater than 0' if name in positive else 'at least 0'}")
         if self.seed >= 1 << 64:
             raise UserError(f"--seed {self.seed} must be below 2^64")
+        for name in ("model", "data", "output"):
+            report.path_of(f"--{name}", getattr(self, name))
+        for name, value in asdict(self).items():
+            if any(0xD800 <= ord(c) < 0xE000 for c in str(value)):
+                raise UserError(f"{name} {value!r:.80} is not valid UTF-8: a run's record could not say it")
         if self.lr_schedule not in SCHEDULES:
             raise UserError(f"--lr-schedule {self.lr_schedule!r} must be one of {', '.join(SCHEDULES)}")
         if self.peft not in methods.PEFTS:
@@ -155,13 +176,14 @@ class Stopwatch:
 
 
 class Progress:
-    """The bar, and the log behind it. Numbers stay on the device until `every` steps are due, so that a step waits for no
+    """How far the training is, and the log behind it. Numbers stay on the device until `every` steps are due, so that a step waits for no
     transfer."""
 
-    def __init__(self, log: report.Log, total: int, device: torch.device, every: int = 10) -> None:
-        self.log, self.device, self.every = log, device, every if device.type == "cuda" else 1
-        self.bar = tqdm(total=total, initial=len(log.losses), unit="step", dynamic_ncols=True, desc="training")
+    def __init__(self, log: report.Log, total: int, stepper: Any, device: torch.device, every: int = 10) -> None:
+        self.log, self.stepper, self.device, self.every = log, stepper, device, every if device.type == "cuda" else 1
+        self.counter = console.Counter("training", total, "step", done=len(log.losses), every=max(1, total // 20))
         self.pending: list[tuple[int, Tensor, Tensor, float, float]] = []
+        self.skipped = 0
 
     def add(self, step: int, loss: Tensor, gradient: Tensor, lr: float, seconds: float) -> None:
         self.pending.append((step, loss, gradient, lr, seconds))
@@ -177,29 +199,36 @@ class Progress:
             (step, loss, g, lr, round(seconds, 4))
             for (step, _, _, lr, seconds), (loss, g) in zip(self.pending, numbers, strict=True)
         )
+        if self.stepper.skipped and not self.skipped:
+            console.say(
+                f"step {self.pending[-1][0]} is the first that is skipped: a loss is not finite; the weights stay as they were"
+            )
+        self.skipped = self.stepper.skipped
         loss, g = numbers[-1]
         memory = report.peak_memory_bytes(self.device) / 2**30
-        self.bar.set_postfix_str(f"loss {loss:.3f}, |g| {abs(g):.3g}, {memory:.2f} GiB", refresh=False)
-        self.bar.update(len(self.pending))
+        skipped = f"{self.skipped} skipped, " if self.skipped else ""
+        steps = len(self.pending)
         self.pending.clear()
-
-    def say(self, line: str) -> None:
-        self.bar.write(line, file=sys.stderr)
+        self.counter.advance(steps, f"{skipped}loss {loss:.3f}, |g| {abs(g):.3g}, {memory:.2f} GiB")
 
     def close(self) -> None:
-        self.flush()
-        self.bar.close()
-        self.log.close()
+        try:
+            self.flush()
+        finally:
+            self.counter.close()
+            self.log.close()
 
 
 def describe(evaluation: dict[str, Any]) -> str:
     """One line about an evaluation."""
     line = f"accuracy {evaluation['accuracy']:.4f} ± {evaluation['accuracy_stderr']:.4f} on {evaluation['examples']} examples"
-    line += f", loss {evaluation['loss']:.4f}"
+    line += f", loss {evaluation['loss']:.4f}" if evaluation["loss"] is not None else ", loss not finite"
     if evaluation.get("auc") is not None:
         line += f", AUC {evaluation['auc']:.3f}"
     if "predicted" in evaluation:
         line += ", answers " + ", ".join(f"{name} {share:.0%}" for name, share in evaluation["predicted"].items())
+    if evaluation.get("without_score"):
+        line += f"; {evaluation['without_score']} examples have no score: the model's numbers are not finite"
     return line
 
 
@@ -226,7 +255,7 @@ class Prepared:
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
         return (
-            f"{printable(self.config.model)}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.method.name}, {lm.model.dtype} on {lm.device}; "
+            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.method.name}, {lm.model.dtype} on {lm.device}; "
             f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
         )
 
@@ -239,6 +268,7 @@ class Outcome:
     after: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    still: int = 0  # steps whose projected gradient was 0
     steps: int = 0
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
@@ -266,7 +296,7 @@ def make_stepper(language_model: models.LanguageModel, config: Config, lr: float
             clip=config.clip,
         )
     except (TypeError, ValueError, RuntimeError) as error:  # its errors name argument, value and remedy
-        raise UserError(one_line(error)) from error
+        raise UserError(f"--method {config.method}: {one_line(error)}") from error
 
 
 def load_model(config: Config) -> models.LanguageModel:
@@ -283,15 +313,17 @@ def load_model(config: Config) -> models.LanguageModel:
     )
 
 
-def prepare(config: Config) -> Prepared:
-    """Load and check everything that `config` names."""
+def prepare(config: Config, language_model: models.LanguageModel | None = None) -> Prepared:
+    """Load and check everything that `config` names; `language_model`: already loaded."""
     started = time.perf_counter()
     task = get_task(config.task)
     method = methods.get(config.method)
     preset = method.preset(config.peft)
     lr = preset.lr if config.lr is None else config.lr
     eps = preset.eps if config.eps is None else config.eps
-    language_model = load_model(config)
+    if language_model is None:
+        with console.Phase(f"loading the model {config.model}"):
+            language_model = load_model(config)
     form = language_model.form
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
@@ -331,7 +363,7 @@ def open_journal(run: Prepared, output: Path, resumed: bool) -> Any:
     """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
     neither; one of an earlier run goes."""
     if run.method.no_journal:
-        print(f"--method {run.method.name} writes no journal and cannot be resumed: {run.method.no_journal}", file=sys.stderr)
+        console.say(f"--method {run.method.name} writes no journal and cannot be resumed: {run.method.no_journal}")
         output.mkdir(parents=True, exist_ok=True)
         report.remove_journal(output / report.JOURNAL)
         return None
@@ -381,20 +413,20 @@ def fit(run: Prepared, output: Path, resumed: bool = False) -> Outcome:
         def closure(batch: Batch) -> Tensor:
             return scorer.loss(batch, run.task.objective)
 
-        def measure(examples: list[Encoded]) -> dict[str, Any]:
-            with evaluating:
-                return evaluate(scorer, examples, config.eval_batch_size, run.task.class_names)
+        def measure(what: str, examples: list[Encoded]) -> dict[str, Any]:
+            with evaluating, console.Counter(what, len(examples), "example") as counter:
+                return evaluate(scorer, examples, config.eval_batch_size, run.task.class_names, counter.advance)
 
         def watch(step: int) -> None:
             with training:  # steps that are still in a GPU's queue are waited for here, and are not the evaluation's time
                 progress.flush()
-            outcome.history.append({"step": step, **measure(run.dev_set)})
+            outcome.history.append({"step": step, **measure(f"step {step}, dev", run.dev_set)})
             evaluations.add("dev", outcome.history[-1])
-            progress.say(f"step {step}, dev: {describe(outcome.history[-1])}")
+            console.say(f"step {step}, dev: {describe(outcome.history[-1])}")
 
         before = evaluations.recover(config.steps + 1)[0] if resumed else None
-        measured = measure(run.eval_set) if before is None else before
-        print(f"before: {describe(measured)}", file=sys.stderr)
+        measured = measure("before", run.eval_set) if before is None else before
+        console.say(f"before: {describe(measured)}")
         past = open_journal(run, output, resumed)
         outcome, rows = Outcome(before=measured), []
         if past is None:
@@ -418,10 +450,10 @@ def fit(run: Prepared, output: Path, resumed: bool = False) -> Outcome:
                     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                     scheduler.step()
             torn = f"; cut off: {past.tail.reason}" if past.tail else ""
-            print(f"resumed after {stepper.steps} of {config.steps} steps{torn}", file=sys.stderr)
+            console.say(f"resumed after {stepper.steps} of {config.steps} steps{torn}")
         if before is None:
             evaluations.add("before", measured)
-        progress = Progress(report.Log(output / "log.csv", rows), config.steps, lm.device)
+        progress = Progress(report.Log(output / "log.csv", rows), config.steps, stepper, lm.device)
         try:
             for step in range(stepper.steps, config.steps):
                 if eval_every and step % eval_every == 0:
@@ -436,17 +468,19 @@ def fit(run: Prepared, output: Path, resumed: bool = False) -> Outcome:
                 watch(config.steps)
             with training:
                 progress.flush()
-            outcome.after = measure(run.eval_set)
+            outcome.after = measure("after", run.eval_set)
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:
-            progress.close()
-            stepper.close_journal()
+            try:
+                progress.close()
+            finally:
+                stepper.close_journal()
         outcome.steps = stepper.steps
-        outcome.losses = progress.log.losses
+        outcome.losses, outcome.still = progress.log.losses, progress.log.still
         outcome.training_seconds, outcome.evaluation_seconds = training.seconds, evaluating.seconds
         if outcome.after:
-            print(f"after:  {describe(outcome.after)}", file=sys.stderr)
+            console.say(f"after:  {describe(outcome.after)}")
     return outcome
 
 
@@ -463,8 +497,8 @@ def draw(run: Prepared, outcome: Outcome, path: Path) -> None:
     )
 
 
-def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequence[str]) -> dict[str, Any]:
-    """The content of result.json."""
+def record(run: Prepared, outcome: Outcome, command: Sequence[str]) -> dict[str, Any]:
+    """The content of result.json before the weights are saved."""
     lm = run.language_model
     trainable, total = lm.counts()
     effective = {"lr": run.lr, "eps": run.eps, "form": lm.form, "max_length": run.max_length, "options": run.options}
@@ -477,6 +511,7 @@ def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequenc
         "steps": outcome.steps,
         "forwards": run.method.forwards(run.options, outcome.steps),
         "skipped_steps": run.stepper.skipped,
+        "zero_gradient_steps": outcome.still,
         "seconds_per_step": outcome.training_seconds / outcome.steps if outcome.steps else None,
         "training_seconds": outcome.training_seconds,
         "evaluation_seconds": outcome.evaluation_seconds,
@@ -486,7 +521,8 @@ def record(run: Prepared, outcome: Outcome, saved: Path | None, command: Sequenc
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(run.config), **effective},
         "data": run.origin,
-        "saved": str(saved) if saved else None,
+        "saved": None,
+        "saved_files": [],
         "versions": report.versions(),
         "machine": report.machine(lm.device),
         "command": list(command),
@@ -502,49 +538,203 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
         UserError: something the user can put right; nothing has been written yet.
     """
     config.check()
-    output = Path(config.output).expanduser()
-    report.check_run_dir(output, config.overwrite)
-    return complete(prepare(config), output, command)
+    config = resolved(config, os.getcwd())
+    output = Path(config.output)
+    report.check_run_dir(output, config.overwrite, {"--model": config.model, "--data": config.data})
+    with explained(config, output):
+        run = prepare(config)
+    if (batch := config.batch_size * config.accumulate) > len(run.train_set):
+        times = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size {config.batch_size}{times}: a step would take {batch} examples, and there are {len(run.train_set)} to train on: give less"
+        )
+    return complete(run, output, command)
+
+
+def resolved(config: Config, directory: str) -> Config:
+    """The configuration with the absolute paths of what is there in `directory`, so that the run can go on from anywhere; hub ids stay."""
+
+    def place(name: str) -> Path:
+        return Path(directory, report.path_of(f"--{name}", getattr(config, name))).absolute()
+
+    def found(name: str) -> str:
+        path = place(name)
+        with contextlib.suppress(OSError):
+            return str(path) if path.exists() else getattr(config, name)
+        return str(getattr(config, name))  # longer than a path may be
+
+    return replace(config, model=found("model"), data=found("data"), output=str(place("output")))
+
+
+def way_on(config: Config, output: Path) -> str:
+    """What to do after a run has ended before its end."""
+    with contextlib.suppress(UserError):
+        if report.read_result(output / "result.json", config.save) is not None:
+            return f"see {output / 'result.json'} (the run is finished)"
+        if (output / "config.json").is_file() and not methods.get(config.method).no_journal and (output / report.JOURNAL).is_file():
+            return f"go on with: zo-finetune resume {shlex.quote(str(output))}"
+    again = "with --overwrite " if not config.overwrite and output.is_dir() and any(output.iterdir()) else ""
+    why = (
+        f"a run of --method {config.method} has no journal to go on from"
+        if methods.get(config.method).no_journal
+        else "nothing was recorded yet"
+    )
+    return f"give the same command again {again}({why})"
+
+
+@contextlib.contextmanager
+def explained(config: Config, output: Path) -> Iterator[None]:
+    """What ends a run from outside (Ctrl-C, a full disk, too little memory) ends with what to do."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {way_on(config, output)}") from None
+    except OSError as error:
+        raise UserError(f"{one_line(error)}; {remedy(error)}, then {way_on(config, output)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory ({one_line(error, 160)}): free some, then {way_on(config, output)}; or begin anew with a smaller --batch-size, "
+            "--eval-batch-size or --max-length, or with --dtype bfloat16"
+        ) from error
+
+
+def remedy(error: BaseException) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    return "free space there" if full else "mend that"
 
 
 def complete(run: Prepared, output: Path, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
-    """Train and write what there is to write."""
+    """Train and write what there is to write: result.json first, since it is small and tells whether the weights were saved."""
     config = run.config
-    print(*run.notes, run.describe(), sep="\n", file=sys.stderr)
-    outcome = fit(run, output, resumed)
-    saved = run.language_model.save(output) if config.save else None
-    draw(run, outcome, output / "curve.png")
-    result = record(run, outcome, saved, sys.argv if command is None else command)
-    report.write_json(output / "result.json", result)
-    if outcome.interrupted:
-        print(f"interrupted after {outcome.steps} of {config.steps} steps; what there is was saved in {output}", file=sys.stderr)
+    for line in (*run.notes, run.describe()):
+        console.say(line)
+    with explained(config, output):
+        outcome = fit(run, output, resumed)
+        result = record(run, outcome, sys.argv if command is None else command)
+        if outcome.interrupted:
+            again = "saving the weights, unless Ctrl-C comes again" if config.save else way_on(config, output)
+            console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {again}")
+        for line in misgivings(run, outcome):
+            console.say(line)
+        report.write_json(output / "result.json", result)
+        try:
+            draw(run, outcome, output / "curve.png")
+        except Exception as error:  # the least of what a run leaves, made by a library that needs fonts, caches and space
+            console.say(f"curve.png could not be drawn ({one_line(error)}); log.csv has what it shows")
+        if config.save:
+            save(run, output, result)
+        if outcome.interrupted:
+            console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {way_on(config, output)}")
     return result
+
+
+def save(run: Prepared, output: Path, result: dict[str, Any]) -> None:
+    """The weights, and the word of them in result.json."""
+    try:
+        with console.Phase("saving the weights"):
+            folder, names = report.save_weights(output, run.language_model.save)
+    except Exception as error:  # safetensors and tokenizers, whose code is Rust's, have exceptions of their own for a full disk
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise UserError(
+            f"the weights could not be saved in {output}: {one_line(error)}; {remedy(error)}, then {way_on(run.config, output)}"
+        ) from error
+    result |= {"saved": str(folder), "saved_files": names}
+    report.write_json(output / "result.json", result)
+
+
+def misgivings(run: Prepared, outcome: Outcome) -> list[str]:
+    """What makes a run's numbers worth less than they look."""
+    lines, skipped, steps = [], run.stepper.skipped, outcome.steps
+    if skipped:
+        lines.append(
+            f"{skipped} of {steps} steps were skipped, since a loss was not finite: try a smaller --lr or --eps, or --dtype float32"
+        )
+    if outcome.still and 2 * outcome.still >= steps - skipped:
+        lines.append(
+            f"the projected gradient was 0 in {outcome.still} of {steps} steps: both losses of a step were the same to the bit, and nothing was "
+            "learned from it; try a larger --eps, or --dtype float32"
+        )
+    return lines
+
+
+def saved_config(output: Path) -> Config:
+    """The options of the run in a folder, its paths as they were given then.
+
+    Raises:
+        UserError: there is none, or it is not as a run wrote it.
+    """
+    path = output / "config.json"
+    saved = report.read_json(path)
+    if set(saved) != {"directory", "config"} or not isinstance(saved["directory"], str):
+        raise UserError(f"{path} must have the keys directory and config")
+    config = Config.of_json(saved["config"], str(path))
+    return resolved(config, saved["directory"] if "\0" not in saved["directory"] else "/")
+
+
+def one_number(values: Any) -> float | None:
+    """Of a journal's list of one for each group: an application's run has the same in all."""
+    return values[0] if isinstance(values, list) and values and isinstance(values[0], float) else None
+
+
+def recorded_config(output: Path, config: Config) -> Config:
+    """`config`, with the learning rate and eps that the journal has where it leaves them to the method.
+
+    Raises:
+        UserError: the journal is damaged, or began with other options than `config`: names the first that differs.
+    """
+    from zo_kernels import journal
+
+    try:
+        about = journal.read(output / report.JOURNAL, strict=False).header.hyperparameters
+    except journal.UnbegunError:
+        return config  # the run died as it wrote the header: it begins anew
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output}: {one_line(error)}") from error
+    recorded, now = about.get("config"), json.loads(json.dumps(asdict(config)))
+    if not isinstance(recorded, dict):
+        raise UserError(f"{output / report.JOURNAL} holds no options: it is not of a run of zo-finetune")
+    for name, value in now.items():
+        if name not in MOVABLE and (name not in recorded or recorded[name] != value):
+            raise UserError(
+                f"{output / 'config.json'}: {name} is {json.dumps(value):.80}, and was {json.dumps(recorded.get(name)):.80} when the run began: "
+                "put it back, or begin a new run"
+            )
+    lr, eps = (one_number(about.get(name)) for name in ("lr", "eps"))
+    config = replace(config, lr=lr if config.lr is None else config.lr, eps=eps if config.eps is None else config.eps)
+    config.check()
+    return config
 
 
 def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
     """Go on with a killed or interrupted run; returns what result.json then holds: that of a run that was never killed, but for times.
 
     Raises:
-        UserError: there is no run in the folder, it is running, or its base model or data have changed; nothing was changed.
+        UserError: there is no run in the folder, it is running, or its options, base model or data have changed; nothing was changed.
     """
-    output = Path(folder).expanduser().absolute()
+    output = report.path_of("RUN_DIR", folder).absolute()
+    report.check_files(output)
     nothing = f"{folder} has no config.json and {report.JOURNAL}: no run began there that could be resumed"
-    if not (output / "config.json").is_file():
+    if not (output / "config.json").exists():
         raise UserError(nothing)
-    saved = report.read_json(output / "config.json")
-    if set(saved) != {"directory", "config"} or not isinstance(saved["directory"], str):
-        raise UserError(f"{output / 'config.json'} must have the keys directory and config")
-    config = Config.of_json(saved["config"], str(output / "config.json"))
+    config = saved_config(output)
     if reason := methods.get(config.method).no_journal:
         raise UserError(f"{folder}: a run of --method {config.method} cannot be resumed: {reason}; begin it anew with --overwrite")
-    if not (output / report.JOURNAL).is_file():
+    if not (output / report.JOURNAL).exists():
         raise UserError(nothing)
-    if (result := report.read_result(output / "result.json")) is not None:
-        print(f"{folder} is finished after {result['steps']} steps: there is nothing to resume", file=sys.stderr)
+    if (result := report.read_result(output / "result.json", config.save)) is not None:
+        console.say(f"{folder} is finished after {result['steps']} steps: there is nothing to resume")
         return result
-    usable = os.path.isdir(saved["directory"]) and os.access(saved["directory"], os.X_OK)  # unlike Path's, for any string
-    with contextlib.chdir(saved["directory"]) if usable else contextlib.nullcontext():
-        run = prepare(config)  # its paths are as they were given then
+    config = recorded_config(output, config)
+    for name in ("model", "data"):
+        if os.path.isabs(path := getattr(config, name)) and not os.path.exists(path):
+            raise UserError(
+                f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
+            )
+    with explained(config, output):
+        run = prepare(config)
     return complete(run, output, command, resumed=True)
 
 
@@ -565,10 +755,13 @@ def replay(
     import zo_kernels
     from zo_kernels import journal
 
-    path, target = Path(source).expanduser(), Path(output).expanduser()
+    path, target = report.path_of("RUN_DIR_OR_JOURNAL", source), report.path_of("--output", output)
     report.check_run_dir(target, overwrite=False)
+    if os.path.isdir(path):
+        path = path / report.JOURNAL
+        report.check_plain(path)
     try:
-        past = journal.read(path / report.JOURNAL if path.is_dir() else path, strict=False)
+        past = journal.read(path, strict=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {one_line(error)}") from error
     about, weights = past.header.hyperparameters, past.header.parameters
@@ -586,5 +779,8 @@ def replay(
         zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=backend)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{source}: {one_line(error)}") from error
-    target.mkdir(parents=True, exist_ok=True)
-    return language_model.save(target)
+    try:
+        with console.Phase("saving the weights"):
+            return report.save_weights(target, language_model.save)[0]
+    except OSError as error:
+        raise UserError(f"{target}: {one_line(error)}; {remedy(error)} and run it again") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from zo_finetune import console
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside the repository, on development machines
 SUBJECTS = ("film", "story", "cast", "script", "ending", "music")
@@ -44,6 +45,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says does not depend on how busy the machine is."""
+    monkeypatch.setattr(console, "PATIENCE", 3600.0)
 
 
 @pytest.fixture(autouse=True)

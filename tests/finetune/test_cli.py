@@ -9,12 +9,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from zo_finetune import cli
 from zo_finetune import train as training
 from zo_finetune.cli import build_parser, main
 from zo_finetune.evaluate import auc, standard_error
@@ -28,7 +30,7 @@ ModelFolder = Callable[[str], Path]
 @pytest.fixture
 def command(model_folder: ModelFolder, data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def build(
-        *more: str, model: str = "llama", data: Path | str = data_folder, output: Path = tmp_path / "run", task: str = "sst2"
+        *more: str, model: str = "llama", data: Path | str = data_folder, output: Path | str = tmp_path / "run", task: str = "sst2"
     ) -> list[str]:
         source = str(model_folder(model)) if "/" not in model else model
         fixed = ["train", "--model", source, "--task", task, "--data", str(data), "--output", str(output), "--device", "cpu"]
@@ -215,7 +217,9 @@ def test_an_interrupt_saves_what_there_is(
 
     monkeypatch.setattr(Scorer, "loss", interrupted_in_step_three)
     assert main(command("--steps", "9")) == 130
-    assert "interrupted after 2 of 9 steps" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line == "interrupted after 2 of 9 steps; saving the weights, unless Ctrl-C comes again" for line in lines)
+    assert lines[-1] == f"interrupted after 2 of 9 steps; go on with: zo-finetune resume {tmp_path / 'run'}"
     result = result_of(tmp_path)
     assert result["interrupted"]
     assert result["steps"] == 2
@@ -234,11 +238,15 @@ def test_an_interrupt_saves_what_there_is(
 
 def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
+    assert main(command("--peft", "ln")) == 0
     (run / "notes.txt").write_text("mine")
     assert main(command()) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert sorted(p.name for p in run.iterdir()) == ["adapter", "notes.txt"]
+    assert (run / "adapter").is_dir()
+    (run / "adapter" / "mine.txt").write_text("mine")
+    assert main(command("--overwrite")) == 2
+    assert "did not write adapter/mine.txt: move that" in capsys.readouterr().err
+    (run / "adapter" / "mine.txt").unlink()
     assert main(command("--overwrite")) == 0
     assert (run / "notes.txt").read_text() == "mine"
     assert not (run / "adapter").exists()  # an earlier run's, and not this one's
@@ -255,6 +263,21 @@ def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], t
         ({}, ("--steps", "0"), "--steps 0 must be greater than 0"),
         ({}, ("--lr", "-1"), "--lr -1.0 must be at least 0"),
         ({}, ("--eps", "nan"), "--eps nan must be finite"),
+        ({}, ("--lr", "inf"), "--lr inf must be finite"),
+        ({}, ("--lr", "1e39"), "--lr 1e+39 must be 1.18e-38 to 3.4e+38"),
+        ({}, ("--eps", "1e-50"), "--eps 1e-50 must be 1.18e-38 to"),
+        ({}, ("--steps", "3000000000"), "--steps 3000000000 must be below 2^31"),
+        ({}, ("--batch-size", "-3"), "--batch-size -3 must be greater than 0"),
+        ({}, ("--batch-size", "30", "--accumulate", "2"), "--batch-size 30 with --accumulate 2: a step would take 60 examples"),
+        ({"data": ""}, (), "--data '' is no path"),
+        ({"model": "a\udce9/b"}, (), "--model 'a\\udce9/b' is not valid UTF-8"),
+        ({"output": ""}, (), "--output '' is no path"),
+        ({"output": "/"}, (), "--output / is not empty"),
+        ({"output": "/dev/null/x"}, (), "--output /dev/null/x cannot be made: /dev/null is a file"),
+        ({"output": "~nobody-of-that-name/x"}, (), "there is no such user's home"),
+        ({"output": "x" * 300}, (), "cannot be used: [Errno 36] File name too long"),
+        ({"model": "./\x1b[31mred"}, (), "--model ./\\x1b[31mred is not a model folder"),
+        ({}, ("--method", "dizo", "--peft", "ln"), "--method dizo: "),
         ({}, ("--device", "abacus"), "--device 'abacus' is not a device"),
         ({}, ("--gguf-file", "x.gguf"), "--gguf-file 'x.gguf' is not in"),
         ({}, ("--form", "masked"), "could not be loaded"),
@@ -305,6 +328,46 @@ def test_wrong_options_end_with_usage(capsys: Any) -> None:
         assert "usage: zo-finetune" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "'trian' must be one of train, compare, resume, replay, demo; did you mean 'train'?"),
+        (["train", "--modle", "m"], "there is no --modle; did you mean '--model'?"),
+        (["demo", "--sede", "1"], "zo-finetune demo: error: --sede 1: unknown; there is no --sede; did you mean '--seed'?"),
+        (["demo", "--seed", "1e9"], "argument --seed: '1e9' is no whole number"),
+        (["demo", "--seed", "1_0"], "argument --seed: '1_0' is no whole number"),
+        (["train", "--lr", "fast"], "argument --lr: 'fast' is no number"),
+        (
+            ["train", "--peft", "lroa"],
+            "argument --peft: 'lroa' must be one of none, lora, ln, prefix, prompt; did you mean 'lora'?",
+        ),
+        (["demo", "\x1b[2J"], "zo-finetune demo: error: \\x1b[2J: unknown"),
+    ],
+)
+def test_what_was_perhaps_meant(arguments: list[str], said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error, usage = capsys.readouterr().err.splitlines()
+    assert said in error
+    assert usage.startswith("usage: zo-finetune")
+
+
+def test_versions_are_told(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert f"torch {version('torch')}" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "NEEDED", ("torch", "no_such_package"))
+    assert main(command()) == 2
+    assert capsys.readouterr().err == (
+        "zo-finetune: error: no_such_package is not installed: pip install 'zo_kernels[finetune]', or in a checkout pip install '.[finetune]'\n"
+    )
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "zo_finetune", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -320,6 +383,7 @@ def test_every_field_of_a_run_has_an_option() -> None:
 
 def test_auc_and_standard_error() -> None:
     margins, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, -1.0]), torch.tensor([0, 1, 0, 1, 0])
+    assert auc(torch.tensor([0.1, 0.4, torch.nan, 0.8, -1.0]), labels) is None  # a NaN has no rank
     pairs = [(1.0 if a > b else 0.5 if a == b else 0.0) for a in (0.4, 0.8) for b in (0.1, 0.4, -1.0)]
     assert auc(margins, labels) == pytest.approx(sum(pairs) / len(pairs))
     assert auc(margins.float() + 5, labels) == pytest.approx(auc(margins, labels))

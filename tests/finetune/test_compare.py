@@ -137,6 +137,39 @@ def test_what_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("methods", "more", "reason"),
+    [
+        ("mezo,dizo", ["--peft", "ln"], "--method dizo: "),
+        ("mezo", ["--seeds", "0,4000", "--column", "sentence=absent"], "absent"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    methods: str,
+    more: list[str],
+    reason: str,
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    assert main(command(methods, *more)) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/mezo", "runs/mezo/lr1e-06-seed0", "runs/mezo/lr1e-06-seed0/log.csv"])
+def test_folders_that_lead_elsewhere_are_refused(name: str, command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    assert main(command("mezo")) == 2
+    assert f"{link} is a link; a run has a " in capsys.readouterr().err
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_the_benchmark_of_the_documentation(
     model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,7 +207,21 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     assert "save=1 is not" in with_config(save=1)
     assert "columns={'sentence': 1} is not" in with_config(columns={"sentence": 1})
     assert "--batch-size 0 must be greater than 0" in with_config(batch_size=0)
-    assert "its seed is 5, this optimizer's 6" in with_config(seed=6)
+    for changes, said in (  # behind the journal, which has what the run began with
+        ({"seed": 6}, "seed is 6, and was 5 when the run began"),
+        ({"lr": 0.5}, "lr is 0.5, and was 0.001 when"),
+        ({"eps": 0.5}, "eps is 0.5, and was null when"),
+        ({"method": "sign"}, 'method is "sign", and was "mezo" when'),
+        ({"steps": 9}, "steps is 9, and was 7 when"),
+        ({"batch_size": 5}, "batch_size is 5, and was 4 when"),
+        ({"clip": None}, "clip is null, and was 5.0 when"),
+        ({"lr_schedule": "linear"}, 'lr_schedule is "linear", and was "cosine" when'),
+        ({"eval_every": 2}, "eval_every is 2, and was 3 when"),
+        ({"dtype": "float16"}, 'dtype is "float16", and was "auto" when'),
+    ):
+        assert said in with_config(**changes)
+    assert f"the model that the run began with, {tmp_path}/gone, is gone: put it back" in with_config(model=str(tmp_path / "gone"))
+    assert "the data that the run began with" in with_config(data=str(tmp_path / "gone"))
     (run / "config.json").write_text(json.dumps({"config": good["config"]}))
     assert "must have the keys directory and config" in refused("resume", str(run))
     (run / "config.json").write_text("{")
