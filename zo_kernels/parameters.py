@@ -90,6 +90,26 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return pairs
 
 
+_PARALLEL = {
+    "FullyShardedDataParallel": "its weights are shards that come and go with the forwards; give the module as it is before FSDP wraps it",
+    "DistributedDataParallel": "each process would step with a loss of its own, and its weights drift from the others'; give the plain module, model.module",
+    "DataParallel": "its replicas run in threads, past the perturbed weights; give the plain module, model.module",
+}
+
+
+def refuse_parallel(what: str, module: nn.Module) -> None:
+    """Wrappers that spread a module over devices or processes, recognised by class name, subclasses too, wherever in the module they are.
+
+    Raises:
+        TypeError: names the wrapper, where it is, and what to give instead.
+    """
+    for name, inner in module.named_modules():
+        for cls in type(inner).__mro__:
+            if reason := _PARALLEL.get(cls.__name__):
+                found = f"{what} has a {cls.__name__} inside, {name!r}" if name else f"{what} is a {cls.__name__}"
+                raise TypeError(f"{found}: {reason}. Run the step in one process, on one device or with layers on several")
+
+
 @dataclass(frozen=True)
 class Named:
     """What a user handed to an optimizer, in one form: parameter groups whose 'params' are (name, tensor) pairs."""
@@ -119,9 +139,12 @@ def read_params(
     tensors without a name are named by their place.
 
     Raises:
-        TypeError: not a collection of tensors, or one without an order.
+        TypeError: not a collection of tensors, or one without an order; or a module is wrapped for many workers.
         ValueError: a parameter is frozen, or two have one name.
     """
+    for what, module in (("model_or_params", source), ("model", model)):
+        if isinstance(module, nn.Module):
+            refuse_parallel(what, module)
     if isinstance(source, nn.Module):
         pairs: list[tuple[str, Tensor]] = [pair for pair in trainable(source) if id(pair[1]) not in without]
         if not pairs:
@@ -164,6 +187,10 @@ def read_params(
                     name, nameless = f"param.{position}", True
             if not isinstance(p, Tensor):
                 raise TypeError(f"params: {name} is a {type(p).__name__}, not a tensor")
+            if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+                raise TypeError(
+                    f"params: {name} lies in a shard of FullyShardedDataParallel: give the parameters of the module before it is wrapped"
+                )
             if id(p) in without:
                 raise ValueError(f"params: {name} is in the first-order optimizer too: leave it out of one of the two")
             if not p.requires_grad:

@@ -85,6 +85,14 @@ class View(abc.ABC):
             for attribute, p in module._parameters.items()
             if p is not None and id(p) in self.names
         ]
+        # Who holds whom: a module that was replaced (a new head) keeps its parameters, and no forward reads them.
+        self.children = [
+            (module, name, child)
+            for module in (model.modules() if model is not None else ())
+            if isinstance(module._modules, dict)
+            for name, child in module._modules.items()
+        ]
+        self.served: set[int] | None = None  # ids of the parameters that a forward has asked for; None: not known
         # Parameters beside their memory as the plans have it.
         self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
         self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
@@ -114,8 +122,10 @@ class View(abc.ABC):
                 raise _changed(self.names[id(p)], "replaced")
 
     def moved(self) -> bool:
-        """Whether an attribute of the model holds another tensor than when the view was made."""
-        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places)
+        """Whether an attribute of the model holds another tensor, or another module, than when the view was made."""
+        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places) or any(
+            module._modules.get(name) is not child for module, name, child in self.children
+        )
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
@@ -522,6 +532,7 @@ class Scratch(View):
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
         super().__init__(groups, model, **options)
         self.model: nn.Module = model
+        self.served = set()
         shadows: dict[int, PerturbedWeight] = {}
         for k, weights in enumerate(groups):
             entries = weights.entries()
@@ -649,6 +660,10 @@ class Scratch(View):
                 "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. Leave it out "
                 "(MeZO needs none), or take perturbation='inplace'"
             )
+
+    def _serves(self, shadows: Iterable[PerturbedWeight]) -> None:
+        assert self.served is not None
+        self.served.update(id(s.param) for s in shadows)
 
     def _name_of(self, shadow: int) -> str:
         return next(self.names[i] for i, s in self.shadows.items() if id(s) == shadow)
@@ -789,6 +804,7 @@ class Scratch(View):
     def _fill_of(self, calls: Sequence[Sequence[PerturbedWeight]], room: Sequence[Tensor]) -> Fill:
         """The fill of these calls, with memory for each of their weights, in the order in which they first occur."""
         shadows = {id(s): s for call in calls for s in call}
+        self._serves(shadows.values())
         free = {i: value for i, value in zip(shadows, room, strict=True) if id(shadows[i].param) not in self.held}
         plans = self._plans([(shadows[i].group, replace(shadows[i].entry, dst=value)) for i, value in free.items()])
         # Leaves that require a gradient, like the parameters they stand for: at::matmul folds a batch into one matrix product only then,
@@ -919,6 +935,7 @@ class Scratch(View):
             at_once = (self.limit - 2 * ALIGNMENT) // row_bytes // PART_ROWS * PART_ROWS
             if at_once <= 0:
                 return None
+            self._serves(shadows)
             room = self._room([(s.param.device, s.param.dtype, torch.Size((at_once, *s.param.shape[1:]))) for s in shadows])
             parts = []
             for start in range(0, rows, at_once):
@@ -967,6 +984,7 @@ class Scratch(View):
     def _gather(self, weight: PerturbedWeight, n: int) -> Gather:
         """Memory and plan for `n` rows of a table. The same addresses at every step: a backend's tables of the plan are uploaded once."""
         if (gather := self.gathers.get((id(weight), n))) is None:
+            self._serves([weight])
             entry, table = weight.entry, weight.param.detach()
             width = table.shape[1]
             rows = self._memory("rows", n * 8, table.device).view(torch.int64)
@@ -992,6 +1010,7 @@ class Scratch(View):
     def hold(self, shadow: PerturbedWeight) -> None:
         """From now on this parameter is perturbed in place around each forward and put back from a copy: exact, for the copy's memory."""
         self.held[id(shadow.param)] = shadow
+        self._serves([shadow])
         self.fills.clear()
         self.parts.clear()
         self.live = {}
@@ -1053,8 +1072,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.scratch.inside and not func.is_view:
-            if func._schema.is_mutable:
-                self._refuse_writes(func, args, kwargs)
+            self._refuse_writes(func, args, kwargs)
             for t in _walk((args, kwargs)):
                 if not isinstance(t, Tensor) or type(t) is PerturbedWeight or t.is_meta:
                     continue
@@ -1064,14 +1082,20 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for k, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
+        for t in written(func, args, kwargs):
+            if type(t) is not PerturbedWeight:
+                for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
+                    if _overlap(t, shadow.param):
+                        raise _changed(self.scratch.names[id(shadow.param)], "written to")
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operation says it writes to."""
+    for k, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
             for t in _walk(args[k] if k < len(args) else kwargs.get(argument.name)):
-                if isinstance(t, Tensor) and type(t) is not PerturbedWeight and not t.is_meta:
-                    for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
-                        if _overlap(t, shadow.param):
-                            raise _changed(self.scratch.names[id(shadow.param)], "written to")
+                if isinstance(t, Tensor) and not t.is_meta:
+                    yield t
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

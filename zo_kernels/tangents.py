@@ -51,6 +51,7 @@ class Tangents(perturb.Scratch):
             self.inside = False
 
     def _dual(self, shadow: perturb.PerturbedWeight) -> Tensor:
+        self._serves([shadow])
         value, p = shadow.param.detach(), self.passes[shadow.group]
         if p is None:
             return value

@@ -383,5 +383,5 @@ def test_warnings_are_said_once_and_clearly() -> None:
         zk.MeZOStep(Cubic().parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        zk.MeZOStep(model, lr=0.1).step(model)
+        zk.MeZOStep(model, lr=0.1, eps=0.1).step(model)
         zk.MeZOStep(list(model.named_parameters()), lr=0.1, perturbation="inplace")

@@ -1,8 +1,10 @@
 """Zeroth-order steps: what to evaluate, and what the update is made of. Arithmetic on weights belongs to `zo_kernels.ops`."""
 
 from zo_kernels.optim.blocks import Blocks
+from zo_kernels.optim.check import Finding, Report, check
 from zo_kernels.optim.directions import Dense, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
 from zo_kernels.optim.estimators import ForwardGradient, OneSided, ThreePoint, TwoSided
+from zo_kernels.optim.findings import ZOWarning
 from zo_kernels.optim.methods import (
     FZOO,
     LOZO,
@@ -48,6 +50,7 @@ __all__ = [
     "Conservative",
     "Dense",
     "DiZO",
+    "Finding",
     "ForwardGrad",
     "ForwardGradient",
     "HessianDiagonal",
@@ -63,6 +66,7 @@ __all__ = [
     "Projection",
     "QuantileClip",
     "RandomSparse",
+    "Report",
     "Sign",
     "SparseMeZO",
     "ThreePoint",
@@ -72,4 +76,6 @@ __all__ = [
     "ZOMomentum",
     "ZOSignSGD",
     "ZOStep",
+    "ZOWarning",
+    "check",
 ]

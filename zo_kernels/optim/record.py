@@ -192,3 +192,27 @@ def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequen
             ):  # fmt: skip
                 if a != b:
                     raise ValueError(f"{wrong}: parameter {name!r} has the {what} {a!r:.120} there, {b!r:.120} here")
+
+
+def differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) -> list[str]:
+    """The numbers of this optimizer that are not those that the run began with, in words. What the header does not have as such is not compared:
+    it holds whatever its user put there."""
+    found = []
+    for name, value in mine.items():
+        recorded = past.header.hyperparameters.get(name, value)
+        if isinstance(value, list):
+            like = (
+                isinstance(recorded, list)
+                and len(recorded) == len(value)
+                and all(isinstance(r, (bool, int, float)) for r in recorded)
+            )
+        else:
+            like = recorded is None or isinstance(recorded, (bool, int, float))
+        if like and recorded != value:
+            one = isinstance(value, list) and len(value) == 1
+            found.append(f"{name} was {recorded[0] if one else recorded}, is {value[0] if one else value}")
+    if len(past.steps):
+        before = "stochastic" if past.flag("stochastic")[-1] else "nearest"
+        if before != rounding and any(p.dtype != "float32" for p in past.header.parameters):
+            found.append(f"rounding was {before!r}, is {rounding!r}")
+    return found

@@ -26,7 +26,7 @@ from zo_kernels import _replay as replays
 from zo_kernels import interrupts, ops, parameters, perturb, tangents
 from zo_kernels import journal as journals
 from zo_kernels.optim import blocks as blocking
-from zo_kernels.optim import directions, estimators, graph, parts, projection, record, rules, saved
+from zo_kernels.optim import directions, estimators, findings, graph, parts, projection, record, rules, saved
 
 Loss = Tensor | float
 
@@ -209,6 +209,8 @@ class ZOStep(torch.optim.Optimizer):
         self._tag = self._first_tag = 0  # of the next step's first direction, and of the run's
         self._skipped: Tensor | int = 0
         self.projected_gradient: Tensor | None = None
+        self._whole = isinstance(model_or_params, nn.Module)  # every parameter of the model was ours to take
+        self._warner = findings.Warner()
         self._streams = parameters.streams_of(named.all_names)
         self._view: perturb.View | None = None
         self._owned: set[str] = set()  # the parameters that the module had
@@ -287,6 +289,7 @@ class ZOStep(torch.optim.Optimizer):
         if self._recorder is not None:
             self._check_recorded()
         self._owned |= there
+        self._warner.membership = True
         self._view = self._views[block] = view
         self._graphs = None
         return view
@@ -351,10 +354,8 @@ class ZOStep(torch.optim.Optimizer):
         if closure is None and self._is_dummy():
             self._complete = True
             return torch.full((), math.nan)
-        if not callable(closure):
-            raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
-        if batches is not None and not len(batches):
-            raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
+        _check_call(closure, batches)
+        assert closure is not None
         # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
         # What a step makes is used by the next one, in whatever mode that is.
         with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad():
@@ -366,7 +367,9 @@ class ZOStep(torch.optim.Optimizer):
                 self._inside = False
                 self._busy.release()
             if isinstance(self._view, perturb.Scratch) and (note := self._view.news()):
-                warnings.warn(note, stacklevel=3)
+                warnings.warn(note, findings.ZOWarning, stacklevel=3)
+            for words in self._warner.look(self, self._view):
+                warnings.warn(words, findings.ZOWarning, stacklevel=3)
         return loss.float()
 
     def _step(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor:
@@ -513,6 +516,7 @@ class ZOStep(torch.optim.Optimizer):
 
                 graphs.capture(key, batches, whole, view.memory)
             loss, self.projected_gradient, *summary = graphs.replay(key, batches)
+            self._warner.note([loss], self.projected_gradient, None)
             ops.written([plan for w in view.groups for plan in w.plans])
             if self._recorder is not None:
                 self._recorder.put(self._entry(values), summary[0])
@@ -552,12 +556,16 @@ class ZOStep(torch.optim.Optimizer):
             between()
             return loss
 
+        self._warner.begin(self)
         with view.step(recorded=isinstance(tag, Tensor)):
             for point in self._points:
                 losses.append(at([[(tags[i], factor * n.eps) for i, factor in point] for n in numbers]))
             if self._first_order is not None:  # a loss at theta that is no number spoils both halves
                 losses[0] = losses[0] + torch.as_tensor(0 * self._first_loss, device=losses[0].device)
             decided = self._decide(tags, numbers, losses, inner)
+            if not isinstance(tag, Tensor):
+                assert self._summary is not None
+                self._warner.note(losses, self._summary.gradient, self._summary.finite)
             if inner and decided[0].go is False:
                 with view.clean():
                     undo()
@@ -583,10 +591,11 @@ class ZOStep(torch.optim.Optimizer):
 
     def _evaluate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
         """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
-        as_loss = tangents.as_loss if dual else _as_loss
-        if batches is None:
-            return as_loss(interrupts.outside(closure))
-        return torch.stack([as_loss(interrupts.outside(closure, batch)) for batch in batches]).mean(0)
+        as_loss = self._warner.hearing(tangents.as_loss if dual else _as_loss)
+        with self._warner.reads:
+            if batches is None:
+                return as_loss(interrupts.outside(closure))
+            return torch.stack([as_loss(interrupts.outside(closure, batch)) for batch in batches]).mean(0)
 
     def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
         """Of a step's directions."""
@@ -821,6 +830,13 @@ class ZOStep(torch.optim.Optimizer):
             try:
                 record.check_header(past.header, mine, groups)
                 journals.verify_base(past.header, [*trained, *frozen])
+                if different := record.differences(past, self._about(), self._rounding):
+                    warnings.warn(
+                        f"the run in {os.fspath(path)!s} goes on with other numbers than it began with: {'; '.join(different)}. What it has done stays as it "
+                        "was; make the optimizer with the recorded numbers to go on with the same run",
+                        findings.ZOWarning,
+                        stacklevel=2,
+                    )
                 self._replay(view, past)
             except BaseException:
                 writer.close()
@@ -831,19 +847,11 @@ class ZOStep(torch.optim.Optimizer):
                     f"open_journal() after {self.steps} steps: what this method's records mean depends on the number of a step and on the steps before "
                     "it; open the journal before the first step"
                 )
-            about: dict[str, Any] = {
-                "lr": [float(g["lr"]) for g in self.param_groups],
-                "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
-            }
-            clip = self._clip if not isinstance(self._clip, rules.QuantileClip) else None  # that one is in the method
-            about |= {"eps": [float(g["eps"]) for g in self.param_groups], "clip": clip}
-            signs = [g["maximize"] for g in self.param_groups]
-            about["maximize"] = signs[0] if len(set(signs)) == 1 else signs
             header = journals.Header(
                 parameters=record.table(groups),
                 groups=len(groups),
                 frozen=tuple(journals.Frozen.of(n, p) for n, p in frozen),
-                hyperparameters={**about, **(hyperparameters or {})},
+                hyperparameters={**self._about(), **(hyperparameters or {})},
                 notes=notes,
                 **mine,
             )
@@ -851,6 +859,17 @@ class ZOStep(torch.optim.Optimizer):
         self._recorder, self._graphs = record.Recorder(writer), None  # graphs must hand over their numbers
         self._recorder_closes = weakref.finalize(self, self._recorder.close)
         return past
+
+    def _about(self) -> dict[str, Any]:
+        """The numbers of a header that no record depends on; lr before any scheduler."""
+        signs = [g["maximize"] for g in self.param_groups]
+        return {
+            "lr": [float(g.get("initial_lr", g["lr"])) for g in self.param_groups],
+            "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
+            "eps": [float(g["eps"]) for g in self.param_groups],
+            "clip": None if isinstance(self._clip, rules.QuantileClip) else self._clip,  # that one is in the method
+            "maximize": signs[0] if len(set(signs)) == 1 else signs,
+        }
 
     def close_journal(self) -> None:
         """Write what is queued, make it durable, release the lock; later steps are not recorded."""
@@ -1210,6 +1229,27 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"{where}maximize={group['maximize']!r} must be True or False")
+
+
+def _check_call(closure: Any, batches: Any) -> None:
+    """Refuse what no step can be made with. Micro-batches are read once for each forward, in order: nothing that is used up, nor one batch alone."""
+    if not callable(closure):
+        raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
+    if batches is None:
+        return
+    kind = type(batches).__name__
+    if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
+        raise TypeError(f"batches is a {kind}, which is one batch: give a list of micro-batches, batches=[batch]")
+    if isinstance(batches, (Tensor, str, bytes, bytearray)) or hasattr(batches, "__array__"):
+        raise TypeError(
+            f"batches is a {kind}: give a list of micro-batches, each as the closure takes it, for example batches=[batch]"
+        )
+    if not hasattr(batches, "__len__") or not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"batches is a {kind}, which has no length or no order, and may be used up by the first forward: give a list of micro-batches, batches=list(...)"
+        )
+    if not len(batches):
+        raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
 
 
 def _as_loss(value: Any) -> Tensor:
