@@ -207,7 +207,7 @@ def replay(
             and backend. "fused": all terms in one fp32 sum a weight and one rounding: not the run's bits, but closer to what the run would
             have been in fp32, and for 16-bit weights much faster than the steps were.
         backend: see `perturb_`.
-        check: compare names, shapes, dtypes and the SHA-256 of all weights with the journal's first.
+        check: compare names, shapes, dtypes and the SHA-256 of all weights, and of a module's buffers, with the journal's first.
         masks, scales: stored masks and scales of the run, by parameter name, as `perturb_` takes them (the journal has their digests).
 
     Returns:
@@ -226,7 +226,8 @@ def replay(
         )
     records = until(past, upto)
     if check:
-        journal.verify_base(past.header, named.items())
+        buffers = model.named_buffers(remove_duplicate=False) if isinstance(model, nn.Module) else None
+        journal.verify_base(past.header, named.items(), buffers)
     groups = weights_of(past.header, named, masks or {}, scales or {})
     for plan in (plan for w in groups for plan in w.plans):
         backends.pick(plan.device, backend)

@@ -164,7 +164,7 @@ def _check_name(name: Any) -> None:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A weight that the run read and never changed: part of the base model that a replay must find."""
+    """A weight that the run read and never changed, or a buffer as it was at the start: part of the base model that a replay must find."""
 
     name: str
     shape: tuple[int, ...]
@@ -281,6 +281,7 @@ class Header:
         perturbation: "scratch", "inplace" or "lazy": which passes a record stands for.
         groups: parameter groups G; terms: directions T of an update, with the tags tag .. tag + T - 1.
         frozen: weights that the run reads and never changes (the base model of an adapter), if a replay shall insist on them.
+        buffers: the model's persistent buffers at the start, likewise (packed weights, running statistics).
         hyperparameters, notes: any JSON, for people; a string `model` is what a refused base model's message names.
         versions: of zo_kernels, torch and python.
         run: 32 hex digits that no other run has, so that records of two runs with equal settings cannot be mixed up.
@@ -299,6 +300,7 @@ class Header:
     groups: int = 1
     terms: int = 1
     frozen: tuple[Frozen, ...] = ()
+    buffers: tuple[Frozen, ...] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     notes: Any = ""
     versions: Mapping[str, Any] = field(default_factory=_versions)
@@ -325,7 +327,7 @@ class Header:
             raise ValueError("parameters is empty: a run updates at least one")
         names: set[str] = set()
         streams: set[int] = set()
-        for p in (*self.parameters, *self.frozen):
+        for p in (*self.parameters, *self.frozen, *self.buffers):
             if p.name in names:
                 raise ValueError(f"parameter {p.name!r:.80} occurs twice")
             names.add(p.name)
@@ -357,6 +359,8 @@ class Header:
         content: dict[str, Any] = {**self.extra, **{name: getattr(self, name) for name in plain}}
         if self.method is not None:
             content["method"] = self.method
+        if self.buffers:
+            content["buffers"] = [_entry(p) for p in self.buffers]
         content["contract"], content["fingerprint"] = CONTRACT, self.fingerprint
         content["parameters"], content["frozen"] = [_entry(p) for p in self.parameters], [_entry(p) for p in self.frozen]
         try:
@@ -383,13 +387,14 @@ class Header:
         if (contract := content.pop("contract", None)) != CONTRACT or isinstance(contract, bool):
             raise ValueError(f"noise contract {contract!r:.40}; this version of zo_kernels computes contract {CONTRACT}")
         recorded = content.pop("fingerprint", None)
-        known = {f.name for f in fields(cls)} - {"extra", "method"}
-        method = content.pop("method", None)
+        known = {f.name for f in fields(cls)} - {"extra", "method", "buffers"}
+        method, buffers = content.pop("method", None), _read_list("buffers", content.pop("buffers", []))
         if missing := sorted(known - set(content)):
             raise ValueError(f"the header has no {missing[0]!r}")
         mine = {name: content.pop(name) for name in known}
         mine["parameters"] = tuple(_read_entry(Parameter, e) for e in _read_list("parameters", mine["parameters"]))
         mine["frozen"] = tuple(_read_entry(Frozen, e) for e in _read_list("frozen", mine["frozen"]))
+        mine["buffers"] = tuple(_read_entry(Frozen, e) for e in buffers)
         header = cls(**mine, method=method, extra=content)
         if header.fingerprint != recorded:
             raise ValueError("the fingerprint is not that of the parameters listed")
@@ -437,33 +442,41 @@ def find(named: Mapping[str, Tensor], name: str) -> Tensor:
     return candidates[0]
 
 
-def verify_base(header: Header, named_params: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse a model that is not the one the run started from. Names may differ by the prefixes of wrappers; parameters that the
+def verify_base(
+    header: Header, named_params: Iterable[tuple[str, Tensor]], named_buffers: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
+    """Refuse a model that is not the one the run started from. Names may differ by the prefixes of wrappers; parameters and buffers that the
     header does not list are not looked at.
 
+    Args:
+        named_buffers: all of the model's; None: the caller has parameters alone, and the header's buffers are not looked at.
+
     Raises:
-        ValueError: names the first parameter, in the header's order, that is missing or has another shape, dtype or content.
+        ValueError: names the first parameter or buffer, in the header's order, that is missing or has another shape, dtype or content.
     """
-    given = dict(named_params)
     wrong = "the model is not the one that this run started from"
-    pairs: list[tuple[Frozen, Tensor]] = []
-    for entry in (*header.parameters, *header.frozen):
-        try:
-            pairs.append((entry, find(given, entry.name)))
-        except KeyError as error:
-            raise ValueError(
-                f"{wrong}: parameter {entry.name!r} is {error.args[0]}; load the base model {_whose(header)}"
-            ) from None
-    for entry, p in pairs:  # what costs nothing first: hashing a large model takes long
+    pairs: list[tuple[str, Frozen, Tensor]] = []
+    wanted = [("parameter", (*header.parameters, *header.frozen), dict(named_params))]
+    if named_buffers is not None:
+        wanted.append(("buffer", header.buffers, dict(named_buffers)))
+    for kind, entries, given in wanted:
+        for entry in entries:
+            try:
+                pairs.append((f"{kind} {entry.name!r}", entry, find(given, entry.name)))
+            except KeyError as error:
+                raise ValueError(
+                    f"{wrong}: {kind} {entry.name!r} is {error.args[0]}; load the base model {_whose(header)}"
+                ) from None
+    for name, entry, p in pairs:  # what costs nothing first: hashing a large model takes long
         for what, recorded, found in (("shape", entry.shape, tuple(p.shape)), ("dtype", entry.dtype, _dtype_name(p))):
             if recorded != found:
                 raise ValueError(
-                    f"{wrong}: parameter {entry.name!r} has {what} {found}, the run's had {recorded}; load the base model {_whose(header)}"
+                    f"{wrong}: {name} has {what} {found}, the run's had {recorded}; load the base model {_whose(header)}"
                 )
-    for entry, p in pairs:
+    for name, entry, p in pairs:
         if (found := digest(p)) != entry.sha256:
             raise ValueError(
-                f"{wrong}: parameter {entry.name!r} has other values (SHA-256 {found[:16]}..., the run's {entry.sha256[:16]}...); "
+                f"{wrong}: {name} has other values (SHA-256 {found[:16]}..., the run's {entry.sha256[:16]}...); "
                 f"load the base model {_whose(header)} as it was before training"
             )
 

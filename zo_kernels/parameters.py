@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_kernels import ops
 
@@ -76,6 +77,19 @@ def no_decay(model: nn.Module) -> set[int]:
         for attribute, p in module.named_parameters(recurse=False):
             if is_norm or attribute == "bias" or attribute.endswith("_bias"):
                 found.add(id(p))
+    return found
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that belong to the model's state, by name: packed weights, running statistics. What a model makes again by itself (rotary
+    tables) is registered as not persistent and left out, and so is what has no bytes of its own (sparse, sharded, on the meta device)."""
+    found = []
+    for prefix, module in model.named_modules():
+        for name, b in module._buffers.items():
+            if b is None or name in module._non_persistent_buffers_set or b.is_meta or b.layout != torch.strided:
+                continue
+            if not is_traceable_wrapper_subclass(b):
+                found.append((f"{prefix}.{name}" if prefix else name, b))
     return found
 
 

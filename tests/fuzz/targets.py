@@ -241,6 +241,7 @@ class Journal(Target):
             heads.append(
                 journal.Header(1, (masked,), kind="rademacher", frozen=(journal.Frozen.of("f", torch.ones(2)),), notes={"a": [1]})
             )
+            heads.append(header(buffers=(journal.Frozen.of("q", torch.ones(3, dtype=torch.int8)),)))
             heads += [header("scratch", 1, 2, method=method) for method in METHODS]
             heads.append(journal.Header(1, (journal.Parameter.of("r", torch.ones(2), 1, mask=RandomMask(0.5), scale=2.0), base)))
             for k, head in enumerate(heads):

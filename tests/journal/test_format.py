@@ -37,6 +37,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.DataObjec
     head = header(
         mode, G, T, hyperparameters=draw(st.dictionaries(st.text("lr"), json_values, max_size=3)), notes=draw(json_values),
         kind=draw(st.sampled_from(["gaussian", "rademacher"])), frozen=(journal.Frozen.of("base", torch.ones(3, dtype=torch.int8)),),
+        buffers=tuple(journal.Frozen.of(f"buffer{k}", torch.arange(k, dtype=torch.int32)) for k in range(draw(st.integers(0, 2)))),
     )  # fmt: skip
     path = tmp_path_factory.mktemp("journal") / "run.zoj"
     wanted = []
@@ -293,6 +294,12 @@ BAD_HEADERS = {
     "two names": (content(parameters=entries() + entries()[:1]), "'a.weight' occurs twice"),
     "two streams": (content(parameters=entries(name="c") + entries()[:1]), "its stream .* is another parameter's"),
     "frozen and trained": (content(frozen=[entries()[0]]), "'a.weight' occurs twice"),
+    "buffers": (content(buffers={}), "buffers is not a list"),
+    "a buffer": (content(buffers=[1]), "not an object"),
+    "a buffer without digest": (content(buffers=[{"name": "q", "shape": [1], "dtype": "int8"}]), "'q' has no 'sha256'"),
+    "a buffer's digest": (content(buffers=[{"name": "q", "shape": [1], "dtype": "int8", "sha256": "x"}]), "must be a SHA-256"),
+    "a buffer's shape": (content(buffers=[{"name": "q", "shape": [-1], "dtype": "int8", "sha256": "0" * 64}]), "shape=-1"),
+    "a trained buffer": (content(buffers=[entries()[0]]), "'a.weight' occurs twice"),
     "a long name": (content(parameters=entries(name="n" * 4097)), "must be 1 to 4096 bytes"),
     "an empty name": (content(parameters=entries(name="")), "must be 1 to 4096 bytes"),
     "half a character": (content(parameters=entries(name="\ud800")), "surrogates not allowed"),
@@ -511,6 +518,35 @@ def test_verify_base_names_the_first_difference() -> None:
     twice |= {"module.a.bias": WEIGHTS["a.bias"], "_orig_mod.a.bias": WEIGHTS["a.bias"]}
     with pytest.raises(ValueError, match=r"'a.bias' is ambiguous"):
         journal.verify_base(head, twice.items())
+
+
+def test_a_journal_without_buffers_has_no_such_field() -> None:
+    """As those that were written before there was one: the same bytes, the same header."""
+    assert "buffers" not in content()
+    with_one = header(buffers=(journal.Frozen.of("q", torch.ones(3, dtype=torch.int8)),))
+    data = json.loads(with_one.encode()[16:-4])
+    assert data["buffers"] == [
+        {"name": "q", "shape": [3], "dtype": "int8", "sha256": journal.digest(torch.ones(3, dtype=torch.int8))}
+    ]
+    assert journal.Header.parse(json.dumps(data).encode()) == with_one
+    assert data["fingerprint"] == content()["fingerprint"], "of parameters and frozen weights, so that older versions read it"
+    del data["buffers"]
+    assert journal.Header.parse(json.dumps(data).encode()).buffers == ()
+
+
+def test_verify_base_looks_at_buffers_where_it_is_given_some() -> None:
+    packed = torch.arange(4, dtype=torch.int32)
+    head = header(buffers=(journal.Frozen.of("layer.qweight", packed),))
+    journal.verify_base(head, WEIGHTS.items())
+    journal.verify_base(head, WEIGHTS.items(), [("module.layer.qweight", packed), ("cache", torch.ones(2))])
+    for buffers, message in (
+        ({}, "buffer 'layer.qweight' is missing"),
+        ({"layer.qweight": packed + 1}, "buffer 'layer.qweight' has other values"),
+        ({"layer.qweight": packed[:3]}, r"buffer 'layer.qweight' has shape \(3,\)"),
+        ({"layer.qweight": packed.long()}, "buffer 'layer.qweight' has dtype int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            journal.verify_base(head, WEIGHTS.items(), buffers.items())
 
 
 def test_masks_and_scales_are_described(tmp_path: Path) -> None:

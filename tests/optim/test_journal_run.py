@@ -239,6 +239,68 @@ def test_real_architectures(tmp_path: Path, family: str) -> None:
         assert same(before, base)
 
 
+class Buffered(nn.Module):
+    """Packed weights, running statistics, and a table that each forward makes again."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.register_buffer("qweight", torch.randint(-127, 127, (8, 8), dtype=torch.int8, generator=g))
+        self.register_buffer("nothing", None)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.a, self.b = nn.Parameter(torch.zeros(8, 2)), nn.Parameter(torch.ones(2, 8))
+        self.cache: Tensor
+        self.qweight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = torch.cat([self.cache, x.detach().sum()[None]])
+        return self.norm(x @ (self.qweight / 127) + x @ self.a @ self.b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_base_is_its_persistent_buffers_too(tmp_path: Path, mode: str, training: bool) -> None:
+    """As they were at the start: the run's own forwards move running statistics. What the model makes again by itself does not count."""
+    path, x = tmp_path / "run.zoj", torch.randn(4, 8)
+
+    def run(model: nn.Module, steps: int) -> nn.Module:
+        optimizer = zk.MeZOStep(model, lr=1e-2, seed=2, journal=path, resume=True, **MODES[mode])
+        for _ in range(optimizer.steps, steps):
+            optimizer.step(lambda: model(x).pow(2).mean())
+        optimizer.close_journal()
+        optimizer.flush()
+        return model
+
+    live = run(Buffered().train(training), 2)
+    names = {b.name for b in journal.read(path).header.buffers}
+    assert names == {"qweight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    evaluated = Buffered().eval()
+    evaluated(x)
+    zk.replay(evaluated, path)
+    assert same(evaluated, live)
+    wrapped = nn.ModuleDict({"module": Buffered()})
+    zk.replay(wrapped, path)
+    assert all(map(torch.equal, wrapped.parameters(), live.parameters()))
+    zk.replay(((n, p) for n, p in Buffered().named_parameters()), path)  # buffers are not there to be looked at
+    run(Buffered().train(training), 3)
+    for other, name in ((Buffered(1), "qweight"), (Buffered(), "norm.running_mean"), (Buffered(), "norm.num_batches_tracked")):
+        if name == "norm.running_mean":
+            other.norm.running_mean += 1
+        elif name != "qweight":
+            other.norm.num_batches_tracked += 1
+        before = copy.deepcopy(other)
+        for go in (partial(zk.replay, other, path), partial(run, other, 4)):
+            with pytest.raises(ValueError, match=rf"buffer '{name}' has other values .* as it was before training"):
+                go()
+            assert same(before, other)
+    pruned = Buffered()
+    del pruned.qweight
+    with pytest.raises(ValueError, match="buffer 'qweight' is missing"):
+        zk.replay(pruned, path)
+    zk.replay(Buffered(1), path, check=False)
+
+
 def test_another_base_or_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     base, path = Small(), tmp_path / "run.zoj"
     live = copy.deepcopy(base)

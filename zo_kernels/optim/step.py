@@ -829,7 +829,8 @@ class ZOStep(torch.optim.Optimizer):
         if writer is not None and past is not None:
             try:
                 record.check_header(past.header, mine, groups)
-                journals.verify_base(past.header, [*trained, *frozen])
+                buffers = self._model.named_buffers(remove_duplicate=False) if self._model is not None else None
+                journals.verify_base(past.header, [*trained, *frozen], buffers)
                 if different := record.differences(past, self._about(), self._rounding):
                     warnings.warn(
                         f"the run in {os.fspath(path)!s} goes on with other numbers than it began with: {'; '.join(different)}. What it has done stays as it "
@@ -851,6 +852,10 @@ class ZOStep(torch.optim.Optimizer):
                 parameters=record.table(groups),
                 groups=len(groups),
                 frozen=tuple(journals.Frozen.of(n, p) for n, p in frozen),
+                buffers=tuple(
+                    journals.Frozen.of(n, b)
+                    for n, b in (parameters.persistent_buffers(self._model) if self._model is not None else ())
+                ),
                 hyperparameters={**self._about(), **(hyperparameters or {})},
                 notes=notes,
                 **mine,
