@@ -25,7 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sass_triton import access_width, blocks, opcode, pass_header, pass_turn, round_trip, rows_linear, rows_triton, successors, turn
+from sass_triton import (
+    access_width,
+    blocks,
+    opcode,
+    pass_header,
+    pass_turn,
+    round_trip,
+    rows_linear,
+    rows_rules,
+    rows_triton,
+    successors,
+    turn,
+)
 
 COLUMNS = ("backend", "kernel", "arch", "dtype", "terms", "instructions_per_element", "instructions_per_element_term")
 COLUMNS += ("registers", "spill_bytes", "access_bits")
@@ -303,6 +315,7 @@ def main() -> None:
         print("Triton kernels left out: no triton", file=sys.stderr)
     else:
         writer.writerows(rows_triton())
+        writer.writerows(rows_rules())
         writer.writerows(rows_linear())
 
 

@@ -6,7 +6,8 @@ test_triton_aot.py), timings.
 How instructions are counted: a kernel's tile loop has a path for whole tiles, the one with the 128-bit stores. The count is the shortest way
 round that loop through those stores, everything included (addresses, bounds, loop), divided by the elements that a thread handles
 on the way. Work done once per span of up to 16 tiles is outside the loop and not counted. With a run-time number of terms the
-loop over them lies on that way; it is counted by itself, per element and term, and left out of the other number.
+loop over them lies on that way; it is counted by itself, per element and term, and left out of the other number. So it is with update rules, whose
+terms are always a loop.
 
 The perturbed linear's elements are those of the weight: the count is one turn of its loop over K, with 16 rows of x in each half (`many-rows`:
 64, in fp32 32), tensor core instructions and the traffic of x included, divided by a thread's share of the tile of weights.
@@ -386,6 +387,29 @@ def count(kernel: Any, dtype: str, flags: dict[str, Any]) -> Counts:
     return counts_of(kernel, code, len(whole) / per_thread, term, widest)
 
 
+def count_update(kernel: Any) -> Counts:
+    """The shortest way round the loop over tiles past the 128-bit stores, which makes no term; roots and quotients take their usual ways."""
+    from zo_kernels._backends.triton import GPU as launch
+
+    code = instructions(kernel.asm["cubin"])
+    edges = successors(code)
+    wide = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("STG") and access_width(text) == 128]
+    whole = round_trip(edges, [wide[0], wide[-1]])
+    if missing := [n for n in wide if n not in whole]:
+        raise ValueError(f"the way round the loop misses the stores {missing}")
+    per_thread = 16 * launch.groups // (32 * launch.warps)
+    products = [n for n, (_, text) in enumerate(code) if opcode(text).startswith("IMAD.WIDE.U32")]
+    loops = [loop for n in products if (loop := turn(edges, n)) and not any(opcode(code[m][1]).startswith("STG") for m in loop)]
+    # The loops of whole tiles and of others, each as it is without what a compiler moved out of it: the one that leads to the wide stores.
+    inner = min((loop for loop in loops if leads(edges, loop[0], wide[0], code)), key=len)
+    return counts_of(kernel, code, len(whole) / per_thread, len(inner) / per_thread, 128)
+
+
+def leads(edges: list[list[int]], start: int, goal: int, code: list[tuple[int, str]]) -> bool:
+    """Whether the shortest way passes no store but those of the goal's width."""
+    return all(access_width(code[n][1]) == 128 for n in way(edges, start, goal) if opcode(code[n][1]).startswith("STG"))
+
+
 def counts_of(kernel: Any, code: list[tuple[int, str]], per_element: float, per_element_term: float | None, bits: int) -> Counts:
     usage = cuobjdump(kernel.asm["cubin"], "-res-usage")
     registers, stack, local = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK", "LOCAL"))
@@ -445,12 +469,24 @@ def rows_triton(
 ) -> Iterator[dict[str, Any]]:
     """One CSV row for each variant, dtype and architecture; columns as in `benchmarks/sass.py`."""
     for name in variants:
-        terms, flags = VARIANTS[name]
+        terms, given = VARIANTS[name]
         for dtype in dtypes:
-            if dtype == "float32" and flags.get("STOCHASTIC"):
-                flags = {**flags, "STOCHASTIC": False}  # as the launch does: fp32 has nothing to round
+            # As the launch does: fp32 has nothing to round.
+            flags = {**given, "STOCHASTIC": False} if dtype == "float32" and given.get("STOCHASTIC") else given
             for arch in archs:
                 yield row(name, arch, dtype, terms, count(compile_kernel(arch, dtype, flags), dtype, flags))
+
+
+def rows_rules(
+    rules: tuple[str, ...] = ("momentum", "adam", "hizoo", "adam_history"),
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"),
+    archs: tuple[int, ...] = ARCHS,
+) -> Iterator[dict[str, Any]]:
+    """The same for the update rules with fp32 states, whose terms are always a loop."""
+    for rule in rules:
+        for dtype in dtypes:
+            for arch in archs:
+                yield row(rule, arch, dtype, "K", count_update(compile_update(arch, dtype, rule, "float32", {})))
 
 
 def rows_linear() -> Iterator[dict[str, Any]]:
@@ -481,7 +517,7 @@ if __name__ == "__main__":
     import sys
 
     writer = None
-    for line in itertools.chain(rows_triton(), rows_linear()):
+    for line in itertools.chain(rows_triton(), rows_rules(), rows_linear()):
         if writer is None:
             writer = csv.DictWriter(sys.stdout, line)
             writer.writeheader()

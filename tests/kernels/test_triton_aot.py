@@ -107,6 +107,16 @@ def test_rows_of_the_table() -> None:
     assert (row["backend"], row["arch"], row["terms"], row["access_bits"]) == ("triton", "sm_90", "1", 128)
 
 
+def test_a_row_has_the_flags_of_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 has nothing to round; the 16-bit rows after it do."""
+    seen = []
+    monkeypatch.setattr(sass_triton, "compile_kernel", lambda arch, dtype, flags: seen.append((dtype, flags.get("STOCHASTIC"))))
+    monkeypatch.setattr(sass_triton, "count", lambda *args: None)
+    monkeypatch.setattr(sass_triton, "row", lambda *args: {})
+    list(sass_triton.rows_triton(variants=("stochastic", "everything"), archs=(90,)))
+    assert seen == 2 * [("float32", False), ("float16", True), ("bfloat16", True)]
+
+
 def test_the_shortest_way_counts_the_loop() -> None:
     """0 -> 1 -> 2 -> 0, with a detour 1 -> 3 -> 2; 4 lies on no loop."""
     edges = [[1], [2, 3], [0, 4], [2], []]
@@ -204,6 +214,9 @@ def test_compiled_rule(arch: int, dtype: str, rule: str, state: str, flags: dict
     assert ".ftz" not in counts.ptx, "subnormals would be flushed"
     assert counts.ptx.count("fma.rn.f32") == 32
     if rule == "adam":
+        counted = sass_triton.count_update(kernel)  # 43.5 and 7.5, with 5 % or so for other versions
+        assert counted.per_element <= 46
+        assert counted.per_element_term is not None and counted.per_element_term <= 8
         assert counts.ptx.count("sqrt.rn.f32") == 32
         assert counts.ptx.count("div.rn.f32") == 32
 
