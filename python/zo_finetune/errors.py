@@ -25,9 +25,10 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The gist of a library's exception, to be quoted inside a `UserError`: its first non-empty line, at most `limit`
+    """The gist of a library's exception, to be quoted inside a `UserError`: its first non-empty line (and the next after a colon), at most `limit`
     characters; with the exception's name where it is not of a kind whose text is written for users."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     if not text:
         text = type(error).__name__
     elif isinstance(error, (ArithmeticError, LookupError, TypeError, AttributeError, AssertionError)):

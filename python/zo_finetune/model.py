@@ -5,15 +5,18 @@ Belongs here: loading, adapters, saving. Does not belong here: what is done with
 
 from __future__ import annotations
 
-import os
+import contextlib
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zo_finetune.errors import UserError, one_line
+from zo_finetune import folders
+from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,18 +33,29 @@ class LanguageModel:
     form: Form
     peft: str
     device: torch.device
+    notes: list[str] = field(default_factory=list)  # lines for the user
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has a row for. A tokenizer may know more, added without resizing the model."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def pad_id(self) -> int:
-        """Padding is never attended to by what is scored, so where a tokenizer has none, any token serves."""
+        """Padding is never attended to by what is scored, so where a tokenizer has none that the model knows, any token serves."""
         t = self.tokenizer
-        return next((i for i in (t.pad_token_id, t.eos_token_id) if i is not None), 0)
+        return next((i for i in (t.pad_token_id, t.eos_token_id) if i is not None and 0 <= i < self.vocabulary), 0)
 
     @property
     def max_length(self) -> int:
-        """The model's context in tokens, less what a soft prompt takes; 2048 (MeZO's) if the configuration does not say."""
+        """The model's context in tokens, less what a soft prompt takes; where its configuration does not say, the tokenizer's
+        (unless that is one of the huge numbers which stand for none), or 2048 (MeZO's)."""
         config = self.model.config
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+        said = config.get_text_config() if hasattr(config, "get_text_config") else config
+        limit = getattr(said, "max_position_embeddings", None) or getattr(said, "n_positions", None)
+        if limit is None:
+            limit = self.tokenizer.model_max_length
+            limit = int(limit) if 1 <= limit <= folders.MAX_SIZE else 2048
         if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit -= 2  # their position numbers start after the padding index
         return limit - (VIRTUAL_TOKENS if self.peft in ("prefix", "prompt") else 0)
@@ -66,12 +80,14 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device: give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name!r}: torch {torch.__version__} sees no GPU; give cpu, or install a CUDA build of torch")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"--device {name!r} is not a device: give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name!r}: torch {torch.__version__} sees no GPU; give cpu, or install a CUDA build of torch")
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {name!r}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
 
 
@@ -147,6 +163,142 @@ def add_adapter(model: Any, tokenizer: Any, peft: str, form: Form, targets: list
     return adapted
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model before it is loaded: transformers' arguments, the form, the device, the bytes of its weights (0: not known)."""
+
+    where: dict[str, Any]
+    form: Form
+    place: torch.device
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def reported(spec: str) -> Iterator[None]:
+    """What transformers, tokenizers or safetensors raise over a model, as one line.
+
+    Of any kind, since a damaged or hostile folder makes them fail at any place; a panic of their Rust parts is no `Exception`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"--model {spec} could not be loaded: {one_line(error)}") from error
+
+
+def find(spec: str, *, device: str = "auto", form: str = "auto", gguf_file: str | None = None) -> Found:
+    """What `load` would load, checked as far as can be without loading; a local folder needs no import of transformers.
+
+    Raises:
+        UserError: no such device or model, or see `folders.check_folder`.
+    """
+    place = pick_device(device)
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        path, gguf_file = path.parent, path.name
+    # trust_remote_code: False also keeps transformers from asking on the terminal
+    where: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
+    if path.is_dir():
+        folder = folders.check_folder(path, gguf_file)
+        where |= {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+        return Found(where, form_of(form, folder.config.get("architectures")), place, folder.bytes)
+    if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or path.exists():
+        raise UserError(f"--model {spec} is not a model folder, nor a .gguf file: give one of them, or a hub id")
+    where["pretrained_model_name_or_path"] = spec
+    from transformers import AutoConfig
+
+    with reported(spec):
+        return Found(where, form_of(form, getattr(AutoConfig.from_pretrained(**where), "architectures", None)), place)
+
+
+def form_of(form: str, architectures: Any) -> Form:
+    if form == "auto":
+        names = architectures if isinstance(architectures, list) else ()
+        form = "masked" if any("MaskedLM" in str(name) for name in names) else "causal"
+    return "masked" if form == "masked" else "causal"
+
+
+def check_size(spec: str, shape: torch.nn.Module, size: int) -> None:
+    """Refuse a configuration that describes more than its files can hold: what is not in them would be allocated and made up."""
+    weights = sum(p.numel() for p in shape.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in shape.buffers())
+    if size and (weights > folders.WEIGHTS_A_BYTE * size or buffers > max(folders.WEIGHTS_A_BYTE * size, 1 << 30)):
+        raise UserError(
+            f"--model {spec}: its config.json describes {weights:,} weights and {buffers:,} bytes of buffers, its files hold {size:,} bytes: "
+            "one of them is another model's"
+        )
+
+
+def check_tokenizer(spec: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes where files are missing."""
+    ids = tokenizer("a film was great", add_special_tokens=False).input_ids
+    if not ids or all(i == tokenizer.unk_token_id for i in ids):
+        raise UserError(
+            f"--model {spec}: its tokenizer ({type(tokenizer).__name__}, {len(tokenizer):,} tokens) knows no English word: "
+            "restore tokenizer.json, or copy the tokenizer of the model that it was made from"
+        )
+
+
+def check_loaded(spec: str, model: Any, report: dict[str, Any]) -> list[str]:
+    """Refuse a model of which a part was made up or left out, or whose weights are not finite; returns notes for the user.
+
+    Tensors of the files that have no place in the model are left out by transformers. A pooler or another head may be; not a layer beyond
+    the configured number, nor a bias of a module that the model has without.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"--model {spec} is an adapter of peft: give its base model, or merge the two with peft and give the result"
+        )
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if odd := sorted(report["mismatched_keys"]):
+        name, held, wanted = odd[0]
+        raise UserError(
+            f"--model {spec}: {len(odd)} tensors have other shapes than its config.json says, {name} {list(held)} and not {list(wanted)}: "
+            "one of them is another model's"
+        )
+    if missing:
+        instead = f"; it has {shortened(unexpected, 3, 80)} instead" if unexpected else ""
+        raise UserError(
+            f"--model {spec} lacks {len(missing)} tensors of {type(model).__name__}: {shortened(missing, 3, 80)}{instead}; "
+            "they would be random numbers: choose a complete checkpoint of a language model"
+        )
+    names = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
+    owners = {name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    lost = [n for n in unexpected if re.sub(r"\d+", "N", n) in names or n.rpartition(".")[0] in owners]
+    if lost:
+        raise UserError(
+            f"--model {spec} has {len(lost)} tensors that its config.json leaves no place for: {shortened(lost, 3, 80)}: "
+            "one of them is another model's"
+        )
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(p.detach())):
+            raise UserError(
+                f"--model {spec}: {name} holds NaN or an infinity in {p.dtype}: choose another --dtype, or fetch the model again"
+            )
+    return [printable(f"not loaded, being no part of {type(model).__name__}: {shortened(unexpected, 3, 80)}")] if unexpected else []
+
+
+@torch.no_grad()
+def check_forward(spec: str, model: Any, form: Form) -> None:
+    """One forward pass of a few tokens: it must go through, give finite numbers, and in a causal model not look ahead.
+
+    A masked model that is called causal (--form, or a checkpoint without a kind) sees the padding and the answer; its scores look like any."""
+    ids = torch.arange(8).reshape(2, 4) % model.get_input_embeddings().weight.shape[0]
+    ids[1, :3] = ids[0, :3]
+    with reported(spec):
+        logits = model(input_ids=ids.to(model.device)).logits.float()
+    if not torch.isfinite(logits).all():
+        raise UserError(f"--model {spec}: its logits are not finite in {model.dtype}: choose another --dtype")
+    # Equal up to the rounding of kernels that work on other shapes; what looks ahead differs by a share of the logits' own spread.
+    near = 0.02 if model.dtype == torch.float32 else 0.1
+    if form == "causal" and (logits[0, :3] - logits[1, :3]).abs().max() > near * logits.std():
+        raise UserError(
+            f"--model {spec}: {type(model).__name__} looks ahead, so it is no causal model: give --form masked, or another model"
+        )
+
+
 def load(
     spec: str,
     *,
@@ -176,32 +328,24 @@ def load(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    place = pick_device(device)
-    path = Path(spec).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        path, gguf_file = path.parent, path.name
-    local = path.is_dir()
-    if not local and (path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or path.exists()):
-        raise UserError(f"--model {spec} is not a model folder, nor a .gguf file: give one of them, or a hub id")
-    if gguf_file and local and not (path / gguf_file).is_file():
-        raise UserError(f"--gguf-file {gguf_file!r} is not in {path}: it holds {', '.join(sorted(os.listdir(path))) or 'nothing'}")
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path) if local else spec}
-    if gguf_file:
-        where["gguf_file"] = gguf_file
-    if local:
-        where["local_files_only"] = True
-    torch_dtype: Any = DTYPES[dtype] if dtype != "auto" else (torch.float32 if place.type == "cpu" else "auto")
-    try:
-        config = AutoConfig.from_pretrained(**where)
-        if form == "auto":
-            form = "masked" if any("MaskedLM" in name for name in getattr(config, "architectures", None) or ()) else "causal"
-        auto_class = AutoModelForMaskedLM if form == "masked" else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model: Any = auto_class.from_pretrained(**where, dtype=torch_dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # how transformers reports a missing or an unsupported model
-        raise UserError(f"--model {spec} could not be loaded: {one_line(error)}") from error
-    model = model.to(place)
-    kind: Form = "masked" if form == "masked" else "causal"
+    found = find(spec, device=device, form=form, gguf_file=gguf_file)
+    torch_dtype: Any = DTYPES[dtype] if dtype != "auto" else (torch.float32 if found.place.type == "cpu" else "auto")
+    auto_class = AutoModelForMaskedLM if found.form == "masked" else AutoModelForCausalLM
+    with reported(spec):
+        config = AutoConfig.from_pretrained(**found.where)
+        folders.check_numbers(config.to_dict(), f"--model {spec}")
+        with torch.device("meta"):
+            shape = auto_class.from_config(config, trust_remote_code=False)
+        check_size(spec, shape, found.bytes)
+        tokenizer = AutoTokenizer.from_pretrained(**found.where)
+        check_tokenizer(spec, tokenizer)
+        loaded: Any = auto_class.from_pretrained(
+            **found.where, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, report = loaded
+    notes = check_loaded(spec, model, report)
+    model = model.to(found.place).eval()
+    check_forward(spec, model, found.form)
     if peft != "none":
-        model = add_adapter(model, tokenizer, peft, kind, targets)
-    return LanguageModel(model.eval(), tokenizer, kind, peft, place)
+        model = add_adapter(model, tokenizer, peft, found.form, targets)
+    return LanguageModel(model.eval(), tokenizer, found.form, peft, found.place, notes)

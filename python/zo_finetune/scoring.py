@@ -12,7 +12,7 @@ optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.tasks.base import Candidate, Example, Form, Objective
 
@@ -53,27 +54,72 @@ class Encoder:
         tokenizer: of transformers.
         form: "causal" or "masked".
         max_length: the longest input in tokens; a longer context loses its beginning, since the question stands at its end.
+        vocabulary: tokens that the model knows; one beyond, added to the tokenizer alone, would read other memory or fail.
+
+    `cut` counts the examples whose context lost its beginning.
 
     Raises:
-        UserError: a masked model's tokenizer has no mask token, or (`encode`) an answer has no token or does not fit.
+        UserError: a masked model's tokenizer has no mask token, the special tokens around a text cannot be told from it, or
+            (`encode`) an answer has no token, does not fit or is the same as another's, or a text has a token that the model has not.
     """
 
-    def __init__(self, tokenizer: Any, form: Form, max_length: int) -> None:
-        self.tokenizer, self.form, self.max_length = tokenizer, form, max_length
+    def __init__(self, tokenizer: Any, form: Form, max_length: int, vocabulary: int | None = None) -> None:
+        self.tokenizer, self.form, self.max_length, self.vocabulary = tokenizer, form, max_length, vocabulary
+        self.cut = 0
+        self._lost = 0
+        self._known: dict[str, list[int]] = {}  # texts of the examples at hand -> tokens
         if form == "masked" and tokenizer.mask_token_id is None:
             raise UserError(
                 "the tokenizer has no mask token, which a masked language model needs: choose another --model or --form causal"
             )
-        plain = self._ids("a")
-        marked = list(tokenizer("a").input_ids)
-        start = next((k for k in range(len(marked)) if marked[k : k + len(plain)] == plain), 0)
-        self.before, self.after = (
-            marked[:start],
-            marked[start + len(plain) :],
-        )  # the special tokens the tokenizer puts around a text
+        self.before, self.after = self._around()
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        for text in ("a", "1", "the film"):
+            plain, marked = self._ids(text), list(self.tokenizer(text).input_ids)
+            for start in range(len(marked) - len(plain) + 1) if plain else ():
+                if marked[start : start + len(plain)] == plain:
+                    return marked[:start], marked[start + len(plain) :]
+        raise UserError(
+            f"{type(self.tokenizer).__name__} changes a text's tokens when it adds its special ones: choose another --model, or restore tokenizer.json"
+        )
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+        if text not in self._known:
+            self._learn([text])
+        return self._known[text]
+
+    def _learn(self, texts: Iterable[str]) -> None:
+        """Tokens of texts, in one call of the tokenizer."""
+        new = [text for text in dict.fromkeys(texts) if text]
+        if new:
+            self._known.update(zip(new, self.tokenizer(new, add_special_tokens=False).input_ids, strict=True))
+        self._known[""] = []
+
+    def encode(self, example: Example, gold_only: bool = False) -> Encoded:
+        """An example in tokens. `gold_only` keeps the right candidate alone, which is all that the language-model objective
+        trains on."""
+        return self.encode_all([example], gold_only)[0]
+
+    def encode_all(self, examples: Sequence[Example], gold_only: bool = False) -> list[Encoded]:
+        """Each example in tokens, as `encode` has it; every text is tokenized once, all of a piece together."""
+        encoded = []
+        for piece in in_batches(examples, 1000):
+            self._learn(text for e in piece for c in self._chosen(e, gold_only) for text in self._texts(c))
+            encoded += [self._encode(e, gold_only) for e in piece]
+            self._known.clear()
+        return encoded
+
+    def _texts(self, candidate: Candidate) -> tuple[str, ...]:
+        """What `_causal` or `_masked` asks for."""
+        if self.form == "causal":
+            return candidate.context, candidate.context + candidate.answer
+        return candidate.context, candidate.answer, candidate.tail
+
+    @staticmethod
+    def _chosen(example: Example, gold_only: bool) -> tuple[Candidate, ...]:
+        return (example.candidates[example.label],) if gold_only else example.candidates
 
     def _causal(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
         """(input, positions, targets). The text is tokenized as one piece, as the model met such text in training; the answer
@@ -102,20 +148,37 @@ class Encoder:
             raise UserError(
                 f"--max-length {self.max_length} leaves no room for a prompt beside the answer {candidate.answer!r}: raise it"
             )
+        self._lost += len(context) > room
         return context[-room:]
 
-    def encode(self, example: Example, gold_only: bool = False) -> Encoded:
-        """An example in tokens. `gold_only` keeps the right candidate alone, which is all that the language-model objective
-        trains on."""
-        chosen = (example.candidates[example.label],) if gold_only else example.candidates
+    def _encode(self, example: Example, gold_only: bool) -> Encoded:
+        chosen = self._chosen(example, gold_only)
         rows: dict[tuple[int, ...], int] = {}
-        spans = []
+        spans: list[Span] = []
+        owners: dict[Span, Candidate] = {}
+        before = self._lost
         for candidate in chosen:
             tokens, positions, targets = self._causal(candidate) if self.form == "causal" else self._masked(candidate)
             if not targets:
                 raise UserError(f"the answer {candidate.answer!r} has no token: a candidate needs text to be scored on")
-            spans.append(Span(rows.setdefault(tuple(tokens), len(rows)), tuple(positions), tuple(targets)))
+            if self.vocabulary is not None and max(*tokens, *targets) >= self.vocabulary:
+                self._refuse(max(*tokens, *targets), candidate)
+            span = Span(rows.setdefault(tuple(tokens), len(rows)), tuple(positions), tuple(targets))
+            if (twin := owners.setdefault(span, candidate)) != candidate:
+                raise UserError(
+                    f"the answers {twin.answer!r} and {candidate.answer!r} are the same tokens {list(targets)} to {type(self.tokenizer).__name__}: "
+                    "no score could tell them apart; choose another --model"
+                )
+            spans.append(span)
+        self.cut += self._lost > before
         return Encoded(tuple(rows), tuple(spans), 0 if gold_only else example.label)
+
+    def _refuse(self, token: int, candidate: Candidate) -> None:
+        word = self.tokenizer.convert_ids_to_tokens(token)
+        raise UserError(
+            f"the text {candidate.context[-60:]!r} has the token {word!r}, number {token} of a model with {self.vocabulary}: it was added to the "
+            "tokenizer alone; take it out of the text, or choose a model whose embedding was resized"
+        )
 
 
 @dataclass(frozen=True)

@@ -322,9 +322,9 @@ def prepare(config: Config, language_model: models.LanguageModel | None = None) 
     lr = preset.lr if config.lr is None else config.lr
     eps = preset.eps if config.eps is None else config.eps
     if language_model is None:
-        with console.Phase(f"loading the model {config.model}"):
-            language_model = load_model(config)
-    form = language_model.form
+        form = models.find(config.model, device=config.device, form=config.form, gguf_file=config.gguf_file).form
+    else:
+        form = language_model.form
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
     splits = load_splits(
@@ -338,16 +338,25 @@ def prepare(config: Config, language_model: models.LanguageModel | None = None) 
         config=config.data_config,
         columns=config.columns,
     )
+    if language_model is None:  # after the data, whose faults are found in less time
+        with console.Phase(f"loading the model {config.model}"):
+            language_model = load_model(config)
     max_length = min(language_model.max_length, config.max_length or language_model.max_length)
-    encoder = Encoder(language_model.tokenizer, form, max_length)
+    encoder = Encoder(language_model.tokenizer, form, max_length, language_model.vocabulary)
+    train_set = encoder.encode_all(splits.train, gold_only=task.objective == "language-model")
+    dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
+    notes = [*splits.notes, *language_model.notes]
+    if encoder.cut:
+        total = len(train_set) + len(dev_set) + len(eval_set)
+        notes.append(f"{encoder.cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out")
     return Prepared(
         config=config,
         task=task,
         language_model=language_model,
         origin=splits.origin,
-        train_set=[encoder.encode(e, gold_only=task.objective == "language-model") for e in splits.train],
-        dev_set=[encoder.encode(e) for e in splits.dev],
-        eval_set=[encoder.encode(e) for e in splits.eval],
+        train_set=train_set,
+        dev_set=dev_set,
+        eval_set=eval_set,
         max_length=max_length,
         lr=lr,
         eps=eps,
@@ -355,7 +364,7 @@ def prepare(config: Config, language_model: models.LanguageModel | None = None) 
         options=method.options(config.options, config.peft),
         stepper=make_stepper(language_model, config, lr, eps),
         seconds=time.perf_counter() - started,
-        notes=splits.notes,
+        notes=notes,
     )
 
 

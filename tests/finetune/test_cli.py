@@ -404,3 +404,26 @@ def test_a_pretrained_model_on_sst2(peft: str, command: Callable[..., list[str]]
     for moment in ("before", "after"):  # three steps at this rate change nothing to speak of
         assert abs(result[moment]["accuracy"] - 0.630) < 4 * standard_error(0.63, 200)
         assert abs(result[moment]["auc"] - 0.701) < 0.12
+
+
+def test_data_is_checked_before_weights_are_read(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    def load(*args: Any, **how: Any) -> Any:
+        raise AssertionError("weights are read first")
+
+    monkeypatch.setattr(training.models, "load", load)
+    path = tmp_path / "bad.csv"
+    path.write_text("sentence,label\nfine,1\ndull\n")
+    assert main(command(data=path)) == 2
+    assert "line 3 has 1 fields" in capsys.readouterr().err
+
+
+def test_what_was_read_is_said_before_training(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    rows = [*make_rows(40, 1), {"sentence": "so " * 80, "label": 1}]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
+    assert main(command("--no-save", "--steps", "1", "--train-examples", "0", data=path)) == 0
+    said = capsys.readouterr().err
+    assert "a.jsonl 42 rows; train: " in said
+    assert "1 of 42 texts are longer than 64 tokens: their beginnings are left out" in said
+    assert said.index("a.jsonl 42 rows") < said.index("before: accuracy")

@@ -1,0 +1,187 @@
+"""What a model folder is, told before anything of it is loaded: its config.json, its weight files' outsides, its tokenizer's presence.
+
+Belongs here: files and the numbers that say how large a model is. Does not belong here: transformers, tensors (model.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zo_finetune.errors import UserError, did_you_mean, one_line, shortened
+
+MAX_JSON = 1 << 26  # of an index: some 300,000 tensors; a config.json has a few thousand bytes
+MAX_SIZE, MAX_LAYERS = 1 << 24, 4096  # of a width, a vocabulary, a context, in elements; of a model
+WEIGHTS_A_BYTE = 8  # the most that any file format packs
+SIZES = re.compile(
+    r"(_size|_dim|_heads?|_layers?|_positions|_embeddings|_experts|_rank|n_embd|n_ctx|n_inner|d_model|d_ff|d_kv|ffn_dim|depth)$"
+)
+POSITIVE = {
+    "d_model", "hidden_size", "intermediate_size", "max_position_embeddings", "n_embd", "n_head", "n_layer", "n_positions",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+}  # fmt: skip
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # in transformers' order
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+LFS = b"version https://git-lfs"
+JOURNAL = "run.zoj"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder that may be loaded: `config` is config.json's content, or empty for a GGUF file; `bytes` of weights."""
+
+    path: Path
+    bytes: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def check_file(path: Path) -> int:
+    """The size of a regular file with content of its own."""
+    if not path.is_file():
+        raise UserError(
+            f"--model: {path} is {'no regular file' if path.exists() else 'not there'}: restore it, or fetch the model again"
+        )
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(LFS))
+    if start == LFS:
+        raise UserError(f"--model: {path} is a pointer of Git LFS, and not the file itself: fetch it with git lfs pull")
+    if size == 0:
+        raise UserError(f"--model: {path} is empty: fetch the model again")
+    return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object out of a JSON file of bounded size and depth."""
+    size = check_file(path)
+    try:
+        if size > MAX_JSON:
+            raise ValueError(f"it has {size:,} bytes, and at most {MAX_JSON:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it is {content!r:.40}, and not an object")
+    except RecursionError:
+        raise UserError(f"--model: {path} is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"--model: {path} could not be read: {one_line(error)}") from error
+    return content
+
+
+def check_numbers(config: Any, where: str, depth: int = 0) -> None:
+    """Refuse sizes that no model has, before anybody makes as many modules or takes as much memory."""
+    if depth > 20:
+        raise UserError(f"{where} is nested too deeply")
+    items = config.items() if isinstance(config, dict) else ((None, item) for item in config) if isinstance(config, list) else ()
+    for name, value in items:
+        if isinstance(value, (dict, list)):
+            check_numbers(value, where, depth + 1)
+        elif isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            most = MAX_LAYERS if re.search(r"layers?$|depth$", name) else MAX_SIZE
+            if name in POSITIVE and value < 1:
+                raise UserError(f"{where}: {name!r} is {value!r:.40}; it must be at least 1")
+            if SIZES.search(name) and not value <= most:
+                raise UserError(f"{where}: {name!r} is {value!r:.40}; at most {most:,} is possible")
+
+
+def check_safetensors(path: Path) -> int:
+    """The size of a file whose header can be read and whose tensors end where it does."""
+    from safetensors import SafetensorError, safe_open
+
+    size = check_file(path)
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"--model: {path} is damaged or was not written to its end ({one_line(error)}): fetch the model again"
+        ) from error
+    return size
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that transformers would read; those of an index must lie in the folder."""
+    first = next((path / name for name in WEIGHTS if os.path.lexists(path / name)), None)
+    if first is None:
+        raise UserError(f"--model {path} holds no weights ({', '.join(WEIGHTS)}): it has {listing(path)}")
+    if first.suffix != ".json":
+        return [first]
+    shards = read_json(first).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"--model: {first} must map names of tensors to files under 'weight_map'")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+            raise UserError(f"--model: {first} names {name!r:.80}, which is not in the folder: only files beside it are read")
+    return [path / name for name in names]
+
+
+def listing(path: Path) -> str:
+    return shortened(sorted(os.listdir(path))) or "nothing"
+
+
+def check_kind(path: Path) -> None:
+    """Say what a folder is that is no model's."""
+    if (path / "adapter_config.json").exists():
+        base = "its base model"
+        if isinstance(name := read_json(path / "adapter_config.json").get("base_model_name_or_path"), str):
+            base += f" ({name[:80]})"
+        raise UserError(
+            f"--model {path} is an adapter of peft, and not a model: give {base}, or merge the two with peft and give the result"
+        )
+    if (path / JOURNAL).exists():
+        saved = next((path / name for name in ("model", "adapter") if (path / name).is_dir()), None)
+        inside = "it saved no weights" if saved is None else f"its weights are in {saved}"
+        raise UserError(f"--model {path} is a run of zo-finetune, and not a model: {inside}; `zo-finetune replay` makes them again")
+    if not (path / "config.json").exists():
+        files = [name for name in sorted(os.listdir(path)) if name.endswith(".gguf")]
+        if files:
+            raise UserError(f"--model {path} has no config.json, but GGUF files: give one, as {path / files[0]}")
+        if (path / "params.json").exists():
+            raise UserError(f"--model {path} has its makers' own format (params.json): convert it to that of transformers")
+        raise UserError(f"--model {path} has no config.json, so it is no model in transformers' format: it holds {listing(path)}")
+
+
+def check_folder(path: Path, gguf_file: str | None = None) -> Folder:
+    """Look at everything that can be known without loading.
+
+    Raises:
+        UserError: the folder is no model's, or a file of it is damaged, missing, outside of it, or describes what cannot be.
+    """
+    try:
+        if gguf_file:
+            if Path(gguf_file).name != gguf_file or not (path / gguf_file).exists():
+                hint = did_you_mean(gguf_file, os.listdir(path))
+                raise UserError(f"--gguf-file {gguf_file!r} is not in {path}: it holds {listing(path)}{hint}")
+            return Folder(path, check_file(path / gguf_file))
+        check_kind(path)
+        config = read_json(path / "config.json")
+        check_numbers(config, f"--model: {path / 'config.json'}")
+        size = sum(check_safetensors(p) if p.suffix == ".safetensors" else check_file(p) for p in weight_files(path))
+        present = [name for name in os.listdir(path) if name in TOKENIZERS or re.search(r"\.(model|tiktoken)$|vocab", name)]
+        if not present:
+            raise UserError(
+                f"--model {path} lacks a tokenizer ({', '.join(TOKENIZERS[:2])}, ...): copy the files of the model that it was made from; "
+                f"it holds {listing(path)}"
+            )
+        for name in present:
+            check_file(path / name)
+        return Folder(path, size, config)
+    except OSError as error:
+        raise UserError(f"--model {path}: {one_line(error)}") from error
