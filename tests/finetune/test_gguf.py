@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from zo_finetune import model as models
+from zo_finetune.errors import UserError
 
 WIDTH, HEADS, HIDDEN = 32, 4, 64
 
 
-@pytest.fixture
-def gguf_path(tmp_path: Path, causal_tokenizer: Any) -> Path:
-    """A random one-block Llama with the tests' tokenizer."""
+def write(path: Path, causal_tokenizer: Any, without: str | None = None, layers: int = 1) -> Path:
+    """A random one-block Llama with the tests' tokenizer, perhaps without a tensor, or said to have more blocks."""
     import json
 
     import gguf
@@ -22,11 +22,10 @@ def gguf_path(tmp_path: Path, causal_tokenizer: Any) -> Path:
     core = json.loads(causal_tokenizer.backend_tokenizer.to_str())["model"]
     tokens = [token for token, _ in sorted(causal_tokenizer.get_vocab().items(), key=lambda item: item[1])]
     merges = [m if isinstance(m, str) else " ".join(m) for m in core["merges"]]
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
-    writer.add_block_count(1)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
@@ -50,6 +49,8 @@ def gguf_path(tmp_path: Path, causal_tokenizer: Any) -> Path:
     block |= {f"attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
     generator = torch.Generator().manual_seed(0)
     for name, shape in [*shapes.items(), *((f"blk.0.{name}", shape) for name, shape in block.items())]:
+        if name == without:
+            continue
         value = torch.ones(shape) if len(shape) == 1 else 0.2 * torch.randn(shape, generator=generator)
         writer.add_tensor(f"{name}.weight", value.numpy())
     writer.write_header_to_file()
@@ -57,6 +58,11 @@ def gguf_path(tmp_path: Path, causal_tokenizer: Any) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture
+def gguf_path(tmp_path: Path, causal_tokenizer: Any) -> Path:
+    return write(tmp_path / "tiny.gguf", causal_tokenizer)
 
 
 def test_a_gguf_file_is_a_model(gguf_path: Path, causal_tokenizer: Any) -> None:
@@ -72,3 +78,21 @@ def test_a_gguf_file_is_a_model(gguf_path: Path, causal_tokenizer: Any) -> None:
         a, b = (lm.model(input_ids=torch.tensor([ids])).logits for lm in (by_path, in_folder))
     assert torch.equal(a, b)
     assert a.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down", "token_embd", "output_norm"])
+def test_a_gguf_file_without_a_tensor_is_refused(name: str, tmp_path: Path, causal_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"tiny\.gguf lacks \d tensors of LlamaForCausalLM: .*(down_proj|embed_tokens|model\.norm)"):
+        models.load(str(write(tmp_path / "tiny.gguf", causal_tokenizer, without=name)), device="cpu")
+
+
+def test_a_gguf_file_cut_short_or_with_other_numbers_is_refused(gguf_path: Path, tmp_path: Path, causal_tokenizer: Any) -> None:
+    whole = gguf_path.read_bytes()
+    for cut in (20, len(whole) // 2, len(whole) - 100):
+        gguf_path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"tiny\.gguf"):
+            models.load(str(gguf_path), device="cpu")
+    with pytest.raises(UserError, match=r"tiny\.gguf"):
+        models.load(str(write(tmp_path / "tiny.gguf", causal_tokenizer, layers=2)), device="cpu")
+    with pytest.raises(UserError, match="'num_hidden_layers' is 2000000000"):
+        models.load(str(write(tmp_path / "tiny.gguf", causal_tokenizer, layers=2_000_000_000)), device="cpu")
