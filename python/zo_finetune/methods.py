@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zo_finetune.errors import UserError
+from zo_finetune.errors import UserError, did_you_mean
 
 PEFTS = ("none", "lora", "ln", "prefix", "prompt")
 FIRST_ORDER = ("sgd", "adam", "adamw")
@@ -79,7 +79,9 @@ class Method:
         for name, text in {**self.preset(peft).options, **given}.items():
             if name not in known:
                 has = f"it has {', '.join(known)}" if known else "it has none of its own"
-                raise UserError(f"--option {name}={text}: --method {self.name} has no option {name!r}: {has}")
+                raise UserError(
+                    f"--option {name}={text}: --method {self.name} has no option {name!r}: {has}{did_you_mean(name, known)}"
+                )
             values[name] = parse(f"--option {name}={text}", text, known[name][0])
         return values
 
@@ -361,7 +363,7 @@ METHODS: Mapping[str, Method] = {
 def get(name: str) -> Method:
     """Raises UserError where there is none of that name."""
     if name not in METHODS:
-        raise UserError(f"--method {name!r} must be one of {', '.join(METHODS)}")
+        raise UserError(f"--method {name!r} must be one of {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
     return METHODS[name]
 
 

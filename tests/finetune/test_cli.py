@@ -278,6 +278,12 @@ def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], t
         ({"output": "x" * 300}, (), "cannot be used: [Errno 36] File name too long"),
         ({"model": "./\x1b[31mred"}, (), "--model ./\\x1b[31mred is not a model folder"),
         ({}, ("--method", "dizo", "--peft", "ln"), "--method dizo: "),
+        ({}, ("--method", "momentun"), "did you mean 'momentum'?"),
+        (
+            {},
+            ("--method", "lozo", "--option", "rnak=2"),
+            "--option rnak=2: --method lozo has no option 'rnak': it has rank, every; did you mean 'rank'?",
+        ),
         ({}, ("--device", "abacus"), "--device 'abacus' is not a device"),
         ({}, ("--gguf-file", "x.gguf"), "--gguf-file 'x.gguf' is not in"),
         ({}, ("--form", "masked"), "could not be loaded"),
@@ -291,7 +297,9 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(
 ) -> None:
     if more[:1] == ("--backend",) and torch.cuda.is_available():
         pytest.skip("the backend may be available here")
-    assert main(command(*more, **changes)) == 2
+    arguments = command(*more, **changes)
+    capsys.readouterr()  # what making the models said
+    assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert error[0].startswith("zo-finetune: error: ")
