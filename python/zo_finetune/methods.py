@@ -88,8 +88,10 @@ class Method:
     def forwards(self, options: Mapping[str, Any], steps: int) -> int:
         """Forward passes of so many steps, each over a step's whole batch, evaluations not counted. A pass that carries tangents counts as two,
         a backward pass as two. `options`: complete."""
-        projections = max(0, (steps - 1) // options["every"]) if self.name == "dizo" else 0
-        return steps * self.step_cost(options) + (projections * 2 * options["inner"] if projections else 0)
+        total = steps * self.step_cost(options)
+        if self.name == "dizo":
+            total += steps // options["every"] * options["inner"] * (2 if options["learn"] == "forward" else 3)
+        return total
 
     def steps(self, options: Mapping[str, Any], forwards: int) -> int:
         """The most steps that so many forward passes pay for."""
@@ -302,9 +304,9 @@ METHODS: Mapping[str, Method] = {
             "preconditioned by a running diagonal of the Hessian",
             "HiZOO",
             {
-                "none": Preset(1e-6, 1e-3, "HiZOO (arXiv 2402.15173), README of its code for OPT: lr 1e-6, eps 1e-3, alpha 1e-10", {"alpha": "1e-10"}),
-                "lora": Preset(1e-5, 1e-2, "HiZOO, the same README, LoRA: lr 1e-5, eps 1e-2, alpha 1e-6", {"alpha": "1e-6"}),
-                "prefix": Preset(1e-2, 1e-1, "HiZOO, the same README, prefix: lr 1e-2, eps 1e-1, alpha 1e-10", {"alpha": "1e-10"}),
+                "none": Preset(1e-6, 1e-3, "HiZOO (arXiv 2402.15173), README of its code, OPT-13B: lr 1e-6, eps 1e-3, alpha 1e-8", {"alpha": "1e-8"}),
+                "lora": Preset(1e-5, 1e-2, "HiZOO, README of its code's large_models, LoRA: lr 1e-5, eps 1e-2, alpha 1e-6", {"alpha": "1e-6"}),
+                "prefix": Preset(1e-2, 1e-1, "HiZOO, README of its code's large_models, prefix: lr 1e-2, eps 1e-1, alpha 1e-10", {"alpha": "1e-10"}),
             },
             lambda o: 3,
             "3",
@@ -323,18 +325,19 @@ METHODS: Mapping[str, Method] = {
                 )
             },
             lambda o: 2,
-            "2, and 2 inner more before every `every`-th step",
-            options_note="layers: regular expressions of names",
+            "2, and 2 inner more at the end of every `every`-th step, 3 inner with learn=backpropagation",
+            options_note="layers: regular expressions of names; learn: forward or backpropagation",
         ),
         Method(
             "lozo",
-            "directions of low rank",
+            "directions of low rank, with momentum (LOZO-M) where the option says so",
             "LOZO",
             {
                 "none": Preset(
-                    1e-7,
+                    2e-7,
                     1e-3,
-                    "LOZO (arXiv 2410.07698), README of its code for OPT-13B: lr 1e-6 or 1e-7, eps 1e-3, rank 1 or 2, nu 50 or 100; example 1e-7, 2, 50",
+                    "LOZO (arXiv 2410.07698), README of its code, OPT-13B: lr 1e-6 or 1e-7, eps 1e-3, rank 1 or 2, nu 50 or 100; example 1e-7, 2, 50. Its "
+                    "code leaves out the paper's 1 / rank: times the rank here",
                     {"rank": "2", "every": "50"},
                 )
             },
@@ -347,9 +350,9 @@ METHODS: Mapping[str, Method] = {
             "FZOO",
             {
                 "none": Preset(
-                    3e-8,
-                    1e-3,
-                    "ours: we have no numbers of arXiv 2506.09034. A step moves a weight by about lr / (eps sqrt(queries)), whatever the loss: 1e-5 here",
+                    5e-9,
+                    1e-4,
+                    "FZOO (arXiv 2506.09034), README of its code, OPT-13B: lr 5e-5, eps 1e-4, N 8. Its code leaves out the paper's 1 / eps: times eps here",
                     {"queries": "8"},
                 )
             },

@@ -23,8 +23,8 @@ from zo_kernels import journal
 SOONER = {
     "momentum": [["state_dtype=bfloat16"], ["state=recomputed", "history=2"]],
     "adam": [["betas=0.8,0.9"], ["state=recomputed", "history=2"]],
-    "dizo": [["every=2", "inner=2"]],
-    "lozo": [["every=2"]],
+    "dizo": [["every=2", "inner=2"], ["every=2", "inner=2", "learn=backpropagation"]],
+    "lozo": [["every=2"], ["every=2", "momentum=0.9"]],
     "random-sparse": [["every=2"]],
     "layer-scale": [["every=2"], ["by=gradient"]],
     "hizoo": [["alpha=1e-3"]],
@@ -66,7 +66,9 @@ def test_a_method_end_to_end(
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == steps and result["skipped_steps"] == 0
-    extra = {"forward-grad": steps, "hybrid": 2 * steps}.get(name, 0)  # tangents, and backward passes
+    per_step = {"forward-grad": 1, "hybrid": 2}.get(name, 0)  # tangents, and backward passes
+    backward = 2 * 2 if "learn=backpropagation" in options else 0  # of a projection's two inner steps, after every second step
+    extra = steps * per_step + steps // 2 * backward
     assert result["forwards"] == calls[0] + extra == method.forwards(result["hyperparameters"]["options"], steps)
     given = dict(option.split("=") for option in options)
     assert result["hyperparameters"]["method"] == name
@@ -81,8 +83,8 @@ def test_a_method_end_to_end(
         return
     records = journal.read(run / report.JOURNAL)
     assert len(records.steps) == steps and records.header.hyperparameters["config"]["method"] == name
-    # Ctrl-C in step 4. A pass that carries tangents is counted twice.
-    before = method.forwards(result["hyperparameters"]["options"], 3) - (3 if name == "forward-grad" else 0)
+    # Ctrl-C in step 4. A pass that carries tangents is counted twice, and so is a backward pass, which is no call.
+    before = method.forwards(result["hyperparameters"]["options"], 3) - (3 if name == "forward-grad" else backward)
     again, calls[0], stop[0] = tmp_path / "again", 0, before + 1
     assert main(command(name, options=options, steps=steps, output="again")) == 130
     assert len(journal.read(again / report.JOURNAL).steps) == 3
@@ -161,8 +163,8 @@ def test_options_are_read_by_their_type() -> None:
     assert read("blockwise") == {"by": "layer", "order": "cyclic", "every": 1}
     assert read("blockwise", by="attn,mlp,.")["by"] == ["attn", "mlp", "."]
     assert read("blockwise", by='["a{1,2}", "."]')["by"] == ["a{1,2}", "."]
-    assert read("hizoo")["alpha"] == 1e-10  # the preset's, not the constructor's
-    assert methods.METHODS["hizoo"].options({}, "lora")["alpha"] == 1e-6
+    assert read("hizoo")["alpha"] == 1e-8
+    assert methods.METHODS["hizoo"].options({}, "lora")["alpha"] == 1e-6  # the preset's, not the constructor's
     for method in methods.METHODS.values():  # what is written is read back
         defaults = {name: default for name, (_, default) in method.parameters().items()}
         again = method.options({name: methods.written(value) for name, value in defaults.items()})
@@ -201,8 +203,9 @@ def test_forward_passes_pay_for_steps(name: str, given: dict[str, str], steps: i
 def test_dizos_projections_are_paid_for() -> None:
     method = methods.METHODS["dizo"]
     options = method.options({"every": "10", "inner": "3"})
-    assert method.forwards(options, 10) == 20  # none before the first step
-    assert method.forwards(options, 11) == 22 + 6
+    assert method.forwards(options, 9) == 18
+    assert method.forwards(options, 10) == method.forwards(options, 11) - 2 == 20 + 6  # at the end of the tenth
+    assert method.forwards({**options, "learn": "backpropagation"}, 10) == 20 + 9  # a forward, and a backward that counts as two
     for forwards in range(2, 200):
         steps = method.steps(options, forwards)
         assert method.forwards(options, steps) <= forwards < method.forwards(options, steps + 1)

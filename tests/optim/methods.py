@@ -290,6 +290,37 @@ def layer_scale(every: int, variance: bool, beta: float | None = None) -> Callab
     return step
 
 
+def lozo_momentum(rank: int, every: int, beta: float) -> Callable[[Reference, Sequence[int]], None]:
+    """LOZO-M: N of a matrix in place of the buffer b of the others, carried from one V to the next."""
+
+    def v_of(name: str, columns: int, tag: int) -> np.ndarray:
+        made: np.ndarray = to_12_bits(noise(name, (rank, columns), tag, offset=1 << 55).numpy()).T
+        return made
+
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        z, now = r.z(tags[0]), r.step // every
+        for n, t in r.theta.items():
+            if t.ndim == 2:
+                z[n] = low_rank(n, t.shape[0], t.shape[1], rank, tags[0], now)
+        g = r.two_sided(z)
+        r.g = g["layers.0.weight"]
+        by = {}
+        for n, t in r.theta.items():
+            if t.ndim != 2:
+                r.memory[n] = beta * r.memory.get(n, 0.0) + (1 - beta) * g[n] * z[n]
+                by[n] = -r.lr[n] * r.memory[n]
+                continue
+            u = to_12_bits(noise(n, (t.shape[0], rank), tags[0]).numpy())
+            v, momentum = v_of(n, t.shape[1], now), r.memory.get(n, np.zeros_like(u))
+            if r.step and r.step % every == 0:
+                momentum = momentum @ (v_of(n, t.shape[1], now - 1).T @ v) / t.shape[1]
+            r.memory[n] = beta * momentum + (1 - beta) * g[n] * u
+            by[n] = -r.lr[n] / rank * torch.from_numpy(r.memory[n] @ v.T)
+        r.move(by)
+
+    return step
+
+
 def lozo(rank: int, every: int) -> Callable[[Reference, Sequence[int]], None]:
     def step(r: Reference, tags: Sequence[int]) -> None:
         z = r.z(tags[0])
@@ -361,25 +392,33 @@ def hizoo(alpha: float, low: float, high: float) -> Callable[[Reference, Sequenc
 
 
 def dizo(
-    every: int, inner: int, inner_eps: float, inner_lr: float, tau: float, layers: Sequence[str]
+    every: int, inner: int, inner_eps: float, inner_lr: float, tau: float, layers: Sequence[str], learn: str = "forward"
 ) -> Callable[[Reference, Sequence[int]], None]:
+    """A step and, at the end of every `every`-th, the projection: on the same loss, from where the step has led."""
+
     def step(r: Reference, tags: Sequence[int]) -> None:
         if not r.step:
             r.memory = {n: r.theta[n].clone() for n in layers}
-        if r.step and r.step % every == 0:
-            far, rho = {n: r.theta[n] - r.memory[n] for n in layers}, dict.fromkeys(layers, 1.0)
-
-            def at(shift: dict[str, float]) -> float:
-                return float(r.loss(r.theta | {n: r.memory[n] + (rho[n] + shift[n]) * far[n] for n in layers}))
-
-            for j in range(inner):
-                z = {n: float(noise(n, (), tags[0] + 1 + j)) for n in layers}
-                g = (at({n: inner_eps * z[n] for n in layers}) - at({n: -inner_eps * z[n] for n in layers})) / (2 * inner_eps)
-                rho = {n: min(max(rho[n] - inner_lr * g * z[n], 1 - tau), 1 + tau) for n in layers}
-            for n in layers:
-                r.theta[n] = r.memory[n] + rho[n] * far[n]
-                r.path += abs(rho[n] - 1) * float(far[n].abs().max())
         sgd(estimate_two_sided)(r, tags)
+        if (r.step + 1) % every:
+            return
+        far, rho = {n: r.theta[n] - r.memory[n] for n in layers}, dict.fromkeys(layers, 1.0)
+
+        def at(rho: dict[str, Any]) -> Tensor:
+            return r.loss(r.theta | {n: r.memory[n] + rho[n] * far[n] for n in layers})
+
+        for j in range(inner):
+            if learn == "backpropagation":
+                free = {n: torch.tensor(rho[n], dtype=torch.float64, requires_grad=True) for n in layers}
+                slope = dict(zip(free, map(float, torch.autograd.grad(at(free), list(free.values()))), strict=True))
+            else:
+                z = {n: float(noise(n, (), tags[0] + 1 + j)) for n in layers}
+                ends = [float(at({n: rho[n] + side * inner_eps * z[n] for n in layers})) for side in (1, -1)]
+                slope = {n: (ends[0] - ends[1]) / (2 * inner_eps) * z[n] for n in layers}
+            rho = {n: min(max(rho[n] - inner_lr * slope[n], 1 - tau), 1 + tau) for n in layers}
+        for n in layers:
+            r.theta[n] = r.memory[n] + rho[n] * far[n]
+            r.path += abs(rho[n] - 1) * float(far[n].abs().max())
 
     return step
 
@@ -424,7 +463,7 @@ def first_order_of(model: Any) -> torch.optim.Optimizer:
 
 
 QV = ("layers.0.weight", "layers.1.weight")
-DIZO: dict[str, Any] = {"every": 5, "inner": 3, "inner_eps": 0.1, "inner_lr": 0.5, "tau": 0.2}
+DIZO: dict[str, Any] = {"every": 6, "inner": 3, "inner_eps": 0.1, "inner_lr": 0.5, "tau": 0.2}
 
 
 def _of(cls: Any, **own: Any) -> Callable[..., zk.ZOStep]:
@@ -497,7 +536,14 @@ CASES: dict[str, Case] = {
     ),
     "hizoo": Case(_of(zk.HiZOO, alpha=1e-2, low=0.5, high=2.0), hizoo(1e-2, 0.5, 2.0), 3),
     "dizo": Case(_of(zk.DiZO, layers=[r"layers\.\d\.weight"], **DIZO), dizo(layers=QV, **DIZO), 8),
+    "dizo-fo": Case(
+        _of(zk.DiZO, layers=[r"layers\.\d\.weight"], learn="backpropagation", **DIZO),
+        dizo(layers=QV, learn="backpropagation", **DIZO),
+        5,
+    ),
     "lozo": Case(_of(zk.LOZO, rank=2, every=5), lozo(2, 5)),
+    # N is rounded to 12 bits for each update, and what carries it to the next V too: 2^-13 each, where a coefficient has 2^-17.
+    "lozo-m": Case(_of(zk.LOZO, rank=2, every=5, momentum=0.8, lr=4e-3), lozo_momentum(2, 5, 0.8), lr=4e-3, sharp=8),
     "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),
 }  # fmt: skip
 EVERY = [(name, mode) for name, case in CASES.items() for mode in case.modes]

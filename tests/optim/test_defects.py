@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.methods import CASES, EPS, EVERY, SEED, Tiny, noise, values
-from zo_kernels import journal
+from zo_kernels import _backends as backends
+from zo_kernels import journal, ops
 from zo_kernels.optim import step as step_module
 
 MODES = ("scratch", "inplace")
@@ -325,7 +326,7 @@ def test_a_loss_that_is_no_number_leaves_weights_and_state(name: str, mode: str,
     """Would catch: a NaN update that destroys the weights, or a state that carries the NaN into every later step."""
     model = Tiny()
     step = CASES[name].make(model, perturbation=mode, weight_decay=0.1)
-    for _ in range(5):  # the next is the fifth: DiZO projects, LOZO makes a new V
+    for _ in range(5):  # the next is the sixth: DiZO projects, LOZO makes a new V
         step.step(model)
     before, state = values(model), copy.deepcopy(recorded_state(step))
     step.step(lambda: model() * 0 + value)
@@ -362,7 +363,7 @@ def test_one_loss_that_is_no_number_is_enough(name: str, value: float) -> None:
 
         step.step(closure)
         assert all(p.isfinite().all() for p in model.parameters()), which
-        assert is_at(model, before) if step.skipped else name in ("conservative", "dizo", "layer-scale-gradient"), which
+        assert is_at(model, before) if step.skipped else name in ("conservative", "dizo", "dizo-fo", "layer-scale-gradient"), which
         assert step.skipped == 1 or calls == case.forwards
 
 
@@ -467,7 +468,7 @@ def test_layer_scales_are_roots_of_means() -> None:
 def test_the_diagonal_of_hizoo_moves_at_the_papers_alpha(dtype: torch.dtype) -> None:
     """Would catch: H in fp16, where alpha = 1e-6 is below half a unit of 1: H never moves, and the method is MeZO."""
     model = Tiny(dtype)
-    step = zk.HiZOO(model, 1e-4, EPS, seed=SEED)  # alpha = 1e-6
+    step = zk.HiZOO(model, 1e-4, EPS, alpha=1e-6, seed=SEED)
     losses: list[Tensor] = []
 
     def closure() -> Tensor:
@@ -487,6 +488,123 @@ def test_the_diagonal_of_hizoo_moves_at_the_papers_alpha(dtype: torch.dtype) -> 
 
 
 @each_mode
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradient_scales_are_measured_along_the_runs_directions(
+    mode: str, kind: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: directions of another kind, or made by another backend than the run's, and weights perturbed that the run's mask leaves out."""
+    made: list[tuple[str, str | None]] = []
+    real = ops.run
+
+    def run(plans: Any, p: Any, backend: str | None = None) -> None:
+        made.append((p.kind, backend))
+        real(plans, p, backend)
+
+    model = Tiny()
+    mask = zk.pack_mask(torch.arange(35) < 30)
+    names = {"mask": {"layers.0.weight": mask}, "params": list(model.named_parameters())}
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        seen.append((model.layers[0].weight + 0.0).detach().flatten().clone())
+        return model()
+
+    before = model.layers[0].weight.detach().flatten().clone()
+    step = zk.ZOStep(
+        [names],
+        1e-3,
+        EPS,
+        model=model,
+        direction=zk.LayerScale("gradient"),
+        kind=kind,
+        backend=backend,
+        perturbation=mode,
+        seed=SEED,
+    )
+    turn = sorted(n for n, _ in model.named_parameters()).index("layers.0.weight")
+    for _ in range(turn):
+        step.step(model)
+    before = model.layers[0].weight.detach().flatten().clone()
+    monkeypatch.setattr(ops, "run", run)
+    step.step(closure)
+    assert {k for k, _ in made} == {kind} and {b for _, b in made} == {backend}
+    z = zk.normal((35,), seed=SEED, stream=zk.stream_of("layers.0.weight"), tag=step.tags_of(turn)[0] + 1, kind=kind)
+    measured = (seen[0] - before) / EPS  # the first forward of the step
+    assert torch.equal(measured[30:], torch.zeros(5)) and torch.allclose(measured[:30], z[:30], atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", [zk.LowRank(2, 2), zk.Dense()], ids=lambda d: d.name)
+def test_factors_and_projections_take_the_runs_backend(direction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: factors, or DiZO's scalars, made by the best backend there is where the run asked for another."""
+    asked: list[str | None] = []
+    real = backends.pick
+
+    def pick(device: torch.device, backend: str | None) -> Any:
+        asked.append(backend)
+        return real(device, backend)
+
+    monkeypatch.setattr(backends, "pick", pick)
+    model = Tiny()
+    step = zk.DiZO(model, 1e-3, EPS, every=2, inner=2, layers=["weight"], direction=direction, backend="reference", seed=SEED)
+    for _ in range(4):
+        step.step(model)
+    assert set(asked) == {"reference"}
+
+
+def test_hizoo_with_alpha_0_is_mezo() -> None:
+    """Would catch: a diagonal that moves by something else than alpha: H stays 1, to the bit. Coefficients have 17 bits, in two kinds of pass."""
+    plain, model = Tiny(), Tiny()
+    before = values(model)
+    step, other = zk.HiZOO(model, 1e-3, EPS, alpha=0.0, seed=SEED), zk.MeZOStep(plain, 1e-3, EPS, seed=SEED)
+    step.step(model)
+    other.step(plain)  # later steps have other tags: HiZOO records two numbers a step
+    moved = max(float(m.abs().max()) for m in moves(model, before).values())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert float((p - q).detach().abs().max()) <= 2**-16 * moved + 2**-23
+    for _ in range(5):
+        step.step(model)
+    assert all((h == 1).all() for h in step.state_dict()["zo"]["parts"]["direction"]["diagonal"].values())
+
+
+class Padded(nn.Module):
+    """A table with a row of padding, which a mean over all tokens reads; tied, it is also the row of an output word."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.table, self.tied = nn.Embedding(9, 8, padding_idx=3), tied
+        self.head = nn.Linear(8, 9)
+        self.tokens = torch.tensor([[1, 2, 3, 3], [4, 5, 6, 3]])
+
+    def forward(self) -> Tensor:
+        x = self.table(self.tokens).mean(1)
+        logits = nn.functional.linear(x, self.table.weight) if self.tied else self.head(x)
+        return nn.functional.cross_entropy(logits, torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_row_at_padding_idx_is_trained_like_all_others_or_masked(tied: bool) -> None:
+    """Would catch: a row that one mode perturbs and another does not, or that is perturbed and not updated. A mask holds it still, to the bit."""
+    keep = torch.ones(9, 8, dtype=torch.bool)
+    keep[3] = False
+    for mask in (None, zk.pack_mask(keep)):
+        moved = {}
+        for mode in ("scratch", "inplace"):
+            model = Padded(tied)
+            before = values(model)
+            group = {"params": list(model.named_parameters()), "mask": {"table.weight": mask}}
+            step = zk.MeZOStep([group], 1e-1, EPS, model=model, perturbation=mode, seed=SEED)
+            step.step(model)
+            assert step.projected_gradient is not None
+            moved[mode] = moves(model, before)["table.weight"]
+            z = noise("table.weight", (9, 8), 0) * (keep if mask is not None else 1)
+            assert float((moved[mode] + 1e-1 * step.projected_gradient * z).abs().max()) < 1e-4
+        assert float((moved["scratch"] - moved["inplace"]).abs().max()) < 1e-4
+        assert bool((moved["scratch"][3] == 0).all()) == (mask is not None) and bool((moved["scratch"][2] != 0).all())
+
+
+@each_mode
 def test_a_projection_of_weights_that_did_not_move(mode: str) -> None:
     """Would catch: DiZO's gamma / t with t = 0: NaN in every projected layer."""
     model = Tiny()
@@ -500,21 +618,71 @@ def test_a_projection_of_weights_that_did_not_move(mode: str) -> None:
     assert all(float(m.abs().max()) < 1e-4 for m in moves(model, before).values())
 
 
-def test_a_projection_that_is_undone_is_undone_to_the_bit() -> None:
-    """Would catch: DiZO's projection taken back by dividing through it."""
-    model = Tiny(torch.bfloat16)
-    step = zk.DiZO(model, 5e-2, EPS, every=3, inner=3, inner_lr=1.0, layers=["layers"], seed=SEED)
-    for _ in range(3):
+class Failed(Exception):
+    pass
+
+
+LEARNED = pytest.mark.parametrize("learn", ["forward", "backpropagation"])
+RULES = pytest.mark.parametrize("rule", [zk.SGD(), zk.Adam(), zk.Momentum(state="recomputed")], ids=lambda r: r.name)
+
+
+@LEARNED
+@RULES
+@each_mode
+def test_a_projection_that_fails_takes_its_step_back(mode: str, rule: Any, learn: str) -> None:
+    """Would catch: DiZO's projection taken back by dividing through it; an update that stays where the projection behind it fails, or a state."""
+    model, steady = Tiny(torch.bfloat16), Tiny(torch.bfloat16)
+    step, calm = (
+        zk.DiZO(
+            m, 5e-2, EPS, every=3, inner=3, inner_lr=1.0, layers=["layers"], seed=SEED, rule=rule, learn=learn, perturbation=mode
+        )
+        for m in (model, steady)
+    )
+    for _ in range(2):
         step.step(model)
-    before, placed = values(model), 0
+        calm.step(steady)
+    for failing in range(2, 5 if learn == "backpropagation" else 8):
+        before, state, calls = values(model), copy.deepcopy(recorded_state(step)), 0
 
-    def closure() -> Tensor:
-        nonlocal placed
-        placed += not torch.equal(model.layers[0].weight + 0.0, before["layers.0.weight"])
-        return model() if placed < 7 else model() * math.nan
+        def closure(failing: int = failing) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == failing + 1:
+                raise Failed
+            return model()
 
-    step.step(closure)
-    assert placed >= 6 and step.skipped == 1 and is_at(model, before)
+        with pytest.raises(Failed):
+            step.step(closure)
+        assert equal(recorded_state(step), state) and step.steps == 2 and step.skipped == 0
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        if mode == "scratch":
+            assert is_at(model, before)
+        else:
+            assert all(float(m.abs().max()) <= 4 * 2**-8 * 2 for m in moves(model, before).values())  # four roundings below 2
+    step.step(model)
+    calm.step(steady)
+    if mode == "scratch":
+        assert all(same_bits(p, q) for p, q in zip(model.parameters(), steady.parameters(), strict=True))
+
+
+@LEARNED
+@each_mode
+def test_a_projection_sees_its_own_steps_batch_behind_the_update(mode: str, learn: str) -> None:
+    """Would catch: a projection before the step, on the batch of the next one."""
+    model = Tiny()
+    step = zk.DiZO(model, 1e-2, EPS, every=2, inner=2, layers=["layers"], seed=SEED, learn=learn, perturbation=mode)
+    for k in range(4):
+        seen: list[tuple[Tensor, bool]] = []
+
+        def closure(k: int = k, seen: list[tuple[Tensor, bool]] = seen) -> Tensor:
+            seen.append(((model.norm.bias + 0.0).detach().clone(), torch.is_grad_enabled()))  # which is not projected
+            return model(slice(k, k + 6))
+
+        step.step(closure)
+        forwards, projecting = seen[:2], seen[2:]
+        assert len(projecting) == (0 if k % 2 == 0 else 4 if learn == "forward" else 2)
+        assert not any(torch.equal(bias, model.norm.bias) or graph for bias, graph in forwards)
+        assert all(torch.equal(bias, model.norm.bias) and graph == (learn == "backpropagation") for bias, graph in projecting)
 
 
 @each_mode

@@ -61,6 +61,12 @@ HELD: dict[str, tuple[Make, Callable[[int], float]]] = {
     "hizoo": (zk.HiZOO, lambda b: 4),
     "sparse-mezo": (zk.SparseMeZO, lambda b: 1 / 8),
     "dizo, a third of the layers": (lambda m, lr, **k: zk.DiZO(m, lr, every=2, inner=2, layers=[r"layers\.[14]"], **k), lambda b: b / 3),
+    "dizo by backpropagation": (
+        lambda m, lr, **k: zk.DiZO(m, lr, every=2, inner=2, layers=[r"layers\.[14]"], learn="backpropagation", **k), lambda b: b / 3
+    ),
+    "lozo, momentum": (
+        lambda m, lr, **k: zk.LOZO(m, lr, rank=RANK, every=2, momentum=0.9, **k), lambda b: 4 * RANK * 3 * WIDTH / LAYER
+    ),
     "lozo": (lambda m, lr, **k: zk.LOZO(m, lr, rank=RANK, every=2, **k), lambda b: 4 * RANK * 2 * WIDTH / LAYER),
 }  # fmt: skip
 STATELESS = [name for name, (_, held) in HELD.items() if not held(2)]

@@ -6,6 +6,7 @@ Belongs here: what the parts of a method add to that. Does not belong here: the 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -38,6 +39,15 @@ COMBINED: dict[str, Callable[..., zk.ZOStep]] = {
         m, direction=zk.LayerScale("gradient", every=2), **k
     ),
     "dizo with scales by the gradient": lambda m, **k: CASES["dizo"].make(m, direction=zk.LayerScale("gradient", every=2), **k),
+    "blocks with low-rank momentum": lambda m, **k: CASES["lozo-m"].make(m, every=2, blocks=zk.Blocks(), **k),
+    "dizo with low-rank momentum": lambda m, **k: CASES["dizo"].make(
+        m, direction=zk.LowRank(2, 2), rule=zk.LowRankMomentum(0.8), **k
+    ),
+    "dizo with Adam": lambda m, **k: CASES["dizo"].make(m, rule=zk.Adam(0.8, 0.95), lr=1e-3, **k),
+    "dizo with HiZOO": lambda m, **k: CASES["hizoo"].make(m, projection=zk.Projection(3, 2, layers=["weight"]), **k),
+    "dizo by backpropagation with recomputed momentum": lambda m, **k: CASES["dizo-fo"].make(
+        m, rule=zk.Momentum(0.8, state="recomputed", history=4), **k
+    ),
     "blocks with low rank": lambda m, **k: CASES["blockwise"].make(m, direction=zk.LowRank(2, 4), **k),
     "blocks with HiZOO": lambda m, **k: CASES["hizoo"].make(m, blocks=zk.Blocks(), **k),
     "masked momentum": lambda m, **k: CASES["momentum"].make(m, direction=zk.RandomSparse(0.5, 3), **k),
@@ -103,6 +113,96 @@ def test_replay_and_resume_give_the_bits_of_the_run(tmp_path: Path, name: str, m
 @pytest.mark.parametrize("name", COMBINED)
 def test_combined_parts_replay_and_resume(tmp_path: Path, name: str, mode: str) -> None:
     check_run(COMBINED[name], torch.bfloat16, tmp_path / "run.zoj", perturbation=mode)
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel and others hold a module: its parameters' names begin with `module.`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *rows: Any) -> Any:
+        return self.module(*rows)
+
+
+WRAPPED: dict[str, Callable[..., zk.ZOStep]] = {
+    "dizo": CASES["dizo"].make,
+    "dizo, a pattern of whole names": lambda m, **k: zk.DiZO(
+        m, 2e-3, EPS, every=2, inner=2, layers=[r"^layers\.0\.weight$"], seed=SEED, **k
+    ),
+    "dizo by backpropagation": CASES["dizo-fo"].make,
+    "scales by the gradient": CASES["layer-scale-gradient"].make,
+    "blocks, patterns of whole names": lambda m, **k: zk.BlockwiseZO(m, 2e-3, EPS, by=["^layers", "^norm"], seed=SEED, **k),
+    "low-rank momentum": CASES["lozo-m"].make,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_run_of_a_wrapped_model_goes_on_without_the_wrapper(tmp_path: Path, name: str) -> None:
+    """Streams, patterns, anchors and turns are of canonical names. Would catch: DiZO's scalars drawn from the name with the wrapper's prefix."""
+    wrapped, bare, whole, path = Wrapped(Tiny()), Tiny(), Tiny(), tmp_path / "run.zoj"
+    step = WRAPPED[name](wrapped, journal=path)
+    go_on(wrapped, step, 7)
+    step.close_journal()
+    other = WRAPPED[name](bare, journal=path, resume=True)
+    assert other.steps == 7 and same(wrapped, bare) and not same(bare, Tiny())
+    go_on(bare, other, 13)
+    other.close_journal()
+    go_on(whole, WRAPPED[name](whole), 13)
+    assert same(bare, whole)
+    replayed = Wrapped(Tiny())
+    zk.replay(replayed, path)
+    assert same(replayed, bare)
+
+
+@pytest.mark.parametrize("learn", ["forward", "backpropagation"])
+@pytest.mark.parametrize("mode", ["scratch", "inplace"])
+def test_a_skipped_step_is_not_projected(tmp_path: Path, mode: str, learn: str) -> None:
+    """Nor is it in its replay, nor where the run goes on from right before, or behind, a projection."""
+    options: dict[str, Any] = {"every": 2, "inner": 2, "layers": ["weight"], "seed": SEED, "learn": learn, "perturbation": mode}
+    live, path = Tiny(torch.bfloat16), tmp_path / "run.zoj"
+    step = zk.DiZO(live, 1e-2, EPS, journal=path, **options)
+    lengths = [path.stat().st_size]
+    while step.steps < 8:  # the fourth, which would end with a projection, is skipped
+        step.step(closure_of(live, step))
+        lengths.append(path.stat().st_size)
+    step.close_journal()
+    assert step.skipped == 1
+    own = slice(1, 1 + (2 if learn == "forward" else 3))
+    inner = journal.read(path).records["groups"]["coef"][:, 0, own]
+    assert [bool(row.any()) for row in inner] == [False, True, False, False, False, True, False, True]
+    again = Tiny(torch.bfloat16)
+    zk.replay(again, path)
+    assert same(again, live)
+    for at in (3, 4, 5, 6):
+        part = path.with_suffix(f".{at}")
+        part.write_bytes(path.read_bytes()[: lengths[at]])
+        resumed = Tiny(torch.bfloat16)
+        other = zk.DiZO(resumed, 1e-2, EPS, journal=part, resume=True, **options)
+        assert other.steps == at
+        go_on(resumed, other, 8)
+        other.close_journal()
+        assert same(resumed, live) and part.read_bytes() == path.read_bytes()
+
+
+def test_a_journal_that_projected_before_its_steps_is_refused_by_name(tmp_path: Path) -> None:
+    """Its records mean other weights than those of this version's, which has `learn` in the description of a projection."""
+    model, path = Tiny(), tmp_path / "run.zoj"
+    step = CASES["dizo"].make(model, journal=path)
+    go_on(model, step, 2)
+    step.close_journal()
+    header = journal.read(path).header
+    assert header.method is not None
+    old = {k: v for k, v in header.method["projection"].items() if k != "learn"}
+    older = tmp_path / "older.zoj"
+    journal.create(older, dataclasses.replace(header, method={**header.method, "projection": old})).close()
+    before = older.read_bytes()
+    with pytest.raises(ValueError, match=r"projected \(DiZO\) before every .* take the version that wrote it"):
+        zk.replay(Tiny(), older)
+    with pytest.raises(ValueError, match=r"projected \(DiZO\) before every .* take the version that wrote it"):
+        CASES["dizo"].make(Tiny(), journal=older, resume=True)
+    assert older.read_bytes() == before
 
 
 def saved(x: Any) -> Any:
@@ -233,7 +333,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**HIZOO, "kind": "rademacher"}, ValueError, "tells nothing about single weights"),
     ({"direction": zk.LowRank(), "estimator": zk.TwoSided(2)}, ValueError, "one pair of Gaussian factors a step"),
     ({"direction": zk.LowRank(), "kind": "rademacher"}, ValueError, "one pair of Gaussian factors a step"),
-    ({"direction": zk.LowRank(), "rule": zk.Momentum()}, ValueError, "of no low rank"),
+    ({"direction": zk.LowRank(), "rule": zk.Momentum()}, ValueError, r"of no low rank; take LowRankMomentum\(\)"),
+    ({"rule": zk.LowRankMomentum()}, ValueError, r"with dense directions.*take Momentum\(\)"),
     ({"direction": zk.LowRank(), "rule": zk.Adam()}, ValueError, "LowRank.*take SGD"),
     ({"rule": zk.Conservative(), "estimator": zk.TwoSided(2)}, ValueError, "tries one direction; give queries=1"),
     ({"rule": zk.Conservative(), "direction": zk.LayerScale()}, ValueError, "the two have other scales"),
@@ -282,6 +383,15 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: zk.Blocks(order="sorted"), "order='sorted'"),
     (lambda: zk.Projection(tau=1.0), "tau=1.0"),
     (lambda: zk.Projection(inner=0), "inner=0"),
+    (lambda: zk.Projection(learn="backward"), "learn='backward' must be one of"),
+    (lambda: zk.LowRankMomentum(1.0), r"beta=1.0 must be in \[0, 1\)"),
+    (lambda: zk.LOZO(Tiny(), 1e-3, momentum=-0.5), r"beta=-0.5 must be in \[0, 1\)"),
+    (
+        lambda: zk.HybridZO(
+            m := Tiny(), 1e-3, projection=zk.Projection(layers=["0.weight"]), first_order=torch.optim.SGD(m.norm.parameters(), 0.1)
+        ),
+        "projection with first_order",
+    ),
     (lambda: zk.QuantileClip(1.1), "q=1.1"),
     (lambda: zk.QuantileClip(window=5, least=6), "least=6"),
     (lambda: zk.BlockwiseZO(Tiny(), 1e-3, by=["weight$"]), "'layers.0.bias' matches none"),

@@ -21,7 +21,7 @@ from zo_kernels.optim.methods import (
     ZOSignSGD,
 )  # fmt: skip
 from zo_kernels.optim.projection import Projection
-from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, Momentum, QuantileClip, Sign
+from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, QuantileClip, Sign
 from zo_kernels.optim.step import ZOStep
 
 METHODS = (
@@ -59,6 +59,7 @@ __all__ = [
     "InverseRoot",
     "LayerScale",
     "LowRank",
+    "LowRankMomentum",
     "MagnitudeSparse",
     "MeZOStep",
     "Momentum",

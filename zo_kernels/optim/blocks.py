@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zo_kernels import ops
+from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns, check_patterns
 
 ORDERS = ("cyclic", "random")
@@ -26,7 +27,8 @@ class Blocks:
 
     Args:
         by: "layer": the parameters under one number in their names (``layers.7.``) are a block, all without a number are another; or a sequence of
-            regular expressions, each of which names a block: a parameter belongs to the first that matches a part of its name.
+            regular expressions, each of which names a block: a parameter belongs to the first that matches a part of its name, or, if none does,
+            of its canonical name.
         order: "cyclic", or "random": drawn from the seed, each block with the same probability.
         every: steps until the next block.
     """
@@ -58,7 +60,10 @@ class Blocks:
                 number = _LAYER.search(name)
                 found.setdefault(int(number[1]) if number else -1, []).append(name)
                 continue
-            if (at := by.first(name)) is None:
+            at = by.first(name)
+            if at is None and (canonical := canonical_name(name)) != name:
+                at = by.first(canonical)
+            if at is None:
                 raise ValueError(f"blocks: parameter {name!r} matches none of {list(self.by)}: add a pattern, or freeze it")
             found.setdefault(at, []).append(name)
         if self.by != "layer" and (empty := [p for k, p in enumerate(self.by) if k not in found]):

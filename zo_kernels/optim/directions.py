@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import lowrank, ops
+from zo_kernels.parameters import canonical_name
 
 CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
 
@@ -42,8 +43,9 @@ class Direction:
         """Numbers of a step's record that are the direction's own."""
         return 0
 
-    def of(self, seed: int) -> Held:
-        return Held(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        """What holds the tensors of one optimizer, whose noise is of this seed and kind, made by this backend."""
+        return Held(self, seed, kind, backend)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Dense(Direction):
 class Held:
     """The tensors of one optimizer's direction, by parameter name."""
 
-    def __init__(self, config: Any, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: Any, seed: int, kind: str = "gaussian", backend: str | None = None) -> None:
+        self.config, self.seed, self.kind, self.backend = config, seed, kind, backend
         self.made: dict[str, Limits] = {}
         self.mask_tag: int | None = None  # of random masks, where it changes
 
@@ -85,6 +87,7 @@ class Held:
         step: int,
         tag: int,
         params: Mapping[str, Tensor],
+        masks: Mapping[str, ops.Mask],
         eps: float,
         evaluate: Callable[[], Tensor],
         between: Callable[[], None],
@@ -128,16 +131,16 @@ class RandomSparse(Direction):
         ops.RandomMask(self.keep)
         _check_every(self.every)
 
-    def of(self, seed: int) -> Held:
-        return _Random(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        return _Random(self, seed, kind, backend)
 
 
 class _Random(Held):
     config: RandomSparse
     mask_tag: int
 
-    def __init__(self, config: RandomSparse, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: RandomSparse, *of: Any) -> None:
+        super().__init__(config, *of)
         self.mask_tag = 0
 
     def fits(self, limits: Limits, p: Tensor) -> bool:
@@ -163,15 +166,15 @@ class MagnitudeSparse(Direction):
         if not (isinstance(self.quantile, (int, float)) and 0 < self.quantile <= 1):
             raise ValueError(f"quantile={self.quantile!r} must be in (0, 1]: the share of the smallest weights that take part")
 
-    def of(self, seed: int) -> Held:
-        return _Magnitude(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        return _Magnitude(self, seed, kind, backend)
 
 
 class _Magnitude(Held):
     """One bit a weight and one threshold a tensor."""
 
-    def __init__(self, config: MagnitudeSparse, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: MagnitudeSparse, *of: Any) -> None:
+        super().__init__(config, *of)
         self.thresholds: dict[str, float] = {}
 
     def fits(self, limits: Limits, p: Tensor) -> bool:
@@ -240,13 +243,13 @@ class LayerScale(Direction):
     def size(self) -> int:
         return 1 if self.by == "gradient" else 0
 
-    def of(self, seed: int) -> Held:
-        return _LayerScale(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        return _LayerScale(self, seed, kind, backend)
 
 
 class _LayerScale(Held):
-    def __init__(self, config: LayerScale, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: LayerScale, *of: Any) -> None:
+        super().__init__(config, *of)
         self.squares: dict[str, tuple[float, float]] = {}  # of gradients: the weighted sum of g^2, and of the weights
         self.loaded: dict[str, tuple[float, float]] = {}  # of parameters that no view has asked for yet
 
@@ -285,6 +288,7 @@ class _LayerScale(Held):
         step: int,
         tag: int,
         params: Mapping[str, Tensor],
+        masks: Mapping[str, ops.Mask],
         eps: float,
         evaluate: Callable[[], Tensor],
         between: Callable[[], None],
@@ -294,7 +298,10 @@ class _LayerScale(Held):
         clean = p.detach().clone()
         try:
             for side in (eps, -eps):
-                ops.perturb_([clean], [(tag, side)], seed=self.seed, streams=[self.streams[name]], out=[p.detach()])
+                ops.perturb_(
+                    [clean], [(tag, side)], seed=self.seed, streams=[self.streams[name]], masks=[masks.get(name)], out=[p.detach()],
+                    kind=self.kind, backend=self.backend,
+                )  # fmt: skip
                 torch.clear_autocast_cache()
                 losses.append(float(evaluate()))
                 between()
@@ -309,7 +316,7 @@ class _LayerScale(Held):
         self.squares[name] = self.config.beta * total + g * g, self.config.beta * weight + 1
 
     def _turn(self, step: int, params: Mapping[str, Tensor]) -> str:
-        names = sorted(params)
+        names = sorted(params, key=canonical_name)  # wrapped or not
         return names[step % len(names)]
 
     def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
@@ -331,8 +338,8 @@ class InverseRoot(Direction):
     name: ClassVar[str] = "inverse-root"
     update_differs: ClassVar[bool] = True  # the rule applies H itself
 
-    def of(self, seed: int) -> Held:
-        return _InverseRoot(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        return _InverseRoot(self, seed, kind, backend)
 
 
 class _InverseRoot(Held):
@@ -374,17 +381,18 @@ class LowRank(Direction):
             raise ValueError(f"rank={self.rank} must be in 1 .. {ops.MAX_RANK}")
         _check_every(self.every)
 
-    def of(self, seed: int) -> Held:
-        return _LowRank(self, seed)
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+        return _LowRank(self, seed, kind, backend)
 
 
 class _LowRank(Held):
     """Factors, made for all matrices of a view at once, so that one launch fills them."""
 
-    def __init__(self, config: LowRank, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: LowRank, *of: Any) -> None:
+        super().__init__(config, *of)
         self.tables: list[tuple[list[str], lowrank.Factors]] = []
         self.v_tags: list[int | None] = []  # of the tables' V; None: not filled yet
+        self.v_of: dict[str, int] = {}  # the same, by parameter
 
     def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
         by_device: dict[torch.device, list[tuple[str, Tensor, int]]] = {}
@@ -395,24 +403,26 @@ class _LowRank(Held):
         for device, members in by_device.items():
             shapes = [(p.shape[0], p.numel() // p.shape[0]) for _, p, _ in members]
             streams = [stream for _, _, stream in members]
-            factors = lowrank.Factors(shapes, streams, seed=self.seed, rank=self.config.rank, device=device)
+            factors = lowrank.Factors(shapes, streams, seed=self.seed, rank=self.config.rank, device=device, backend=self.backend)
             self.tables.append(([name for name, _, _ in members], factors))
             self.v_tags.append(None)
             for (name, _, _), pair in zip(members, factors.pairs, strict=True):
                 self.made[name] = Limits(factors=pair, update_scale=1.0 / self.config.rank)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.made, self.tables, self.v_tags = {}, [], []  # made anew, of the loaded run's seed
+        self.made, self.tables, self.v_tags, self.v_of = {}, [], [], {}  # made anew, of the loaded run's seed
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own: plans know the tensors' memory."""
-        return {**self.__dict__, "made": {}, "tables": [], "v_tags": []}
+        return {**self.__dict__, "made": {}, "tables": [], "v_tags": [], "v_of": {}}
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         v = step // self.config.every
         for k, (names, factors) in enumerate(self.tables):
             if any(n in params for n in names):
                 factors.fill(tag, None if self.v_tags[k] == v else v)
+                if self.v_tags[k] != v:
+                    self.v_of.update(dict.fromkeys(names, v))
                 self.v_tags[k] = v
 
 

@@ -76,8 +76,9 @@ class OneSided:
     """g_i = (L(theta + eps z_i) - L(theta)) / eps, averaged over the queries. 1 + q forwards.
 
     Args:
-        normalize: FZOO (arXiv 2506.09034): the estimate divided by the sample standard deviation of the q losses L(theta + eps z_i). Where they are
-            all equal the quotient is no number, and the step is skipped and counted, never divided by zero. Needs q >= 2.
+        normalize: FZOO (arXiv 2506.09034, see `FZOO`): the estimate divided by the sample standard deviation (q - 1 in the denominator) of the q losses
+            L(theta + eps z_i), the clean loss not among them. Where they are all equal the quotient is no number, and the step is skipped and
+            counted, never divided by zero. Needs q >= 2.
     """
 
     queries: int = 1

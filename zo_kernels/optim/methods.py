@@ -179,7 +179,9 @@ class HiZOO(ZOStep):
     arXiv 2402.15173, algorithm 1). Three forwards a step; H is fp32, 4 bytes a weight.
 
     Args:
-        alpha: smoothing of H; the paper has 1e-6 to 1e-8 for large models. low, high: H is clamped to them.
+        alpha: smoothing of H; 1e-8 is that of the authors' README (github.com/Yanjun-Zhao/HiZOO). What fp32 makes of it: near H = 1 a decrease by alpha H
+            rounds to nothing (half a unit is 3e-8), an increase by alpha H kappa z^2 counts where kappa z^2 is above 6. low, high: H is clamped
+            to them.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class HiZOO(ZOStep):
         lr: float,
         eps: float = 1e-3,
         *,
-        alpha: float = 1e-6,
+        alpha: float = 1e-8,
         low: float = 1e-4,
         high: float = 1e4,
         **more: Any,
@@ -219,27 +221,48 @@ class DiZO(ZOStep):
         inner_lr: float = 0.05,
         tau: float = 0.2,
         layers: Sequence[str] = projections.Projection.layers,
+        learn: str = "forward",
         **more: Any,
     ) -> None:
-        projection = projections.Projection(every, inner, inner_eps, inner_lr, tau, layers)
+        projection = projections.Projection(every, inner, inner_eps, inner_lr, tau, layers, learn)
         super().__init__(model_or_params, lr, eps, projection=projection, **more)
 
 
 class LOZO(ZOStep):
     """Directions of low rank, z = U V^T (Chen et al. 2024, "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures",
-    arXiv 2410.07698). The update has the paper's 1 / rank.
+    arXiv 2410.07698). The update has the paper's 1 / rank. The authors' code has not: its lr is lr / rank here, so that its 1e-7 at rank 2 is 2e-7.
 
     Args:
-        rank: 2 in the paper. every: steps that V is kept for (the paper's nu, 50 or 100).
+        rank: 1 or 2 in the authors' README. every: steps that V is kept for (the paper's nu, 50 or 100).
+        momentum: beta of LOZO-M (see `LowRankMomentum`), 0.9 in the authors' scripts; 0: none. The average's weights sum to 1, so lr keeps its meaning.
     """
 
-    def __init__(self, model_or_params: Any, lr: float, eps: float = 1e-3, *, rank: int = 2, every: int = 50, **more: Any) -> None:
+    def __init__(
+        self,
+        model_or_params: Any,
+        lr: float,
+        eps: float = 1e-3,
+        *,
+        rank: int = 2,
+        every: int = 50,
+        momentum: float = 0.0,
+        **more: Any,
+    ) -> None:
+        if momentum:
+            more = {"rule": rules.LowRankMomentum(momentum), **more}
         super().__init__(model_or_params, lr, eps, direction=directions.LowRank(rank, every), **more)
 
 
 class FZOO(ZOStep):
     """A batch of one-sided queries along Rademacher directions, the step divided by the standard deviation of their losses (Dang et al. 2025, "FZOO: Fast
-    Zeroth-Order Optimizer", arXiv 2506.09034). 1 + queries forwards. Equal losses tell nothing, and the step is skipped."""
+    Zeroth-Order Optimizer", arXiv 2506.09034). 1 + queries forwards. Equal losses tell nothing, and the step is skipped.
+
+        g = sum_i (l_i - l_0) z_i / (eps N),  sigma^2 = sum_i (l_i - mean_j l_j)^2 / (N - 1),  theta <- (1 - lr wd) theta - lr g / sigma
+
+    with l_0 = L(theta), l_i = L(theta + eps z_i): the sample deviation of the N perturbed losses, without the clean one, as the authors' page
+    (dkmiyan.github.io/FZOO_hp, "Gradient Estimation and Parameter Update") has the paper's equation. Their code (github.com/DKmiyan/FZOO) divides by N
+    instead of N - 1 and leaves 1 / eps out: its lr is lr / eps here, up to sqrt(1 - 1 / N).
+    """
 
     def __init__(
         self, model_or_params: Any, lr: float, eps: float = 1e-3, *, queries: int = 8, kind: str = "rademacher", **more: Any

@@ -27,9 +27,15 @@ def of_header(header: journal.Header) -> dict[str, Any]:
     """The parts of a recorded run's optimizer.
 
     Raises:
-        ValueError: there is one that this version does not know, or whose values are out of range.
+        ValueError: there is one that this version does not know, or would replay to other weights, or whose values are out of range.
     """
     method = header.method or {}
+    projection = method.get("projection")
+    if isinstance(projection, dict) and projection.get("name") == projections.Projection.name and "learn" not in projection:
+        raise ValueError(
+            "the journal's run projected (DiZO) before every `every`-th step, on that step's batch; this version projects at the end of a step, as the "
+            f"paper has it, and its weights would be other ones: take the version that wrote it ({header.versions!r:.160}, before `learn`)"
+        )
     if unknown := sorted(set(method) - set(PARTS)):
         raise ValueError(f"the journal's method has the parts {unknown!r:.160}, which this version of zo_kernels does not know")
     if counted(header):
@@ -102,6 +108,10 @@ def check(
             )
         if isinstance(rule, rules.Conservative):
             raise ValueError("rule=Conservative() with ForwardGradient(): its trials perturb weights; take TwoSided()")
+    if projection is not None and first_order is not None:
+        raise ValueError(
+            "projection with first_order: a projection that fails takes its step back, which a first-order optimizer cannot; leave one out"
+        )
     if projection is not None and (blocks is not None or isinstance(rule, rules.Conservative)):
         raise ValueError(
             "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"

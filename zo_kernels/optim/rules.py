@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import ops, perturb, update
+from zo_kernels import lowrank, ops, perturb, update
 from zo_kernels.optim.estimators import Number
 from zo_kernels.parameters import Weights
 
@@ -365,7 +365,9 @@ class Momentum(_Rated):
 
     def check(self, directions: int, direction: str) -> None:
         if direction == "low-rank":
-            raise ValueError("rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take SGD()")
+            raise ValueError(
+                "rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take LowRankMomentum()"
+            )
         if self.state == "recomputed" and direction not in ("dense",):
             raise ValueError(
                 f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
@@ -432,7 +434,9 @@ class Adam(_Rated):
 
     def check(self, directions: int, direction: str) -> None:
         if direction == "low-rank":
-            raise ValueError("rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD()")
+            raise ValueError(
+                "rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD() or LowRankMomentum()"
+            )
         if self.state == "recomputed" and directions != 1:
             raise ValueError(
                 f"state='recomputed' with {directions} queries: the square of their sum is no sum of squares; give queries=1 or state='stored'"
@@ -481,7 +485,7 @@ class HessianDiagonal(Rule):
     Needs `ThreePoint` and `InverseRoot`, which hold H and perturb by eps z / sqrt(H).
     """
 
-    alpha: float = 1e-6
+    alpha: float = 1e-8
     low: float = 1e-4
     high: float = 1e4
     name: ClassVar[str] = "hessian-diagonal"
@@ -511,4 +515,119 @@ class HessianDiagonal(Rule):
         update.run_rule(weights.update_plans, states, _pass(step, "hizoo", [1.0], numbers, options), options["backend"])
 
 
-RULES: Sequence[type[Rule]] = (SGD, Sign, Conservative, Momentum, Adam, HessianDiagonal)
+class _Factors(Kept):
+    """N of the matrices with the tag of the V that each belongs to, and b of the other parameters."""
+
+    def __init__(self, rule: Any) -> None:
+        super().__init__(rule)
+        self.v: dict[str, int] = {}
+
+    def state(self) -> dict[str, Any]:
+        held = {what: {n: own[what].clone() for n, own in self.tensors.items() if what in own} for what in ("factor", "momentum")}
+        return {**super().state(), **held, "v": dict(self.v)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        for what in ("factor", "momentum"):
+            for name, t in state[what].items():
+                self.tensors.setdefault(name, {})[what] = t.clone()
+        self.v = {n: int(tag) for n, tag in state["v"].items()}
+
+
+@dataclass(frozen=True)
+class LowRankMomentum(_Rated):
+    """LOZO-M (Chen et al. 2024, arXiv 2410.07698, algorithm 2): the momentum of a matrix is kept in the factor that changes from step to step,
+
+        N <- N V_old^T V / columns, in the step that renews V;    N <- beta N + (1 - beta) g U;    theta <- (1 - lr wd) theta - (lr / rank) N V^T
+
+    with N = 0 at the start. Other parameters: b <- beta b + (1 - beta) g z, theta <- (1 - lr wd) theta - lr b, as in the authors' code (which
+    begins with N = g U and b = g z). N is fp32, 4 rank (rows) bytes a matrix; the update takes it rounded to 12 significant bits, as all factors
+    are, and what is smaller than 2^-60 as 0. Each operation rounds once; V_old^T V is summed in float64 and its quotient rounded to 12 bits, so that sums
+    in another order, on another device, give the same bits but in one case in a billion.
+
+    Needs `LowRank`, which holds U and V.
+    """
+
+    beta: float = 0.9
+    name: ClassVar[str] = "low-rank-momentum"
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_beta("beta", self.beta)
+
+    def of(self) -> Kept:
+        return _Factors(self)
+
+    def check(self, directions: int, direction: str) -> None:
+        if direction != "low-rank":
+            raise ValueError(
+                f"rule=LowRankMomentum() with {direction} directions: it keeps momentum in a factor of LowRank(); take Momentum()"
+            )
+
+    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
+        assert isinstance(kept, _Factors)
+        g, lr = step.coefs
+        if step.go is False:
+            return
+        kick = g * (1 - self.beta)
+        matrices = {n for n in weights.names if options["held"].made[n].factors is not None}
+        for plan, names in weights.part(set(weights.names) - matrices):
+            states = [
+                [self._state(kept, n, "momentum", e.src.numel(), plan.device)] for e, n in zip(plan.entries, names, strict=True)
+            ]
+            update.run_rule([plan], [states], _pass(step, "momentum", [kick], [lr, self.beta], options), options["backend"])
+        for plan, names in weights.part(matrices):
+            for entry, name in zip(plan.entries, names, strict=True):
+                self._advance(kept, step, name, entry, kick, options)
+            tags, coefs = [int(t) for t in step.tags[:1]], _numbers([step.live(-lr)])
+            decay: Any = (
+                step.decay.float().reshape(1) if isinstance(step.decay, Tensor) else None if step.decay == 1 else step.decay
+            )
+            if isinstance(coefs, Tensor):
+                tags = ops.move(torch.tensor(tags, dtype=torch.int64), coefs.device)  # type: ignore[assignment]
+            ops.run([plan], ops.Pass(options["seed"], tags, coefs, decay, options["kind"], step.rounding), options["backend"])
+
+    def _state(self, kept: Kept, name: str, what: str, size: int, device: torch.device) -> Tensor:
+        mine = kept.tensors.setdefault(name, {})
+        if what not in mine:
+            mine[what] = torch.zeros(size, dtype=torch.float32, device=device)
+        elif mine[what].device != device:
+            mine[what] = mine[what].to(device)
+        return mine[what]
+
+    def _advance(
+        self, kept: _Factors, step: Applied, name: str, entry: ops.Entry, kick: Number, options: Mapping[str, Any]
+    ) -> None:
+        """N of a matrix for this step, in the state and, rounded, in the place of U, which is made anew before the next forward."""
+        assert entry.left is not None and entry.right is not None
+        n = self._state(kept, name, "factor", entry.left.numel(), entry.left.device).view_as(entry.left)
+        now = options["held"].v_of[name]
+        at = kept.v.setdefault(name, now)
+        new = n
+        if at != now:
+            if isinstance(step.go, Tensor) and not bool(step.go):
+                return  # once for each V the host waits, so that a step that is skipped leaves N as it is
+            old = lowrank.factors(
+                options["seed"], entry.stream, now, at, 1, entry.cols, entry.rank, device=n.device, backend=options["backend"]
+            )[1]
+            onto = lowrank.round_to_12_bits_((old.double().t() @ entry.right.double() / entry.cols).float()).double()
+            # Term by term: the order of a matrix product's sum is the device's.
+            total = torch.zeros_like(n, dtype=torch.float64)
+            for k in range(entry.rank):
+                total += n[:, k : k + 1].double() * onto[k]
+            new = total.float()
+            kept.v[name] = now
+        share = entry.left * (_fp32_on(kick, n.device))
+        new = new * self.beta
+        new += share
+        n.copy_(torch.where(step.go, new, n) if isinstance(step.go, Tensor) else new)
+        entry.left.copy_(torch.where(n.abs() < 2.0**-60, 0.0, n))
+        lowrank.round_to_12_bits_(entry.left)
+
+
+def _fp32_on(value: Number, device: torch.device) -> Any:
+    """A factor of fp32 tensors: rounded to fp32 once."""
+    return value.to(device, torch.float32) if isinstance(value, Tensor) else value
+
+
+RULES: Sequence[type[Rule]] = (SGD, Sign, Conservative, Momentum, Adam, HessianDiagonal, LowRankMomentum)

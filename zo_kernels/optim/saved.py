@@ -67,7 +67,7 @@ def _fresh(optimizer: ZOStep) -> dict[str, set[str]]:
     """What each part keeps, by name."""
     found = {"rule": set(optimizer._rule.of().state()), "direction": set(optimizer._direction.of(0).state())}
     if optimizer._projection is not None:
-        found["projection"] = set(optimizer._projection.config.of(0).state())
+        found["projection"] = set(optimizer._projection.state())
     return found
 
 
@@ -128,7 +128,7 @@ def _complete(optimizer: ZOStep, part: str, content: dict[str, Any]) -> None:
         for n, p in trained.items():
             content["diagonal"].setdefault(n, torch.ones(p.numel(), dtype=torch.float32, device=p.device))
     elif part == "projection" and optimizer._projection is not None:
-        for n, p in optimizer._projection.matching(trained).items():
+        for n, p in optimizer._projection.chosen(trained).items():
             content["anchors"].setdefault(n, p.detach().clone())
 
 
@@ -170,8 +170,10 @@ def read(optimizer: ZOStep, state_dict: Any, check_group: Callable[[str, dict[st
     groups, order = _groups(optimizer, saved_groups, renamed, check_group)
     try:
         contents, others = _contents(optimizer, zo, state, order, renamed, numbers)
-        kept, held = optimizer._rule.of(), optimizer._direction.of(numbers["seed"])
-        projector = optimizer._projection.config.of(numbers["seed"]) if optimizer._projection is not None else None
+        kept, held = optimizer._rule.of(), optimizer._direction.of(numbers["seed"], optimizer._kind, optimizer._backend)
+        projector = None
+        if optimizer._projection is not None:
+            projector = optimizer._projection.config.of(numbers["seed"], optimizer._trained(), optimizer._backend)
         kept.load(contents["rule"])
         held.load(contents["direction"])
         if projector is not None and numbers["tag"] > numbers["first_tag"]:  # a run's anchors are the weights at its first step

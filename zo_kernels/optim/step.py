@@ -7,6 +7,7 @@ them (methods.py), how a model sees theta ± eps z (perturb.py), the pass over t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -185,15 +186,16 @@ class ZOStep(torch.optim.Optimizer):
             if not p.is_meta:
                 backends.pick(p.device, backend)
         self._estimator, self._rule, self._direction, self._blocks = estimator, rule, direction, blocks
-        self._projection = projection.of(int(seed)) if projection is not None else None
+        trained = [name for g in named.groups for name, _ in g["params"]]
+        self._projection = projection.of(int(seed), trained, backend) if projection is not None else None
         self._first_order = first_order
         self._first_loss: Tensor | float = 0.0  # the sum of those that were differentiated
         self._points = estimator.points()
         self._own = rule.size(
             estimator.directions
         )  # numbers of the rule in a record; behind them come the projection's and the direction's
-        self._terms = self._own + (projection.size if projection is not None else 0) + direction.size
-        self._kept, self._held = rule.of(), direction.of(int(seed))
+        self._terms = self._own + (self._projection.size if self._projection is not None else 0) + direction.size
+        self._kept, self._held = rule.of(), direction.of(int(seed), kind, backend)
         self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, rules.QuantileClip) else 1)  # |g|, fp32
         self._views: dict[int | None, perturb.View] = {}
         self._members: list[list[str]] = []  # the blocks' parameters
@@ -223,8 +225,6 @@ class ZOStep(torch.optim.Optimizer):
         self._check_signs([{**defaults, **group} for group in named.groups])
         super().__init__(named.groups, defaults)
         self._made = True
-        if self._projection is not None:
-            self._projection.matching(self._trained())  # refuse now what no step could do
         self._refresh()
         if lazy and named.model is not None:
             self._guard(named.model)
@@ -368,6 +368,7 @@ class ZOStep(torch.optim.Optimizer):
                 self._busy.release()
             if isinstance(self._view, perturb.Scratch) and (note := self._view.news()):
                 warnings.warn(note, findings.ZOWarning, stacklevel=3)
+            assert self._view is not None
             for words in self._warner.look(self, self._view):
                 warnings.warn(words, findings.ZOWarning, stacklevel=3)
         return loss.float()
@@ -443,22 +444,23 @@ class ZOStep(torch.optim.Optimizer):
             return self._evaluate(closure, batches)
 
         numbers = [n._replace(lr=0.0, decay=1.0) if rehearsal else n for n in self._numbers()]
-        undo: Callable[[], None] = projection.nothing
         inner: list[float] = []
+        fresh: list[str] = []
         try:
             if self._first_order is not None:
                 self._backpropagate(closure, batches)
                 between()
-            tag = self._tag + self._own
             if self._projection is not None:
-                sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
-                inner, undo = self._projection.learn(self.steps, tag, self._trained(), evaluate, between, sign)
+                fresh = self._projection.hold(self._trained())
+                inner = [0.0] * self._projection.size  # until the end of the step
             if self._direction.size:
-                eps = float(numbers[0].eps)
-                inner += self._held.learn(self.steps, tag + len(inner), self._trained(), eps, evaluate, between)
-            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, undo, commit=not rehearsal)
+                eps, masks = float(numbers[0].eps), {n: m for w in view.groups for n, m in zip(w.names, w.masks, strict=True)}
+                tag = self._tag + self._own + len(inner)
+                inner += self._held.learn(self.steps, tag, self._trained(), masks, eps, evaluate, between)
+            loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, commit=not rehearsal)
         except BaseException:
-            undo()
+            if self._projection is not None:
+                self._projection.drop(fresh)
             if self._first_order is not None:
                 self._first_order.zero_grad()
             rng.set(before)
@@ -539,12 +541,11 @@ class ZOStep(torch.optim.Optimizer):
         numbers: Sequence[Numbers],
         between: Callable[[], None] = lambda: None,
         inner: Sequence[float] = (),
-        undo: Callable[[], None] = lambda: None,
         *,
         commit: bool,
     ) -> Tensor:
-        """The forwards and the update; the loss, 0-d float64. `between` is called after each forward. `inner`: of a projection, and
-        `undo`, in case that the step is skipped. `commit`: the step counts."""
+        """The forwards and the update; the loss, 0-d float64. `between` is called after each forward. `inner`: the numbers of the record that
+        are the projection's and the direction's. `commit`: the step counts."""
         tags = self._tags(tag)
         losses: list[Tensor] = []
         dual = isinstance(view, tangents.Tangents)
@@ -566,13 +567,12 @@ class ZOStep(torch.optim.Optimizer):
             if not isinstance(tag, Tensor):
                 assert self._summary is not None
                 self._warner.note(losses, self._summary.gradient, self._summary.finite)
-            if inner and decided[0].go is False:
-                with view.clean():
-                    undo()
             if isinstance(self._rule, rules.Conservative) and decided[0].go is not False:
                 decided = self._choose(decided, at)
             ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
-            queued = self._record(numbers) if commit else None
+            projects = self._projection is not None and self._projection.due(self.steps) and bool(decided[0].go)
+            back = self._before(view) if projects else None
+            queued = self._record(numbers) if commit and not projects else None
             self._apply(view, decided, *ahead)
             assert self._summary is not None
             if self._first_order is not None:
@@ -581,13 +581,92 @@ class ZOStep(torch.optim.Optimizer):
                 self._first_order.zero_grad()
             if queued is not None and self._recorder is not None:
                 self._recorder.put(*queued)
-            if commit:
-                if self._direction.size:
-                    self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
-                self._tag += self._terms
-                if isinstance(self._clip, rules.QuantileClip):
-                    self._past.append(_fp32_of(abs(self._summary.gradient)))
+            if commit and back is None:
+                self._commit()
+        if back is not None:
+            try:
+                self._project(view, closure, batches, between)
+                self._record(numbers)
+            except BaseException:
+                back()
+                raise
+            self._commit()
         return self._estimator.loss(losses)
+
+    def _commit(self) -> None:
+        """The step is done, and counts."""
+        assert self._summary is not None
+        if self._direction.size:
+            self._held.learned(self.steps, self._summary.coefs[0][-self._direction.size :], self._trained())
+        self._tag += self._terms
+        if isinstance(self._clip, rules.QuantileClip):
+            self._past.append(_fp32_of(abs(self._summary.gradient)))
+
+    def _project(
+        self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, between: Callable[[], None]
+    ) -> None:
+        """The projection that ends a step, on its batch, behind the update; its numbers join those of the step's record."""
+        assert self._projection is not None and self._summary is not None
+
+        def guarded(forward: Callable[[], Any]) -> Any:
+            view.expect()
+            try:
+                result = forward()
+                perturb.View.check(view)  # of the module's own attributes: nothing stands before them any more
+            except BaseException:
+                view._undo()
+                raise
+            between()
+            return result
+
+        refusal = (
+            "a projection learned by backpropagation needs a closure that returns a differentiable loss tensor, which depends on a projected layer: "
+            "no no_grad() or item() in it; or take learn='forward'"
+        )
+        trained, own, size = self._trained(), self._own, self._projection.size
+        ours = {id(p) for p in trained.values()}
+        strangers = [
+            p for p in (self._model.parameters() if self._model is not None else ()) if p.requires_grad and id(p) not in ours
+        ]
+        try:
+            for p in strangers:  # no gradients for what another optimizer trains
+                p.requires_grad_(False)
+            numbers = self._projection.learn(
+                self._tag + own,
+                trained,
+                self._streams,
+                lambda: guarded(lambda: self._evaluate(closure, batches)),
+                lambda: guarded(lambda: interrupts.outside(self._backward, closure, batches, refusal)),
+                -1.0 if self.param_groups[0]["maximize"] else 1.0,
+            )
+        finally:
+            for p in strangers:
+                p.requires_grad_(True)
+        first, *others = self._summary.coefs
+        self._summary = self._summary._replace(coefs=[[*first[:own], *numbers, *first[own + size :]], *others])
+
+    def _before(self, view: perturb.View) -> Callable[[], None]:
+        """What takes an update, and what follows it, back: to weights and state as they stand now, which are copied to host memory."""
+        # A rule's pass begins at clean weights, too, and leaves other factors of low-rank directions behind: no way back from a perturbation.
+        merged = isinstance(view, perturb.InPlace) and not self._rule.stateful
+        with contextlib.nullcontext() if merged else view.clean():
+            at = list(view.at) if isinstance(view, perturb.InPlace) else []
+            weights = [(p, p.detach().to("cpu", copy=True)) for w in view.groups for p in w.params]
+            rule = self._kept.state()
+            direction = self._held.state() if isinstance(self._direction, directions.InverseRoot) else None  # the rule's, in truth
+
+        def back() -> None:
+            with interrupts.uninterrupted(), torch.no_grad():
+                for p, values in weights:
+                    p.copy_(values)
+                self._kept.load(rule)
+                if direction is not None:
+                    self._held.load(direction)
+                if isinstance(view, perturb.InPlace):
+                    view.at = at
+                    view.restore()
+
+        return back
 
     def _evaluate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
         """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
@@ -741,25 +820,30 @@ class ZOStep(torch.optim.Optimizer):
         assert self._first_order is not None
         ours = list(self._trained().values())
         self._first_order.zero_grad()
-        self._first_loss = 0.0
         try:
             for p in ours:
                 p.requires_grad_(False)
-            interrupts.outside(self._differentiate, closure, batches)
+            self._first_loss = interrupts.outside(
+                self._backward,
+                closure,
+                batches,
+                "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer",
+            )
         finally:
             for p in ours:
                 p.requires_grad_(True)
 
-    def _differentiate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> None:
+    def _backward(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, refusal: str) -> Tensor | float:
+        """Backpropagation of the mean loss; the sum of the losses. `refusal`: of a loss without a graph."""
+        total: Tensor | float = 0.0
         with torch.enable_grad():
             for batch in [None] if batches is None else batches:
                 loss = closure() if batches is None else closure(batch)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise TypeError(
-                        "first_order needs a closure that returns a differentiable loss tensor, and parameters with requires_grad in its optimizer"
-                    )
+                    raise TypeError(refusal)
                 (loss / (1 if batches is None else len(batches))).backward()
-                self._first_loss = self._first_loss + loss.detach().double()
+                total = total + loss.detach().double()
+        return total
 
     @property
     def skipped(self) -> int:
@@ -828,6 +912,7 @@ class ZOStep(torch.optim.Optimizer):
                 replace = True
         if writer is not None and past is not None:
             try:
+                parts.of_header(past.header)  # what this version cannot go on with is named as such
                 record.check_header(past.header, mine, groups)
                 buffers = self._model.named_buffers(remove_duplicate=False) if self._model is not None else None
                 journals.verify_base(past.header, [*trained, *frozen], buffers)
@@ -932,10 +1017,11 @@ class ZOStep(torch.optim.Optimizer):
             view, tags = self._refresh(), self._tags(tag)
             go = not flags & journals.FLAGS["skipped"]
             rounding = "stochastic" if flags & journals.FLAGS["stochastic"] else "nearest"
-            self._prepare(view)  # of the weights before a projection, as in the step itself
+            self._prepare(view)
             own, learned = self._own, coefs[0][self._terms - self._direction.size :]
             if self._projection is not None:
-                self._projection.repeat(self.steps, tag + own, self._trained(), coefs[0][own : own + self._projection.size], go)
+                self._projection.hold(self._trained())
+                inner = coefs[0][own : own + self._projection.size]
             coefs = [group[:own] for group in coefs]
             decided = [
                 rules.Applied(k, tags, group, d, rounding, go) for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
@@ -949,6 +1035,8 @@ class ZOStep(torch.optim.Optimizer):
                 for shift in shifts:
                     view.see(shift)
             self._apply(view, decided)
+            if self._projection is not None and self._projection.due(self.steps) and go:
+                self._projection.repeat(tag + own, self._trained(), self._streams, inner)
             if self._direction.size:
                 self._held.learned(self.steps, learned, self._trained())
             self._tag = tag + self._terms
@@ -1165,7 +1253,7 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
         )
     # The noise that the run had: in another set of names a collision may have been resolved in another way.
     optimizer._streams = {n: s for w in groups for n, s in zip(w.names, w.streams, strict=True)}
-    optimizer._held = optimizer._direction.of(header.seed)
+    optimizer._held = optimizer._direction.of(header.seed, header.kind, backend)
     optimizer._kept.together = optimizer._blocks is not None and not parts.counted(header)
     optimizer._views, optimizer._view = {}, None
     return optimizer
