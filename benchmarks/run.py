@@ -76,6 +76,11 @@ def journal(out: Path, quick: bool) -> bool:
     )
 
 
+def told(out: Path, quick: bool) -> bool:
+    size = ["--model-shape", "llama-tiny", "--tokens", "2x8", "--rounds", "2"] if quick else []
+    return run(str(HERE / "told.py"), "--out", str(out / "told.csv"), *size)
+
+
 def replay(out: Path, quick: bool) -> bool:
     return run(str(HERE / "replay.py"), "--device", "cpu", "--out", str(out / "replay.csv"), *(["--quick"] if quick else []))
 
@@ -112,7 +117,7 @@ def gpu_replay(out: Path, quick: bool) -> bool:
 
 
 SCRIPTS = (
-    cpu_pass, rule_pass, drift, fidelity, step, scaling, replay, journal, gpu_pass, gpu_rule_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay,
+    cpu_pass, rule_pass, drift, fidelity, step, scaling, replay, journal, told, gpu_pass, gpu_rule_pass, gpu_linear, gpu_step, gpu_scaling, gpu_replay,
 )  # fmt: skip
 RUNS = {script.__name__: script for script in SCRIPTS}
 

@@ -278,6 +278,22 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
     assert not (tmp_path / "benchmarks.png").exists()
 
 
+def test_told(tmp_path: Path) -> None:
+    path = tmp_path / "told.csv"
+    done = run(str(BENCHMARKS / "told.py"), "--out", str(path), "--rounds=2", "--model-shape=llama-tiny", "--tokens=2x8")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # a sound run
+    table = rows(path)
+    assert [(r["dtype"], r["mode"], r["step"], r["contender"]) for r in table] == [
+        (dtype, mode, step, contender)
+        for dtype in ("float32", "bfloat16")
+        for mode in ("scratch", "inplace")
+        for step in ("1", "2", "3", "4", "later")
+        for contender in ("silent", "told")
+    ]
+    assert all(bool(r["told_us"]) == bool(r["percent"]) == (r["contender"] == "told") for r in table)
+
+
 def test_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     done = run(
