@@ -4,13 +4,15 @@ Belongs here: the form of a saved state, its checks, and the forms of earlier ve
 directions.py, projection.py), the record of a run (journal.py).
 
 The form is torch's, so that what saves and moves the state of any optimizer (torch.distributed.checkpoint, which takes `state` and `param_groups` and
-leaves the rest) has all of ours: tensors of a parameter are in `state`, by its number; everything else is plain numbers in the first group, under
-`KEY`. Earlier versions had it beside the groups.
+leaves the rest) has all of ours: tensors of a parameter are in `state`, by its number; everything else is in the first group, under `KEY`. What the
+parts remember is JSON there, one piece: lists that are taken apart and laid over another state's would be of neither run. Earlier versions
+had it all beside the groups.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,9 +111,8 @@ def pack(optimizer: ZOStep) -> dict[str, Any]:
         "skipped": optimizer.skipped,
         "method": method(optimizer),
         "streams": dict(optimizer._streams),
-        "parts": parts,
+        "parts": json.dumps({**parts, "past": [float(g) for g in optimizer._past]}),
         "tensors": tensors,
-        "past": [float(g) for g in optimizer._past],
     }
     return {"state": state, "param_groups": groups}
 
@@ -285,7 +286,7 @@ def _contents(
         contents = _upgraded(optimizer, zo, steps - numbers["skipped"])
         ours: Mapping[str, str] = {}
     else:
-        contents = {part: dict(zo["parts"].get(part, {})) for part in PARTS} | {"past": zo["past"]}
+        contents = {**{part: {} for part in PARTS}, **json.loads(zo["parts"])}
         ours = dict(zo["tensors"])
         for what, part in ours.items():
             contents[part][what] = {}
