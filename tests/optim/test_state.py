@@ -109,6 +109,19 @@ def test_what_is_added_frozen_or_unfrozen_remembers_its_own_steps(rule: str) -> 
 
 
 @each_rule
+def test_a_skipped_step_is_none(rule: str) -> None:
+    """It ages nothing and counts nothing."""
+    step = zk.ZOStep([("a", param())], 1e-3, EPS, rule=RULES[rule][0], seed=SEED)
+    twins = {"a": Twin("a", RULES[rule][1])}
+    for _ in range(3):
+        run(step, twins, 3)
+        step.step(lambda: math.nan)
+    run(step, twins, 2)
+    assert step.skipped == 3
+    check(step, twins)
+
+
+@each_rule
 def test_what_moves_to_another_group_takes_its_past_along(rule: str) -> None:
     """Its gradients were those of the group that it was in, with that group's eps."""
     a, b = param(), param()
