@@ -4,6 +4,7 @@
 # make bench  the benchmarks that fit this machine, as CSV and figures
 # make compare MODEL=PATH DATA=PATH   the comparison of docs/algorithms.md, with a model and SST-2 of your own
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
+# make mutants   plant each wrong line of tests/mutants.py in a copy and see its tests fail
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
@@ -25,7 +26,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench compare fuzz crash-test sanitize sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz mutants crash-test sanitize sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -53,6 +54,9 @@ compare: $(READY)
 fuzz: RUNS ?= 100000
 fuzz: $(READY)
 	nice $(PYTHON) -m tests.fuzz.run --runs $(RUNS)
+
+mutants: $(READY)
+	nice env OMP_NUM_THREADS=1 $(PYTHON) -m tests.mutants $(WORDS)
 
 crash-test: RUNS ?= 200
 crash-test: $(READY)

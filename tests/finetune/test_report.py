@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import report
+from zo_finetune import compare, report
 from zo_finetune.evaluate import evaluate
 from zo_finetune.scoring import Encoded, Span
 
@@ -52,3 +52,25 @@ def test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off(tmp_path:
     assert before == about
     assert [e["step"] for e in history] == [0, 2]
     assert kept.recover(9) == (before, history), "the file has no more than that"
+
+
+def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
+    """And the sample standard deviation, of several; the gain is over what the same seed's model had before."""
+    about = {"method": "mezo", "steps": 5, "forwards": 10, "lr": 1e-3, "state_bytes": 6, "trained_weights": 4}
+    rows = [
+        {
+            **about,
+            "seed": seed,
+            "accuracy_before": before,
+            "accuracy": after,
+            "loss_before": 1.0,
+            "loss": 0.5 * seed,
+            "dev_loss": None,
+        }
+        for seed, before, after in ((1, 0.5, 0.75), (2, 0.25, 0.75), (6, 0.5, 0.5))
+    ]
+    plan = compare.Plan([], 10, tmp_path, {})
+    line = next(line for line in compare.table(plan, rows).splitlines() if line.startswith("| mezo"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
+    assert compare.spread([0.25], 2) == "0.25"

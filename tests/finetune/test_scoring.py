@@ -151,12 +151,21 @@ def test_losses(model_folder: ModelFolder) -> None:
 
 
 def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
+    """Nothing behind the logits is rounded to 16 bits: scores and loss are those of a float64 computation from the same logits."""
     lm = models.load(str(model_folder("llama")), device="cpu", dtype="bfloat16")
     encoder = Encoder(lm.tokenizer, lm.form, lm.max_length)
+    logits: list[torch.Tensor] = []
+    lm.model.register_forward_hook(lambda module, given, output: logits.append(output.logits))
     with Scorer(lm.model, lm.form, lm.pad_id) as scorer, torch.no_grad():
-        loss = scorer.loss(scorer.collate([encoder.encode(e) for e in examples("causal")]), "classification")
+        batch = scorer.collate([encoder.encode(e) for e in examples("causal")])
+        found = scorer.token_log_probs(batch)
+        loss = scorer.loss(batch, "classification")
+    assert logits[0].dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    assert loss.bfloat16().float() != loss  # it was not rounded on the way
+    wanted = logits[0].double().log_softmax(-1)[batch.points, batch.targets]
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    scores = wanted.sum(-1) / batch.present.sum(-1)
+    torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(scores, batch.labels), atol=1e-5, rtol=0)
 
 
 def test_long_prompts_lose_their_beginning(causal_tokenizer: Any, tokenizer: Any) -> None:

@@ -98,6 +98,24 @@ def test_eps_is_needed_in_place(path: Path) -> None:
     assert journal.read(path).records["groups"]["eps"].item() == 2.0**-149
 
 
+def test_a_failed_step_is_tried_again_with_its_tag(path: Path) -> None:
+    """By the writer that recorded the failure, and by one that finds it."""
+    eps: list[float] = [0.5]
+    with journal.create(path, header("inplace")) as writer:
+        for failed in ("plus", "minus"):
+            writer.append(7, [[0.0]], eps=eps, failed=failed)
+        writer.append(7, [[1.0]], eps=eps)
+        writer.append(8, [[0.0]], eps=eps, failed="plus")
+    past = journal.read(path)
+    assert len(past) == 4 and len(past.steps) == 1 and past.next_tag == 8
+    writer, _ = journal.reopen(path)
+    with writer:
+        writer.append(8, [[1.0]], eps=eps)
+        with pytest.raises(ValueError, match="tag=8 must be at least 9"):
+            writer.append(8, [[1.0]], eps=eps)
+    assert journal.read(path).records["tag"].tolist() == [7, 7, 7, 8, 8]
+
+
 @pytest.mark.parametrize("every", [-1, 1.5, True, None])
 def test_a_bad_policy_is_refused_before_anything(path: Path, every: Any) -> None:
     with pytest.raises(ValueError, match="fsync_every"):

@@ -1,0 +1,425 @@
+"""Wrong lines of code, and the tests that notice them: `make mutants`, or `python -m tests.mutants [WORD ...]`.
+
+Each mutant is one small mistake in a copy of the tree, against which the tests named for it are run. A mutant that they all pass has survived:
+what its line says, nobody checks. So has one whose text is no longer there, until somebody looks: adapt it with the code.
+
+Belongs here: the list, and the loop over it. Does not belong here: mutants that change nothing, so that no test could fail: an infinite float to
+bfloat16 by the stochastic path (adding 16 bits to it changes none that is kept), a soft prompt's positions counted from the end of the hidden
+states or of the row (they are the same ones), 65520 to fp16 by the general path (its tie goes to infinity), a 32-bit division where the divisor
+alone is larger (then the quotient is 0).
+
+Cost: a fork and its tests each, seconds, and a build of the extension for those in csrc/cpu. Words choose mutants by file or reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 600  # seconds for the tests of one mutant; who needs more has been stopped by it, in a loop without end
+
+
+class Mutant(NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`: `wrong` is then the case, and one of `tests` fails."""
+
+    file: str
+    wrong: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the extension has it; what else is in csrc, tests compile themselves."""
+        return self.file.startswith("csrc/cpu/")
+
+
+E = "tests/optim/test_estimators.py"
+J = "tests/journal/test_format.py"
+M = "tests/optim/test_methods.py"
+W = "tests/journal/test_writer.py"
+S = "tests/finetune/test_scoring.py"
+R = "tests/optim/test_rules.py"
+N = "tests/kernels/test_noise_h.py"
+H = "tests/kernels/test_cuda_host.py"
+U = "tests/kernels/test_update.py"
+C = "tests/kernels/test_cpu.py"
+P = "tests/finetune/test_report.py"
+
+MUTANTS = tuple(Mutant(*m) for m in [
+    ("zo_kernels/optim/estimators.py", "the loss of several queries is the first pair's",
+     "(losses[0] + losses[1]) / 2 if self.queries == 1 else torch.stack(list(losses)).mean()", "(losses[0] + losses[1]) / 2",
+     (f"{E}::test_the_loss_of_a_step_is_what_its_losses_tell",)),
+    ("zo_kernels/optim/rules.py", "a quantile on the host counts gradients that are no numbers",
+     "torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)", "torch.tensor(list(past), dtype=torch.float64)",
+     ("tests/optim/test_device_numbers.py::test_a_quantile_is_of_the_gradients_that_are_numbers",)),
+    ("zo_kernels/optim/rules.py", "a quantile on a device counts gradients that are no numbers",
+     "torch.where(finite, values, torch.nan).nanquantile(self.q)", "values.quantile(self.q)",
+     ("tests/optim/test_device_numbers.py::test_a_gradient_that_is_no_number_clips_no_later_step",)),
+    ("zo_kernels/optim/rules.py", "a quantile on a device is taken of too few gradients",
+     "torch.where(finite.sum() >= self.least, ", "torch.where(finite.sum() >= 1, ",
+     ("tests/optim/test_device_numbers.py::test_a_quantile_is_of_the_gradients_that_are_numbers",)),
+    ("zo_kernels/optim/step.py", "the clipped flag is the first group's",
+     "any(abs(g) > top for gs in raw for g in gs)", "any(abs(g) > top for g in raw[0])",
+     ("tests/optim/test_defects.py::test_a_clip_in_any_group_is_recorded",)),
+    ("zo_kernels/optim/step.py", "on a device the clipped flag is the first group's",
+     "torch.stack([g.abs() > limit for gs in raw for g in gs]).any()", "torch.stack([g.abs() > limit for g in raw[0]]).any()",
+     ("tests/optim/test_defects.py::test_a_clip_in_any_group_is_recorded",)),
+    ("zo_kernels/journal.py", "a failed step in scratch mode is read",
+     "failed & ((flags & _FAILED == _FAILED) | skipped | (header.perturbation == \"scratch\"))", "failed & ((flags & _FAILED == _FAILED) | skipped)",
+     (f"{J}::test_no_step_fails_in_scratch_mode",)),
+    ("zo_kernels/journal.py", "a failed step in scratch mode is written",
+     "failed not in (\"plus\", \"minus\") or flags[0] or eps is None", "failed not in (\"plus\", \"minus\") or flags[0]",
+     (f"{W}::test_bad_arguments_change_nothing",)),
+    ("zo_kernels/journal.py", "the last tags of a step may be beyond 2^32 when read",
+     "tags + header.terms > 1 << 32", "tags > 1 << 32", (f"{J}::test_the_last_direction_has_the_last_tag",)),
+    ("zo_kernels/journal.py", "the last tags of a step may be beyond 2^32 when written",
+     "tag + header.terms > 1 << 32:", "tag + 1 > 1 << 32:", (f"{J}::test_the_last_direction_has_the_last_tag",)),
+    ("zo_kernels/perturb.py", "a lazy run goes ahead of its last step",
+     "tag + 1 >= 1 << 32", "tag >= 1 << 32", ("tests/optim/test_lazy.py::test_the_last_step_of_all_does_not_go_ahead",)),
+    ("csrc/cuda/update.cuh", "a history's coefficients come from shared memory that ends before them",
+     "const Term t = k < STAGE ? terms[k] : make_term<KIND>(pass, k);", "const Term t = terms[k % STAGE];",
+     ("tests/kernels/test_update.py::test_more_terms_than_shared_memory_holds",)),
+    # estimators, rules, directions, blocks
+    ("zo_kernels/optim/estimators.py", "two-sided g over eps instead of 2 eps",
+     "(losses[2 * i] - losses[2 * i + 1]) / (2 * eps) for i", "(losses[2 * i] - losses[2 * i + 1]) / eps for i",
+     (f"{E}::test_the_loss_of_a_step_is_what_its_losses_tell",)),
+    ("zo_kernels/optim/estimators.py", "one-sided points are at minus eps", "[[], *([(i, 1.0)]", "[[], *([(i, -1.0)]",
+     (f"{M}::test_each_step_is_the_formula_of_the_losses_it_saw[one-sided-3-scratch-bf16]",)),
+    ("zo_kernels/optim/estimators.py", "the curvature over eps^2 instead of 2 eps^2", "/ (2 * eps * eps)", "/ (eps * eps)",
+     (f"{M}::test_steps_equal_the_float64_reference[hizoo-scratch-0.0]",)),
+    ("zo_kernels/optim/estimators.py", "a forward gradient at a loss that is no number", "losses[0][1] + 0 * losses[0][0]", "losses[0][1]",
+     ("tests/optim/test_defects.py::test_one_loss_that_is_no_number_is_enough[forward-inf]",)),
+    ("zo_kernels/optim/rules.py", "sign(0) is 1", "(g > 0) - (g < 0) if g == g", "(g >= 0) - (g < 0) if g == g",
+     (f"{R}::test_the_sign_of_equal_losses_is_no_step",)),
+    ("zo_kernels/optim/rules.py", "a conservative step back wins a tie", "(ahead < stay) & (ahead <= back)", "(ahead < stay) & (ahead < back)",
+     (f"{R}::test_a_conservative_step_is_the_best_of_three",)),
+    ("zo_kernels/optim/rules.py", "a conservative step that is no better is taken", "(ahead < stay) & (ahead <= back)",
+     "(ahead <= stay) & (ahead <= back)",
+     (f"{R}::test_a_conservative_step_is_the_best_of_three",)),
+    ("zo_kernels/optim/rules.py", "a skipped step is live in a history",
+     "live = step.go.double() if isinstance(step.go, Tensor) else int(step.go)", "live = 1",
+     (f"{R}::test_a_skipped_step_has_no_share_in_a_recomputed_adam",)),
+    ("zo_kernels/optim/directions.py", "a weight at the threshold takes no part", "part.abs() <= self.thresholds[name]",
+     "part.abs() < self.thresholds[name]",
+     (f"{M}::test_steps_equal_the_float64_reference[sparse-mezo-scratch-0.0]",)),
+    ("zo_kernels/optim/directions.py", "layer scales of 11 bits", "round(mantissa * 4096) / 4096", "round(mantissa * 2048) / 2048",
+     (f"{M}::test_steps_equal_the_float64_reference[layer-scale-scratch-0.0]",)),
+    ("zo_kernels/optim/directions.py", "a turn's weight is not forgotten", "self.config.beta * weight + 1", "weight + 1",
+     (f"{M}::test_steps_equal_the_float64_reference[layer-scale-gradient-scratch-0.0]",)),
+    ("zo_kernels/optim/directions.py", "V of the run's start for ever", "v = step // self.config.every", "v = 0",
+     (f"{M}::test_steps_equal_the_float64_reference[lozo-scratch-0.0]",)),
+    ("zo_kernels/optim/directions.py", "a random mask for ever", "self.mask_tag = step // self.config.every", "self.mask_tag = 0",
+     (f"{M}::test_steps_equal_the_float64_reference[random-sparse-scratch-0.0]",)),
+    ("zo_kernels/optim/blocks.py", "the order of random blocks does not depend on the seed", "f\"block {seed} {turn}\"", "f\"block {turn}\"",
+     (f"{R}::test_the_turns_of_random_blocks",)),
+    ("zo_kernels/lowrank.py", "V begins where U does", "offsets=[FIRST_V] * len(right)", "offsets=[0] * len(right)",
+     ("tests/kernels/test_lowrank.py::test_factors_are_noise_of_12_bits",)),
+    ("zo_kernels/lowrank.py", "noise is added to the factors of the last step", "            flat.zero_()\n", "",
+     ("tests/kernels/test_lowrank.py::test_fill_keeps_v_and_the_addresses",)),
+    # the journal and replays
+    ("zo_kernels/journal.py", "a failed step uses up its tag", "tag + (self.header.terms if failed is None else 0)", "tag + self.header.terms",
+     (f"{W}::test_a_failed_step_is_tried_again_with_its_tag",)),
+    ("zo_kernels/journal.py", "a failed step read uses up its tag", "(0 if records[\"flags\"][-1] & _FAILED else header.terms)", "header.terms",
+     (f"{W}::test_a_failed_step_is_tried_again_with_its_tag",)),
+    ("zo_kernels/journal.py", "tags of a step with several terms may overlap when read", "np.where(failed, 0, header.terms)",
+     "np.where(failed, 0, 1)",
+     (f"{J}::test_tags_of_steps_do_not_overlap",)),
+    ("zo_kernels/journal.py", "records behind the first piece that is read are checked as if they were the first",
+     "first + k, header_crc)", "k, header_crc)", (f"{J}::test_records_are_read_in_pieces",)),
+    ("zo_kernels/journal.py", "a checksum that does not depend on the file", "zlib.crc32(_INDEX.pack(index), header_crc)",
+     "zlib.crc32(_INDEX.pack(index))",
+     (f"{J}::test_records_have_their_place",)),
+    ("zo_kernels/journal.py", "a checksum that does not depend on the place", "zlib.crc32(_INDEX.pack(index), header_crc)", "header_crc",
+     (f"{J}::test_records_have_their_place",)),
+    ("zo_kernels/journal.py", "a fingerprint depends on the order",
+     "for name, dtype, shape, sha256 in sorted(rows, key=lambda row: row[0].encode()):",
+     "for name, dtype, shape, sha256 in rows:", (f"{J}::test_fingerprint_depends_on_all_and_only_on_that",)),
+    ("zo_kernels/journal.py", "recover keeps more records than are good", "if len(journal) < keep:", "if False:",
+     (f"{J}::test_every_flipped_bit_is_noticed",)),
+    ("zo_kernels/journal.py", "fsync a record late", "self._unsynced >= self.fsync_every", "self._unsynced > self.fsync_every",
+     (f"{W}::test_the_policy_is_kept",)),
+    ("zo_kernels/journal.py", "a file that changed behind the writer is appended to", "if status.st_size != end:", "if status.st_size < end:",
+     (f"{W}::test_a_file_that_changes_behind_the_writer",)),
+    ("zo_kernels/journal.py", "two writers share the lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+     (f"{W}::test_a_writer_is_not_copied",)),
+    ("zo_kernels/journal.py", "a failed append leaves its bytes", "                os.ftruncate(self._fd, end)\n", "                pass\n",
+     (f"{W}::test_a_failed_append_is_not_recorded_and_the_last",)),
+    ("zo_kernels/journal.py", "zeros behind the last record are damage", "and not any(chunk):", "and False:",
+     (f"{J}::test_zeros_of_a_crashed_file_system_are_a_torn_tail",)),
+    ("zo_kernels/journal.py", "frozen weights are not compared", "    for name, entry, p in pairs:\n        if (found := digest(p)) != entry.sha256:",
+     "    for name, entry, p in pairs[: len(header.parameters)]:\n        if (found := digest(p)) != entry.sha256:",
+     (f"{J}::test_verify_base_names_the_first_difference",)),
+    ("zo_kernels/_replay.py", "a fused replay leaves out the decays behind a step", "* after[1:, None]", "* after[:-1, None]",
+     ("tests/optim/test_journal_run.py::test_a_fused_replay_is_closer_to_fp32_than_the_run",)),
+    ("zo_kernels/_replay.py", "a failed first forward is replayed as two", "if not flags & journal.FLAGS[\"failed_plus\"]:", "if True:",
+     ("tests/optim/test_journal_run.py::test_failed_steps_are_part_of_the_record",)),
+    ("zo_kernels/_replay.py", "a replay up to a step takes the failed attempts behind it", "np.flatnonzero(counted)[upto - 1]) + 1]",
+     "np.flatnonzero(counted)[upto - 1]) + 2]",
+     ("tests/optim/test_journal_run.py::test_replay_and_resume_give_the_bits_of_the_run[scratch-torch.float32-nearest]",)),
+    # the application
+    ("python/zo_finetune/scoring.py", "long prompts lose their end", "return context[-room:]", "return context[:room]",
+     (f"{S}::test_long_prompts_lose_their_beginning",)),
+    ("python/zo_finetune/scoring.py", "a candidate's score is a sum", "self.token_log_probs(batch).sum(-1) / counts, -torch.inf)",
+     "self.token_log_probs(batch).sum(-1), -torch.inf)",
+     (f"{S}::test_scores_are_the_definition",)),
+    ("python/zo_finetune/scoring.py", "the position before the answer's is scored", "hidden[rows, hidden.shape[1] + columns]",
+     "hidden[rows, columns - 1]",
+     (f"{S}::test_soft_prompts_do_not_shift_the_scored_positions",)),
+    ("python/zo_finetune/scoring.py", "logits stay in 16 bits", "logits = logits.float()\n", "logits = logits\n",
+     (f"{S}::test_a_16_bit_model_has_a_float32_loss",)),
+    ("python/zo_finetune/scoring.py", "the language-model loss is a mean over examples", "batch.present.sum()", "len(batch.labels)",
+     (f"{S}::test_losses",)),
+    ("python/zo_finetune/scoring.py", "a masked model sees its padding", "mask.to(device) if form == \"masked\" else None",
+     "torch.ones_like(mask) if form == \"masked\" else None",
+     (f"{S}::test_scores_do_not_depend_on_the_batch",)),
+    ("python/zo_finetune/evaluate.py", "ties count for nothing in the AUC", "right=True)\n", "right=False)\n",
+     ("tests/finetune/test_cli.py::test_auc_and_standard_error",)),
+    ("python/zo_finetune/evaluate.py", "labels in the order of the examples, scores in that of their lengths",
+     "labels.extend(e.label for e in part)", "labels.extend(e.label for e in examples[len(labels) : len(labels) + len(part)])",
+     (f"{P}::test_answers_and_labels_belong_together",)),
+    ("python/zo_finetune/report.py", "a resumed run has its last evaluation twice", "elif evaluation[\"step\"] < steps:",
+     "elif evaluation[\"step\"] <= steps:",
+     (f"{P}::test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off",)),
+    ("python/zo_finetune/report.py", "a running mean that begins with zeros", "/ (k + 1 - max(0, k - window + 1))", "/ window",
+     (f"{P}::test_a_trailing_mean",)),
+    ("python/zo_finetune/data.py", "epochs in the same order", "(self.seed << 32) + epoch", "self.seed << 32",
+     ("tests/finetune/test_data.py::test_a_batch_is_a_function_of_seed_and_step",)),
+    ("python/zo_finetune/data.py", "a sample in the order of the file", "return sorted(range(n), key=keys.__getitem__)", "return list(range(n))",
+     ("tests/finetune/test_data.py::test_the_order_is_frozen",)),
+    ("python/zo_finetune/compare.py", "state is divided by steps, not by weights", "mine[0]['state_bytes'] / mine[0]['trained_weights']",
+     "mine[0]['state_bytes'] / mine[0]['steps']", (f"{P}::test_the_table_of_a_comparison_has_means_over_seeds",)),
+    ("python/zo_finetune/compare.py", "the spread of a whole population", "statistics.stdev(numbers)", "statistics.pstdev(numbers)",
+     (f"{P}::test_the_table_of_a_comparison_has_means_over_seeds",)),
+    ("python/zo_finetune/compare.py", "gain over nothing", "r[\"accuracy\"] - r[\"accuracy_before\"]", "r[\"accuracy\"]",
+     (f"{P}::test_the_table_of_a_comparison_has_means_over_seeds",)),
+    # the noise contract and the rules, as functions and in the CUDA kernels' bodies
+    ("csrc/noise.h", "the key of a round is the next round's", "0xBB67AE85u * (uint32_t)round;", "0xBB67AE85u * (uint32_t)(round + 1);",
+     (f"{N}::test_philox_known_answers",)),
+    ("csrc/noise.h", "ties of a coefficient's 17 bits away from zero", "(b + 0x3Fu + ((b >> 7) & 1u))", "(b + 0x40u)",
+     (f"{N}::test_gaussian_coefficients_equal_reference",)),
+    ("csrc/noise.h", "a coefficient of 2^-100 is dead", ">= 0x0D800000u", "> 0x0D800000u", (f"{N}::test_rademacher_coefficients",)),
+    ("csrc/noise.h", "the larger subnormal halves as if they were normal", "if (a < 0x38800000u) {", "if (a < 0x38000000u) {",
+     (f"{N}::test_nearest_casts_equal_torch",)),
+    ("csrc/noise.h", "stochastic halves of 14 random bits", "(v >> 3)", "(v >> 2 & 0x1FFFu)", (f"{N}::test_stochastic_casts_equal_reference",)),
+    ("csrc/noise.h", "an infinite half is finite", "if (mag >= 0x7C00u)", "if (mag > 0x7C00u)", (f"{N}::test_every_half_and_bfloat",)),
+    ("csrc/noise.h", "a random mask swaps the halves of odd elements", "if ((i & 1) == 0) x =", "if ((i & 1) == 1) x =",
+     (f"{H}::test_rows[random-mask-96]",)),
+    ("csrc/noise.h", "the call of an element's other group", "2 * (i >> 5) + ((i >> 3) & 1)", "2 * (i >> 5) + ((i >> 4) & 1)",
+     (f"{H}::test_rows[plain-96]",)),
+    ("csrc/noise.h", "the root of a scale is not divided by", "return 1.0f / __builtin_sqrtf(x);", "return __builtin_sqrtf(1.0f / x);",
+     (f"{H}::test_rows[rsqrt-7]",)),
+    ("csrc/rules.h", "Adam's square is rounded in another order", "mul_rn(n.x[6], mul_rn(u, u))", "mul_rn(mul_rn(n.x[6], u), u)",
+     (f"{U}::test_case[adam-float32-float32-plain-cuda-body-1]",)),
+    ("csrc/rules.h", "a NaN in HiZOO's diagonal becomes its least value", "h < n.x[5] ? n.x[5] : h > n.x[6] ? n.x[6] : h;",
+     "h > n.x[5] ? (h > n.x[6] ? n.x[6] : h) : n.x[5];",
+     (f"{U}::test_clamp_of_hizoo[cuda-body-1]",)),
+    ("csrc/rules.h", "a recomputed Adam adds eps under the root", "add_rn(sqrt_rn(second), n.x[3])", "sqrt_rn(add_rn(second, n.x[3]))",
+     (f"{U}::test_case[adam_history-float32-float32-plain-cuda-body-1]",)),
+    ("csrc/cuda/perturb.cuh", "a block of scales is an element longer", "if (++rest == block)", "if (++rest > block)", (f"{H}::test_rows[scale-7]",)),
+    ("csrc/cuda/perturb.cuh", "a mask's octet of the odd groups", "2 * q - (q & 1) + 2 * chunk",
+     "2 * q + 2 * chunk", (f"{H}::test_rows[random-mask-96]",)),
+    ("csrc/cuda/perturb.cuh", "the last element of a group is outside", "numel - e < 24 ? numel - e : 24", "numel - e < 24 ? numel - e : 23",
+     (f"{H}::test_rows[plain-7]",)),
+    ("csrc/cuda/perturb.cuh", "a pass with a decay is a usual one", "if (end - begin == 1 && step.decay == 1.0f &&", "if (end - begin == 1 &&",
+     (f"{H}::test_vectors",)),
+    ("csrc/cuda/perturb.cuh", "the first term behind shared memory is left out", "int64_t far = STAGE;",
+     "int64_t far = STAGE + 1;", (f"{H}::test_many_terms",)),
+    ("csrc/cuda/perturb.cuh", "a low-rank direction stays in its row", "if (++column == cols) column = 0, ++row;",
+     "if (++column == cols) column = 0;",
+     (f"{H}::test_rows[low-rank-7]",)),
+    ("csrc/cuda/perturb.cuh", "a decay that is no number counts", "    if ((as_bits(decay) & 0x7F800000u) == 0x7F800000u) decay = 1.0f;\n", "",
+     (f"{H}::test_device_decay",)),
+    ("csrc/cuda/update.cuh", "a masked-out weight's second state changes", "b[j] = here ? b[j] : old_second;", "(void)old_second;",
+     (f"{U}::test_what_is_masked_out_only_decays[adam-torch.float32-cuda-body-1]",)),
+    ("csrc/cuda/update.cuh", "go = 0 is not obeyed", "bad |= numbers.x[0] == 0.0f;", "",
+     (f"{U}::test_a_pass_that_is_not_to_be_made_leaves_every_bit[adam-torch.float32-cuda-body-1]",)),
+    # the CPU's kernels
+    ("csrc/cpu/perturb.cpp", "the first live term names the draw of the rounding", "if (k == begin) job.rounding_tag = tag;",
+     "if (c != 0 && !job.n_terms) job.rounding_tag = tag;", (f"{C}::test_a_dead_first_term_names_the_draw",)),
+    ("csrc/cpu/perturb.cpp", "a decay that is no number counts", "std::isfinite(decay) && decay != 1",
+     "decay != 1", (f"{C}::test_a_decay_that_is_no_number",)),
+    ("csrc/cpu/update.cpp", "squares that are no numbers count", "(!history || zo::is_finite(squares[k]))", "(!history || squares)",
+     (f"{U}::test_a_pass_that_is_not_to_be_made_leaves_every_bit[adam_history-torch.float32-portable]",)),
+    ("csrc/cpu/tile.h", "a block of scales is an element longer", "(int64_t)((b + 1) * block - i)",
+     "(int64_t)((b + 1) * block - i + 1)", (f"{C}::test_case[float16-gaussian-scale-block3-portable]",)),
+    ("csrc/cpu/tile.h", "the last rank is left out", "for (uint64_t rho = 0; rho < t.rank; ++rho)", "for (uint64_t rho = 0; rho + 1 < t.rank; ++rho)",
+     ("tests/kernels/test_lowrank.py::test_z_is_left_times_right_transposed",)),
+    ("csrc/cpu/tile.h", "bits of a mask beyond a byte's end", "8 - (in > out ? in : out)", "8 - in",
+     (f"{C}::test_case[float16-gaussian-offset-odd-everything-portable]",)),
+    ("csrc/cpu/update_tile.h", "a masked-out weight's second state changes", "second[p] = keep ? b : old;", "second[p] = b;",
+     (f"{U}::test_what_is_masked_out_only_decays[adam-torch.float32-portable]",)),
+    ("csrc/cpu/update_tile.h", "the rest of the second state is lost",
+     "if (RULE == ZO_ADAM) memcpy(second + whole, last_second, (size_t)rest * sizeof(float));",
+     "(void)last_second;", (f"{U}::test_case[adam-float32-float32-plain-portable]",)),
+    ("csrc/cpu/perturb_portable.cpp", "a mask of a shard begins at the octet", "s[p] = kept[p + skip] ? r : d;",
+     "s[p] = kept[p] ? r : d;", (f"{C}::test_case[float16-gaussian-offset-odd-everything-portable]",)),
+    # how a model sees theta + c z, and which parameters there are
+    ("zo_kernels/perturb.py", "autocast keeps copies of weights that moved in place",
+     "        self.expect()\n        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version\n",
+     "        self.expect()\n",
+     ("tests/optim/test_views.py::test_autocast_sees_each_perturbation[llama-inplace]",)),
+    ("zo_kernels/perturb.py", "autocast keeps copies of weights that are held",
+     "        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again\n", "",
+     ("tests/optim/test_views.py::test_autocast_sees_each_perturbation[captured-scratch]",)),
+    ("zo_kernels/perturb.py", "the way back of an update forgets the decay", "(tag, -c * u.decay)", "(tag, -c)",
+     (f"{M}::test_steps_equal_the_float64_reference[mezo-inplace-0.3]",)),
+    ("zo_kernels/perturb.py", "masked rows that begin inside a byte are gathered", "(entry.mask is not None and table.shape[1] % 8)", "False",
+     ("tests/optim/test_views.py::test_rows_are_gathered_a_few_at_a_time",)),
+    ("zo_kernels/perturb.py", "held weights are not put back", "                    self.held[key].param.copy_(copy)\n", "                    pass\n",
+     ("tests/optim/test_views.py::test_a_penalty_on_the_parameters_sees_the_perturbation",
+      "tests/optim/test_views.py::test_weights_past_the_attributes_are_held_and_said")),
+    ("zo_kernels/parameters.py", "two names of one hash have one stream", "while stream in taken:", "while False:",
+     ("tests/optim/test_parameters.py::test_collisions_are_resolved_the_same_way_whatever_is_frozen",)),
+    ("zo_kernels/parameters.py", "weights of normalization layers decay", "if is_norm or attribute == \"bias\"", "if attribute == \"bias\"",
+     ("tests/optim/test_parameters.py::test_no_decay_finds_every_bias_and_norm_by_class",)),
+    ("zo_kernels/optim/projection.py", "a projection is not clipped from below", "min(max(x - self.config.lr * g * self._along(n, tag), low), high)",
+     "min(x - self.config.lr * g * self._along(n, tag), high)", (f"{M}::test_steps_equal_the_float64_reference[dizo-scratch-0.0]",)),
+    ("zo_kernels/optim/step.py", "descent is ascent", "signs = [1.0 if g[\"maximize\"] else -1.0 for", "signs = [-1.0 if g[\"maximize\"] else 1.0 for",
+     (f"{M}::test_each_step_is_the_formula_of_the_losses_it_saw[mezo-scratch-bf16]",)),
+    ("zo_kernels/optim/step.py", "the second forward draws other random numbers", "            rng.set(before)\n\n        def evaluate()",
+     "            pass\n\n        def evaluate()",
+     ("tests/optim/test_mezo.py::test_the_two_forwards_share_their_random_state_and_the_caller_keeps_one",)),
+    ("zo_kernels/optim/step.py", "a skipped step decays", "coefs, decays = [[0.0] * len(group) for group in coefs], [1.0] * len(decays)",
+     "coefs = [[0.0] * len(group) for group in coefs]", ("tests/optim/test_views.py::test_a_non_finite_loss_skips_the_step",)),
+    ("zo_kernels/tangents.py", "the tangents of a forward gradient are eps z", "[(tag, 1.0) for tag, _ in shift]",
+     "[(tag, c) for tag, c in shift]",
+     (f"{M}::test_steps_equal_the_float64_reference[forward-scratch-0.0]",)),
+])  # fmt: skip
+
+
+def prepare() -> None:
+    """What all tests import besides the project itself, so that a fork has it."""
+    for package in ("hypothesis", "numpy", "pytest", "torch", "datasets", "peft", "transformers"):
+        if importlib.util.find_spec(package):
+            importlib.import_module(package)
+
+
+def run(tree: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit status and its last line, from a fork of this process in `tree`; -9 where the time was up."""
+    said = tree / "said.txt"
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            status = _test(tree, tests, said)
+        finally:
+            os._exit(status)
+    begun, ended = time.monotonic(), 0
+    while not ended:
+        time.sleep(0.05)
+        ended, state = os.waitpid(child, os.WNOHANG)
+        if not ended and time.monotonic() - begun > LIMIT:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -9, "no end"
+    lines = [line for line in said.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return os.waitstatus_to_exitcode(state), (lines or ["nothing was said"])[-1]
+
+
+def _test(tree: Path, tests: list[str], said: Path) -> int:
+    """In the fork: nothing of the project may come from elsewhere than `tree`."""
+    import pytest
+
+    with said.open("w", encoding="utf-8") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    places = [str(tree), str(tree / "python")]
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = os.pathsep.join(places)
+    sys.dont_write_bytecode = True  # two mutants of one second and size would be one to it
+    sys.path[:] = [*places, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "python", tree))]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "benchmarks", "zo_kernels", "zo_finetune")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec("zo_kernels")
+    if found is None or not str(found.origin).startswith(str(tree)):
+        print(f"zo_kernels would come from {found and found.origin}")
+        return 98
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *tests]))
+
+
+def build(tree: Path) -> str:
+    """The compiler's complaint; empty if there is none."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext",
+     "--inplace"], cwd=tree, env={**os.environ, "ZO_KERNELS_CUDA": "0"}, capture_output=True, text=True
+    )  # fmt: skip
+    return "" if done.returncode == 0 else (done.stderr or done.stdout)[-500:] or "no message"
+
+
+def verdict(tree: Path, m: Mutant) -> tuple[str, str]:
+    """("killed", by which test), ("survived", ...) or ("broken", why): it does not apply, does not compile, its tests do not run."""
+    path = tree / m.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(m.old) != 1:
+        return "broken", f"its text occurs {text.count(m.old)} times in {m.file}"
+    try:
+        path.write_text(text.replace(m.old, m.new), encoding="utf-8")
+        if m.compiled and (complaint := build(tree)):
+            return "broken", complaint
+        status, last = run(tree, list(m.tests))
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if status == 0:
+        return "survived", last
+    return ("killed", last) if status == 1 or status < 0 else ("broken", f"pytest ended with {status}: {last}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants with one of these in their file or reason")
+    parser.add_argument("--list", action="store_true", help="print them, and which of them do not apply; run nothing")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.words or any(w in f"{m.file} {m.wrong}" for w in options.words)]
+    if options.list:
+        lost = [m for m in chosen if (ROOT / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+        for m in chosen:
+            print(f"{m.file}: {m.wrong}" + (" (DOES NOT APPLY)" if m in lost else ""))
+        return 1 if lost else 0
+    prepare()
+    started, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "*.egg-info"), symlinks=True
+        )
+        if any(m.compiled for m in chosen) and (complaint := build(tree)):
+            print(f"the extension does not build: {complaint}")
+            return 2
+        original = {p.name: p.read_bytes() for p in (tree / "zo_kernels").glob("*.so")}
+        status, last = run(tree, sorted({test for m in chosen for test in m.tests}))
+        if status != 0:
+            print(f"without any mutant the tests named do not pass: {last}")
+            return 2
+        print(f"without a mutant: {last}", flush=True)
+        for m in chosen:
+            begun = time.monotonic()
+            result, why = verdict(tree, m)
+            for name, data in original.items():
+                if (tree / "zo_kernels" / name).read_bytes() != data:
+                    (tree / "zo_kernels" / name).write_bytes(data)
+            results.append(result)
+            print(
+                f"{result:9}{time.monotonic() - begun:5.0f} s  {m.file}: {m.wrong}"
+                + ("" if result == "killed" else f"\n    {why}"),
+                flush=True,
+            )
+    counts = {result: results.count(result) for result in ("killed", "survived", "broken")}
+    print(", ".join(f"{n} {result}" for result, n in counts.items()), f"of {len(results)} in {time.monotonic() - started:.0f} s")
+    return 0 if counts["killed"] == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
