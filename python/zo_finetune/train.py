@@ -327,24 +327,26 @@ def prepare(config: Config, language_model: models.LanguageModel | None = None) 
         form = language_model.form
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
-    splits = load_splits(
-        config.data,
-        task,
-        form,
-        train_examples=config.train_examples,
-        dev_examples=config.dev_examples,
-        eval_examples=config.eval_examples,
-        seed=config.seed,
-        config=config.data_config,
-        columns=config.columns,
-    )
+    with console.Phase(f"reading the data {config.data}"):
+        splits = load_splits(
+            config.data,
+            task,
+            form,
+            train_examples=config.train_examples,
+            dev_examples=config.dev_examples,
+            eval_examples=config.eval_examples,
+            seed=config.seed,
+            config=config.data_config,
+            columns=config.columns,
+        )
     if language_model is None:  # after the data, whose faults are found in less time
         with console.Phase(f"loading the model {config.model}"):
             language_model = load_model(config)
     max_length = min(language_model.max_length, config.max_length or language_model.max_length)
     encoder = Encoder(language_model.tokenizer, form, max_length, language_model.vocabulary)
-    train_set = encoder.encode_all(splits.train, gold_only=task.objective == "language-model")
-    dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
+    with console.Phase("tokenizing"):
+        train_set = encoder.encode_all(splits.train, gold_only=task.objective == "language-model")
+        dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *language_model.notes]
     if encoder.cut:
         total = len(train_set) + len(dev_set) + len(eval_set)
