@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from zo_kernels import _backends as backends
 from zo_kernels import ops
@@ -42,6 +42,33 @@ GATHER_BYTES = 1 << 22  # of gathered rows that are perturbed at a time, and at 
 GATHER_ROWS = 1 << 16
 PART_ROWS = 256  # parts of a matrix have a multiple of so many rows: whole tiles of matrix kernels, whole calls of the noise
 ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
+
+
+class _Attention:
+    """How many steps are under way, in any thread, and torch's setting before the first of them."""
+
+    lock = threading.Lock()
+    steps = 0
+    before = True
+
+
+@contextlib.contextmanager
+def attention_as_in_training() -> Iterator[None]:
+    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
+    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
+    padding would be treated in another way than when training by backpropagation."""
+    with _Attention.lock:
+        if not _Attention.steps:
+            _Attention.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _Attention.steps += 1
+    try:
+        yield
+    finally:
+        with _Attention.lock:
+            _Attention.steps -= 1
+            if not _Attention.steps:
+                torch.backends.mha.set_fastpath_enabled(_Attention.before)
 
 
 Tag = int | Tensor  # a tensor: 0-d int64
@@ -178,6 +205,7 @@ class View(abc.ABC):
     def update(self, updates: Sequence[Update]) -> None:
         """The step itself, one update for each group; an interrupt waits until all are done."""
         with uninterrupted():
+            torch.clear_autocast_cache()  # for who evaluates under the same autocast
             for k, u in enumerate(updates):
                 self.run(k, u.terms, u.decay, u.rounding, update=True)
 
@@ -274,6 +302,7 @@ class InPlace(View):
         if any(w.update_plans is not w.plans for w in self.groups):
             self.restore()  # with the scales of the perturbation
         with uninterrupted():
+            torch.clear_autocast_cache()
             self.whole = False
             for k, u in enumerate(updates):
                 target = ahead[k] if ahead else ()
@@ -316,6 +345,14 @@ _METADATA = {
 
 # What changes a tensor without writing to its memory: `p.data = x`, `p.requires_grad = False`.
 _SETTERS = {"__set__", "requires_grad_"}
+
+# What may be asked of a parameter itself without reading or writing its values; an alias of it is noticed when it is used.
+_QUIET = (
+    _METADATA
+    | {getattr(Tensor, name).__get__ for name in ("grad", "data", "_version", "_base", "output_nr", "is_nested")}
+    | {getattr(Tensor, name).__set__ for name in ("grad", "data", "requires_grad")}
+    | {Tensor.requires_grad_, Tensor.is_inference, Tensor.detach, Tensor.untyped_storage, Tensor.data_ptr, Tensor.__reduce_ex__}
+)
 
 # Functions whose result is never a view of a weight, and which write to none.
 _FRESH = {
@@ -411,6 +448,7 @@ class PerturbedWeight(Tensor):
     entry: ops.Entry
     group: int
     scratch: Scratch
+    room: int
 
     @staticmethod
     def __new__(cls, param: Tensor, entry: ops.Entry, group: int, scratch: Scratch) -> PerturbedWeight:
@@ -418,6 +456,7 @@ class PerturbedWeight(Tensor):
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device, requires_grad=param.requires_grad
         )
         self.param, self.entry, self.group, self.scratch = param, entry, group, scratch
+        self.room = _aligned(param.nbytes)  # in the buffer
         return self
 
     @classmethod
@@ -529,6 +568,8 @@ class Scratch(View):
     cannot be handled in parts: one that a function other than `F.linear` or `F.embedding` takes.
     """
 
+    holds_values = True  # modules may be given values, where all fit
+
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
         super().__init__(groups, model, **options)
         self.model: nn.Module = model
@@ -543,6 +584,14 @@ class Scratch(View):
         for module, attribute, p in self.places:
             self.sites.setdefault(module, []).append((attribute, shadows[id(p)]))
         self.number = {id(p): k for k, p in enumerate(self.counted)}
+        # What the modules hold the values of, instead of shadows: where all of them fit, but for tables whose rows are gathered. Never
+        # what an earlier step happened to read: a module must see the same kind of tensor in every step.
+        gathered = {id(p): True for _, _, p in self.places}
+        for module, attribute, p in self.places:
+            gathered[id(p)] &= type(module) is nn.Embedding and attribute == "weight"
+        here = {id(s): s for sites in self.sites.values() for _, s in sites if not gathered[id(s.param)]}
+        fits = self.holds_values and sum(s.room for s in here.values()) <= self.limit
+        self.fitting: list[PerturbedWeight] = list(here.values()) if fits else []
         self.thread: int | None = None  # that runs a step now
         self.passes: list[ops.Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
@@ -552,8 +601,9 @@ class Scratch(View):
         # What the calls of this forward took, with None where the buffer served something else; None: nothing is to be learned from it.
         self.asked: list[list[PerturbedWeight] | None] | None = []
         self.changed = False  # a call came that no earlier forward had
-        # Everything that the calls took, where the buffer holds it all; it has memory of its own, and the modules hold its values.
-        self.resident: Fill | None = None
+        self.resident: Fill | None = None  # of `fitting`, in memory of its own
+        self.shown: dict[int, PerturbedWeight] = {}  # its weights, by the ids of the values
+        self.resident_beside = 0  # how many parameters were held when it was made
         self.filled: list[int] = []  # the versions of its values after the pass
         self.fronts: list[Placed] = []
         self.fronts_of: Fill | None = None  # `resident` when they were made
@@ -579,7 +629,11 @@ class Scratch(View):
         # an operation.
         watched = self.model.training is not self.watched_mode
         if watched:
-            self.resident, self.changed = None, True  # see() starts to learn
+            self.changed = True  # see() starts to learn
+        if self.fitting and (self.resident is None or self.resident_beside != len(self.held)):
+            room = [_empty(s.param.shape, s.param.dtype, s.param.device) for s in self.fitting]
+            self.resident, self.resident_beside = self._fill_of([[s] for s in self.fitting], room), len(self.held)
+            self.shown = {id(self.resident.values[(id(s),)][0]): s for s in self.fitting}
         there = self.resident.values if self.resident else {}
         if not self.fronts or self.fronts_of is not self.resident:
             self.fronts_of = self.resident
@@ -712,7 +766,7 @@ class Scratch(View):
 
     def release(self) -> None:
         """Give the memory of buffers back; the next forward makes them anew."""
-        self.resident, self.fronts_of, self.watched_mode = None, None, None
+        self.resident, self.fronts_of = None, None
         self.fronts = []
         self._drop_buffers()
         self.gathers.clear()
@@ -797,6 +851,7 @@ class Scratch(View):
     def _make_fill(self, calls: Sequence[Sequence[PerturbedWeight]]) -> Fill:
         """The fill of these calls in the buffer, kept under the first one."""
         shadows = {id(s): s for call in calls for s in call}.values()
+        self._serves(shadows)
         room = self._room([(s.param.device, s.param.dtype, s.param.shape) for s in shadows])
         fill = self.fills[tuple(map(id, calls[0]))] = self._fill_of(calls, room)
         return fill
@@ -804,7 +859,6 @@ class Scratch(View):
     def _fill_of(self, calls: Sequence[Sequence[PerturbedWeight]], room: Sequence[Tensor]) -> Fill:
         """The fill of these calls, with memory for each of their weights, in the order in which they first occur."""
         shadows = {id(s): s for call in calls for s in call}
-        self._serves(shadows.values())
         free = {i: value for i, value in zip(shadows, room, strict=True) if id(shadows[i].param) not in self.held}
         plans = self._plans([(shadows[i].group, replace(shadows[i].entry, dst=value)) for i, value in free.items()])
         # Leaves that require a gradient, like the parameters they stand for: at::matmul folds a batch into one matrix product only then,
@@ -829,32 +883,25 @@ class Scratch(View):
         self.changed = False
         if not asked:
             return
-        taken = {id(s): s for call in asked for s in call or ()}
-        if None not in asked and not self.resident and sum(_aligned(s.param.nbytes) for s in taken.values()) <= self.limit:
-            room = [_empty(s.param.shape, s.param.dtype, s.param.device) for s in taken.values()]
-            self.resident = self._fill_of([[s] for s in taken.values()], room)
-            self._drop_buffers()  # the modules hold the values themselves from the next step on
-            return
         together: dict[Calls, list[Sequence[PerturbedWeight]]] = {}
         largest: dict[torch.device, int] = {}
-        start = 0
-        while start < len(asked):
-            weights: dict[int, PerturbedWeight] = {}
-            calls: list[Sequence[PerturbedWeight]] = []
-            for call in asked[start:]:
-                if call is None:
-                    break
-                more = weights | {id(s): s for s in call}
-                if calls and sum(_aligned(s.param.nbytes) for s in more.values()) > self.limit:
-                    break
-                weights = more
-                calls.append(call)
-            if calls:
+        calls: list[Sequence[PerturbedWeight]] = []
+        weights: dict[int, PerturbedWeight] = {}
+        size = 0
+        for call in [*asked, None]:
+            more = sum({id(s): s.room for s in call or () if id(s) not in weights}.values())
+            if calls and (call is None or size + more > self.limit):
                 together.setdefault(tuple(map(id, calls[0])), calls)
-                for device in {s.param.device for s in weights.values()}:
-                    size = sum(_aligned(s.param.nbytes) for s in weights.values() if s.param.device == device)
-                    largest[device] = max(size, largest.get(device, 0))
-            start += max(1, len(calls))
+                sizes: dict[torch.device, int] = {}
+                for s in weights.values():
+                    sizes[s.param.device] = sizes.get(s.param.device, 0) + s.room
+                largest |= {device: max(n, largest.get(device, 0)) for device, n in sizes.items()}
+                calls, weights, size = [], {}, 0
+                more = sum({id(s): s.room for s in call or ()}.values())
+            if call is not None:
+                calls.append(call)
+                weights |= {id(s): s for s in call}
+                size += more
         self.fills.clear()
         self._room([(device, torch.uint8, torch.Size((size,))) for device, size in largest.items()])
         for calls in together.values():
@@ -899,8 +946,6 @@ class Scratch(View):
             or weight.param.ndim != 2
         ):
             return None
-        if id(weight.param) in self.held or (type(bias) is PerturbedWeight and id(bias.param) in self.held):
-            return None
         if (parts := self._parts(weight, bias)) is None:
             return None
         self.live = {}
@@ -936,17 +981,20 @@ class Scratch(View):
             if at_once <= 0:
                 return None
             self._serves(shadows)
-            room = self._room([(s.param.device, s.param.dtype, torch.Size((at_once, *s.param.shape[1:]))) for s in shadows])
+            free = [s for s in shadows if id(s.param) not in self.held]
+            room = self._room([(s.param.device, s.param.dtype, torch.Size((at_once, *s.param.shape[1:]))) for s in free])
             parts = []
             for start in range(0, rows, at_once):
                 stop = min(start + at_once, rows)
-                values = [r[: stop - start] for r in room]
+                values = {id(s): r[: stop - start] for s, r in zip(free, room, strict=True)}
                 entries = [
-                    (s.group, s.entry.part(start * (s.param.numel() // rows), stop * (s.param.numel() // rows), value))
-                    for s, value in zip(shadows, values, strict=True)
+                    (s.group, s.entry.part(start * (s.param.numel() // rows), stop * (s.param.numel() // rows), values[id(s)]))
+                    for s in free
                 ]
-                fill = Fill(self._plans(entries), {}, values)
-                parts.append(Part(fill, values[0], values[1] if len(values) > 1 else None, start, stop))
+                fill = Fill(self._plans(entries), {}, list(values.values()))
+                # What is held has its perturbed values itself; its products are the same parts, in whichever step it was found.
+                own, *others = [values.get(id(s), s.param.detach()[start:stop]) for s in shadows]
+                parts.append(Part(fill, own, others[0] if others else None, start, stop))
             self.parts[key] = parts
         return parts
 
@@ -1055,11 +1103,12 @@ class Scratch(View):
         )
 
 
-class Watch(TorchDispatchMode):
-    """During the first step, catches operations that read a clean weight past its shadow, at the moment before they run.
+class Watch(TorchFunctionMode):
+    """During the first step, catches functions that read a clean weight past its shadow, at the moment before they run.
 
     At that moment every earlier use went through the shadow, so perturbing the parameter in place there and then gives the forward
-    the same values as if it had been held from the start.
+    the same values as if it had been held from the start. A mode of torch's dispatcher would see more, and is no way: while one is
+    there, operators take other kernels (`at::isTensorSubclassLike`).
     """
 
     def __init__(self, scratch: Scratch, shadows: Any) -> None:
@@ -1069,24 +1118,36 @@ class Watch(TorchDispatchMode):
         for shadow in shadows:
             self.storages.setdefault(shadow.param.untyped_storage().data_ptr(), []).append(shadow)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.scratch.inside and not func.is_view:
-            self._refuse_writes(func, args, kwargs)
-            for t in _walk((args, kwargs)):
-                if not isinstance(t, Tensor) or type(t) is PerturbedWeight or t.is_meta:
-                    continue
-                for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
-                    if id(shadow.param) not in self.scratch.held and _overlap(t, shadow.param):
-                        self.scratch.hold(shadow)
-        return func(*args, **kwargs)
+        if self.scratch.inside or func in _QUIET:
+            return func(*args, **kwargs)
+        leaves = list(_walk((args, kwargs)))
+        self.scratch._serves(self.scratch.shown[id(t)] for t in leaves if id(t) in self.scratch.shown)
+        written = [(t, _version(t), shadows[0]) for t in leaves if (shadows := self._found(t))]
+        result = func(*args, **kwargs)
+        for t, version, shadow in written:
+            if _version(t) != version:
+                raise _changed(self.scratch.names[id(shadow.param)], "written to")
+        return result
 
-    def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for t in written(func, args, kwargs):
-            if type(t) is not PerturbedWeight:
-                for shadow in self.storages.get(t.untyped_storage().data_ptr(), ()):
-                    if _overlap(t, shadow.param):
-                        raise _changed(self.scratch.names[id(shadow.param)], "written to")
+    def _found(self, t: Any) -> list[PerturbedWeight]:
+        """The weights whose memory this is, which are held from now on."""
+        if not isinstance(t, Tensor) or type(t) is PerturbedWeight or t.is_meta:
+            return []
+        try:
+            storage = t.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):  # sparse, or a subclass without memory of its own
+            return []
+        found = [shadow for shadow in self.storages.get(storage, ()) if _overlap(t, shadow.param)]
+        for shadow in found:
+            if id(shadow.param) not in self.scratch.held:
+                self.scratch.hold(shadow)
+        return found
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

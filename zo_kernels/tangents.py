@@ -24,6 +24,8 @@ from zo_kernels import ops, perturb
 class Tangents(perturb.Scratch):
     """`see([[(tag, _)], ...])`: the next forward carries the tangents z(tag), with their masks and scales."""
 
+    holds_values = False
+
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
         # Fused attention has no forward-mode derivative; its plain form has.

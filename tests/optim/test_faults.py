@@ -12,6 +12,7 @@ import gc
 import io
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.interrupts import interrupted
-from zo_kernels import perturb
+from zo_kernels import journal, perturb
 from zo_kernels._backends import cpu
 
 # scratch: a launch a weight; resident: everything fits, and the modules hold the values themselves after the first step.
@@ -169,25 +171,40 @@ def test_a_loss_with_a_graph_is_taken_without(mode: str) -> None:
 # ---- what a closure does -----------------------------------------------------------------------------------------------------------
 
 
-def test_backward_needs_in_place() -> None:
+@each_mode
+@pytest.mark.parametrize("grad", [False, True])
+@later
+def test_backward_in_the_closure(mode: str, grad: bool, later: bool) -> None:
     """Under no_grad, as a step is, it fails; under enable_grad the gradients are the perturbed weights' in place, and refused in scratch."""
-    for mode in MODES:
-        model = Net()
-        step = optimizer_of(model, mode)
+    model = Net()
+    step = optimizer_of(model, mode)
+    if later:
         step.step(model)
-        refused(model, step, mode, lambda model=model: model().backward(), RuntimeError, "does not require grad")
 
-        def closure(model: nn.Module = model) -> Tensor:
-            with torch.enable_grad():
-                loss = model()
-                loss.backward()
-            return loss
+    def closure() -> Tensor:
+        with torch.set_grad_enabled(grad):
+            loss = model()
+            loss.backward()
+        return loss
 
-        if mode in EXACT:
-            refused(model, step, mode, closure, RuntimeError, r"calls backward\(\).*perturbation='inplace'|modified by an inplace")
-        else:
-            step.step(closure)
-            assert all(p.grad is not None for p in model.parameters())
+    if grad and mode not in EXACT:
+        step.step(closure)
+        assert all(p.grad is not None for p in model.parameters())
+    else:
+        refused(model, step, mode, closure, RuntimeError, r"the closure calls backward\(\).*nothing was updated. Leave it out")
+
+
+@each_mode
+def test_errors_beside_backward_are_passed_on(mode: str) -> None:
+    model = Net()
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            w = torch.ones(1, requires_grad=True)
+            w.square().sum().backward()  # of the user's own, and allowed
+        raise RuntimeError("mine")
+
+    refused(model, optimizer_of(model, mode), mode, closure, RuntimeError, "^mine$")
 
 
 def add_in_place(model: Any) -> None:
@@ -1156,3 +1173,144 @@ def test_time_limits_at_random_moments(mode: str) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+# ---- random numbers, autocast, memory ----------------------------------------------------------------------------------------------------------
+
+
+class NoMemory(MemoryError):
+    pass
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(()).item(),
+    "numpy": lambda: np.random.random(),
+    "numpy, a normal number that waits": lambda: np.random.randn(),
+    "random": lambda: random.random(),
+    "random, a normal number that waits": lambda: random.gauss(0, 1),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("draw", DRAWS)
+def test_global_generators_are_the_same_at_every_forward(mode: str, draw: str) -> None:
+    """And afterwards as after one call; if the step fails, as before it. From the first draw, in whichever step it comes."""
+    model, seen = Net(), []
+    step = optimizer_of(model, mode)
+    step.step(model)
+
+    def closure() -> Tensor:
+        seen.append(DRAWS[draw]())
+        return model() * (1 + seen[-1] ** 2)
+
+    def failing() -> Tensor:
+        DRAWS[draw]()
+        raise NoMemory
+
+    expected = []
+    for _ in range(5):
+        np_state, py_state, torch_state = np.random.get_state(), random.getstate(), torch.get_rng_state()
+        expected.append(DRAWS[draw]())
+        np.random.set_state(np_state)
+        random.setstate(py_state)
+        torch.set_rng_state(torch_state)
+        with pytest.raises(NoMemory):
+            step.step(failing)
+        step.step(closure)
+    assert seen == [x for x in expected for _ in range(2)]
+    assert len(set(seen)) == 5
+
+
+@each_mode
+def test_a_weights_cached_16_bit_copy_is_of_one_perturbation(mode: str) -> None:
+    """Autocast keeps one where gradients are asked for: neither the other forward nor an evaluation behind the step may find it."""
+    torch.manual_seed(0)
+    model, seen = nn.Linear(64, 64), []
+    x = torch.randn(8, 64)
+    step = optimizer_of(model, mode, eps=0.1, lr=0.1)
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = model(x).float().square().mean()
+        seen.append(loss.item())
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(x)  # with a copy of the clean weights
+            step.step(closure)
+        step.flush()
+        inside = model(x)
+    assert len(set(seen)) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inside, model(x))
+
+
+@each_mode
+def test_a_state_that_does_not_fit_leaves_the_step_undone(mode: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is asked for before the record is written."""
+    if mode == "lazy":
+        return  # a rule with a state takes no lazy passes
+    model = Net()
+    before = values(model)
+    step = zk.ZOMomentum(model, 1e-2, journal=tmp_path / "run.zoj", **MODES[mode])
+    real = torch.zeros
+
+    def full(*size: Any, **options: Any) -> Tensor:
+        raise NoMemory
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(NoMemory):
+        step.step(model)
+    monkeypatch.setattr(torch, "zeros", real)
+    assert step.steps == 0 and is_at(model, before, mode)
+    if mode in EXACT:
+        assert len(journal.read(tmp_path / "run.zoj")) == 0
+        step.step(model)
+        assert step.steps == len(journal.read(tmp_path / "run.zoj")) == 1
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_an_update_that_fails_behind_its_record_is_said(mode: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    step = optimizer_of(model, mode, journal=tmp_path / "run.zoj")
+    step.step(model)
+
+    def failing(*_: Any) -> None:
+        raise NoMemory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(perturb.View, "update", failing)
+        with pytest.raises(NoMemory):
+            step.step(model)
+    with pytest.raises(RuntimeError, match=r"failed in its update, after its record was written.*Load the base weights and resume"):
+        step.step(model)
+
+
+def test_what_a_forward_took_is_learned_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: how often the size of a weight is looked at."""
+
+    class Many(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.p = nn.ParameterList([torch.ones(2) for _ in range(n)])
+
+        def forward(self) -> Tensor:
+            return sum((getattr(self.p, str(k)).sum() for k in range(len(self.p))), torch.zeros(()))
+
+    looked = 0
+
+    def count(weight: Any) -> int:
+        nonlocal looked
+        looked += 1
+        return 256
+
+    monkeypatch.setattr(perturb.PerturbedWeight, "room", property(count, lambda weight, value: None), raising=False)
+    counts = []
+    for n in (100, 400):
+        model = Many(n)
+        step = zk.MeZOStep(model, lr=0.0, perturbation="scratch", scratch_bytes=256 * n - 1)
+        looked = 0
+        step.step(model)
+        counts.append(looked)
+    assert counts[1] <= 4 * counts[0] + 8

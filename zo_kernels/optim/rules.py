@@ -83,6 +83,11 @@ class Rule:
         """The update as a pass over weights and state, for rules with `stateful`."""
         raise TypeError(f"the rule {self.name!r} is a list of terms")
 
+    def reserve(self, kept: Kept, weights: Weights) -> None:
+        """Make the memory of `keeps`: before a step is recorded, so that one that does not fit fails undone."""
+        if wanted := self.keeps:
+            kept.of(weights, weights.names, wanted)
+
     def check(self, directions: int, direction: str) -> None:
         """ValueError where the rule makes no sense with so many directions, or this kind of them."""
 

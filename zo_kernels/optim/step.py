@@ -27,24 +27,9 @@ from zo_kernels import _replay as replays
 from zo_kernels import interrupts, ops, parameters, perturb, tangents
 from zo_kernels import journal as journals
 from zo_kernels.optim import blocks as blocking
-from zo_kernels.optim import directions, estimators, findings, graph, parts, projection, record, rules, saved
+from zo_kernels.optim import directions, estimators, findings, generators, graph, parts, projection, record, rules, saved
 
 Loss = Tensor | float
-
-
-class _RNG:
-    """The generators of the CPU and of the weights' CUDA devices."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
-
-    def get(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(k) for k in self.cuda)]
-
-    def set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for k, state in zip(self.cuda, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, k)
 
 
 class Numbers(NamedTuple):
@@ -358,7 +343,7 @@ class ZOStep(torch.optim.Optimizer):
         assert closure is not None
         # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
         # What a step makes is used by the next one, in whatever mode that is.
-        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad():
+        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad(), perturb.attention_as_in_training():
             if not self._busy.acquire(blocking=False):
                 raise _inside("step()")
             try:
@@ -431,9 +416,9 @@ class ZOStep(torch.optim.Optimizer):
         self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, rehearsal: bool = False
     ) -> Tensor:
         """The step, operation by operation. A rehearsal has lr = 0 and leaves the random state, too, as it was."""
-        rng = _RNG(plan.device for w in view.groups for plan in w.plans)
+        rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
         before = rng.get()
-        after: list[Tensor] = []
+        after: list[Any] = []
 
         def between() -> None:
             if not after:
@@ -466,7 +451,7 @@ class ZOStep(torch.optim.Optimizer):
             rng.set(before)
             raise
         rng.set(before if rehearsal else after or rng.get())
-        if self._graph_wanted and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        if self._graph_wanted and not rng.same(before, after):
             self._refuse_graph("the forwards draw random numbers (dropout? call model.eval())")
         return loss
 
@@ -570,10 +555,17 @@ class ZOStep(torch.optim.Optimizer):
             if isinstance(self._rule, rules.Conservative) and decided[0].go is not False:
                 decided = self._choose(decided, at)
             ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
+            for weights in view.groups:
+                self._rule.reserve(self._kept, weights)
             projects = self._projection is not None and self._projection.due(self.steps) and bool(decided[0].go)
             back = self._before(view) if projects else None
             queued = self._record(numbers) if commit and not projects else None
-            self._apply(view, decided, *ahead)
+            try:
+                self._apply(view, decided, *ahead)
+            except BaseException:
+                if commit and self._recorder is not None:
+                    self._recorder.broken = "a step failed in its update, after its record was written"
+                raise
             assert self._summary is not None
             if self._first_order is not None:
                 if bool(decided[0].go):  # on a device the host waits; a backward pass has kept it busy
@@ -671,10 +663,18 @@ class ZOStep(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[..., Loss], batches: Sequence[Any] | None, dual: bool = False) -> Tensor:
         """The mean loss, 0-d float64; `dual`: [2], with its tangent."""
         as_loss = self._warner.hearing(tangents.as_loss if dual else _as_loss)
-        with self._warner.reads:
-            if batches is None:
-                return as_loss(interrupts.outside(closure))
-            return torch.stack([as_loss(interrupts.outside(closure, batch)) for batch in batches]).mean(0)
+        try:
+            with self._warner.reads:
+                if batches is None:
+                    return as_loss(interrupts.outside(closure))
+                return torch.stack([as_loss(interrupts.outside(closure, batch)) for batch in batches]).mean(0)
+        except RuntimeError as error:
+            if not _in_backward(error):
+                raise
+            raise RuntimeError(
+                f"the closure calls backward(), and a step needs no gradients ({str(error).splitlines()[0]}): nothing was updated. Leave it out; "
+                "for parameters that are trained by backpropagation there is first_order"
+            ) from error
 
     def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
         """Of a step's directions."""
@@ -1075,6 +1075,8 @@ class ZOStep(torch.optim.Optimizer):
         were, when the step began."""
         if self._recorder is None or not isinstance(view, perturb.InPlace):
             return
+        if self._recorder.broken:
+            return
         if not view.whole:
             self._recorder.broken = "a pass over the weights was cut short"
         elif self._recorder.writer.header.method is not None and view.seen:
@@ -1278,6 +1280,17 @@ class _Flush:
 
     def __reduce__(self) -> Any:
         return _Flush, ()
+
+
+def _in_backward(error: BaseException) -> bool:
+    """Whether it came out of torch's backward pass."""
+    backward = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code in backward:
+            return True
+        frame = frame.tb_next
+    return False
 
 
 def _restore(view: perturb.InPlace, process: int) -> None:

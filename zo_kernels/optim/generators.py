@@ -1,0 +1,131 @@
+"""The random generators whose state is the same at every forward of a step.
+
+Belongs here: the global generators of torch (of the CPU and of the weights' devices), numpy and `random`. Does not belong here: generators that
+a closure holds itself, which nobody else can find; the noise of directions, which has no generator (zo_kernels.ops).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+# `numpy.random.get_state` and `random.getstate` copy a state number by number, which takes as long as a small model's step. Whether a generator
+# was used since the last time is seen from its memory, which is read and never written.
+_MT19937_BYTES = 624 * 4 + 4  # numpy's struct: the key and the position in it
+
+
+class _Global:
+    """A generator that belongs to a module: its whole state, read only if its memory changed."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.print: bytes | None = None  # of the memory when `state` was read; None: it tells too little
+
+    def get(self) -> Any:
+        seen = self.memory()
+        if seen is None or seen != self.print:
+            self.state = self.read()
+            self.print = self.memory() if self.tells(self.state) else None
+        return self.state
+
+    def set(self, state: Any) -> None:
+        if state is self.state and self.print is not None and self.memory() == self.print:
+            return
+        self.write(state)
+        self.state, self.print = state, self.memory() if self.tells(state) else None
+
+    def tells(self, state: Any) -> bool:
+        """Whether every further draw changes the memory."""
+        return True
+
+    def memory(self) -> bytes | None:
+        raise NotImplementedError
+
+    def read(self) -> Any:
+        raise NotImplementedError
+
+    def write(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+class _Numpy(_Global):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def memory(self) -> bytes | None:
+        generator: Any = self.module.get_bit_generator() if hasattr(self.module, "get_bit_generator") else None
+        if type(generator).__name__ != "MT19937":  # somebody set another one
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+
+    def tells(self, state: Any) -> bool:
+        return not state["has_gauss"]  # a normal number that waits is drawn without a trace in the generator
+
+    def read(self) -> Any:
+        return self.module.get_state(legacy=False)
+
+    def write(self, state: Any) -> None:
+        self.module.set_state(state)
+
+
+class _Python(_Global):
+    instance: Any = random.random.__self__  # type: ignore[attr-defined]
+    head = object.__basicsize__
+    size = random.Random.__base__.__basicsize__ - head if random.Random.__base__ is not None else 0
+
+    def memory(self) -> bytes | None:
+        if sys.implementation.name != "cpython":
+            return None
+        return ctypes.string_at(id(self.instance) + self.head, self.size) + repr(self.instance.gauss_next).encode()
+
+    def read(self) -> Any:
+        return random.getstate()
+
+    def write(self, state: Any) -> None:
+        random.setstate(state)
+
+
+_python = _Python()
+_numpy: _Numpy | None = None
+
+
+def _globals() -> list[_Global]:
+    """Those of modules that are loaded."""
+    global _numpy
+    if _numpy is None and (module := sys.modules.get("numpy.random")) is not None and hasattr(module, "set_state"):
+        _numpy = _Numpy(module)
+    return [_python] if _numpy is None else [_python, _numpy]
+
+
+class Generators:
+    """Of a step: those of the CPU, of the weights' CUDA devices, and the global ones of `random` and, if it is loaded, numpy."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+        self.globals = _globals()
+
+    def get(self) -> list[Any]:
+        return [
+            *(g.get() for g in self.globals),
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(k) for k in self.cuda),
+        ]
+
+    def set(self, states: list[Any]) -> None:
+        n = len(self.globals)
+        for g, state in zip(self.globals, states, strict=False):
+            g.set(state)
+        torch.set_rng_state(states[n])
+        for k, state in zip(self.cuda, states[n + 1 :], strict=True):
+            torch.cuda.set_rng_state(state, k)
+
+    @staticmethod
+    def same(a: list[Any], b: list[Any]) -> bool:
+        """Of two states, whether nothing was drawn between them."""
+        return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y for x, y in zip(a, b, strict=True))
