@@ -603,8 +603,9 @@ class Scratch(View):
         self.changed = False  # a call came that no earlier forward had
         self.resident: Fill | None = None  # of `fitting`, in memory of its own
         self.shown: dict[int, PerturbedWeight] = {}  # its weights, by the ids of the values
+        self.asks: Sequence[bool] = []  # whether its values asked for a gradient when the step began
         self.resident_beside = 0  # how many parameters were held when it was made
-        self.filled: list[int] = []  # the versions of its values after the pass
+        self.filled: Sequence[int] = []  # the versions of its values after the pass
         self.fronts: list[Placed] = []
         self.fronts_of: Fill | None = None  # `resident` when they were made
         self.parts: dict[Calls, list[Part]] = {}
@@ -641,6 +642,8 @@ class Scratch(View):
                 Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in sites})
                 for module, sites in self.sites.items()
             ]
+        if self.resident:
+            self.asks = [t.requires_grad for t in self.resident.written]
         held = dict(self.held)
         self.thread = threading.get_ident()
         self.expect()
@@ -660,6 +663,7 @@ class Scratch(View):
             self._undo()
             self._drop_gradients()
             self._put_back()
+            self.resident = None  # whatever the closure set in its values
             if len(held) < len(self.held):  # what the failed closure read may be what made it fail
                 self.held, self.live = held, {}
                 self.fills.clear()
@@ -699,12 +703,15 @@ class Scratch(View):
         super().check()
         if self.bare:
             return
-        if self.resident and self.filled != [t._version for t in self.resident.written]:
-            at = next(k for k, t in enumerate(self.resident.written) if t._version != self.filled[k])
-            raise _changed(
-                self._name_of(next(k for k, (t,) in self.resident.values.items() if t is self.resident.written[at])[0]),
-                "written to",
-            )
+        if self.resident:
+            written = self.resident.written
+            for before, now, how in (
+                (self.filled, [t._version for t in written], "written to"),
+                (self.asks, [t.requires_grad for t in written], "changed"),
+            ):
+                if before != now:
+                    t = next(t for t, a, b in zip(written, before, now, strict=True) if a != b)
+                    raise _changed(self._name_of(next(k for k, (v,) in self.resident.values.items() if v is t)[0]), how)
         for front in self.fronts:
             for attribute in front.values_shown:
                 if attribute not in front.module.__dict__:
@@ -819,6 +826,7 @@ class Scratch(View):
         """theta + c z of each weight, in the buffer (valid until the next call) or, to keep, in memory of their own."""
         key = tuple(map(id, found))
         if keep:
+            self._serves(found)
             fill = self._fill_of([found], [_empty(s.param.shape, s.param.dtype, s.param.device) for s in found])
             self._fill(fill)
             return fill.values[key]
