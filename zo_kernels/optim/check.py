@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zo_kernels import interrupts, perturb, tangents
-from zo_kernels.optim import directions, findings
+from zo_kernels.optim import directions, findings, generators
 from zo_kernels.optim import step as steps
 
 STATUSES = ("ok", "warning", "mistake")
@@ -115,7 +113,7 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
     if not step._busy.acquire(blocking=False):
         raise steps._inside("zk.check()")
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), perturb.attention_as_in_training():
             try:
                 view = step._refresh()
             except RuntimeError as error:  # parameters that the model has lost
@@ -129,8 +127,8 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
 @contextlib.contextmanager
 def _unchanged(step: steps.ZOStep, view: perturb.View) -> Iterator[None]:
     """What the evaluations touch is, afterwards, what it was."""
-    rng = steps._RNG(plan.device for w in view.groups for plan in w.plans)
-    states = rng.get(), np.random.get_state(), random.getstate()
+    rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
+    states = rng.get()
     copies = [(p, p.detach().clone()) for p in view.params.values()] if isinstance(view, perturb.InPlace) else []
     every = list(step._model.parameters()) if step._model is not None else list(view.params.values())
     grads = [(p, p.grad) for p in every]
@@ -147,9 +145,7 @@ def _unchanged(step: steps.ZOStep, view: perturb.View) -> Iterator[None]:
                     p.copy_(clean)
             for p, gradient in grads:
                 p.grad = gradient
-            rng.set(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
+            rng.set(states)
 
 
 class _Check:
@@ -159,7 +155,7 @@ class _Check:
         self.trained = step._trained()
         self.dual = isinstance(view, tangents.Tangents)
         self.eps = float(step.param_groups[0]["eps"])
-        self.rng = steps._RNG(plan.device for w in view.groups for plan in w.plans)
+        self.rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
         self.before = self.rng.get()
         self.buffers = dict(self.model.named_buffers()) if self.model is not None else {}
         modules = self.model.named_modules() if self.model is not None else ()
