@@ -112,6 +112,9 @@ def looks(model: nn.Module, step: zk.MeZOStep) -> dict[str, Any]:
     return {
         "forward": lambda: model(input_ids=tokens()),
         "generate": lambda: model.generate(tokens(1, 3), max_new_tokens=2, do_sample=False),
+        "forward by name": lambda: model.forward(input_ids=tokens()),
+        "inner module": lambda: model.model(input_ids=tokens()),
+        "inner layer": lambda: model.model.layers[1].mlp(torch.zeros(1, 32)),
         "state_dict": model.state_dict,
         "state_dict of a part": model.model.layers[0].state_dict,
         "optimizer state": step.state_dict,
@@ -124,7 +127,19 @@ saved: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize(
-    "look", ["forward", "generate", "state_dict", "state_dict of a part", "optimizer state", "a new group", "load optimizer"]
+    "look",
+    [
+        "forward",
+        "generate",
+        "forward by name",
+        "inner module",
+        "inner layer",
+        "state_dict",
+        "state_dict of a part",
+        "optimizer state",
+        "a new group",
+        "load optimizer",
+    ],
 )
 def test_whoever_looks_finds_clean_weights(look: str) -> None:
     model = make("llama")
@@ -134,6 +149,24 @@ def test_whoever_looks_finds_clean_weights(look: str) -> None:
     step.step(closure_of(model))
     looks(model, step)[look]()
     assert near(values(model), before, 3)
+
+
+def test_every_door_of_an_adapter_shows_clean_weights() -> None:
+    """peft's `generate` and `get_base_model` pass the outer model's call by."""
+    model = make("lora")
+    step = lazy(model)
+    doors = [
+        lambda: model.get_base_model()(input_ids=tokens()).logits,
+        lambda: model.base_model.model.model(input_ids=tokens()).last_hidden_state,
+        lambda: model.forward(input_ids=tokens()).logits,
+        lambda: model.generate(input_ids=tokens(1, 3), max_new_tokens=2, do_sample=False, output_scores=True, return_dict_in_generate=True).scores[0],
+    ]  # fmt: skip
+    with torch.no_grad():
+        for door in doors:
+            step.step(closure_of(model))
+            seen = door()
+            step.flush()
+            assert same_bits(seen, door())
 
 
 def test_loading_a_checkpoint_is_not_shifted() -> None:

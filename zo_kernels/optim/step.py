@@ -315,6 +315,10 @@ class ZOStep(torch.optim.Optimizer):
         flush = _Flush(self)
         handles = [model.register_forward_pre_hook(flush)]
         for module in model.modules():
+            # Who calls an inner module, or `model.forward` by its name, passes the model's own hook by. Guarding the rest of the modules would cost
+            # each forward of a step, and they read what these have.
+            if module is not model and any(p.requires_grad for p in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(flush))
             handles += [module.register_state_dict_pre_hook(flush), module.register_load_state_dict_pre_hook(flush)]
         weakref.finalize(self, _remove, handles)
 
