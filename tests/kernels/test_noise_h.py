@@ -37,6 +37,7 @@ EACH(stochastic_half, float, uint16_t, zo::float_to_half(zo::stochastic_half_val
 EACH(stochastic_bfloat, float, uint16_t, zo::float_to_bfloat_stochastic(x[k], v[k]))
 EACH(coefficient, float, float, zo::gaussian_coefficient(x[k]))
 EACH(signed_coefficient, float, float, zo::rademacher_coefficient(x[k]))
+EACH(inverse_root, float, float, zo::inverse_root(x[k]))
 extern "C" void philox(const uint32_t *c, uint64_t seed, uint32_t *w) {
   const zo::Words r = zo::philox(c[0], c[1], c[2], c[3], seed);
   for (int m = 0; m < 4; ++m) w[m] = r.w[m];
@@ -110,6 +111,12 @@ def test_rademacher_coefficients(noise: ctypes.CDLL) -> None:
     x = torch.cat([floats(), edge, edge.nextafter(torch.zeros(2)), edge.nextafter(2 * edge)])
     live = x.isfinite() & (x.double().abs() >= 2.0**-100)
     assert torch.equal(each(noise, "signed_coefficient", x, torch.float32), torch.where(live, x, 0.0))
+
+
+def test_inverse_roots_round_twice(noise: ctypes.CDLL) -> None:
+    """RN(1 / RN(sqrt(x))), and not the root of a quotient; of 0 an infinity, of what has no root a NaN."""
+    x = floats()
+    assert same_bits(each(noise, "inverse_root", x, torch.float32), 1.0 / reference.exact_sqrt(x))
 
 
 @pytest.mark.parametrize("line", PHILOX.strip().splitlines())

@@ -71,3 +71,8 @@ def test_the_turns_of_random_blocks(seed: int) -> None:
     for step in range(12):
         drawn = hashlib.sha256(f"block {seed} {step // 3}".encode()).digest()[:8]
         assert zk.Blocks(order="random", every=3).at(step, 5, seed) == int.from_bytes(drawn, "little") % 5
+
+
+def test_a_projection_is_clipped_on_both_sides() -> None:
+    projector = zk.Projection(tau=0.25, layers=["w"]).of(0, ["w"])
+    assert [projector._clip(r) for r in (-3.0, 0.75, 0.9, 1.25, 7.0)] == [0.75, 0.75, 0.9, 1.25, 1.25]
