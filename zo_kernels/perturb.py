@@ -692,11 +692,11 @@ class Scratch(View):
         self.live = {}
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         self.passes = [self._pass(shift, 1.0, "nearest") if shift else None for shift in shifts]
-        for shadow in self.held.values():
-            self._perturb_held(shadow)
-        if self.resident:
+        if self.resident:  # from clean weights: those that were held after it was made are in it too
             self._fill(self.resident)
             self.filled = [t._version for t in self.resident.written]
+        for shadow in self.held.values():
+            self._perturb_held(shadow)
         self.expect()
 
     def check(self) -> None:
