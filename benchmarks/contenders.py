@@ -104,6 +104,11 @@ def normal_add(p: Tensor) -> Tensor:
     return p.add_(torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, device=p.device), alpha=EPS)
 
 
+def normal_reused(p: Tensor, z: Tensor) -> Tensor:
+    """The same with noise in memory that is there already, as who keeps a buffer of the largest tensor's size writes it."""
+    return p.add_(z.normal_(), alpha=EPS)
+
+
 def randn_add(p: Tensor) -> Tensor:
     """The same with `randn_like`, for torch.compile, which can generate it inside the loop and `torch.normal` not."""
     return p.add_(torch.randn_like(p), alpha=EPS)
@@ -123,6 +128,13 @@ def foreach_list(parts: list[Tensor]) -> None:
 def foreach_add(p: Tensor) -> None:
     """A list of 64 parameters, as a model has them."""
     foreach_list(list(p.chunk(64)))
+
+
+def foreach_reused(p: Tensor, z: Tensor) -> None:
+    """The same, tensor by tensor through memory that is there already and stays in the caches."""
+    parts = list(p.chunk(64))
+    for part in parts:
+        part.add_(z[: part.numel()].normal_(), alpha=EPS)
 
 
 def stateless_add(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Any] | str:

@@ -16,6 +16,7 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
-MACHINE_COLUMNS = ("cpu", "cores", "gpu", "torch", "triton", "cuda", "zo_kernels")
+MACHINE_COLUMNS = ("cpu", "cores", "gpu", "torch", "triton", "cuda", "zo_kernels", "commit")
 
 
 # ---- the machine ------------------------------------------------------------------------------------------------------
@@ -54,6 +55,22 @@ def _version(package: str) -> str:
         return ""
 
 
+def commit() -> str:
+    """The commit that was measured, with a + if files other than results and pages differ from it; $COMMIT where there is no repository
+    (a copy of the tree on another machine); empty where nobody knows."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*here, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        unchanged = subprocess.run(
+            [*here, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs"]
+        )
+    except OSError:
+        return os.environ.get("COMMIT", "")
+    if found.returncode:
+        return os.environ.get("COMMIT", "")
+    return found.stdout.strip() + ("+" if unchanged.returncode else "")
+
+
 def machine() -> dict[str, str | int]:
     """The columns that start every row; empty where there is no such thing."""
     import zo_kernels
@@ -67,6 +84,7 @@ def machine() -> dict[str, str | int]:
         "triton": _version("triton"),
         "cuda": (torch.version.cuda or "") if gpu else "",
         "zo_kernels": zo_kernels.__version__,
+        "commit": commit(),
     }
 
 
@@ -174,14 +192,6 @@ def rewrite_(t: Tensor) -> None:
     """Read every byte of `t` and write it back: the plainest pass over memory that torch has. Integers, since half-precision
     arithmetic on a CPU is bound by its conversions, not by memory."""
     t.view(-1).view(torch.int32).bitwise_xor_(0)
-
-
-def copy_bandwidth(nbytes: int = 1 << 28, *, device: torch.device | str = "cpu", rounds: int = 9) -> dict[str, float]:
-    """Measured bytes a second, reads plus writes: 'copy' (`copy_` between two buffers) and 'rewrite' (in place)."""
-    source = torch.zeros(nbytes // 4, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    timings = interleaved({"copy": lambda: target.copy_(source), "rewrite": lambda: rewrite_(source)}, rounds=rounds, device=device)
-    return {name: 2 * nbytes / timing.median for name, timing in timings.items()}
 
 
 def device_script(

@@ -28,10 +28,12 @@ BARS = (
     (("compiled normal_add", ""), "torch.compile of normal + add_"),
     (("compiled randn_add", ""), "torch.compile, noise fused"),
     (("foreach_add", ""), "torch._foreach_add_"),
+    (("normal_reused", ""), "normal_ into a kept buffer + add_"),
+    (("foreach_reused", ""), "the same, tensor by tensor"),
     (("zo_kernels portable", "portable"), "zo_kernels, portable C++"),
     (("zo_kernels avx2", "avx2"), "zo_kernels, AVX2"),
     (("zo_kernels avx512", "avx512"), "zo_kernels, AVX-512"),
-    (("inplace_copy", ""), "read and write back, no arithmetic"),
+    (("rewrite", ""), "read and write back, no arithmetic"),
 )
 
 
@@ -123,9 +125,7 @@ def draw_cpu(axes: Any, rows: list[dict[str, str]], dtype: str) -> None:
         if row["dtype"] == dtype and int(row["threads"]) == threads
     }
     bars = [(label, rate[key], key[0]) for key, label in BARS if key in rate]
-    colours = [
-        "#1b7f5c" if name.startswith("zo_kernels") else "#9aa3ab" if name == "inplace_copy" else "#b03a48" for _, _, name in bars
-    ]
+    colours = ["#1b7f5c" if name.startswith("zo_kernels") else "#9aa3ab" if name == "rewrite" else "#b03a48" for _, _, name in bars]
     drawn = axes.barh([label for label, _, _ in bars], [value for _, value, _ in bars], color=colours)
     axes.bar_label(drawn, [f"{value:.2g}" for _, value, _ in bars], fontsize=7, padding=2)
     axes.set_xscale("log")

@@ -59,7 +59,7 @@ def fidelity(out: Path, quick: bool) -> bool:
 
 
 def step(out: Path, quick: bool) -> bool:
-    size = ["--model-shape", "llama-tiny", "--tokens", "2x8", "--rounds", "2"] if quick else []
+    size = ["--model-shape", "llama-tiny", "--dtype", "float32", "--tokens", "2x8", "--rounds", "2"] if quick else []
     return run(str(HERE / "step.py"), "--device", "cpu", "--out", str(out / "step.csv"), *size)
 
 

@@ -1,7 +1,7 @@
 """A whole training step of a randomly initialised model: seconds, peak memory and bytes, beside two bare forwards and MeZO's loop.
 
     python benchmarks/step.py --out step.csv          with a GPU OPT-125M to OPT-13B in fp16 at 16 x 32 and 16 x 400 tokens,
-                                                      otherwise llama-15m, llama-110m and opt-125m in fp32 at 16 x 32
+                                                      otherwise llama-15m, llama-110m and opt-125m in fp32 and bf16 at 16 x 32
     python benchmarks/step.py --out step.csv --device cuda --dtype float16 --model-shape opt-1.3b --tokens 16x32 16x400
 
 Belongs here: whole steps, on any device. Does not belong here: single passes (cpu_pass.py, gpu_pass.py), learning. Random weights
@@ -492,7 +492,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = args.tokens or ([(16, 32)] if on_cpu else [(16, 32), (16, 400)])
     append = args.append
     for shape in args.model_shape or (["llama-15m", "llama-110m", "opt-125m"] if on_cpu else list(OPT)):
-        for dtype in args.dtype or ["float32" if on_cpu else "float16"]:
+        for dtype in args.dtype or (["float32", "bfloat16"] if on_cpu else ["float16"]):
             rows = measure(shape, tokens, dtype, device, args.modes, args.rounds, args.calls, args.backend)
             if rows:
                 harness.write_csv(args.out, COLUMNS, rows, append)  # after every model: an interrupted run keeps what it has

@@ -25,11 +25,13 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def caption(rows: list[Row]) -> str:
-    """Processor or GPU, and versions; one line for each machine in the file."""
+    """Processor or GPU, versions and commit; one line for each machine and commit in the file."""
     seen = []
     for row in rows:
         device = row["gpu"] or f"{row['cpu']}, {row['cores']} cores"
-        versions = [f"{name} {row[name]}" for name in ("torch", "triton" if row["gpu"] else "", "cuda") if name and row[name]]
+        versions = [
+            f"{name} {row[name]}" for name in ("torch", "triton" if row["gpu"] else "", "cuda", "commit") if name and row[name]
+        ]
         if (line := f"{device}; {', '.join(versions)}.") not in seen:
             seen.append(line)
     return "\n".join(seen)
@@ -94,16 +96,18 @@ def cpu_pass(rows: list[Row]) -> str:
             elif int(row["terms"]) > 1:
                 cells.append(f"{float(row['gterms_per_s']):.3g} terms")
             else:
-                ratio = f" ({float(row['ratio_to_normal_add']):.3g}×)" if row["terms"] == "1" else ""
+                ratio = f" ({float(row['ratio_to_strongest']):.3g}×)" if row["terms"] == "1" else ""
                 cells.append(f"{float(row['gweights_per_s']):.2g}{ratio}")
         body.append([key[0] + (f" (fused: {key[1]})" if key[1] else ""), *cells])
     header = ["contender", *(f"{dtype}, {threads} thread{'s' if threads != '1' else ''}" for threads, dtype in columns)]
-    note = "10⁹ weights (or terms) a second; in parentheses the ratio to `normal_add`."
+    note = (
+        "10⁹ weights (or terms) a second; in parentheses over the strongest of torch's ways with this type and number of threads."
+    )
     return f"{note} {cpu_ratios(rows)}\n\n" + markdown(header, body)
 
 
 def cpu_ratios(rows: list[Row]) -> str:
-    """The plain pass by the best instruction set beside `normal_add`, for all types of one run."""
+    """The plain pass by the best instruction set beside the strongest of torch's ways, for all types of one run."""
     last: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row["contender"].removeprefix("zo_kernels ") == row["isa"]:  # from portable to the best
@@ -111,9 +115,18 @@ def cpu_ratios(rows: list[Row]) -> str:
     parts = []
     for threads in dict.fromkeys(t for t, _ in last):
         mine = {dtype: row for (t, dtype), row in last.items() if t == threads}
-        ratios = ", ".join(f"{float(row['ratio_to_normal_add']):.3g}× ({dtype})" for dtype, row in mine.items())
+        others = {dtype: strongest(rows, threads, dtype) for dtype in mine}
+        ratios = ", ".join(
+            f"{float(row['ratio_to_strongest']):.3g}× ({dtype}, `{others[dtype]['contender']}`)" for dtype, row in mine.items()
+        )
         parts.append(f"{threads} thread{'s' if threads != '1' else ''}: {ratios}")
-    return f"The best instruction set is ahead of it by, with {'; with '.join(parts)}." if parts else ""
+    return f"The best instruction set is ahead of that by, with {'; with '.join(parts)}." if parts else ""
+
+
+def strongest(rows: list[Row], threads: str, dtype: str) -> Row:
+    """The fastest of torch's ways."""
+    mine = [r for r in rows if (r["threads"], r["dtype"]) == (threads, dtype) and float(r["ratio_to_strongest"]) == 1.0]
+    return next(r for r in mine if not r["contender"].startswith("zo_kernels"))
 
 
 def step(rows: list[Row]) -> str:
@@ -213,8 +226,8 @@ def rule_pass(rows: list[Row]) -> str:
         mine = {r["contender"]: r for r in rows if (r["backend"], r["dtype"], r["rule"]) == key}
         ours = mine["rule pass"]
         cells = [f"{float(mine[n]['gweights_per_s']):.3g}" for n in ("rule pass", "torch", "perturb")]
-        body.append([*key, *cells, f"{float(ours['ratio_to_torch']):.1f}", ours["bytes_per_weight"], ours["percent_of_copy"]])
-    header = ["backend", "dtype", "rule", "rule pass", "torch", "perturb", "over torch", "bytes a weight", "% of copy"]
+        body.append([*key, *cells, f"{float(ours['ratio_to_torch']):.1f}", ours["bytes_per_weight"], ours["percent_of_rewrite"]])
+    header = ["backend", "dtype", "rule", "rule pass", "torch", "perturb", "over torch", "bytes a weight", "% of a rewrite"]
     return "10⁹ weights a second.\n\n" + markdown(header, body)
 
 
@@ -235,14 +248,14 @@ def grid(
 
 
 def crossovers(rows: list[Row]) -> str:
-    """For each of our backends and types, the size from which a pass stays at 80 % of the copy."""
+    """For each of our backends and types, the size from which a pass stays at 80 % of a rewrite."""
     found = []
     for name in ("cpu", "cuda", "triton"):
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             mine = [row for row in rows if (row["question"], row["contender"], row["dtype"]) == ("size", name, dtype)]
             start = None
             for row in sorted(mine, key=lambda row: -int(row["weights"])):
-                if float(row["percent_of_copy"]) < 80:
+                if float(row["percent_of_rewrite"]) < 80:
                     break
                 start = int(row["weights"])
             if mine:
@@ -256,11 +269,11 @@ def short(x: float) -> str:
 
 def size(rows: list[Row]) -> str:
     def cell(row: Row) -> str:
-        return f"{short(float(row['gb_per_s']))} ({float(row['percent_of_copy']):.0f} %)"
+        return f"{short(float(row['gb_per_s']))} ({float(row['percent_of_rewrite']):.0f} %)"
 
-    note = "GB/s, in parentheses percent of the copy at the same size."
+    note = "GB/s, in parentheses percent of a rewrite (every byte read and written back, nothing computed) at the same size."
     if found := crossovers(rows):
-        note += f" At 80 % of the copy or more from there on: {found}."
+        note += f" At 80 % of that or more from there on: {found}."
     return f"{note}\n\n" + grid(
         rows, "size", lambda row: (row["dtype"], f"2^{int(row['weights']).bit_length() - 1}"), ["dtype", "weights"], cell
     )

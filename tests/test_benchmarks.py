@@ -207,7 +207,14 @@ class TestFidelity:
 def test_step(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     done = run(
-        str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--model-shape=llama-tiny", "--tokens=2x4", "--rounds=1"
+        str(BENCHMARKS / "step.py"),
+        "--device=cpu",
+        "--out",
+        str(path),
+        "--model-shape=llama-tiny",
+        "--dtype=float32",
+        "--tokens=2x4",
+        "--rounds=1",
     )
     assert done.returncode == 0, done.stderr
     table = {row["mode"]: row for row in rows(path)}
@@ -243,7 +250,7 @@ def test_bytes_of_gathered_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_step_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     # 2^40 tokens of activations fit nowhere; nothing of that size may be allocated to find out.
     path = tmp_path / "step.csv"
-    shape = ["--device=cpu", f"--out={path}", "--model-shape=llama-tiny", "--rounds=1"]
+    shape = ["--device=cpu", f"--out={path}", "--model-shape=llama-tiny", "--dtype=float32", "--rounds=1"]
     done = run(str(BENCHMARKS / "step.py"), *shape, "--tokens", f"{1 << 20}x{1 << 20}", "1x2", "--modes", "inplace")
     assert done.returncode == 0, done.stderr
     assert "left out: llama-tiny 1048576x1048576 inplace needs about" in done.stderr
@@ -257,7 +264,7 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert {row["question"] for row in table} == {"size", "terms", "list", "host"}
-    assert {row["contender"] for row in table if row["question"] == "size"} == {"copy", "cpu", "normal_add", "mezo"}
+    assert {row["contender"] for row in table if row["question"] == "size"} == {"copy", "rewrite", "cpu", "normal_add", "mezo"}
     assert {int(row["terms"]) for row in table if row["question"] == "terms"} == {0, *(1 << k for k in range(11))}
     assert {"step, scratch", "step, inplace", "step, mezo", "check of storages"} <= {row["contender"] for row in table}
     assert all(row["us_per_tensor"] and row["terms"] == "0" for row in table if row["contender"] == "copy")
@@ -334,7 +341,7 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
     assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
     assert {row["contender"] for row in table} >= {
         "copy",
-        "inplace_copy",
+        "rewrite",
         "zo_kernels portable",
         "zo_kernels K=64",
         "zo_kernels bit mask",
@@ -342,7 +349,14 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
         "normal_add",
         "mezo",
     }
-    assert all(row["ratio_to_normal_add"] == "1.0" for row in table if row["contender"] == "normal_add")
+    for dtype in ("float32", "float16", "bfloat16"):
+        others = [
+            row
+            for row in table
+            if (row["dtype"], row["threads"], row["terms"]) == (dtype, "1", "1") and "zo_" not in row["contender"]
+        ]
+        assert {"normal_add", "normal_reused", "foreach_add", "foreach_reused", "mezo"} <= {row["contender"] for row in others}
+        assert max(float(row["ratio_to_strongest"]) for row in others) == 1.0
     assert all(float(row["gterms_per_s"]) == 0 for row in table if "copy" in row["contender"])
 
     drawn = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
@@ -383,7 +397,7 @@ def test_rule_pass(tmp_path: Path) -> None:
     done = run(str(BENCHMARKS / "rule_pass.py"), "--device=cpu", "--out", str(path), "--quick")
     assert done.returncode == 0, done.stderr
     table = rows(path)
-    assert {row["contender"] for row in table} == {"rule pass", "perturb", "torch"}
+    assert {row["contender"] for row in table} == {"rule pass", "perturb", "torch", "rewrite"}
     assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
     assert {row["bytes_per_weight"] for row in table if row["rule"] == "adam" and row["contender"] == "rule pass"} == {"24", "20"}
     page = tmp_path / "page.md"
