@@ -7,6 +7,7 @@
 # make mutants   plant each wrong line of tests/mutants.py in a copy and see its tests fail
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's
+# make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
 #
@@ -26,7 +27,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench compare fuzz mutants crash-test sanitize sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz mutants crash-test sanitize claims sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -64,6 +65,9 @@ crash-test: $(READY)
 
 sanitize: $(READY)
 	nice tests/kernels/sanitize.sh $(PYTHON)
+
+claims: $(READY)
+	@$(PYTHON) benchmarks/claims.py
 
 sass: $(READY)
 	@$(PYTHON) benchmarks/sass.py

@@ -427,6 +427,81 @@ def test_committed_results_have_the_documented_columns() -> None:
         rows(path)
 
 
+class TestClaims:
+    """Every figure of README and docs has a row, a test or a line of code, and is what that says."""
+
+    @pytest.fixture(autouse=True)
+    def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def test_all_of_them(self) -> None:
+        import claims
+
+        assert claims.check(write=False) == []
+
+    @pytest.fixture
+    def page(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A project with one page, one file of results and one claim."""
+        import claims
+        import harness
+
+        (tmp_path / "page.md").write_text(
+            "It takes\n2.9 ms, or `4.5 s` of code, as arXiv 2305.17333 has it.\n\n    5.5 ms of an example\n"
+        )
+        (tmp_path / "x.csv").write_text("commit,mode,ms\nabc,ours,2.91\nabc,theirs,7.0\n")
+        (tmp_path / "code.py").write_text("LIMIT = 3\n\ndef test_it():\n    pass\n")
+        monkeypatch.setattr(claims, "ROOT", tmp_path)
+        monkeypatch.setattr(claims, "PAGES", ("page.md",))
+        monkeypatch.setattr(harness, "RESULTS", tmp_path)
+        monkeypatch.setattr(claims, "CLAIMS", [])
+        claims.claim("page.md", "It takes {:.1f} ms", "x.csv: ours", lambda: [claims.number("x", "ms", mode="ours")])
+        return tmp_path / "page.md"
+
+    def test_a_true_figure(self, page: Path) -> None:
+        import claims
+
+        assert claims.check(write=False) == []
+
+    def test_a_figure_without_a_source(self, page: Path) -> None:
+        import claims
+
+        for more in ("It is 30 times faster.", "Accuracy 0.542.", "It lost 11 % of it.", "It took 64 ms.", "At 3.5·10⁹ weights/s."):
+            page.write_text("It takes\n2.9 ms.\n" + more)
+            (wrong,) = claims.check(write=False)
+            assert "page.md:3" in wrong and "has no source" in wrong
+
+    def test_a_figure_that_its_row_does_not_have(self, page: Path) -> None:
+        import claims
+
+        page.write_text("It takes 2.8 ms.")
+        (wrong,) = claims.check(write=False)
+        assert "its rows say 2.9" in wrong
+        assert claims.check(write=True) == []
+        assert page.read_text() == "It takes 2.9 ms."
+
+    def test_a_sentence_that_is_gone(self, page: Path) -> None:
+        import claims
+
+        page.write_text("Nothing is said.")
+        (wrong,) = claims.check(write=False)
+        assert "no longer says" in wrong
+
+    def test_sources_that_are_not_there(self, page: Path) -> None:
+        import claims
+
+        for source, fault in (
+            ("y.csv: a row", "there is no y.csv"),
+            ("code.py::test_other", "has no test"),
+            ("code.py: LIMIT = 4", "does not hold"),
+            ("paper: ", "names nothing"),
+        ):
+            claims.CLAIMS[:] = [claims.Claim("page.md", "It takes 2.9 ms", source)]
+            assert any(fault in line for line in claims.check(write=False)), source
+        for source in ("code.py::test_it", "code.py: LIMIT = 3", "paper: arXiv 2305.17333"):
+            claims.CLAIMS[:] = [claims.Claim("page.md", "It takes 2.9 ms", source)]
+            assert claims.check(write=False) == []
+
+
 class TestHarness:
     """The pieces that a wrong figure could come from."""
 

@@ -9,6 +9,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,35 @@ def test_a_call_has_one_parity_and_its_sums_take_32_values() -> None:
     mean = {n: Fraction(sum(v**n for v in values.tolist()), 16) for n in (2, 4, 6, 8)}
     moments = [float(mean[n] / mean[2] ** (n // 2)) for n in (4, 6, 8)]
     assert [f"{m:.4g}" for m in moments] == ["2.97", "10.7", "41.76"]
+
+
+def test_the_law_of_the_gaussian() -> None:
+    """Every figure that docs/numerics.md has of the law of one element, exactly: the convolution of the laws of sixteen f's."""
+    top = 115 * 32
+    law = np.zeros(2 * top + 1)
+    for value in (m * s * sign for m in (82, 83, 114, 115) for s in (1, 2, 16, 32) for sign in (1, -1)):
+        law[value + top] += 1 / 32
+    for _ in range(4):  # the law of 2, 4, 8, 16 of them
+        size = 2 * len(law) - 1
+        transform = np.fft.rfft(law, 1 << size.bit_length())
+        law = np.fft.irfft(transform * transform)[:size].clip(0)
+    unit = reference.KAPPA * 2.0**-13
+    z = unit * (np.arange(len(law)) - len(law) // 2)
+    second, third, fourth = (float((law * z**k).sum()) for k in (2, 3, 4))
+    assert unit == pytest.approx(1.4e-4, abs=5e-6)
+    assert z.max() == pytest.approx(8.23, abs=5e-3)
+    # A coefficient keeps 17 bits, so that a variance may be off by twice 2^-17; that of c = 1 is closer.
+    assert abs(second - 1) < 1e-6 and 2 * 2.0**-17 < 1.6e-5
+    assert abs(third) < 1e-9
+    excess = fourth / second**2 - 3
+    assert excess == pytest.approx(-0.0019, abs=5e-5)
+    # E z_i^2 |z|^2 = d + 2 + the excess of z_i + the covariances with the fifteen others of its group, each as large.
+    assert 16 * excess == pytest.approx(-0.03, abs=5e-3)
+    upto = law.cumsum()
+    normal = torch.special.ndtr(torch.from_numpy(z)).numpy()
+    assert max(abs(upto - normal).max(), abs(upto - law - normal).max()) == pytest.approx(4.8e-5, abs=5e-7)
+    for sigma, ratio in ((3, 0.994), (4, 0.945), (5, 0.783)):
+        assert law[z > sigma].sum() / (math.erfc(sigma / math.sqrt(2)) / 2) == pytest.approx(ratio, abs=5e-4)
 
 
 def test_gaussian_moments_and_distribution() -> None:
