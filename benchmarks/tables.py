@@ -255,7 +255,7 @@ def crossovers(rows: list[Row]) -> str:
             mine = [row for row in rows if (row["question"], row["contender"], row["dtype"]) == ("size", name, dtype)]
             start = None
             for row in sorted(mine, key=lambda row: -int(row["weights"])):
-                if float(row["percent_of_rewrite"]) < 80:
+                if not row["percent_of_rewrite"] or float(row["percent_of_rewrite"]) < 80:
                     break
                 start = int(row["weights"])
             if mine:
@@ -269,7 +269,8 @@ def short(x: float) -> str:
 
 def size(rows: list[Row]) -> str:
     def cell(row: Row) -> str:
-        return f"{short(float(row['gb_per_s']))} ({float(row['percent_of_rewrite']):.0f} %)"
+        share = f" ({float(row['percent_of_rewrite']):.0f} %)" if row["percent_of_rewrite"] else ""
+        return f"{short(float(row['gb_per_s']))}{share}"
 
     note = "GB/s, in parentheses percent of a rewrite (every byte read and written back, nothing computed) at the same size."
     if found := crossovers(rows):

@@ -60,6 +60,7 @@ def test_a_call_has_one_parity_and_its_sums_take_32_values() -> None:
     mean = {n: Fraction(sum(v**n for v in values.tolist()), 16) for n in (2, 4, 6, 8)}
     moments = [float(mean[n] / mean[2] ** (n // 2)) for n in (4, 6, 8)]
     assert [f"{m:.4g}" for m in moments] == ["2.97", "10.7", "41.76"]
+    assert f"{values.max() / values.double().square().mean().sqrt():.3g}" == "2.06"
 
 
 def test_the_law_of_the_gaussian() -> None:

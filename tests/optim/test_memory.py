@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zo_kernels as zk
+from zo_kernels.optim import findings
 
 WIDTH, DEPTH = 64, 6
 LAYER = WIDTH * WIDTH
@@ -146,7 +147,9 @@ def test_bytes_within_a_step(name: str, mode: str, dtype: torch.dtype) -> None:
     whole = 8 * LAYER if name == "layer-scale" else 4 * LAYER
     assert 0 < largest.bytes <= whole + PAD
     if mode == "inplace" and name in IN_ONE_PASS:
-        assert largest.bytes <= FEW
+        # The first step of 16-bit weights looks at a few elements of each tensor, in float64, and at one number more.
+        looked = 8 * (sum(min(p.numel(), findings.SAMPLE) for p in model.parameters()) + 1)
+        assert largest.bytes <= (max(FEW, looked) if dtype == torch.bfloat16 else FEW)
 
 
 IN_ONE_PASS = (
