@@ -678,6 +678,7 @@ class Scratch(View):
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self._put_back()
+        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         if not any(shifts):  # the weights themselves: nothing stands before them
             for front in self.fronts:
                 front.remove()
@@ -690,7 +691,6 @@ class Scratch(View):
                 front.place()
         self._learn()
         self.live = {}
-        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         self.passes = [self._pass(shift, 1.0, "nearest") if shift else None for shift in shifts]
         if self.resident:  # from clean weights: those that were held after it was made are in it too
             self._fill(self.resident)

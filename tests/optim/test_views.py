@@ -507,6 +507,28 @@ def test_autocast_sees_each_perturbation(kind: str, mode: str) -> None:
     assert len({before, *seen}) == 5
 
 
+@pytest.mark.filterwarnings("ignore:scratch mode")
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_sees_clean_weights_behind_perturbed_ones(mode: str) -> None:
+    """A conservative step evaluates theta behind theta - eps z; of weights that are held in place a copy of those would be left."""
+    torch.manual_seed(0)
+    model, seen = Captured(), []
+
+    def loss() -> float:
+        seen.append(model(tokens()).float().square().mean().item())
+        return seen[-1]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss()
+        zk.ZOConservative(model, lr=0.0, eps=5e-2, seed=3, perturbation=mode).step(loss)
+    clean, plus, minus, *trials = seen
+    assert plus != clean and minus != clean
+    if mode == "scratch":
+        assert trials == [clean] * 3
+    else:  # rounded by the passes
+        assert trials == pytest.approx([clean] * 3, abs=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
