@@ -6,7 +6,7 @@
 # make fuzz  feed the readers RUNS broken inputs each (with atheris where it is installed: pip install -e '.[fuzz]')
 # make mutants   plant each wrong line of tests/mutants.py in a copy and see its tests fail
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
-# make crash-test   kill RUNS runs at random moments, resume each, and compare its weights with an undisturbed run's
+# make crash-test   end RUNS runs by kills, signals and exceptions at random moments, resume each, compare its weights with an undisturbed run's
 # make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
