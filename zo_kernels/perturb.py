@@ -604,6 +604,7 @@ class Scratch(View):
         self.resident: Fill | None = None  # of `fitting`, in memory of its own
         self.shown: dict[int, PerturbedWeight] = {}  # its weights, by the ids of the values
         self.asks: Sequence[bool] = []  # whether its values asked for a gradient when the step began
+        self.lie_at: Sequence[int] = []  # the addresses of its values
         self.resident_beside = 0  # how many parameters were held when it was made
         self.filled: Sequence[int] = []  # the versions of its values after the pass
         self.fronts: list[Placed] = []
@@ -617,6 +618,8 @@ class Scratch(View):
         # their clean values while a forward runs. `missing` are those that no module owns at all.
         reached = {id(shadow) for sites in self.sites.values() for _, shadow in sites}
         self.held: dict[int, PerturbedWeight] = {i: s for i, s in shadows.items() if id(s) not in reached}
+        if self.held:
+            self.served = None  # nobody sees who reads those
         self.copies: dict[int, Tensor] = {}
         self.told = 0  # how many held parameters the user knows of
         self.watched_mode: bool | None = None  # model.training of the step that was watched
@@ -644,6 +647,7 @@ class Scratch(View):
             ]
         if self.resident:
             self.asks = [t.requires_grad for t in self.resident.written]
+            self.lie_at = [t.data_ptr() for t in self.resident.written]
         held = dict(self.held)
         self.thread = threading.get_ident()
         self.expect()
@@ -708,6 +712,7 @@ class Scratch(View):
             for before, now, how in (
                 (self.filled, [t._version for t in written], "written to"),
                 (self.asks, [t.requires_grad for t in written], "changed"),
+                (self.lie_at, [t.data_ptr() for t in written], "moved or converted"),
             ):
                 if before != now:
                     t = next(t for t, a, b in zip(written, before, now, strict=True) if a != b)
@@ -723,8 +728,8 @@ class Scratch(View):
             )
 
     def _serves(self, shadows: Iterable[PerturbedWeight]) -> None:
-        assert self.served is not None
-        self.served.update(id(s.param) for s in shadows)
+        if self.served is not None:
+            self.served.update(id(s.param) for s in shadows)
 
     def _name_of(self, shadow: int) -> str:
         return next(self.names[i] for i, s in self.shadows.items() if id(s) == shadow)

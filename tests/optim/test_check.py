@@ -255,6 +255,25 @@ def dropout() -> Case:
     return Case(zk.MeZOStep(model, lr=1e-4), lambda: models.loss_of(model, IDS))
 
 
+def scripted() -> Case:
+    """No attribute of its modules can stand in for a weight, and no function mode sees its reads."""
+    torch.manual_seed(0)
+    model, x = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))), torch.randn(16, 8)
+    return Case(zk.MeZOStep(model, lr=1e-4, perturbation="inplace"), lambda: model(x).square().mean())
+
+
+class Nothing(nn.Module):
+    """With a parameter of no elements, as a vocabulary's last part of no words is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.some, self.none, self.x = nn.Linear(8, 1), nn.Parameter(torch.zeros(0, 3)), torch.randn(16, 8)
+
+    def forward(self) -> Tensor:
+        return self.some(self.x).square().mean() + self.none.sum()
+
+
 SOUND: dict[str, Callable[[], Case]] = {
     "causal": lambda: family("llama-tied"),
     "masked": lambda: family("roberta"),
@@ -272,6 +291,8 @@ SOUND: dict[str, Callable[[], Case]] = {
     "blocks": lambda: Case(zk.BlockwiseZO(model := models.make("llama"), lr=1e-4), lambda: models.loss_of(model, IDS)),
     "sparse": lambda: Case(zk.SparseMeZO(model := models.make("llama"), lr=1e-4), lambda: models.loss_of(model, IDS)),
     "conservative": lambda: Case(zk.ZOConservative(model := models.make("llama"), lr=1e-4), lambda: models.loss_of(model, IDS)),
+    "scripted": scripted,
+    "no elements": lambda: Case(zk.MeZOStep(model := Nothing(), lr=1e-4), model),
     "hessian": lambda: Case(zk.HiZOO(model := models.make("llama"), lr=1e-6), lambda: models.loss_of(model, IDS)),
 }
 
@@ -494,6 +515,15 @@ def test_a_step_tells_that_nothing_is_read(build: Callable[[], Case], mode: str,
     words = steps(case.step, case.closure, 2 * findings.EQUAL)
     assert len(words) == 1
     assert "no effect" in words[0]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_scripted_module_in_scratch_mode_is_told_of_when_it_is_not_read(reads: bool) -> None:
+    case = scripted()
+    optimizer = zk.MeZOStep(case.step._model, lr=1e-4, perturbation="scratch")
+    words = steps(optimizer, case.closure if reads else lambda: 1.0, 5)
+    assert ["in ways that their modules' attributes do not show" in words[0], len(words)] == [True, 2 - reads]
+    assert reads or "no effect" in words[1]
 
 
 def test_a_step_tells_that_another_adapter_is_active() -> None:

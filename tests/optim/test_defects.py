@@ -466,6 +466,26 @@ def test_layer_scales_are_roots_of_means() -> None:
     assert scale["small"] == pytest.approx(4 * scale["four"], rel=1e-3)
 
 
+@pytest.mark.parametrize("by", ["rms", "gradient"])
+@pytest.mark.parametrize("what", ["step", "check"])
+def test_scales_measured_for_a_step_that_fails_are_taken_back(by: str, what: str) -> None:
+    """Would catch: a state_dict() after a failed step, or a check, with the scales of a step that did not take place."""
+    model = Sized()
+    step = zk.ZOStep(model, 1e-1, 1e-3, direction=zk.LayerScale(by, every=2), seed=SEED)
+    for _ in range(2):
+        step.step(model)
+
+    def closure() -> Tensor:
+        raise KeyError
+
+    before = step.state_dict()
+    with pytest.raises(KeyError):
+        step.step(closure) if what == "step" else zk.check(step, closure)
+    assert step.state_dict() == before
+    step.step(model)
+    assert step.state_dict() != before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_diagonal_of_hizoo_moves_at_the_papers_alpha(dtype: torch.dtype) -> None:
     """Would catch: H in fp16, where alpha = 1e-6 is below half a unit of 1: H never moves, and the method is MeZO."""

@@ -423,6 +423,22 @@ def test_a_shadow_is_not_set(mode: str) -> None:
     refused(model, step, mode, closure, RuntimeError, "hidden.weight was changed inside a step")
 
 
+@pytest.mark.parametrize("mode", EXACT)
+@later
+def test_memory_that_a_shadow_is_given_is_refused(mode: str, later: bool) -> None:
+    """Nothing would write theta + c z there: all later forwards would read what it holds."""
+    model = Net()
+    step = optimizer_of(model, mode)
+    if later:
+        step.step(model)
+
+    def closure() -> Tensor:
+        model.hidden.weight.data = torch.zeros(6, 6)
+        return model()
+
+    refused(model, step, mode, closure, RuntimeError, "hidden.weight was (changed|moved or converted) inside a step")
+
+
 @each_mode
 @pytest.mark.parametrize("caught", [False, True])
 def test_a_step_inside_a_step_is_refused(mode: str, caught: bool) -> None:

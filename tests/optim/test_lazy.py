@@ -272,3 +272,16 @@ def test_lazy_needs_in_place() -> None:
     for perturbation in ("auto", "scratch"):
         with pytest.raises(ValueError, match=r"lazy=True with perturbation=.*'inplace'"):
             zk.MeZOStep(model, lr=LR, lazy=True, perturbation=perturbation)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_lazy_needs_modules_that_take_hooks(inner: bool) -> None:
+    """A scripted module cannot flush before it is read; what is not scripted keeps no hook of an optimizer that was refused."""
+    scripted = torch.jit.script(nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(4, 3), scripted) if inner else scripted
+    with pytest.raises(
+        ValueError, match=f"lazy=True with the scripted module '{'1' if inner else 'RecursiveScriptModule'}'.*leave lazy out"
+    ):
+        lazy(model)
+    if inner:
+        assert not model._forward_pre_hooks and not model[0]._forward_pre_hooks

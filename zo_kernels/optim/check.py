@@ -140,6 +140,7 @@ def _unchanged(step: steps.ZOStep, view: perturb.View) -> Iterator[None]:
     finally:
         with interrupts.uninterrupted():
             step._inside = False
+            step._held.undo()
             with torch.inference_mode():  # writes to parameters that were made in it, too
                 for p, clean in copies:
                     p.copy_(clean)
@@ -311,7 +312,9 @@ class _Check:
         return Finding("buffers", "warning", text, "Call eval() on these modules (batch norm)", {"buffers": len(names)}, names)
 
     def of_reads(self, read: set[str]) -> Finding:
-        unread = tuple(sorted(set(self.trained) - read))
+        unread = tuple(
+            sorted({n for n, p in self.trained.items() if p.numel()} - read)
+        )  # who reads nothing of nothing misses nothing
         numbers = {"read": len(self.trained) - len(unread), "unread": len(unread)}
         if not unread:
             return Finding("reads", "ok", "the closure reads every trained tensor", numbers=numbers)

@@ -82,6 +82,9 @@ class Held:
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         """Before the forwards of a step, the weights being clean: contents for this step of the parameters that take part."""
 
+    def undo(self) -> None:
+        """The step that was prepared last did not take place: what `state` gives is as before."""
+
     def learn(
         self,
         step: int,
@@ -252,6 +255,7 @@ class _LayerScale(Held):
         super().__init__(config, *of)
         self.squares: dict[str, tuple[float, float]] = {}  # of gradients: the weighted sum of g^2, and of the weights
         self.loaded: dict[str, tuple[float, float]] = {}  # of parameters that no view has asked for yet
+        self.before: dict[str, tuple[float, float]] = {}  # what the step under way has written over
 
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
         scale = torch.ones(1, dtype=torch.float32, device=p.device)
@@ -259,14 +263,23 @@ class _LayerScale(Held):
         self._set(limits, *self.loaded.pop(name, (1.0, 1.0)))
         return limits
 
+    def undo(self) -> None:
+        for name, numbers in self.before.items():
+            self._set(self.made[name], *numbers)
+
+    def _get(self, limits: Limits) -> tuple[float, float]:
+        return float(limits.scale), float(limits.update_scale)
+
     def _set(self, limits: Limits, scale: float, update: float) -> None:
         limits.scale.fill_(scale)
         if isinstance(limits.update_scale, Tensor):
             limits.update_scale.fill_(update)
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
+        self.before = {}
         if step % self.config.every:
             return
+        self.before = {n: self._get(self.made[n]) for n in params}
         logs = {n: math.log(d) for n, p in params.items() if (d := self._root_mean_square(n, p)) > 0}
         mean = sum(logs.values()) / max(1, len(logs))
         for name in params:
@@ -323,7 +336,7 @@ class _LayerScale(Held):
         self.streams = {name: stream for name, _, stream in params}
 
     def state(self) -> dict[str, Any]:
-        held = {n: (float(m.scale), float(m.update_scale)) for n, m in self.made.items()}
+        held = {n: self._get(m) for n, m in self.made.items()}
         return {"scales": {**self.loaded, **held}, "squares": dict(self.squares)}
 
     def load(self, state: Mapping[str, Any]) -> None:

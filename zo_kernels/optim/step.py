@@ -313,12 +313,19 @@ class ZOStep(torch.optim.Optimizer):
     def _guard(self, model: nn.Module) -> None:
         """Flush before anybody else reads the weights through the module."""
         flush = _Flush(self)
-        handles = [model.register_forward_pre_hook(flush)]
-        for module in model.modules():
+        handles: list[Any] = []
+        for name, module in model.named_modules():
             # Who calls an inner module, or `model.forward` by its name, passes the model's own hook by. Guarding the rest of the modules would cost
             # each forward of a step, and they read what these have.
-            if module is not model and any(p.requires_grad for p in module.parameters(recurse=False)):
-                handles.append(module.register_forward_pre_hook(flush))
+            if module is model or any(p.requires_grad for p in module.parameters(recurse=False)):
+                try:
+                    handles.append(module.register_forward_pre_hook(flush))
+                except RuntimeError as error:
+                    _remove(handles)
+                    raise ValueError(
+                        f"lazy=True with the scripted module {name or type(model).__name__!r}: it takes no hook, so that a forward between two steps would "
+                        "read theta + eps z; leave lazy out, or give the module before torch.jit.script"
+                    ) from error
             handles += [module.register_state_dict_pre_hook(flush), module.register_load_state_dict_pre_hook(flush)]
         weakref.finalize(self, _remove, handles)
 
@@ -380,6 +387,7 @@ class ZOStep(torch.optim.Optimizer):
             if loss is None:
                 loss = self._eager(view, closure, batches)
         except BaseException:
+            self._held.undo()
             self._record_failure(view, tag, ahead)
             raise
         return loss
