@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -655,7 +656,7 @@ class Scratch(View):
             for front in self.fronts:
                 front.place()
             if watched:
-                with Watch(self, self.shadows.values()):
+                with _uncompiled(), Watch(self, self.shadows.values()):
                     yield
                 self.watched_mode = self.model.training
             else:
@@ -1114,6 +1115,12 @@ class Scratch(View):
             f"scratch mode: {len(self.held)} parameters are read in ways that their modules' attributes do not show ({names}); "
             f"they are perturbed in place around each forward and put back, bit for bit, from a copy of {size / 2**20:.1f} MiB"
         )
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled functions run as they were written: a mode that the compiler traces becomes a part of what it makes, values of one forward included.
+    Importing the compiler takes seconds, and who has not imported it compiles nothing."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class Watch(TorchFunctionMode):
