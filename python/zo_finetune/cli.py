@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from zo_finetune import console
-from zo_finetune.errors import UserError, did_you_mean
+from zo_finetune import console, methods
+from zo_finetune.errors import UserError, did_you_mean, once
 from zo_finetune.methods import METHODS
 
 EPILOG = """\
@@ -103,7 +103,7 @@ def whole(text: str) -> int:
 
 def real(text: str) -> float:
     try:
-        return float(text)
+        return methods.number(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r:.80} is no number") from None
 
@@ -125,7 +125,7 @@ def number_of(text: str) -> tuple[str, float]:
     try:
         if not (name and equals):
             raise ValueError
-        return name, float(value)
+        return name, methods.number(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be METHOD=NUMBER, for example mezo=1e-6") from None
 
@@ -139,7 +139,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [methods.number(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
 
@@ -404,9 +404,9 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
     if options.command == "replay":
         console.tell(f"saved in {replay(**given)}")
         return None
-    for name in ("columns", "options", "lrs", "epses"):
+    for name, option in (("columns", "--column"), ("options", "--option"), ("lrs", "--lr"), ("epses", "--eps")):
         if name in given:
-            given[name] = dict(given[name])
+            given[name] = once(option, given[name])
     if options.command == "compare":
         from zo_finetune.compare import compare, plan_of
 

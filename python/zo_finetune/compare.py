@@ -22,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import console, methods, report
-from zo_finetune.errors import UserError
+from zo_finetune.errors import UserError, once, one_line, shortened
 from zo_finetune.methods import Method
-from zo_finetune.train import Config, make_stepper, prepare, resolved, resume, saved_config, train
+from zo_finetune.train import Config, make_stepper, prepare, remedy, resolved, resume, saved_config, train
 
 COLUMNS = (
     "method", "seed", "forwards", "steps", "lr", "eps", "accuracy_before", "accuracy", "accuracy_stderr", "loss_before", "loss", "dev_loss",
     "seconds", "state_bytes", "trained_weights", "skipped_steps",
 )  # fmt: skip
+
+
+ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
+OWN = ("compare.json", "compare.csv", "table.md", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Entry:
             (o for o, (key, equals, value) in zip(options, pairs, strict=True) if not (key and equals and value)), None
         ):
             raise UserError(f"--methods {label}: {wrong!r} must be KEY=VALUE, as in momentum:state=recomputed")
-        return cls(label, methods.get(name), {key: value for key, _, value in pairs})
+        return cls(label, methods.get(name), once(f"--methods {label}:", ((key, value) for key, _, value in pairs)))
 
     @property
     def folder(self) -> str:
@@ -95,7 +99,7 @@ class Plan:
             lr=lr,
             eps=self.eps(entry),
             seed=seed,
-            eval_every=max(1, -(-steps // self.points)) if self.points else 0,
+            eval_every=max(1, -(-steps // self.points)) if self.points and self.base.get("dev_examples") != 0 else 0,
             save=False,
             overwrite=True,
         )
@@ -135,7 +139,9 @@ class Plan:
             if self.forwards < (least := entry.method.forwards(options, 1)):
                 raise UserError(f"--forwards {self.forwards}: a step of {entry.label} needs {least}; give more")
             for seed in self.seeds:
-                self.config(entry, self.lr(entry), seed).check()
+                config = self.config(entry, self.lr(entry), seed)
+                config.check()
+                config.check_use()
 
 
 def plan_of(given: dict[str, Any]) -> Plan:
@@ -195,10 +201,15 @@ def check_runs(plan: Plan) -> None:
         UserError: names the method.
     """
     report.check_run_dir(plan.output, overwrite=False, others=True)
+    check_own(plan.output)
     factors = plan.lr_factors if len(plan.lr_factors) > 1 else []
-    planned = [plan.config(e, plan.tried(e, f), plan.seeds[0]) for e in plan.entries for f in factors]
-    planned += [] if factors else [plan.config(e, plan.lr(e), seed) for seed in plan.seeds for e in plan.entries]
-    if all([earlier(config)[1] for config in planned]) and not factors:
+    planned = [(e, plan.config(e, plan.tried(e, f), plan.seeds[0])) for e in plan.entries for f in factors]
+    planned += [] if factors else [(e, plan.config(e, plan.lr(e), seed)) for seed in plan.seeds for e in plan.entries]
+    results = [earlier(config)[1] for _, config in planned]
+    for (entry, config), result in zip(planned, results, strict=True):
+        if result is not None:
+            finished(entry, config, result)
+    if all(results) and not factors:
         return
     console.say(f"checking {len(plan.entries)} methods and {len(plan.seeds)} seeds before the first run")
     first, model = plan.entries[0], None
@@ -207,6 +218,33 @@ def check_runs(plan: Plan) -> None:
     if model is not None:
         for entry in plan.entries:
             make_stepper(model, plan.config(entry, plan.lr(entry), plan.seeds[0]), plan.lr(entry), plan.eps(entry))
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder in which something else has the names of what a comparison writes, before hours are spent and it is lost."""
+    found = [name for name in OWN if report.check_plain(folder / name)]
+    for name in OWN:
+        report.check_plain(folder / (name + report.PART))
+    if found and not ("compare.json" in found and {"runs", "curves"} <= report.read_json(folder / "compare.json").keys()):
+        raise UserError(
+            f"--output {folder}: its {shortened(found)} would be replaced, and no comparison wrote that: give another folder"
+        )
+
+
+def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a finished run is in the table and in the figure.
+
+    Raises:
+        UserError: its files are not as a run wrote them.
+    """
+    try:
+        _ = [result[name] for name in ABOUT]
+        return row_of(entry, config, result), curve_of(entry, config, result)
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{config.output}: its result.json or log.csv is not as the run wrote it ({one_line(error)}): delete that folder, and the same command "
+            "makes the run again"
+        ) from error
 
 
 def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,9 +298,10 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
                 config = plan.config(entry, chosen.get(entry.label, plan.lr(entry)), seed)
                 console.say(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
                 result = run_one(config)
-                rows.append(row_of(entry, config, result))
-                curves.setdefault(entry.label, []).append(curve_of(entry, config, result))
-                about = {name: result[name] for name in ("task", "weights", "data", "versions", "machine")}
+                row, curve = finished(entry, config, result)
+                rows.append(row)
+                curves.setdefault(entry.label, []).append(curve)
+                about = {name: result[name] for name in ABOUT}
     except (KeyboardInterrupt, _Interrupted):
         interrupted = True
     content = {
@@ -279,7 +318,12 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
         "command": list(command or sys.argv),
     }
     if rows:
-        write(plan, content)
+        try:
+            write(plan, content)
+        except OSError as error:
+            raise UserError(
+                f"{one_line(error)}; {remedy(error)}, then give the same command again: finished runs are kept"
+            ) from error
     if interrupted:
         console.say(f"interrupted: {len(rows)} runs are finished and kept in {plan.output}; the same command goes on")
     return content
@@ -290,6 +334,8 @@ def curve_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[st
     options = entry.method.options(entry.given, config.peft)
     with report.open_plain(Path(config.output) / "log.csv", most=report.MOST_LOG_BYTES) as raw:
         losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(io.TextIOWrapper(raw, newline=""))]
+    if len(losses) != result["steps"]:
+        raise ValueError(f"log.csv has {len(losses)} steps, result.json {result['steps']}")
     window = max(1, len(losses) // 20)
     means = report.smoothed([loss for _, loss in losses], window)
     picked = [*range(window - 1, len(losses), max(1, len(losses) // 50))]
@@ -312,7 +358,10 @@ def write(plan: Plan, content: Mapping[str, Any]) -> None:
     text = table(plan, content["runs"])
     report.write_text(plan.output / "table.md", text)
     console.tell(text)
-    draw(plan.output / "curves.png", content)
+    try:
+        draw(plan.output / "curves.png", content)
+    except Exception as error:  # as of a run's curve
+        console.say(f"curves.png could not be drawn ({one_line(error)}); compare.json has what it shows")
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
@@ -356,17 +405,17 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
 def draw(path: Path, content: Mapping[str, Any]) -> None:
     """Loss against forward passes: mean over the seeds, the band from the lowest to the highest. On the dev examples, which differ from seed
     to seed, what it has changed by; without any, that of training."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would pick a backend for the whole process
-    from matplotlib.figure import Figure
-
     runs = [run for mine in content["curves"].values() for run in mine]
     kind = next((kind for kind in ("dev", "training") if any(run[kind] for run in runs)), None)
     if kind is None:
         return
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    with report.plain_figure(path, 110, figsize=(11, 5.5)) as figure:
+        _draw(figure.subplots(), content, kind)
+
+
+def _draw(axes: Any, content: Mapping[str, Any], kind: str) -> None:
+    from matplotlib import colormaps
+
     for k, (label, mine) in enumerate(content["curves"].items()):
         points = list(zip(*(run[kind] for run in mine), strict=False))  # runs of one method have the same steps
         x = [point[0][0] for point in points]
@@ -385,5 +434,3 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
-    with report.replaced(path) as file:
-        figure.savefig(file, dpi=110, format="png")

@@ -50,13 +50,15 @@ def read_file(path: Path, keep: Collection[str] | None = None) -> Source:
 
 def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
     """`train.*` and, if there is one, `validation.*` (or dev, test) of a folder."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
     def find(names: Sequence[str]) -> Path | None:
         for name in names:
             found = [p for p in files if p.stem.lower() == name]
             if len(found) > 1:
                 raise UserError(f"--data {folder} holds {' and '.join(p.name for p in found)}: keep one, or give one file")
+            if found and not found[0].is_file():
+                raise UserError(f"--data {folder}: {found[0].name} is no file that is there: put one in its place, or take it away")
             if found:
                 return found[0]
         return None
@@ -68,7 +70,16 @@ def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Sour
             f"--data {folder} holds {shortened(p.name for p in files) or 'no data file'}; a folder needs train{{{','.join(SUFFIXES)}}}: "
             f"rename a file, or give one file{meant}"
         )
-    return read_file(train, keep), read_file(evaluation, keep) if evaluation else None
+    source = read_file(train, keep)
+    begins = tuple(f"{name}{mark}" for name in (*TRAIN_NAMES, *EVAL_NAMES) for mark in ".-_")
+    unread = [
+        p.name
+        for p in sorted(folder.iterdir())
+        if p not in (train, evaluation) and (p.suffix.lower() in SUFFIXES or p.name.lower().startswith(begins))
+    ]
+    if unread:
+        source.rows.notes.append(f"beside it, {shortened(unread)} {'was' if len(unread) == 1 else 'were'} not read")
+    return source, read_file(evaluation, keep) if evaluation else None
 
 
 def read_hub(name: str, config: str | None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:

@@ -248,6 +248,7 @@ def demo(output: str, seed: int = 0, overwrite: bool = False, command: Sequence[
         UserError: a download failed or is not what it should be, or the run directory is not empty.
     """
     report.check_run_dir(report.path_of("--output", output), overwrite)  # before 95 MB are downloaded for nothing
+    config(Path("model"), Path("data"), output, seed, overwrite).check()
     model, reviews = fetch(MODEL), fetch(REVIEWS)
     data = cache_dir() / "film_reviews"
     write_data(read_reviews(reviews.read_text(encoding="utf-8")), data)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def printable(text: str) -> str:
@@ -41,6 +44,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = {name.lower().strip(): name for name in known}
     close = difflib.get_close_matches(word.lower().strip()[:100], [n for n in names if len(n) <= 100], n=1, cutoff=0.6)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def once(what: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """The dict of what a user gave as KEY=VALUE, `what` saying where; a key given twice is refused, where `dict` would take the last."""
+    made: dict[str, T] = {}
+    for key, value in pairs:
+        if key in made:
+            raise UserError(f"{what} {key} is given twice: keep one")
+        made[key] = value
+    return made
 
 
 def shortened(items: Iterable[str], most: int = 12, width: int = 40) -> str:

@@ -50,6 +50,7 @@ class Folder:
     path: Path
     bytes: int
     config: dict[str, Any] = field(default_factory=dict)
+    odd: dict[str, str] = field(default_factory=dict)  # tensors of no floating-point dtype -> that, by safetensors' names
 
 
 def check_file(path: Path) -> int:
@@ -100,19 +101,19 @@ def check_numbers(config: Any, where: str, depth: int = 0) -> None:
                 raise UserError(f"{where}: {name!r} is {value!r:.40}; at most {most:,} is possible")
 
 
-def check_safetensors(path: Path) -> int:
-    """The size of a file whose header can be read and whose tensors end where it does."""
+def check_safetensors(path: Path) -> tuple[int, dict[str, str]]:
+    """The size of a file whose header can be read and whose tensors end where it does, and the tensors in it that hold no floating-point numbers."""
     from safetensors import SafetensorError, safe_open
 
     size = check_file(path)
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            dtypes = {name: str(file.get_slice(name).get_dtype()) for name in list(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"--model: {path} is damaged or was not written to its end ({one_line(error)}): fetch the model again"
         ) from error
-    return size
+    return size, {name: dtype for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -173,7 +174,11 @@ def check_folder(path: Path, gguf_file: str | None = None) -> Folder:
         check_kind(path)
         config = read_json(path / "config.json")
         check_numbers(config, f"--model: {path / 'config.json'}")
-        size = sum(check_safetensors(p) if p.suffix == ".safetensors" else check_file(p) for p in weight_files(path))
+        size = 0
+        odd: dict[str, str] = {}
+        for file in weight_files(path):
+            held, others = check_safetensors(file) if file.suffix == ".safetensors" else (check_file(file), {})
+            size, odd = size + held, odd | others
         present = [name for name in os.listdir(path) if name in TOKENIZERS or re.search(r"\.(model|tiktoken)$|vocab", name)]
         if not present:
             raise UserError(
@@ -182,6 +187,6 @@ def check_folder(path: Path, gguf_file: str | None = None) -> Folder:
             )
         for name in present:
             check_file(path / name)
-        return Folder(path, size, config)
+        return Folder(path, size, config, odd)
     except OSError as error:
         raise UserError(f"--model {path}: {one_line(error)}") from error

@@ -399,6 +399,13 @@ def written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def number(text: str) -> float:
+    """`float`, of ASCII and without underscores: 1_0 is a slip, and no ten."""
+    if "_" in text or not text.isascii():
+        raise ValueError(f"{text!r:.80} is no number")
+    return float(text)
+
+
 def parse(where: str, text: str, hint: Any) -> Any:
     """The value of an option, by its type: bool, int, float, str, a tuple of them, or a sequence of str (commas, or a JSON list).
 
@@ -433,7 +440,7 @@ def parse(where: str, text: str, hint: Any) -> Any:
         return int(text)
     if hint is float:
         try:
-            value = float(text)
+            value = number(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zo_finetune import folders
-from zo_finetune.errors import UserError, one_line, printable, shortened
+from zo_finetune.errors import UserError, did_you_mean, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -152,6 +152,14 @@ def add_adapter(model: Any, tokenizer: Any, peft: str, form: Form, targets: list
     except ValueError as error:
         hint = "; name its modules with --peft-target" if peft == "lora" else ""
         raise UserError(f"--peft {peft} does not fit {type(model).__name__}: {one_line(error)}{hint}") from error
+    if peft == "lora" and targets is not None:
+        found = adapted.base_model.targeted_module_names
+        for target in targets:  # peft is content if one of them is there
+            if not any(f".{name}".endswith(f".{target}") for name in found):
+                raise UserError(
+                    f"--peft-target {target!r:.80} is no module of {type(model).__name__} that --peft lora adapts: it adapts {shortened(found)}"
+                    f"{did_you_mean(target, {name.rpartition('.')[2] for name, _ in model.named_modules()})}"
+                )
     if peft == "prefix":
         # random keys and values destroy the model at the start; MeZO begins with real activations
         initialize_kv_prefix_from_text(adapted, tokenizer, text=SOFT_PROMPT_TEXT, use_chat_template=False)
@@ -171,6 +179,7 @@ class Found:
     form: Form
     place: torch.device
     bytes: int = 0
+    odd: dict[str, str] = field(default_factory=dict)  # see `folders.Folder`
 
 
 @contextlib.contextmanager
@@ -203,7 +212,7 @@ def find(spec: str, *, device: str = "auto", form: str = "auto", gguf_file: str 
     if path.is_dir():
         folder = folders.check_folder(path, gguf_file)
         where |= {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-        return Found(where, form_of(form, folder.config.get("architectures")), place, folder.bytes)
+        return Found(where, form_of(form, folder.config.get("architectures")), place, folder.bytes, folder.odd)
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or path.exists():
         raise UserError(f"--model {spec} is not a model folder, nor a .gguf file: give one of them, or a hub id")
     where["pretrained_model_name_or_path"] = spec
@@ -228,6 +237,18 @@ def check_size(spec: str, shape: torch.nn.Module, size: int) -> None:
         raise UserError(
             f"--model {spec}: its config.json describes {weights:,} weights and {buffers:,} bytes of buffers, its files hold {size:,} bytes: "
             "one of them is another model's"
+        )
+
+
+def check_dtypes(spec: str, shape: torch.nn.Module, odd: dict[str, str]) -> None:
+    """Refuse weights that are no floating-point numbers: transformers would take the integers of a quantised file for the weights, and the real
+    parts of complex ones. Buffers and masks may be such."""
+    base = getattr(shape, "base_model_prefix", "")
+    known = {n for name, p in shape.named_parameters() if p.is_floating_point() for n in (name, name.removeprefix(f"{base}."))}
+    if wrong := sorted(name for name in odd if name in known):
+        raise UserError(
+            f"--model {spec}: {len(wrong)} of its weights are no floating-point numbers, {wrong[0]} is {odd[wrong[0]]}: "
+            "give the model that it was quantised or converted from"
         )
 
 
@@ -337,6 +358,7 @@ def load(
         with torch.device("meta"):
             shape = auto_class.from_config(config, trust_remote_code=False)
         check_size(spec, shape, found.bytes)
+        check_dtypes(spec, shape, found.odd)
         tokenizer = AutoTokenizer.from_pretrained(**found.where)
         check_tokenizer(spec, tokenizer)
         loaded: Any = auto_class.from_pretrained(

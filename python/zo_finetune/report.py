@@ -404,6 +404,14 @@ class Evaluations:
 
     def recover(self, steps: int) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """(before, those of fewer than `steps` steps); the rest are cut off, and so is what follows a line that is torn or no evaluation."""
+        before, history = self.read()
+        history = [e for e in history if e["step"] < steps]
+        kept = [("before", before)] * (before is not None) + [("dev", e) for e in history]
+        write_text(self.path, "".join(json.dumps({name: e}) + "\n" for name, e in kept))
+        return before, history
+
+    def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """(before, the others), up to a line that is torn or no evaluation. Changes nothing: the run may be another process's."""
         before: dict[str, Any] | None = None
         history: list[dict[str, Any]] = []
         text = b""
@@ -418,10 +426,8 @@ class Evaluations:
                 break
             if name == "before":
                 before = evaluation
-            elif evaluation["step"] < steps:
+            else:
                 history.append(evaluation)
-        kept = [("before", before)] * (before is not None) + [("dev", e) for e in history]
-        write_text(self.path, "".join(json.dumps({name: e}) + "\n" for name, e in kept))
         return before, history
 
 
@@ -482,11 +488,26 @@ def draw_curve(path: Path, title: str, losses: Sequence[float], curves: Mapping[
         losses: of steps 1, 2, ...
         curves: name -> evaluations with `step`, `accuracy`, `accuracy_stderr`.
     """
+    with plain_figure(path, 130, figsize=(7, 6)) as figure:
+        _draw_curve(figure, title, losses, curves)
+
+
+@contextlib.contextmanager
+def plain_figure(path: Path, dpi: int, **more: Any) -> Iterator[Any]:
+    """A figure that is written to `path` when the block ends well. Names in it are other people's: no text is read as a formula."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it would pick a backend for the whole process
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(layout="constrained", **more)
+        FigureCanvasAgg(figure)
+        yield figure
+        with replaced(path) as file:
+            figure.savefig(file, dpi=dpi, format="png")
+
+
+def _draw_curve(figure: Any, title: str, losses: Sequence[float], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for name, points in curves.items():
         if not points:
@@ -510,5 +531,3 @@ def draw_curve(path: Path, title: str, losses: Sequence[float], curves: Mapping[
         bottom.legend(loc="best")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    with replaced(path) as file:
-        figure.savefig(file, dpi=130, format="png")

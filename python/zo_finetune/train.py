@@ -125,6 +125,27 @@ class Config:
             raise UserError(f"--peft {self.peft!r} must be one of {', '.join(methods.PEFTS)}")
         methods.get(self.method).options(self.options, self.peft)
 
+    def check_use(self) -> None:
+        """Options that nothing of a new run would read: whoever gave one means another run than would come of it."""
+        model, data = Path(self.model).expanduser(), Path(self.data).expanduser()
+        if self.targets and self.peft not in ("lora", "ln"):
+            raise UserError(
+                f"--peft-target {self.targets[0]!r:.80} names what --peft lora or ln adapts, and --peft is {self.peft}: give one of them, or "
+                "leave the target out"
+            )
+        if self.gguf_file is not None and model.suffix.lower() == ".gguf" and model.name != self.gguf_file and model.is_file():
+            raise UserError(
+                f"--gguf-file {self.gguf_file!r:.80}: --model {model} is a GGUF file itself: give its folder, or leave one out"
+            )
+        if self.data_config is not None and data.exists():
+            raise UserError(
+                f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {data} is here: leave it out"
+            )
+        if self.eval_every and self.dev_examples == 0:
+            raise UserError(
+                f"--eval-every {self.eval_every} evaluates on the dev examples, and --dev-examples is 0: give some, or leave it out"
+            )
+
     @classmethod
     def of_json(cls, content: Any, where: str) -> Config:
         """Exactly these fields, each of its type.
@@ -322,7 +343,8 @@ def prepare(config: Config, language_model: models.LanguageModel | None = None) 
     lr = preset.lr if config.lr is None else config.lr
     eps = preset.eps if config.eps is None else config.eps
     if language_model is None:
-        form = models.find(config.model, device=config.device, form=config.form, gguf_file=config.gguf_file).form
+        with console.Phase(f"looking for the model {config.model}"):
+            form = models.find(config.model, device=config.device, form=config.form, gguf_file=config.gguf_file).form
     else:
         form = language_model.form
     if form not in task.forms:
@@ -435,10 +457,11 @@ def fit(run: Prepared, output: Path, resumed: bool = False) -> Outcome:
             evaluations.add("dev", outcome.history[-1])
             console.say(f"step {step}, dev: {describe(outcome.history[-1])}")
 
-        before = evaluations.recover(config.steps + 1)[0] if resumed else None
+        before = evaluations.read()[0] if resumed else None
         measured = measure("before", run.eval_set) if before is None else before
         console.say(f"before: {describe(measured)}")
-        past = open_journal(run, output, resumed)
+        with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
+            past = open_journal(run, output, resumed)
         outcome, rows = Outcome(before=measured), []
         if past is None:
             report.clear_run_dir(output)
@@ -550,6 +573,7 @@ def train(config: Config, command: Sequence[str] | None = None) -> dict[str, Any
     """
     config.check()
     config = resolved(config, os.getcwd())
+    config.check_use()
     output = Path(config.output)
     report.check_run_dir(output, config.overwrite, {"--model": config.model, "--data": config.data})
     with explained(config, output):
@@ -631,7 +655,8 @@ def complete(run: Prepared, output: Path, command: Sequence[str] | None, resumed
             console.say(line)
         report.write_json(output / "result.json", result)
         try:
-            draw(run, outcome, output / "curve.png")
+            with console.Phase("drawing curve.png"):
+                draw(run, outcome, output / "curve.png")
         except Exception as error:  # the least of what a run leaves, made by a library that needs fonts, caches and space
             console.say(f"curve.png could not be drawn ({one_line(error)}); log.csv has what it shows")
         if config.save:
@@ -785,9 +810,17 @@ def replay(
     if dtype not in models.DTYPES:
         raise UserError(f"{source}: dtype {dtype!r:.40} must be one of {', '.join(models.DTYPES)}")
     config.model, config.dtype, config.device = model, dtype, device
-    language_model = load_model(config)
+    if past.tail is not None:
+        console.say(f"{path} has {past.tail.reason} at its end, where the run was ended: that is left out")
+    if upto is None and isinstance(options, dict) and len(past.steps) < config.steps:
+        console.say(
+            f"the run was recorded for {len(past.steps)} of its {config.steps} steps: these are the weights that it had then"
+        )
+    with console.Phase(f"loading the model {model}"):
+        language_model = load_model(config)
     try:
-        zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=backend)
+        with console.Phase(f"replaying {len(past.steps) if upto is None else upto} steps"):
+            zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=backend)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{source}: {one_line(error)}") from error
     try:

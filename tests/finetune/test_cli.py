@@ -282,12 +282,24 @@ def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], t
         (
             {},
             ("--method", "lozo", "--option", "rnak=2"),
-            "--option rnak=2: --method lozo has no option 'rnak': it has rank, every; did you mean 'rank'?",
+            "--option rnak=2: --method lozo has no option 'rnak': it has rank, every, momentum; did you mean 'rank'?",
         ),
         ({}, ("--device", "abacus"), "--device 'abacus' is not a device"),
         ({}, ("--gguf-file", "x.gguf"), "--gguf-file 'x.gguf' is not in"),
         ({}, ("--form", "masked"), "could not be loaded"),
         ({}, ("--peft", "lora", "--peft-target", "nowhere"), "--peft lora does not fit"),
+        (
+            {},
+            ("--peft", "lora", "--peft-target", "q_proj", "--peft-target", "v_porj"),
+            "--peft-target 'v_porj' is no module of LlamaForCausalLM that --peft lora adapts: it adapts",
+        ),
+        ({}, ("--peft", "lora", "--peft-target", "q_proj", "--peft-target", "v_porj"), "did you mean 'v_proj'?"),
+        ({}, ("--peft-target", "q_proj"), "--peft-target 'q_proj' names what --peft lora or ln adapts, and --peft is none"),
+        ({}, ("--peft", "prefix", "--peft-target", "q_proj"), "and --peft is prefix"),
+        ({}, ("--data-config", "sst2"), "--data-config 'sst2' is of data sets on the hub"),
+        ({}, ("--dev-examples", "0", "--eval-every", "1"), "--eval-every 1 evaluates on the dev examples, and --dev-examples is 0"),
+        ({}, ("--option", "queries=2", "--option", "queries=4"), "--option queries is given twice: keep one"),
+        ({}, ("--column", "label=a", "--column", "label=b"), "--column label is given twice: keep one"),
         ({"model": "roberta"}, ("--peft", "prefix"), "--peft prefix needs a causal model"),
         ({}, ("--backend", "cuda"), "backend='cuda'"),
     ],
@@ -305,6 +317,14 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(
     assert error[0].startswith("zo-finetune: error: ")
     assert message in error[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["1_0", "\uff11", "1e-\u0663", "0x1", ""])
+def test_numbers_are_plain(text: str, command: Callable[..., list[str]]) -> None:
+    """`float` takes underscores and the digits of every script."""
+    with pytest.raises(SystemExit) as end:
+        main(command(f"--lr={text}"))
+    assert end.value.code == 2
 
 
 def test_a_bad_label_is_found_before_the_run_begins(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import runpy
@@ -238,3 +239,77 @@ def test_an_unfinished_run_without_a_journal_begins_anew(
     assert main(arguments) == 0
     assert [row["steps"] for row in rows_of(tmp_path / "out")] == ["2"]
     assert tuple(rows_of(tmp_path / "out")[0]) == comparing.COLUMNS
+
+
+@pytest.fixture
+def compared(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One finished run, which a next comparison keeps."""
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    assert main(command("mezo", forwards=4, seeds="0")) == 0
+    return next((tmp_path / "out" / "runs").rglob("result.json")).parent
+
+
+def test_finished_runs_that_were_changed_are_refused_before_the_first_step(
+    compared: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    good = {name: (compared / name).read_bytes() for name in ("result.json", "log.csv")}
+    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    result = json.loads(good["result.json"])
+    damaged = [
+        (("result.json", json.dumps({k: v for k, v in result.items() if k != name}).encode()))
+        for name in ("history", "forwards", "versions")
+    ]
+    damaged += [
+        ("result.json", json.dumps(result | {"weights": 3}).encode()),
+        ("result.json", json.dumps(result | {"history": [{"step": "x"}]}).encode()),
+    ]
+    damaged += [
+        ("log.csv", b""),
+        ("log.csv", b"step,loss\n1,\xff\n"),
+        ("log.csv", b"step,loss\nx,y\n"),
+        ("log.csv", b"a,b\n1,2\n"),
+        ("log.csv", None),
+    ]
+    for name, content in damaged:
+        (compared / name).unlink() if content is None else (compared / name).write_bytes(content)
+        assert main(command("mezo,sign", forwards=4, seeds="0")) == 2, (name, content)
+        assert "is not as the run wrote it" in capsys.readouterr().err.splitlines()[-1]
+        (compared / name).write_bytes(good[name])
+    assert main(command("mezo", forwards=4, seeds="0")) == 0
+
+
+@pytest.mark.parametrize("name", ["compare.json", "compare.csv", "table.md", "curves.png"])
+def test_what_a_comparison_did_not_write_is_kept(
+    name: str, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    assert main(command("mezo")) == 2
+    assert f"its {name} would be replaced, and no comparison wrote that" in capsys.readouterr().err
+    (out / name).unlink()
+    for made in (out / name, out / f"{name}.part"):
+        made.mkdir()
+        assert main(command("mezo")) == 2
+        assert f"{made} is a folder; a run has a plain file there" in capsys.readouterr().err
+        made.rmdir()
+
+
+def test_a_table_that_could_not_be_written_is_said(
+    compared: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", full)
+    assert main(command("mezo", forwards=4, seeds="0")) == 2
+    assert "free space there, then give the same command again" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_option_given_twice_is_refused(command: Callable[..., list[str]], capsys: Any) -> None:
+    """The table would say both, and the run would be of the last."""
+    assert main(command("mezo:queries=2:queries=4")) == 2
+    assert "--methods mezo:queries=2:queries=4: queries is given twice" in capsys.readouterr().err
+    assert main(command("mezo", "--lr", "mezo=1e-3", "--lr", "mezo=1e-4")) == 2
+    assert "--lr mezo is given twice" in capsys.readouterr().err

@@ -155,6 +155,16 @@ def test_a_used_run_directory_is_refused_before_anything_is_fetched(
     assert not calls
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_that_is_none_is_refused_before_anything_is_fetched(
+    seed: int, fake_pip: Callable[..., list[list[str]]], tmp_path: Path, capsys: Any
+) -> None:
+    calls = fake_pip()
+    assert main(["demo", "--output", str(tmp_path / "run"), f"--seed={seed}"]) == 2
+    assert f"--seed {seed} must be" in capsys.readouterr().err
+    assert not calls
+
+
 def test_pip_never_executes_a_source_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real pip, offline, on an archive whose setup.py would leave a trace."""
     trace = tmp_path / "trace"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from zo_finetune import model as models
 from zo_finetune.errors import UserError
+from zo_finetune.train import Config
 
 WIDTH, HEADS, HIDDEN = 32, 4, 64
 
@@ -96,3 +99,13 @@ def test_a_gguf_file_cut_short_or_with_other_numbers_is_refused(gguf_path: Path,
         models.load(str(write(tmp_path / "tiny.gguf", causal_tokenizer, layers=2)), device="cpu")
     with pytest.raises(UserError, match="'num_hidden_layers' is 2000000000"):
         models.load(str(write(tmp_path / "tiny.gguf", causal_tokenizer, layers=2_000_000_000)), device="cpu")
+
+
+def test_a_gguf_file_beside_another_is_named_once(gguf_path: Path, tmp_path: Path) -> None:
+    """Which of the two is meant is the user's to say."""
+    shutil.copy(gguf_path, tmp_path / "other.gguf")
+    config = Config(model=str(gguf_path), task="sst2", data="absent", output="o", gguf_file="other.gguf")
+    with pytest.raises(UserError, match=r"--gguf-file 'other\.gguf': --model .*tiny\.gguf is a GGUF file itself"):
+        config.check_use()
+    for good in (replace(config, gguf_file="tiny.gguf"), replace(config, gguf_file=None), replace(config, model=str(tmp_path))):
+        good.check_use()

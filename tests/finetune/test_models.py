@@ -85,6 +85,17 @@ def test_a_head_that_is_not_tied_must_be_there(copy: Copy) -> None:
     refused(copy(tie_word_embeddings=False), r"lacks 1 tensors.*lm_head\.weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(copy: Copy, dtype: torch.dtype) -> None:
+    """transformers would take a quantised file's integers for the weights."""
+    message = r"2 of its weights are no floating-point numbers, model\.layers\.0\.self_attn\.q_proj\.weight is [IBC]"
+    refused(copy(change=lambda t: {k: v.to(dtype) if "q_proj" in k else v for k, v in t.items()}), message)
+    refused(
+        copy("gpt2", lambda t: {k.removeprefix("transformer."): v.to(dtype) if "c_fc.weight" in k else v for k, v in t.items()}),
+        "2 of its weights are no",
+    )
+
+
 def test_other_heads_and_old_buffers_are_left_out_and_told(copy: Copy) -> None:
     lm = load(
         copy("roberta", lambda t: t | {"roberta.pooler.dense.weight": torch.zeros(32, 32), "classifier.x\x1b[2J": torch.zeros(1)})

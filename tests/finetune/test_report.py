@@ -74,3 +74,13 @@ def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
     assert compare.spread([0.25], 2) == "0.25"
+
+
+@pytest.mark.parametrize("name", ["$_{$", "a$x^$b", "\\frac"])
+def test_no_name_is_a_formula(name: str, tmp_path: Path) -> None:
+    """A model's folder may be called anything; matplotlib reads what stands between two dollars as a formula."""
+    point = {"step": 0, "accuracy": 0.5, "accuracy_stderr": 0.1}
+    report.draw_curve(tmp_path / "curve.png", name, [0.7], {name: [point]})
+    run = {"seed": 0, "dev": [(0, 0.7, 0.5), (2, 0.6, 0.5)], "training": []}
+    compare.draw(tmp_path / "curves.png", {"curves": {name: [run]}, "model": name, "peft": "none", "seeds": [0], "task": name})
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "curve.png", tmp_path / "curves.png"))

@@ -192,9 +192,17 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     run = tmp_path / "run"
     assert "no run began there" in refused("resume", str(tmp_path))
     killed(arguments("scratch", run), 6)
+
+    def marks() -> dict[str, tuple[int, int]]:
+        found = [run / name for name in report.FILES if (run / name).exists()]
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+    files = marks()
+    assert "evaluations.jsonl" in files
     with journal.reopen(run / report.JOURNAL)[0]:
         assert f"is in use by process {os.getpid()}" in refused("resume", str(run))
         assert "is in use by process" in refused(*arguments("scratch", run), "--overwrite")
+        assert files == marks()  # they are the other process's
     assert len(journal.read(run / report.JOURNAL)) == 2
     good = json.loads((run / "config.json").read_text())
 
@@ -233,6 +241,26 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     (run / "evaluations.jsonl").write_text(lines[0] + "\n")
     assert "lacks evaluations" in refused("resume", str(run))
     assert len(journal.read(run / report.JOURNAL)) == 2
+
+
+def test_a_replay_says_what_the_journal_lacks(
+    arguments: Callable[[str, Path], list[str]], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
+) -> None:
+    """Half a run's weights look like a whole one's."""
+    run, model = tmp_path / "run", str(model_folder("llama"))
+    assert main([*arguments("scratch", run), "--no-save"]) == 0
+    command = ["replay", str(run), "--model", model, "--device", "cpu", "--output"]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert "recorded for" not in capsys.readouterr().err
+    with (run / report.JOURNAL).open("r+b") as file:
+        file.truncate((run / report.JOURNAL).stat().st_size - 3)
+    assert main([*command, str(tmp_path / "torn")]) == 0
+    said = capsys.readouterr().err
+    assert f"the run was recorded for 6 of its {STEPS} steps" in said
+    assert "bytes of record 6 at its end, where the run was ended: that is left out" in said
+    assert main([*command, str(tmp_path / "asked"), "--upto", "2"]) == 0
+    assert "recorded for" not in capsys.readouterr().err
 
 
 SCORE = {"accuracy": 0.5, "accuracy_stderr": 0.1, "loss": 0.7, "examples": 12}
@@ -289,6 +317,7 @@ def test_evaluations_that_are_none_are_cut_off(tmp_path: Path) -> None:
         3,
     ):
         path.write_text("".join(json.dumps(line) + "\n" for line in (*good[:2], bad, good[2])))
+        assert report.Evaluations(path).read() == (SCORE, [good[1]["dev"]])
         assert report.Evaluations(path).recover(9) == (SCORE, [good[1]["dev"]])
     path.write_text(json.dumps(good[0]) + "\n" + "[" * 100_000)
     assert report.Evaluations(path).recover(9) == (SCORE, [])

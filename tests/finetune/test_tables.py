@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,3 +332,24 @@ def test_one_class_alone_is_told(tmp_path: Path) -> None:
     rows = [{**r, "label": 1} for r in make_rows(40, 5)]
     got = load_splits(str(write_jsonl(tmp_path / "a.jsonl", rows)), get_task("sst2"), "causal", seed=0)
     assert [note for note in got.notes if note.startswith("warning: all 26 train examples are 'positive'")]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
+def test_what_stands_for_a_split_and_is_no_file_is_refused(kind: str, name: str, data_folder: Path, tmp_path: Path) -> None:
+    """A link to nowhere must not mean that the evaluation rows are cut from the training rows."""
+    folder = Path(shutil.copytree(data_folder, tmp_path / "data"))
+    (folder / name).unlink()
+    {"link": lambda p: p.symlink_to("nowhere"), "pipe": os.mkfifo, "folder": Path.mkdir}[kind](folder / name)
+    with pytest.raises(UserError, match=rf"data: {name} is no file that is there"):
+        load_splits(str(folder), get_task("sst2"), "causal", seed=0)
+
+
+def test_what_is_not_read_beside_a_split_is_told(data_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data_folder, tmp_path / "data"))
+    assert not any("not read" in note for note in load_splits(str(folder), get_task("sst2"), "causal", seed=0).notes)
+    (folder / "validation.jsonl").rename(folder / "validaton.jsonl")
+    (folder / "validation.jsonl.gz").touch()
+    (folder / "README.md").touch()
+    notes = load_splits(str(folder), get_task("sst2"), "causal", seed=0).notes
+    assert any(note.endswith("beside it, validation.jsonl.gz, validaton.jsonl were not read") for note in notes)
