@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import ops
+from zo_kernels import interrupts, ops
 from zo_kernels.parameters import canonical_name
 
 FORMAT = 1
@@ -961,11 +961,12 @@ class Writer:
 
     def close(self) -> None:
         """Make every record durable and release the lock. Closing twice, or a writer that failed, only closes."""
-        try:
-            if not self._refusal and os.getpid() == self._pid:
-                self.sync()
-        finally:
-            self._abandon("is closed")
+        with interrupts.uninterrupted():
+            try:
+                if not self._refusal and os.getpid() == self._pid:
+                    self.sync()
+            finally:
+                self._abandon("is closed")
 
     def _abandon(self, why: str) -> None:
         """Close the descriptor, which releases the lock unless a parent still has it, and nothing else."""
@@ -1040,28 +1041,29 @@ def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 1
     existing = os.path.lexists(path)
     if existing and not replace:
         raise FileExistsError(errno.EEXIST, "a journal is there: reopen it to go on, or give another folder, or replace=True", path)
-    try:
-        fd = _open(path, os.O_RDWR | os.O_APPEND | (0 if existing else os.O_CREAT | os.O_EXCL))
-    except OSError as error:
-        raise OSError(
-            error.errno, f"the journal cannot be created: {error.strerror}; give a folder that can be written", path
-        ) from error
-    try:
-        _lock(fd, path)
-        os.ftruncate(fd, 0)
-        if (written := os.write(fd, head)) != len(head):
+    with interrupts.uninterrupted():  # a descriptor has one owner, and a handler's OSError is not the file's
+        try:
+            fd = _open(path, os.O_RDWR | os.O_APPEND | (0 if existing else os.O_CREAT | os.O_EXCL))
+        except OSError as error:
             raise OSError(
-                errno.ENOSPC, f"the journal's header could not be written: {written} of {len(head)} bytes were taken", path
-            )
-        os.fsync(fd)
-        _sync_folder(os.path.dirname(path) or ".")
-        return Writer(fd, path, header, _CRC.unpack(head[-4:])[0], len(head), 0, 0, fsync_every)
-    except BaseException:
-        if not existing:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        os.close(fd)
-        raise
+                error.errno, f"the journal cannot be created: {error.strerror}; give a folder that can be written", path
+            ) from error
+        try:
+            _lock(fd, path)
+            os.ftruncate(fd, 0)
+            if (written := os.write(fd, head)) != len(head):
+                raise OSError(
+                    errno.ENOSPC, f"the journal's header could not be written: {written} of {len(head)} bytes were taken", path
+                )
+            os.fsync(fd)
+            _sync_folder(os.path.dirname(path) or ".")
+            return Writer(fd, path, header, _CRC.unpack(head[-4:])[0], len(head), 0, 0, fsync_every)
+        except BaseException:
+            if not existing:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            os.close(fd)
+            raise
 
 
 def reopen(path: str | os.PathLike[str], *, fsync_every: int = 100, after_steps: bool = False) -> tuple[Writer, Journal]:
@@ -1079,23 +1081,26 @@ def reopen(path: str | os.PathLike[str], *, fsync_every: int = 100, after_steps:
     """
     _check_policy(fsync_every)
     path = os.fspath(path)
-    try:
-        fd = _open(path, os.O_RDWR | os.O_APPEND)
-    except OSError as error:
-        raise OSError(error.errno, f"the journal cannot be reopened: {error.strerror}", path) from error
-    try:
-        _lock(fd, path)
-        journal = _read(_of_descriptor(fd, path))
-        if after_steps and len(journal.steps) < len(journal):
-            counted = np.flatnonzero((journal.records["flags"] & _FAILED) == 0)
-            journal = replace(journal, records=journal.records[: int(counted[-1]) + 1 if len(counted) else 0])
-        if journal.end < os.fstat(fd).st_size:
-            os.ftruncate(fd, journal.end)
-            os.fsync(fd)
-        return Writer(fd, path, journal.header, journal.crc, journal.start, len(journal), journal.next_tag, fsync_every), journal
-    except BaseException:
-        os.close(fd)
-        raise
+    with interrupts.uninterrupted():  # a descriptor has one owner, and a handler's OSError is not the file's
+        try:
+            fd = _open(path, os.O_RDWR | os.O_APPEND)
+        except OSError as error:
+            raise OSError(error.errno, f"the journal cannot be reopened: {error.strerror}", path) from error
+        try:
+            _lock(fd, path)
+            journal = _read(_of_descriptor(fd, path))
+            if after_steps and len(journal.steps) < len(journal):
+                counted = np.flatnonzero((journal.records["flags"] & _FAILED) == 0)
+                journal = replace(journal, records=journal.records[: int(counted[-1]) + 1 if len(counted) else 0])
+            if journal.end < os.fstat(fd).st_size:
+                os.ftruncate(fd, journal.end)
+                os.fsync(fd)
+            return Writer(
+                fd, path, journal.header, journal.crc, journal.start, len(journal), journal.next_tag, fsync_every
+            ), journal
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 if sys.byteorder != "little":  # records and digests are little-endian, and so are the kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -596,11 +597,11 @@ PACKAGE = str(Path(zk.__file__).parent)
 
 
 class InterruptAt:
-    """A SIGINT inside the block, where this library enters a function or comes back from one of C for the so-manyth time: that is where CPython
+    """A signal inside the block, where this library enters a function or comes back from one of C for the so-manyth time: that is where CPython
     looks for signals (and where loops begin again)."""
 
-    def __init__(self, place: int) -> None:
-        self.left, self.where = place, ""
+    def __init__(self, place: int, number: int = signal.SIGINT) -> None:
+        self.left, self.where, self.number = place, "", number
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         if self.where or event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(PACKAGE):
@@ -608,7 +609,7 @@ class InterruptAt:
         self.left -= 1
         if self.left < 0:
             self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}, {event} in {frame.f_code.co_name}"
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def __enter__(self) -> InterruptAt:
         sys.setprofile(self)
@@ -652,6 +653,58 @@ def test_an_interrupt_anywhere_in_a_recorded_step(tmp_path: Path, mode: str) -> 
     handler = signal.getsignal(signal.SIGINT)
     gc.collect()
     assert signal.getsignal(signal.SIGINT) is handler is signal.default_int_handler
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_time_limit_anywhere_while_a_journal_is_opened_or_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """It comes through as what it is, though a TimeoutError is an OSError; no descriptor is closed twice or left open, and the run is taken up in
+    the same process, where the first optimizer may still be there."""
+    base, path, written = Small(torch.float32), tmp_path / "run.zoj", b""
+    twice: list[int] = []
+    close = os.close
+
+    def watched(fd: int) -> None:
+        try:
+            close(fd)
+        except OSError:
+            twice.append(fd)
+            raise
+
+    def expired(*_: object) -> None:
+        raise TimeoutError
+
+    if begun:
+        live = copy.deepcopy(base)
+        first = optimizer_of(live, "scratch", journal=path)
+        first.step(partial(live, 0))
+        first.close_journal()
+        written = path.read_bytes() + b"torn"
+    monkeypatch.setattr(os, "close", watched)
+    monkeypatch.setattr(journal.Writer.__del__, "__defaults__", (watched,))
+    before = signal.signal(signal.SIGALRM, expired)
+    try:
+        for k in itertools.count(begun, 3):  # every third place is enough, and quicker
+            path.unlink(missing_ok=True)
+            if begun:
+                path.write_bytes(written)
+            optimizer = optimizer_of(copy.deepcopy(base), "scratch")
+            descriptors = len(os.listdir("/proc/self/fd"))
+            at = InterruptAt(k, signal.SIGALRM)
+            with contextlib.suppress(TimeoutError), at:
+                optimizer.open_journal(path, resume=True)
+                optimizer.close_journal()
+            if not at.where:
+                break
+            optimizer.close_journal()
+            assert len(os.listdir("/proc/self/fd")) == descriptors and not twice, at.where
+            again = optimizer_of(copy.deepcopy(base), "scratch", journal=path, resume=True)
+            again.close_journal()
+            assert again.steps == begun, at.where
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert k > 100
 
 
 def interrupt_of(place: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch, visit: int) -> Callable[[], Tensor]:

@@ -958,8 +958,9 @@ class ZOStep(torch.optim.Optimizer):
                 **mine,
             )
             writer = journals.create(path, header, fsync_every=fsync_every, replace=replace)
-        self._recorder, self._graphs = record.Recorder(writer), None  # graphs must hand over their numbers
-        self._recorder_closes = weakref.finalize(self, self._recorder.close)
+        with interrupts.uninterrupted():
+            self._recorder, self._graphs = record.Recorder(writer), None  # graphs must hand over their numbers
+            self._recorder_closes = weakref.finalize(self, self._recorder.close)
         return past
 
     def _about(self) -> dict[str, Any]:
@@ -975,10 +976,11 @@ class ZOStep(torch.optim.Optimizer):
 
     def close_journal(self) -> None:
         """Write what is queued, make it durable, release the lock; later steps are not recorded."""
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None and self._recorder_closes is not None:
-            self._recorder_closes.detach()
-            recorder.close()
+        with interrupts.uninterrupted():
+            recorder, self._recorder = self._recorder, None
+            if recorder is not None and self._recorder_closes is not None:
+                self._recorder_closes.detach()
+                recorder.close()
 
     def reopen_journal(self) -> None:
         """Go on after a record could not be written (a full disk) and the cause was mended. The step that failed was not done."""
