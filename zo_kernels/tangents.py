@@ -26,6 +26,10 @@ class Tangents(perturb.Scratch):
 
     holds_values = False
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.held = {}  # nothing can be: each read is refused
+
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
         # Fused attention has no forward-mode derivative; its plain form has.
@@ -36,6 +40,7 @@ class Tangents(perturb.Scratch):
         self.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]
         torch.clear_autocast_cache()
         self.expect()
+        self.reads.begin()
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[perturb.PerturbedWeight]) -> Any:
         if getattr(func, "__name__", "") in perturb._SETTERS:
@@ -54,7 +59,7 @@ class Tangents(perturb.Scratch):
 
     def _dual(self, shadow: perturb.PerturbedWeight) -> Tensor:
         self._serves([shadow])
-        value, p = shadow.param.detach(), self.passes[shadow.group]
+        value, p = shadow.clean, self.passes[shadow.group]
         if p is None:
             return value
         z = torch.zeros_like(value, memory_format=torch.contiguous_format)

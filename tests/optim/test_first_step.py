@@ -1,12 +1,16 @@
 """A step runs the same kernels whether it is an optimizer's first or a later one: a run that is resumed ends with the bits of one that is not.
 
-Belongs here: modules whose kernels depend on more than the values they are given. Does not belong here: what the kernels compute
+Belongs here: modules whose kernels depend on more than the values they are given, reads past modules' attributes in whichever step. Does not
+belong here: what the kernels compute
 (test_views.py), how a journal is read (test_journal_run.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
+from zo_kernels import reads
 
 WIDTH = 16
 
@@ -149,3 +154,206 @@ def test_a_matrix_in_parts_stays_in_parts_when_it_is_held() -> None:
     other._view.held = {id(model.head.weight): other._view.shadows[id(model.head.weight)]}  # type: ignore[union-attr]
     other.step(closure)
     assert all(same_bits(a, b) for a, b in zip([t for s in seen[:2] for t in s], [t for s in seen[2:] for t in s], strict=True))
+
+
+# ---- reads past the modules' attributes -------------------------------------------------------------------------------------------------
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 3)).to(dtype)
+
+
+def weights(model: nn.Module) -> list[nn.Parameter]:
+    return list(model.parameters())
+
+
+def functional(model: nn.Module) -> Tensor:
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, values, (torch.ones(2, 12, dtype=weights(model)[0].dtype),)).float().sum()
+
+
+READERS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "powers": lambda m: sum((p.pow(2).sum() for p in m.parameters()), torch.zeros(())),
+    "one of them": lambda m: weights(m)[3].float().sum() + weights(m)[0].float().sum(),
+    "a vector": lambda m: nn.utils.parameters_to_vector(m.parameters()).float().square().sum(),
+    "norms": lambda m: torch.stack(torch._foreach_norm(weights(m))).sum(),
+    "data": lambda m: torch.cat([p.data.view(-1) for p in m.parameters()]).float().sum(),
+    "detached": lambda m: sum((p.detach().clone().float().sum() for p in m.parameters()), torch.zeros(())),
+    "numpy": lambda m: torch.tensor(sum(float(p.detach().float().numpy().sum()) for p in m.parameters())),
+    "a state": lambda m: torch.stack([t.float().square().sum() for t in m.state_dict().values()]).sum(),
+    "copies": lambda m: torch.stack([copy.deepcopy(p).float().square().sum() for p in m.parameters()]).sum(),
+    "functional call": functional,
+    "an operator": lambda m: torch.ops.aten.linear(torch.ones(2, 12, dtype=weights(m)[0].dtype), *weights(m)[:2]).float().sum(),
+    "a function": lambda m: Times.apply(weights(m)[0], 2.0).float().sum(),
+}
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, k: float) -> Tensor:
+        return x * k
+
+
+@pytest.mark.filterwarnings("ignore:scratch mode")
+@pytest.mark.parametrize("begin", [0, 2, 3, 5], ids=lambda k: f"in forward {k}")
+@pytest.mark.parametrize("size", [1, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_read_past_the_attributes_counts_whenever_it_begins(reader: str, dtype: torch.dtype, size: int, begin: int) -> None:
+    """Every loss is that of a copy with perturbed weights, before, in and after the forward of the first such read; in one of the two forwards too."""
+    model, x, seen = net(dtype), torch.randn(4, 12).to(dtype), []
+
+    def loss(m: nn.Module, n: int) -> float:
+        out = m(x).float().square().mean() + (READERS[reader](m).float() if n >= begin and n != begin + 2 else 0.0)
+        return (out + m(x).float().mean()).item()
+
+    def closure() -> float:
+        seen.append(loss(model, len(seen)))
+        return seen[-1]
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, seed=3, perturbation="scratch", scratch_bytes=size)
+    before = [p.detach().clone() for p in weights(model)]
+    for _ in range(4):
+        step.step(closure)
+        assert all(type(p) is nn.Parameter for p in weights(model))
+    assert all(same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
+    for n, got in enumerate(seen):
+        other = copy.deepcopy(model)
+        pairs = list(other.named_parameters())
+        zk.perturb_(
+            [p for _, p in pairs], [(n // 2, (1, -1)[n % 2] * 1e-2)], seed=3, streams=[zk.stream_of(name) for name, _ in pairs]
+        )
+        assert loss(other, n) == got, n
+    assert len(set(seen)) == 8
+
+
+@pytest.mark.filterwarnings("ignore:scratch mode")
+def test_an_alias_kept_from_a_step_counts_in_later_ones() -> None:
+    model, kept, seen = net(), [], []
+
+    def closure() -> float:
+        kept[:] = kept or [model.state_dict(), [p.data for p in model.parameters()]]
+        seen.append(0.0 if step.steps < 2 else sum(float(t.sum()) for t in (*kept[0].values(), *kept[1])))
+        return seen[-1]
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    for _ in range(4):
+        step.step(closure)
+        assert all(type(t) is Tensor for t in (*kept[0].values(), *kept[1]))
+    assert len(set(seen[4:])) == 4
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    step.step(lambda: model(torch.ones(1, 12)).sum())
+    del kept[:]
+    assert not step._view.reads.aliases  # type: ignore[union-attr]
+
+
+def test_what_reads_no_value_holds_nothing(recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
+    """Shapes, gradients, flags; and a state that is saved has the clean weights, in every step."""
+    model = net()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    def closure() -> Tensor:
+        for p in model.parameters():
+            assert isinstance(p, nn.Parameter)
+            assert (p.shape, p.dtype, p.device, p.numel(), p.is_contiguous()) == (
+                p.size(),
+                torch.float32,
+                torch.device("cpu"),
+                len(p) * (p.nbytes // 4 // len(p)),
+                True,
+            )
+            assert p.grad is None
+            p.requires_grad_(True)
+            assert p in {p}
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.save(model.state_dict(), tmp_path / "m.pt")
+        saved = torch.load(tmp_path / "m.pt")
+        assert all(type(t) is Tensor and same_bits(t, before[n]) for n, t in saved.items())
+        return model(torch.ones(1, 12)).sum()
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    for _ in range(3):
+        step.step(closure)
+    assert not step._view.held  # type: ignore[union-attr]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_failed_read_leaves_classes_and_weights(later: int, failure: type[BaseException]) -> None:
+    model, calls = net(), 0
+    before = [p.detach().clone() for p in weights(model)]
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if step.steps == later:
+            weights(model)[0].sum(), weights(model)[1].data
+            if calls % 2 == 0:
+                raise failure
+        return model(torch.ones(1, 12)).sum()
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    for _ in range(later):
+        step.step(closure)
+    with pytest.raises(failure):
+        step.step(closure)
+    assert all(type(p) is nn.Parameter and same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
+    assert not step._view.held  # type: ignore[union-attr]
+    assert not reads._under_way
+
+
+def test_another_thread_is_refused_and_may_ask_for_a_state() -> None:
+    model, got = net(), []
+
+    def closure() -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            got.append(pool.submit(lambda: [t.clone() for t in model.state_dict().values()]).result())
+            if step.steps:
+                pool.submit(lambda: weights(model)[0].sum()).result()
+        return model(torch.ones(1, 12)).sum()
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    step.step(closure)
+    assert all(same_bits(a, p.detach()) for a, p in zip(got[0], weights(model), strict=True))
+    with pytest.raises(RuntimeError, match=r"in another thread.*0\.weight"):
+        step.step(closure)
+    assert all(type(p) is nn.Parameter for p in weights(model))
+
+
+@pytest.mark.parametrize("begin", [0, 1, 2])
+@pytest.mark.parametrize("reader", ["powers", "data", "beside a shadow"])
+def test_forward_gradients_refuse_reads_past_the_attributes(reader: str, begin: int) -> None:
+    model = net()
+    first = weights(model)[1]
+    read = READERS.get(reader, lambda m: nn.functional.linear(torch.ones(1, 12), m[0].weight, first).sum())
+    step = zk.ForwardGrad(model, lr=0.0)
+    for k in range(3):
+        before = [p.detach().clone() for p in weights(model)]
+        with pytest.raises(RuntimeError, match="past its module's attributes") if k == begin else contextlib.nullcontext():
+            step.step(lambda: model(torch.ones(1, 12)).sum() + (read(model) if k == begin else 0.0))  # noqa: B023
+        assert all(type(p) is nn.Parameter and same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:scratch mode")
+def test_parameters_of_classes_of_their_own() -> None:
+    class Mine(nn.Parameter):
+        pass
+
+    model, seen = net(), []
+    model[0].weight = Mine(model[0].weight.detach())
+    model[2].weight = nn.Parameter(model[2].weight.detach())
+
+    def closure() -> float:
+        total = sum(float(p.sum()) for p in model.parameters()) if len(seen) >= 2 else 0.0
+        assert isinstance(next(model.parameters()), Mine)
+        seen.append(float(model(torch.ones(1, 12)).sum()) + total)
+        return seen[-1]
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    for _ in range(3):
+        step.step(closure)
+    assert [type(p) for p in model.parameters()] == [Mine, *[nn.Parameter] * 3]
+    assert len(step._view.held) == 4  # type: ignore[union-attr]
+    assert len(set(seen)) == 6

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zo_kernels import perturb
+from zo_kernels import perturb, reads
 
 FIRST = 4  # steps that are looked at closely
 EQUAL = 100  # steps in a row whose losses are equal, before a word: accuracy over few examples may be equal for a while
@@ -191,7 +191,7 @@ class Reads(TorchDispatchMode):
         kwargs = kwargs or {}
         if not func.is_view:
             changed = {id(t) for t in perturb.written(func, args, kwargs)}
-            for t in perturb._walk((args, kwargs)):
+            for t in reads.walk((args, kwargs)):
                 if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta:
                     for name, known, buffer in self.at.get(t.untyped_storage().data_ptr(), ()):
                         if perturb._overlap(t, known):

@@ -1,0 +1,188 @@
+"""Reads of weights past their modules' attributes, noticed in whichever forward they come.
+
+Belongs here: how such a read is noticed. Does not belong here: what is done about it (perturb.py).
+
+For the time of a forward the class of every trained parameter is a subclass of its own class, whose `__torch_function__` asks before a function
+takes the parameter. That costs a forward two assignments a parameter, and nothing where no parameter is read. A mode of torch functions sees
+every operation, and costs microseconds for each; a mode of the dispatcher makes operators take other kernels.
+
+Not noticed: code that takes a tensor without asking (scripted functions, `torch.func.grad` and `jvp` over the parameters themselves, `torch.tensor(p)`,
+`torch.utils.dlpack.to_dlpack(p)`), and tensors that shared a parameter's memory before the forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_own: dict[type, type] = {}  # by the class that stands in for it
+_under_way: list[Reads] = []  # in whichever threads
+
+
+def walk(tree: Any) -> Iterator[Any]:
+    """The leaves of nested arguments, in order."""
+    if isinstance(tree, (tuple, list)):
+        for node in tree:
+            yield from walk(node)
+    elif isinstance(tree, dict):
+        for node in tree.values():
+            yield from walk(node)
+    else:
+        yield tree
+
+
+@functools.cache
+def _watched(own: type) -> type | None:
+    """The class that stands in for `own`; None where instances of such a class cannot be of another."""
+    names = {"__module__": own.__module__, "__torch_function__": classmethod(_noticed), "__deepcopy__": _deepcopy}
+    try:
+        made = type(own)(own.__name__, (own,), names)
+        instance: Any = torch.empty(0).as_subclass(own)
+        instance.__class__ = made
+        instance.__class__ = own
+    except Exception:  # whatever a class has against being subclassed
+        return None
+    _own[made] = own
+    return made
+
+
+def untraced(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function, called between the graphs of torch.compile, which does not follow us into passes and buffers once `begin()` found it loaded."""
+    return func(*args, **kwargs)
+
+
+def _noticed(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    kwargs = kwargs or {}
+    if torch.compiler.is_compiling():
+        return untraced(func, *args, **kwargs)
+    found = list({id(t): t for t in walk((args, kwargs)) if type(t) in _own}.values())
+    for reads in reversed(_under_way):
+        if found and all(id(t) in reads.of for t in found):
+            return reads.call(func, args, kwargs, found)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _deepcopy(self: Any, memo: Any) -> Any:
+    """A copy is of the parameter's own class, with the values that the forward sees."""
+    return _noticed(type(self), copy.deepcopy, (type(self),), (self, memo))
+
+
+class Reads:
+    """The reads of `params`, between `begin()` and `end()`.
+
+    `read(p)` is called before a function takes the values of p, or of `p.data` or `p.detach()`; `written(p)` after one that wrote to them;
+    `other(p)` before one in another thread: each may raise. Functions in `quiet` do not count.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        quiet: Collection[Any],
+        read: Callable[[Tensor], None],
+        written: Callable[[Tensor], None],
+        other: Callable[[Tensor], None],
+    ) -> None:
+        self.params, self.quiet = list(params), quiet
+        self.read, self.written, self.other = read, written, other
+        self.of = {id(p): p for p in self.params}  # the parameter whose memory it is, for aliases too
+        self.aliases: dict[int, weakref.ref[Tensor]] = {}
+        self.thread: int | None = None  # while under way
+        self.kinds: list[type] = []
+        self.swaps: list[tuple[type, type, list[Tensor]]] = []
+
+    def begin(self) -> None:
+        global untraced
+        self.end()
+        if "torch._dynamo" in sys.modules and not hasattr(untraced, "_torchdynamo_disable"):  # its import takes a second
+            untraced = torch.compiler.disable(untraced)
+        kinds = [*map(type, self.params)]
+        if kinds != self.kinds:
+            self.kinds, by_class = kinds, dict[type, list[Tensor]]()
+            for p, kind in zip(self.params, kinds, strict=True):
+                by_class.setdefault(kind, []).append(p)
+            self.swaps = [(own, w, members) for own, members in by_class.items() if (w := _watched(own)) is not None]
+        self.thread = threading.get_ident()
+        _under_way.append(self)
+        for _, watched, members in self.swaps:
+            for p in members:
+                p.__class__ = watched  # type: ignore[assignment]
+        for alias in self._living():
+            self._follow(alias)
+
+    def end(self) -> None:
+        """Nothing where none is under way."""
+        if self.thread is None:
+            return
+        for own, _, members in self.swaps:
+            for p in members:
+                p.__class__ = own  # type: ignore[assignment]
+        for alias in self._living():
+            if type(alias) in _own:
+                alias.__class__ = _own[type(alias)]  # type: ignore[assignment]
+        _under_way.remove(self)
+        self.thread = None
+
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
+        """The function on the parameters as they are, in their own classes: what it builds of their type is of theirs."""
+        quiet = func in self.quiet
+        if threading.get_ident() != self.thread:
+            if not quiet:
+                self.other(self.of[id(found[0])])
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        classes = [type(t) for t in found]
+        try:
+            for t, watched in zip(found, classes, strict=True):
+                t.__class__ = _own[watched]  # type: ignore[assignment]
+            if quiet:
+                result = func(*args, **kwargs)
+                if func is Tensor.detach or func == _DATA:
+                    self._alias(result, found[0])
+                return result
+            for t in found:
+                self.read(self.of[id(t)])
+            versions = [version(t) for t in found]
+            result = func(*args, **kwargs)
+            for t, before in zip(found, versions, strict=True):
+                if version(t) != before:
+                    self.written(self.of[id(t)])
+            return result
+        finally:
+            for t, watched in zip(found, classes, strict=True):
+                t.__class__ = watched  # type: ignore[assignment]
+
+    def _alias(self, alias: Tensor, of: Tensor) -> None:
+        """`alias` shares the memory of `of`: its reads count, in later forwards too, as long as it is there."""
+        key = id(alias)
+
+        def gone(_: Any) -> None:
+            self.aliases.pop(key, None)
+            self.of.pop(key, None)
+
+        self.aliases[key], self.of[key] = weakref.ref(alias, gone), self.of[id(of)]
+        self._follow(alias)
+
+    @staticmethod
+    def _follow(alias: Tensor) -> None:
+        if (watched := _watched(type(alias))) is not None:
+            alias.__class__ = watched  # type: ignore[assignment]
+
+    def _living(self) -> list[Tensor]:
+        return [t for r in list(self.aliases.values()) if (t := r()) is not None]
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor's memory was written to; 0 where torch does not count."""
+    return 0 if t.is_inference() else t._version
