@@ -262,6 +262,15 @@ def check_tokenizer(spec: str, tokenizer: Any) -> None:
         )
 
 
+def same_every_time(tokenizer: Any) -> list[str]:
+    """Turn off BPE dropout, by which a tokenizer that was saved in the middle of a training cuts a text anew each time; returns notes."""
+    pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if pieces is None or not getattr(pieces, "dropout", None):
+        return []
+    pieces.dropout = None
+    return ["the tokenizer's dropout was turned off: it would cut a text into other tokens each time"]
+
+
 def check_loaded(spec: str, model: Any, report: dict[str, Any]) -> list[str]:
     """Refuse a model of which a part was made up or left out, or whose weights are not finite; returns notes for the user.
 
@@ -360,12 +369,13 @@ def load(
         check_size(spec, shape, found.bytes)
         check_dtypes(spec, shape, found.odd)
         tokenizer = AutoTokenizer.from_pretrained(**found.where)
+        cut_anew = same_every_time(tokenizer)
         check_tokenizer(spec, tokenizer)
         loaded: Any = auto_class.from_pretrained(
             **found.where, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, report = loaded
-    notes = check_loaded(spec, model, report)
+    notes = [*check_loaded(spec, model, report), *cut_anew]
     model = model.to(found.place).eval()
     check_forward(spec, model, found.form)
     if peft != "none":

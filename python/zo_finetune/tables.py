@@ -25,6 +25,9 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_BYTES = 1 << 30  # of a file, and of what a parquet file's wanted columns unpack to: rows are held in memory, several times that
 MAX_ROWS = 10_000_000
 MAX_COLUMNS = 10_000
+csv.field_size_limit(
+    max(csv.field_size_limit(), MAX_BYTES)
+)  # a file's own bound; csv's 131,072 characters are fewer than a text may have
 MARKS = (  # longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),

@@ -434,6 +434,18 @@ def test_a_tokenizer_that_ends_texts_and_begins_none(tokenizer: Any) -> None:
     assert 2 not in encoded.inputs[0]
 
 
+def test_a_tokenizer_with_dropout_cuts_a_text_the_same_way_every_time(copy: Copy) -> None:
+    """Else no run could be repeated, nor resumed: its examples are other ones."""
+    path = copy()
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    lm, whole = load(path), load(copy())
+    assert [note for note in lm.notes if "dropout was turned off" in note] == lm.notes != whole.notes
+    texts = [row["sentence"] for row in make_rows(20, 0)]
+    assert lm.tokenizer(texts).input_ids == whole.tokenizer(texts).input_ids
+
+
 def test_a_tokenizer_without_words_is_refused() -> None:
     class Silent:
         mask_token_id = None

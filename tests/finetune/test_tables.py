@@ -334,6 +334,12 @@ def test_one_class_alone_is_told(tmp_path: Path) -> None:
     assert [note for note in got.notes if note.startswith("warning: all 26 train examples are 'positive'")]
 
 
+def test_long_fields_of_csv(write: Write) -> None:
+    """Longer than csv's own bound, and another column's."""
+    path = write("train.csv", "sentence,label,page\n" + f"{'word ' * 30_000},1,{'x' * 2_000_000}\n")
+    assert len(rows_of(path)[0]["sentence"]) == 150_000
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 @pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
 def test_what_stands_for_a_split_and_is_no_file_is_refused(kind: str, name: str, data_folder: Path, tmp_path: Path) -> None:
