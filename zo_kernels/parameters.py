@@ -159,6 +159,15 @@ def read_params(
     for what, module in (("model_or_params", source), ("model", model)):
         if isinstance(module, nn.Module):
             refuse_parallel(what, module)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: give the module whose parameters are in the first argument, or leave it out"
+        )
+    if model is not None and isinstance(source, nn.Module) and model is not source:
+        raise ValueError(
+            f"model={type(model).__name__} beside a module as the first argument ({type(source).__name__}), whose forwards it would be: leave model out, or "
+            "give the parameters to be trained as (name, tensor) pairs"
+        )
     if isinstance(source, nn.Module):
         pairs: list[tuple[str, Tensor]] = [pair for pair in trainable(source) if id(pair[1]) not in without]
         if not pairs:
@@ -232,6 +241,18 @@ def _of(option: Any, name: str) -> Any:
     return option.get(name) if isinstance(option, Mapping) else option
 
 
+def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list[int]]]:
+    """A group's masks and scales of these parameters, each with the counts of writes to its tensors."""
+    given = [group.get(what) for what in ("mask", "scale")]
+    if all(option is None for option in given):
+        return []
+    options = [_of(option, n) for option in given for n in names]
+    return [
+        (o, [t._version for t in (o if isinstance(o, tuple) else (o,)) if isinstance(t, Tensor) and not t.is_inference()])
+        for o in options
+    ]
+
+
 @dataclass
 class Weights:
     """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes.
@@ -251,6 +272,7 @@ class Weights:
     update_plans: list[ops.Plan] = field(init=False)
     pairs: list[tuple[ops.Entry, Tensor]] = field(init=False)  # every entry beside its parameter
     parts: dict[frozenset[str], list[tuple[ops.Plan, list[str]]]] = field(init=False, default_factory=dict)
+    own: list[tuple[Any, list[int]]] = field(init=False, default_factory=list)  # the group's masks and scales, as they were given
 
     def __post_init__(self) -> None:
         options: dict[str, Any] = {"masks": self.masks, "names": [f"parameter {n}" for n in self.names]}
@@ -307,10 +329,18 @@ class Weights:
             for n, p in zip(group["param_names"], group["params"], strict=True)
             if p.requires_grad and (among is None or n in among)
         ]
+        for what in ("mask", "scale"):
+            if isinstance(group.get(what), Mapping) and (unknown := sorted(set(group[what]) - set(streams), key=str)):
+                raise ValueError(
+                    f"{what} of a parameter group: no parameter is called {unknown[0]!r}; they are {', '.join(list(streams)[:3])}, ..."
+                )
         names = [n for n, _ in active]
         masks, scales = ([_of(group.get(what), n) for n in names] for what in ("mask", "scale"))
+        own = _own(group, names)
         if limits is None:
-            return cls(names, [p for _, p in active], [streams[n] for n in names], masks, scales)
+            made = cls(names, [p for _, p in active], [streams[n] for n in names], masks, scales)
+            made.own = own
+            return made
         found = [limits(n, p) for n, p in active]
         for what, mine, theirs in (("mask", masks, [f.mask for f in found]), ("scale", scales, [f.scale for f in found])):
             for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
@@ -319,7 +349,7 @@ class Weights:
                         f"parameter {names[k]!r} has a {what} of its group and one of the direction: leave one of them out"
                     )
                 mine[k] = a if a is not None else b
-        return cls(
+        made = cls(
             names,
             [p for _, p in active],
             [streams[n] for n in names],
@@ -328,13 +358,15 @@ class Weights:
             [f.factors for f in found],
             [f.update_scale for f in found] if update_differs else None,
         )
+        made.own = own
+        return made
 
     def entries(self) -> dict[int, ops.Entry]:
         """The entry of each parameter, by id(parameter)."""
         return {id(p): e for e, p in self.pairs}
 
     def current(self, group: Mapping[str, Any], among: Collection[str] | None = None) -> bool:
-        """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted."""
+        """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted, no other mask or scale."""
         if among is None:
             active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
         else:
@@ -343,6 +375,8 @@ class Weights:
             len(active) == len(self.params)
             and all(a is b for a, b in zip(active, self.params, strict=True))
             and all(e.src.dtype == p.dtype and e.src.data_ptr() == p.data_ptr() for e, p in self.pairs)
+            and len(own := _own(group, self.names)) == len(self.own)
+            and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +214,83 @@ def test_a_scale_that_is_trained_is_refused(what: str, perturbation: str) -> Non
     b.requires_grad_(False)
     limit = (b.detach(), 1) if what == "scale" else b.detach().view(torch.uint8).view(-1)[:8]
     zk.MeZOStep([{"params": [("a.weight", a)], what: limit}], lr=0.1, model=model, perturbation=perturbation)
+
+
+@pytest.mark.parametrize("perturbation", ["scratch", "inplace"])
+@pytest.mark.parametrize("how", ["another", "entry", "in place", "none"])
+@pytest.mark.parametrize("what", ["mask", "scale"])
+def test_a_mask_or_scale_edited_between_steps_counts(what: str, how: str, perturbation: str) -> None:
+    """Would catch: steps that go on with the masks and scales of the first one."""
+
+    def values(first: bool) -> torch.Tensor:
+        keep = torch.tensor([first, not first] * 6).view(3, 4)
+        return keep if what == "mask" else torch.tensor([1.0, 2.0, 3.0] if first else [3.0, 0.0, 1.0])
+
+    def run(edited: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        given: Any = {"weight": values(edited or how == "none")}
+        step = zk.MeZOStep(
+            [{"params": list(model.named_parameters()), what: given}], 0.1, 0.1, model=model, perturbation=perturbation
+        )
+        x = torch.ones(2, 4)
+        if edited:
+            step.step(lambda: model(x).square().sum())
+            with torch.no_grad():
+                model.load_state_dict(start)
+            step._tag = 0  # the same direction again
+            if how == "another":
+                step.param_groups[0][what] = {"weight": values(False)}
+            elif how == "entry":
+                given["weight"] = values(False)
+            elif how == "in place":
+                given["weight"].copy_(values(False))
+            else:
+                step.param_groups[0][what] = None
+        elif how == "none":
+            step.param_groups[0][what] = None
+        start.update({n: t.clone() for n, t in model.state_dict().items()})
+        step.step(lambda: model(x).square().sum())
+        return model.weight.detach()
+
+    start: dict[str, torch.Tensor] = {}
+    expected = run(False)
+    torch.manual_seed(0)
+    start.update({n: t.clone() for n, t in nn.Linear(4, 3).state_dict().items()})
+    assert torch.equal(run(True), expected)
+
+
+def test_an_edited_mask_is_refused_in_a_recorded_run(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    step = zk.MeZOStep([{"params": [("weight", model.weight)], "mask": mask}], 0.1, model=model, journal=tmp_path / "r.zoj")
+    step.step(lambda: model(torch.ones(4)).sum())
+    mask[0, 0] = False
+    with pytest.raises(RuntimeError, match=r"parameter 'weight' has another mask or scale than when .*r\.zoj was opened"):
+        step.step(lambda: model(torch.ones(4)).sum())
+    mask[0, 0] = True
+    step.step(lambda: model(torch.ones(4)).sum())
+    assert step.steps == 2
+
+
+def test_names_of_masks_are_known() -> None:
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="mask of a parameter group: no parameter is called 'wieght'"):
+        zk.MeZOStep(
+            [{"params": list(model.named_parameters()), "mask": {"wieght": torch.ones(3, 4, dtype=torch.bool)}}], 0.1, model=model
+        )
+
+
+def test_a_model_beside_a_module_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="model=Sequential beside a module"):
+        zk.MeZOStep(model[0], 0.1, model=model)
+    with pytest.raises(TypeError, match="model is a int"):
+        zk.MeZOStep(model, 0.1, model=5)
+    zk.MeZOStep(model, 0.1, model=model)
+
+
+@pytest.mark.parametrize("what", ["lr", "eps", "weight_decay"])
+def test_truth_is_no_number(what: str) -> None:
+    with pytest.raises(ValueError, match=f"{what}=True"):
+        zk.MeZOStep(nn.Linear(4, 3), **{"lr": 0.1, what: True})

@@ -894,6 +894,8 @@ class ZOStep(torch.optim.Optimizer):
             `journal.reopen` raise.
         """
         self._refuse_inside("open_journal()")
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"journal={path!r} must be a path")
         if self._recorder is not None:
             raise RuntimeError(f"the steps are recorded already, in {self._recorder.writer.path}: one run has one journal")
         self.flush()
@@ -1112,6 +1114,15 @@ class ZOStep(torch.optim.Optimizer):
                 f"parameter {min(recorded ^ now)[0]!r} was frozen, unfrozen, added or moved to another group, and the journal "
                 f"{self._recorder.writer.path} has one table for the run: close_journal(), and open_journal() another one"
             )
+        groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
+        known = {p.name: (p.mask, p.scale) for p in self._recorder.writer.header.parameters}
+        for w in groups:
+            for n, p, mask, scale in zip(w.names, w.params, w.masks, w.scales, strict=True) if w.own else ():
+                if journals.described(n, p, mask, scale) != known[n]:
+                    raise RuntimeError(
+                        f"parameter {n!r} has another mask or scale than when {self._recorder.writer.path} was opened, and the journal has one for "
+                        "the run: put it back, or close_journal(), and open_journal() another one"
+                    )
 
     # -- a run that goes on --
 
@@ -1341,11 +1352,11 @@ def _check_group(where: str, group: dict[str, Any]) -> None:
         if isinstance(group[key], Tensor) and group[key].numel() != 1:
             raise ValueError(f"{where}{key} is a tensor of shape {tuple(group[key].shape)}: give one number")
     lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
-    if not (isinstance(lr, (int, float)) and 0 <= lr < math.inf):
+    if not (isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 <= lr < math.inf):
         raise ValueError(f"{where}lr={lr!r} must be a finite number >= 0 (to ascend, use maximize=True)")
-    if not (isinstance(eps, (int, float)) and 0 < _fp32(eps) < math.inf):
+    if not (isinstance(eps, (int, float)) and not isinstance(eps, bool) and 0 < _fp32(eps) < math.inf):
         raise ValueError(f"{where}eps={eps!r} must be a finite number > 0, in fp32 too")
-    if not (isinstance(decay, (int, float)) and 0 <= decay < math.inf):
+    if not (isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 <= decay < math.inf):
         raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"{where}maximize={group['maximize']!r} must be True or False")
