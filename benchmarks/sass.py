@@ -1,6 +1,7 @@
 """Instruction counts of the GPU kernels, read from their machine code (SASS): no GPU needed.
 
-    python benchmarks/sass.py > sass.csv
+    python benchmarks/sass.py                                        to standard output
+    python benchmarks/sass.py --dtypes float16 --out FILE.csv        to a file, with the columns of the machine
 
 Belongs here: the CUDA kernels of the built extension, and the CSV of both GPU backends. Does not belong here: Triton's kernels
 (sass_triton.py), bounds (tests/kernels/test_cuda_host.py), timings.
@@ -10,12 +11,16 @@ whole span, the first term, what the row's feature needs, and the 16-byte stores
 branches, the loop), divided by the 16 elements that a thread handles. `instructions_per_element_term` is one turn of the loop over
 the further terms: a pass of K terms costs K - 1 of them more. Work done once for a tile (of 1 to 16 spans) is not counted. Of a
 sequence, `instructions_per_element` is one turn of its loop over passes, the shortest one for a pass with one live term. Of a low-rank
-direction they are those of rank 1, and `instructions_per_element_term` is what a further rank costs.
+direction they are those of rank 1, and `instructions_per_element_term` is what a further rank costs. Of a rule they are those of a step
+with one term; recomputed Adam makes every term in a loop, which is counted by itself and left out of the other number (`terms` is K). Roots
+and quotients take their usual ways, not the calls for rare numbers.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -25,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 from sass_triton import (
     access_width,
     blocks,
@@ -145,6 +151,37 @@ def kernels(arch: int) -> Iterator[Kernel]:
             registers=function.registers,
             spill_bytes=function.spill_bytes,
         )
+
+
+@dataclass(frozen=True)
+class RuleKernel:
+    """One kernel of an update rule, which holds the loops of both kinds of noise."""
+
+    dtype: str
+    rule: str
+    states: int
+    narrow: bool  # whether the first state is bf16
+    arch: int
+    function: Function
+
+    @property
+    def name(self) -> str:
+        return f"{self.rule}-bf16-state" if self.narrow else self.rule
+
+
+def rule_kernels(arch: int) -> Iterator[RuleKernel]:
+    """Every kernel of an update rule."""
+    from zo_kernels import update
+
+    codes = {str(rule.code): (name, len(rule.states)) for name, rule in update.RULES.items()}
+    for function in functions(arch):
+        # S3_ names the first type once more.
+        found = re.search(r"UpdateVariantINS0_\d(F32|F16|BF16)ELi(\d)E(NS0_4BF16E|S3_E|NS0_3F32E)", function.symbol)
+        if found is None:
+            continue
+        state = found[1] if found[3] == "S3_E" else found[3][5:-1]
+        rule, states = codes[found[2]]
+        yield RuleKernel(DTYPES[found[1]], rule, states, state == "BF16", arch, function)
 
 
 # ---- ways through a kernel -----------------------------------------------------------------------------------------------
@@ -280,44 +317,111 @@ def counts(kernel: Kernel) -> dict[str, tuple[int, float, float]]:
     return result
 
 
+def rule_counts(kernel: RuleKernel) -> dict[str, tuple[int, float, float]]:
+    """As `counts`, for a whole span of a rule: name -> (width, instructions per element, per element and term), Gaussian and Rademacher."""
+    code = kernel.function.code
+    edges = successors(code)
+
+    def those(name: str) -> list[int]:
+        return [n for n, (_, text) in enumerate(code) if opcode(text).startswith(name)]
+
+    def number(name: str, path: list[int]) -> int:
+        return sum(opcode(code[n][1]).split(".")[0] == name for n in path)
+
+    loads, stores = those("LDG.E.128"), those("STG.E.128")
+    turns = {n: turn(edges, n) for n in those("LDS.64")}
+    loops = {n: loop for n, loop in turns.items() if not set(loop) & set(stores)}
+    # Gaussian numbers are made by an fma and end in the mix, four sums for each of the 16; signs need neither.
+    (gaussian,) = [loop for loop in loops.values() if number("FFMA", loop)]
+    (signs,) = [loop for loop in loops.values() if not number("FFMA", loop)]
+    inside = {n for run in loops.values() for n in run}
+    (mix,) = [run[0] for run in blocks(code, edges) if number("FADD", run) >= 64 and not set(run) & inside]
+    first = [n for n in turns if n not in loops]  # the first term's load: a history has no term before its loop
+    ways = {
+        kernel.name: (round_trip(edges, [loads[0], *first, mix, stores[-1]] if first else [mix, loads[0], stores[-1]]), gaussian),
+        f"rademacher-{kernel.name}": (round_trip(edges, [loads[0], *first, stores[-1]]), signs),
+    }
+    if mix in ways[f"rademacher-{kernel.name}"][0]:
+        raise ValueError(f"{kernel.name}: the way of signs passes the mix of Gaussian numbers")
+    result = {}
+    for name, (path, loop) in ways.items():
+        if missing := set(stores) - set(path):
+            raise ValueError(f"{name}: the way misses the stores {sorted(missing)}")
+        accesses = [code[n][1] for n in path if opcode(code[n][1]).startswith(("LDG.E.128", "STG"))]
+        result[name] = (min(map(access_width, accesses)), len(path) / PER_THREAD, len(loop) / PER_THREAD)
+    return result
+
+
 # ---- rows -------------------------------------------------------------------------------------------------------------
 
 
-def rows_cuda(archs: tuple[int, ...] = ARCHS) -> Iterator[dict[str, Any]]:
+def rows_cuda(archs: tuple[int, ...] = ARCHS, dtypes: tuple[str, ...] = tuple(DTYPES.values())) -> Iterator[dict[str, Any]]:
     for arch in archs:
-        for kernel in kernels(arch):
-            for name, (bits, per_element, per_term) in counts(kernel).items():
-                yield {
-                    "backend": "cuda",
-                    "kernel": name,
-                    "arch": f"sm_{arch}",
-                    "dtype": kernel.dtype,
-                    "terms": 1,
-                    "instructions_per_element": round(per_element, 2),
-                    "instructions_per_element_term": round(per_term, 2),
-                    "registers": kernel.registers,
-                    "spill_bytes": kernel.spill_bytes,
-                    "access_bits": bits,
-                }
+        for kernel in (k for k in kernels(arch) if k.dtype in dtypes):
+            for name, found in counts(kernel).items():
+                yield row(name, kernel.arch, kernel.dtype, 1, kernel, found)
+        for rule in (k for k in rule_kernels(arch) if k.dtype in dtypes):
+            terms = "K" if rule.rule == "adam_history" else 1
+            for name, found in rule_counts(rule).items():
+                yield row(name, rule.arch, rule.dtype, terms, rule.function, found)
 
 
-def main() -> None:
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    reason = unavailable()
-    if reason:
-        print(f"CUDA kernels left out: {reason}", file=sys.stderr)
+def row(
+    name: str, arch: int, dtype: str, terms: int | str, usage: Kernel | Function, found: tuple[int, float, float]
+) -> dict[str, Any]:
+    bits, per_element, per_term = found
+    return {
+        "backend": "cuda",
+        "kernel": name,
+        "arch": f"sm_{arch}",
+        "dtype": dtype,
+        "terms": terms,
+        "instructions_per_element": round(per_element, 2),
+        "instructions_per_element_term": round(per_term, 2),
+        "registers": usage.registers,
+        "spill_bytes": usage.spill_bytes,
+        "access_bits": bits,
+    }
+
+
+def left_out() -> list[str]:
+    """The backends whose kernels cannot be read here, each with the reason."""
+    result = []
+    if reason := unavailable():
+        result.append(f"CUDA kernels left out: {reason}")
+    if importlib.util.find_spec("triton") is None:
+        result.append("Triton kernels left out: no triton")
+    return result
+
+
+def rows(dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every row that this machine can count."""
+    missing = " ".join(left_out())
+    if "CUDA" not in missing:
+        yield from rows_cuda(dtypes=dtypes)
+    if "Triton" not in missing:
+        yield from rows_triton(dtypes=dtypes)
+        yield from rows_rules(dtypes=dtypes)
+        yield from rows_linear(dtypes=dtypes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the CSV file; default: standard output")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES.values(), default=list(DTYPES.values()))
+    args = parser.parse_args(arguments)
+    missing = left_out()
+    print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
+    if args.out is None:
+        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows(tuple(args.dtypes)))
+    elif missing:
+        print(f"{args.out.name} is not written: without a backend it would look whole", file=sys.stderr)
     else:
-        writer.writerows(rows_cuda())
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        print("Triton kernels left out: no triton", file=sys.stderr)
-    else:
-        writer.writerows(rows_triton())
-        writer.writerows(rows_rules())
-        writer.writerows(rows_linear())
+        harness.write_csv(args.out, COLUMNS, rows(tuple(args.dtypes)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

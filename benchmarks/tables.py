@@ -231,6 +231,47 @@ def rule_pass(rows: list[Row]) -> str:
     return "10⁹ weights a second.\n\n" + markdown(header, body)
 
 
+# what a pass does -> its kernel with CUDA and with Triton
+SASS = {
+    "plain pass": ("gaussian", "plain"),
+    "the same, terms in a loop": ("gaussian", "many-terms"),
+    "rademacher": ("rademacher", "rademacher"),
+    "stochastic rounding": ("gaussian-stochastic", "stochastic"),
+    "bit mask": ("gaussian-general-bit-mask", "bit-mask"),
+    "random mask": ("gaussian-general-random-mask", "random-mask"),
+    "scale by blocks": ("gaussian-general-scale", "scale"),
+    "low rank, of rank 1": ("gaussian-extended-low-rank", "low-rank"),
+    "a pass of a sequence": ("gaussian-sequence", "sequence"),
+    "the same, stochastic": ("gaussian-sequence-stochastic", "sequence-stochastic"),
+    "momentum": ("momentum", "momentum"),
+    "Adam": ("adam", "adam"),
+    "HiZOO": ("hizoo", "hizoo"),
+    "recomputed Adam": ("adam_history", "adam_history"),
+    "perturbed linear": ("", "perturbed-linear"),
+    "the same, 64 rows in each half": ("", "perturbed-linear-many-rows"),
+}
+
+
+def sass(rows: list[Row]) -> str:
+    """Instructions per element of one term, and of each further one."""
+    found = {(r["backend"], r["kernel"], r["arch"]): r for r in rows if r["dtype"] == "float16"}
+
+    def cell(backend: str, kernel: str, arch: str) -> str:
+        row = found.get((backend, kernel, arch))
+        if row is None:
+            return ""
+        one, further = float(row["instructions_per_element"]), row["instructions_per_element_term"]
+        # Where terms, or Triton's ranks, are a loop, none of them is in the first number.
+        if row["terms"] == "K" or (backend, kernel) == ("triton", "low-rank"):
+            one += float(further)
+        return f"{one:.1f} ({float(further):.1f})" if further else f"{one:.1f}"
+
+    columns = [(backend, arch) for backend in ("cuda", "triton") for arch in ("sm_80", "sm_90")]
+    body = [[what, *(cell(b, names[b == "triton"], arch) for b, arch in columns)] for what, names in SASS.items()]
+    note = "Instructions per element, fp16, with one Gaussian term where nothing else is said; in parentheses those of each further term or rank."
+    return f"{note}\n\n" + markdown(["pass", *(f"{b}, {arch}" for b, arch in columns)], body)
+
+
 # ---- scaling.py: one table a question ---------------------------------------------------------------------------------
 
 
@@ -319,6 +360,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "replay": ("replay", replay, ""),
     "gpu_replay": ("gpu_replay", replay, ""),
     "rule_pass": ("rule_pass", rule_pass, ""),
+    "sass": ("sass", sass, ""),
     "gpu_rule_pass": ("gpu_rule_pass", rule_pass, ""),
     "size": ("scaling", size, "scaling.png"),
     "terms": ("scaling", terms, ""),

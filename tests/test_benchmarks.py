@@ -406,6 +406,47 @@ def test_rule_pass(tmp_path: Path) -> None:
     assert "| cpu | bfloat16 | hizoo |" in page.read_text()
 
 
+def test_sass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written of counted rows, and the page's table of it; counting itself is tested in tests/kernels."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sass
+
+    counted = [("cuda", "gaussian", 1, 13.5, 5.12), ("cuda", "adam_history", "K", 39.0, 14.0), ("triton", "plain", "1", 15.06, "")]
+    counted += [
+        ("triton", "low-rank", "1", 9.0, 2.25),
+        ("triton", "adam_history", "K", 33.9, 14.9),
+        ("triton", "scale", "1", 22.25, ""),
+    ]
+
+    def some(backend: str) -> Callable[..., Any]:
+        def of(archs: tuple[int, ...] = (90,), dtypes: tuple[str, ...] = ()) -> Any:
+            for mine, kernel, terms, one, further in counted:
+                if mine == backend:
+                    found = {"backend": mine, "kernel": kernel, "arch": "sm_90", "dtype": dtypes[0], "terms": terms}
+                    found |= {"instructions_per_element": one, "instructions_per_element_term": further}
+                    yield found | {"registers": 64, "spill_bytes": 0, "access_bits": 128}
+
+        return of
+
+    path = tmp_path / "sass.csv"
+    arguments = ["--dtypes", "float16", "--out", str(path)]
+    monkeypatch.setattr(sass, "unavailable", lambda: "no nvcc")
+    assert sass.main(arguments) == 0
+    assert not path.exists()
+    monkeypatch.setattr(sass, "left_out", lambda: [])
+    for name, backend in (("rows_cuda", "cuda"), ("rows_triton", "triton"), ("rows_rules", ""), ("rows_linear", "")):
+        monkeypatch.setattr(sass, name, some(backend))
+    assert sass.main(arguments) == 0
+    assert [(r["backend"], r["kernel"]) for r in rows(path)] == [c[:2] for c in counted]
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    table = page.read_text()
+    assert "| plain pass |  | 13.5 (5.1) |  | 15.1 |" in table
+    assert "| recomputed Adam |  | 53.0 (14.0) |  | 48.8 (14.9) |" in table  # a history's first term is made in the loop
+    assert "| low rank, of rank 1 |  |  |  | 11.2 (2.2) |" in table
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1
