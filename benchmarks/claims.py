@@ -398,7 +398,37 @@ claim(N, "(0 times an infinity is a NaN)", "definition: IEEE-754")
 SUMS = "tests/kernels/test_statistics.py::test_a_call_has_one_parity_and_its_sums_take_32_values"
 claim(N, "has the moments 2.970, 10.70 and 41.76 of order 4, 6 and 8", SUMS)
 claim(N, "at most 2.06 standard deviations", SUMS)
-claim(N, "16 SASS instructions and 2.75 for each rank", "benchmarks/sass.py: rank_stops")
+
+
+def _sass(kernel: str, column: str = "instructions_per_element", arch: str = "sm_90", backend: str = "cuda") -> float:
+    return number("sass", column, kernel=kernel, arch=arch, backend=backend, dtype="float16")
+
+
+SASS = "benchmarks/results/sass.csv: fp16"
+RANK = "instructions_per_element_term"
+claim(
+    N,
+    "{:.0f} SASS instructions and {:.2f} for each rank",
+    SASS,
+    lambda: [
+        _sass("gaussian-extended-low-rank") - _sass("gaussian-extended-low-rank", RANK),
+        _sass("gaussian-extended-low-rank", RANK),
+    ],
+)
+claim(
+    N,
+    "here: {:.1f} an element on sm_90 (CUDA), {:.1f} for each further noise",
+    SASS,
+    lambda: [_sass("gaussian"), _sass("gaussian", RANK)],
+)
+claim(
+    B,
+    "{:.1f} for each fp16 weight on sm_90 and {:.1f} on sm_80 ({:.1f} and {:.1f} with many rows)",
+    SASS,
+    lambda: [
+        _sass(f"perturbed-linear{rows}", arch=arch, backend="triton") for rows in ("", "-many-rows") for arch in ("sm_90", "sm_80")
+    ],
+)
 claim(N, "SPSA's second moment is d + 2 - 0.03", LAW)
 
 

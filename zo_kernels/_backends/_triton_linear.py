@@ -4,7 +4,7 @@
     s = sum_k c_k z(seed, stream, tag_k, i)                                                          docs/numerics.md
 
 Cost of a 16-bit weight, for one Gaussian term and up to 64 rows of x in each half: 2 bytes read, none written, where two bare forwards move
-4, and two passes with two forwards 12 (down to 4 where their buffer stays in the L2 cache). 19 SASS instructions on sm_90, 20 to 28 on sm_80:
+4, and two passes with two forwards 12 (down to 4 where their buffer stays in the L2 cache). 19 SASS instructions on sm_90, 20 to 27 on sm_80:
 the noise 9.25 and convert 1 as in a pass, then both signs with their roundings 3, and 5 to 6 for Philox's 64-bit counters, tensor cores,
 shared memory and loop. tests/kernels/test_triton_aot.py counts them. fp32 weights take 53 at 16 rows, since the tensor cores have no fp32:
 one FFMA for each row of x.
