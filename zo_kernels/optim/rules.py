@@ -177,12 +177,13 @@ class Kept:
 
     def state(self) -> dict[str, Any]:
         """Tensors by what they are and parameter name, and the cohorts. A past step that several cohorts share is the same one after `load`."""
-        past = list({id(p): p for c in self.cohorts for p in c.past}.values())
+        cohorts = sorted(self.cohorts, key=lambda c: min(c.names, default=""))  # a skipped step moves their order, and nothing else
+        past = list({id(p): p for c in cohorts for p in c.past}.values())
         place = {id(p): k for k, p in enumerate(past)}
         return {
             **{what: {n: own[what].clone() for n, own in self.tensors.items() if what in own} for what in self.rule.keeps},
             "past": [([int(t) for t in p.tags], [float(c) for c in p.coefs], int(p.live)) for p in past],
-            "cohorts": [(sorted(c.names), int(c.count), [place[id(p)] for p in c.past]) for c in self.cohorts],
+            "cohorts": [(sorted(c.names), int(c.count), [place[id(p)] for p in c.past]) for c in cohorts],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
