@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zo_kernels import ops, perturb
+from zo_kernels import interrupts, ops, perturb
 
 
 class Tangents(perturb.Scratch):
@@ -29,6 +29,9 @@ class Tangents(perturb.Scratch):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.held = {}  # nothing can be: each read is refused
+        # Torch compiles its decompositions for the first dual number of a process: not in a forward, where a signal would cut that short.
+        with interrupts.uninterrupted(), forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +62,38 @@ class Channels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.transpose(1, 2))
+
+
+def test_torch_is_ready_for_forward_gradients_before_the_first_forward() -> None:
+    """Torch compiles its decompositions where a process makes its first dual number. A signal in the closure would cut that short, and be another
+    error."""
+    code = (
+        "import sys, torch, zo_kernels as zk; zk.ForwardGrad(torch.nn.Linear(2, 2), 1e-3);"
+        "print('torch._decomp.decompositions_for_jvp' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
+def test_a_signal_waits_while_torch_makes_its_first_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports its compiler there, which is not to be had a second time in a process where that was cut short."""
+    add, ended = torch.optim.Optimizer.add_param_group, []
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGALRM)
+        add(*arguments)
+        ended.append(True)
+
+    def expired(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(torch.optim.Optimizer, "add_param_group", interrupted)
+    before = signal.signal(signal.SIGALRM, expired)
+    try:
+        with pytest.raises(TimeoutError):
+            zk.MeZOStep(nn.Linear(2, 2), 1e-3)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ended
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

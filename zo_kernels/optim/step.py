@@ -208,7 +208,8 @@ class ZOStep(torch.optim.Optimizer):
         self._made = False
         self._complete = False  # state_dict() has a place for every tensor that there will be
         self._check_signs([{**defaults, **group} for group in named.groups])
-        super().__init__(named.groups, defaults)
+        with interrupts.uninterrupted():  # torch imports its compiler for the first optimizer: cut short, that cannot be done again
+            super().__init__(named.groups, defaults)
         self._made = True
         self._refresh()
         if lazy and named.model is not None:
