@@ -285,7 +285,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{M}::test_steps_equal_the_float64_reference[mezo-inplace-0.3]",)),
     ("zo_kernels/perturb.py", "masked rows that begin inside a byte are gathered", "(entry.mask is not None and table.shape[1] % 8)", "False",
      ("tests/optim/test_views.py::test_rows_are_gathered_a_few_at_a_time",)),
-    ("zo_kernels/perturb.py", "held weights are not put back", "                    self.held[key].param.copy_(copy)\n", "                    pass\n",
+    ("zo_kernels/perturb.py", "held weights are not put back", "                        self.held[key].param.copy_(copy)\n", "                        pass\n",
      ("tests/optim/test_views.py::test_a_penalty_on_the_parameters_sees_the_perturbation",
       "tests/optim/test_views.py::test_weights_past_the_attributes_are_held_and_said")),
     ("zo_kernels/parameters.py", "two names of one hash have one stream", "while stream in taken:", "while False:",

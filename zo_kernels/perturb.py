@@ -472,7 +472,7 @@ class PerturbedWeight(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return reads.untraced(func, *args, **kwargs)
         found = _find(args, kwargs)
         scratch = found[0].scratch
@@ -1122,7 +1122,9 @@ class Scratch(View):
         try:
             with uninterrupted(), torch.no_grad():
                 for key, copy in self.copies.items():
-                    self.held[key].param.copy_(copy)
+                    # Those made in inference mode are written to there alone.
+                    with torch.inference_mode() if self.held[key].clean.is_inference() else contextlib.nullcontext():
+                        self.held[key].param.copy_(copy)
                 self.copies.clear()
         finally:
             self.inside = False

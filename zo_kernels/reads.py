@@ -6,8 +6,8 @@ For the time of a forward the class of every trained parameter is a subclass of 
 takes the parameter. That costs a forward two assignments a parameter, and nothing where no parameter is read. A mode of torch functions sees
 every operation, and costs microseconds for each; a mode of the dispatcher makes operators take other kernels.
 
-Not noticed: code that takes a tensor without asking (scripted functions, `torch.func.grad` and `jvp` over the parameters themselves, `torch.tensor(p)`,
-`torch.utils.dlpack.to_dlpack(p)`), and tensors that shared a parameter's memory before the forward.
+Not noticed: code that takes a tensor without asking (scripted functions, `torch.func.grad`, `jvp` and `vmap` over the parameters themselves, `torch.tensor(p)`,
+`p.as_subclass`, `torch.utils.dlpack.to_dlpack(p)`), and tensors that shared a parameter's memory before the forward.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def untraced(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _noticed(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     kwargs = kwargs or {}
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # False where the compiler itself asks, as it does for shapes
         return untraced(func, *args, **kwargs)
     found = list({id(t): t for t in walk((args, kwargs)) if type(t) in _own}.values())
     for reads in reversed(_under_way):

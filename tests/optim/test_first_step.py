@@ -264,6 +264,35 @@ def test_a_read_past_the_attributes_counts_whenever_it_begins(reader: str, dtype
 
 
 @pytest.mark.filterwarnings("ignore:scratch mode")
+@pytest.mark.parametrize("begin", [0, 1])
+def test_a_compiled_function_is_given_a_parameter(begin: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p: (p * 2).sum(), backend="eager")
+    found: dict[str, list[float]] = {}
+    for way in ("inplace", "scratch"):
+        model = net()
+        step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation=way)
+        found[way] = []
+        for k in range(3):
+            step.step(lambda: model(torch.ones(1, 12)).sum() + (compiled(weights(model)[0]) if k >= begin else 0.0))  # noqa: B023
+            found[way].append(float(step.projected_gradient))
+    assert found["scratch"] == pytest.approx(found["inplace"], abs=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:scratch mode")
+@pytest.mark.parametrize("begin", [0, 1])
+def test_parameters_made_in_inference_mode_are_held(begin: int) -> None:
+    with torch.inference_mode():
+        model = net()
+    before, seen = [p.detach().clone() for p in weights(model)], []
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
+    for k in range(3):
+        step.step(lambda: seen.append(float(weights(model)[0].sum()) if k >= begin else 0.0) or model(torch.ones(1, 12)).sum())  # noqa: B023
+        assert all(same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
+    assert len(set(seen[2 * begin :])) == 6 - 2 * begin
+
+
+@pytest.mark.filterwarnings("ignore:scratch mode")
 def test_an_alias_kept_from_a_step_counts_in_later_ones() -> None:
     model, kept, seen = net(), [], []
 
