@@ -28,7 +28,11 @@ class Tangents(perturb.Scratch):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.held = {}  # nothing can be: each read is refused
+        if self.held:
+            raise RuntimeError(
+                f"parameter {self.names[next(iter(self.held))]} is no module's attribute in plain Python (a scripted module's? another model's?), and "
+                "carries no tangent: forward gradients need a model that reads its weights as module.weight; or take a two-sided estimate"
+            )
         # Torch compiles its decompositions for the first dual number of a process: not in a forward, where a signal would cut that short.
         with interrupts.uninterrupted(), forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

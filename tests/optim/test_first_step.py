@@ -203,6 +203,11 @@ def weights(model: nn.Module) -> list[nn.Parameter]:
     return list(model.parameters())
 
 
+def plain(p: nn.Parameter) -> nn.Parameter:
+    assert type(p) is nn.Parameter
+    return p
+
+
 def functional(model: nn.Module) -> Tensor:
     values = {name: p.detach() for name, p in model.named_parameters()}
     return torch.func.functional_call(model, values, (torch.ones(2, 12, dtype=weights(model)[0].dtype),)).float().sum()
@@ -217,7 +222,7 @@ READERS: dict[str, Callable[[nn.Module], Tensor]] = {
     "detached": lambda m: sum((p.detach().clone().float().sum() for p in m.parameters()), torch.zeros(())),
     "numpy": lambda m: torch.tensor(sum(float(p.detach().float().numpy().sum()) for p in m.parameters())),
     "a state": lambda m: torch.stack([t.float().square().sum() for t in m.state_dict().values()]).sum(),
-    "copies": lambda m: torch.stack([copy.deepcopy(p).float().square().sum() for p in m.parameters()]).sum(),
+    "copies": lambda m: torch.stack([plain(copy.deepcopy(p)).float().square().sum() for p in m.parameters()]).sum(),
     "functional call": functional,
     "an operator": lambda m: torch.ops.aten.linear(torch.ones(2, 12, dtype=weights(m)[0].dtype), *weights(m)[:2]).float().sum(),
     "a function": lambda m: Times.apply(weights(m)[0], 2.0).float().sum(),
@@ -398,6 +403,16 @@ def test_forward_gradients_refuse_reads_past_the_attributes(reader: str, begin: 
         with pytest.raises(RuntimeError, match="past its module's attributes") if k == begin else contextlib.nullcontext():
             step.step(lambda: model(torch.ones(1, 12)).sum() + (read(model) if k == begin else 0.0))  # noqa: B023
         assert all(type(p) is nn.Parameter and same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["scripted", "nobody's"])
+def test_forward_gradients_refuse_weights_that_no_module_shows(kind: str) -> None:
+    """A scripted module's, and one that is in no module: they would move without ever having had a tangent."""
+    model, more = net(), [] if kind == "scripted" else [("more", nn.Parameter(torch.ones(2)))]
+    if kind == "scripted":
+        model[2] = torch.jit.script(nn.Linear(40, 3))
+    with pytest.raises(RuntimeError, match=r"is no module's attribute.*forward gradients"):
+        zk.ForwardGrad([*model.named_parameters(), *more], lr=1e-2, model=model)
 
 
 @pytest.mark.filterwarnings("ignore:scratch mode")

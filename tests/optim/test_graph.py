@@ -244,3 +244,19 @@ def test_bad_arguments() -> None:
     model = make("llama")
     with pytest.raises(ValueError, match="lazy=True and cuda_graph=True"):
         zk.MeZOStep(model, lr=1e-3, cuda_graph=True, lazy=True, perturbation="inplace")
+
+
+def test_a_first_read_past_the_attributes_while_recording_refuses_the_graph() -> None:
+    model, x = nn.Linear(6, 3), torch.ones(2, 6)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure(x: Tensor) -> Tensor:
+        extra = next(iter(model.parameters())).sum() if Emulated.recording is not None else 0.0
+        return model(x).square().mean() + extra
+
+    step = zk.MeZOStep(model, lr=0.0, eps=1e-2, cuda_graph=True)
+    with pytest.warns(UserWarning, match="cannot be captured .*weight is read past its module's attribute.*without graphs"):
+        step.step(closure, [x])
+    assert all(type(p) is nn.Parameter and same_bits(p.detach(), b) for p, b in zip(model.parameters(), before, strict=True))
+    step.step(closure, [x])
+    assert step.steps == 2
