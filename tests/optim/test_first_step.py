@@ -74,6 +74,15 @@ def test_torch_is_ready_for_forward_gradients_before_the_first_forward() -> None
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
 
 
+def test_torch_is_ready_to_name_a_step_before_the_first() -> None:
+    """What it imports there, before our part of the step, keeps to itself whatever a signal's handler raises: a time limit would be lost."""
+    code = (
+        "import torch, zo_kernels as zk; zk.MeZOStep(torch.nn.Linear(2, 2), 1e-3);"
+        "print(getattr(torch.autograd.profiler, '_cupti_monitor_checked', True))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
 def test_a_signal_waits_while_torch_makes_its_first_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It imports its compiler there, which is not to be had a second time in a process where that was cut short."""
     add, ended = torch.optim.Optimizer.add_param_group, []

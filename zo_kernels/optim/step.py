@@ -210,6 +210,9 @@ class ZOStep(torch.optim.Optimizer):
         self._check_signs([{**defaults, **group} for group in named.groups])
         with interrupts.uninterrupted():  # torch imports its compiler for the first optimizer: cut short, that cannot be done again
             super().__init__(named.groups, defaults)
+            # And for the first step of all, which it names, a part of its profiler, where it keeps whatever a handler raises to itself.
+            with torch.autograd.profiler.record_function("zo_kernels"):
+                pass
         self._made = True
         self._refresh()
         if lazy and named.model is not None:
