@@ -46,15 +46,8 @@ class Loaded:
 
 def method(optimizer: ZOStep) -> dict[str, Any]:
     """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run."""
-    found = {
-        "estimator": optimizer._estimator,
-        "rule": optimizer._rule,
-        "direction": optimizer._direction,
-        "blocks": optimizer._blocks,
-        "projection": optimizer._projection.config if optimizer._projection else None,
-    }
     return {
-        **{what: None if part is None else record.described(part) for what, part in found.items()},
+        **{what: None if part is None else record.described(part) for what, part in optimizer._configured().items()},
         "kind": optimizer._kind,
         "terms": optimizer._terms,
     }

@@ -993,6 +993,16 @@ class ZOStep(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.reopen()
 
+    def _configured(self) -> dict[str, Any]:
+        """The parts whose options say what the numbers of a record, or of a state, mean."""
+        return {
+            "estimator": self._estimator,
+            "rule": self._rule,
+            "direction": self._direction,
+            "blocks": self._blocks,
+            "projection": self._projection.config if self._projection else None,
+        }
+
     def method(self) -> dict[str, Any] | None:
         """What the numbers of a record mean, for a journal's header: JSON; None where they are the coefficients of an update along directions
         that stay, as in plain MeZO: such records replay without an optimizer."""
@@ -1000,14 +1010,7 @@ class ZOStep(torch.optim.Optimizer):
             isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
         ):
             return None
-        mine = {
-            "estimator": self._estimator,
-            "rule": self._rule,
-            "direction": self._direction,
-            "blocks": self._blocks,
-            "projection": self._projection.config if self._projection else None,
-            "clip": self._clip if isinstance(self._clip, rules.QuantileClip) else None,
-        }
+        mine = {**self._configured(), "clip": self._clip if isinstance(self._clip, rules.QuantileClip) else None}
         described = {what: record.described(part) for what, part in mine.items() if part is not None}
         if self._blocks is not None and self._rule.counts and not self._kept.together:
             described["rule"]["counts"] = parts.COUNTS
