@@ -20,7 +20,6 @@ import resource
 import shutil
 import stat
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -306,40 +305,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there and KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def state_bytes(optimizer: Any) -> int:
-    """What an optimizer keeps between steps besides the weights: moments, diagonals, masks, factors, anchors, a first-order optimizer's
-    state. Buffers that only a step uses are not counted."""
-    import torch
-
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.ndim and not isinstance(value, torch.nn.Parameter):
-                storage = value.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-            return
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            for part in value.values():
-                visit(part)
-        elif isinstance(value, (list, tuple, set, deque)):
-            for part in value:
-                visit(part)
-        elif type(value).__module__.startswith("zo_kernels.") and hasattr(value, "__dict__"):
-            visit(vars(value))
-
-    first_order = getattr(optimizer, "_first_order", None)
-    for name in ("_kept", "_held", "_projection", "_past"):
-        visit(getattr(optimizer, name))
-    if first_order is not None:
-        visit(dict(first_order.state))
-    return sum(found.values())
 
 
 def remove_journal(path: Path) -> None:

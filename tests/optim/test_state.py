@@ -662,3 +662,29 @@ def test_the_key_of_a_state_is_not_among_the_live_groups() -> None:
     assert form.KEY in step.state_dict()["param_groups"][0] and form.KEY not in step.param_groups[0]
     step.load_state_dict(step.state_dict())
     assert form.KEY not in step.param_groups[0]
+
+
+def test_bytes_of_state_are_those_that_are_held() -> None:
+    """None before the first step of a rule that keeps a moment; then what each method's numbers a weight come to."""
+    n = sum(p.numel() for p in Tiny().parameters())
+    matrices = [p for p in Tiny().parameters() if p.ndim == 2]
+
+    def held(make: Callable[..., zk.ZOStep], steps: int = 2, **more: Any) -> int:
+        model = Tiny()
+        step = make(model, 1e-3, EPS, **more)
+        go_on(model, step, steps)
+        return step.state_bytes()
+
+    assert held(zk.ZOAdam, steps=0) == held(zk.MeZOStep) == held(zk.ZOMomentum, state="recomputed") == 0
+    assert held(zk.ZOMomentum) == held(zk.HiZOO) == 4 * n
+    assert held(zk.ZOMomentum, state_dtype="bfloat16") == 2 * n
+    assert held(zk.ZOAdam) == 8 * n
+    assert held(zk.SparseMeZO) == sum((p.numel() + 7) // 8 for p in Tiny().parameters())
+    assert held(zk.DiZO, layers=["layers.*weight"], every=1) == sum(4 * p.numel() for p in matrices)
+    assert held(zk.LOZO, rank=1) == 2 * 2 * 4 * 64  # a side of a matrix takes a multiple of 64 floats
+
+    model = Tiny()
+    theirs = torch.optim.AdamW([model.norm.weight, model.norm.bias])
+    step = zk.HybridZO(model, 1e-3, EPS, first_order=theirs)
+    go_on(model, step, 1)
+    assert step.state_bytes() == 2 * 4 * (model.norm.weight.numel() + model.norm.bias.numel())

@@ -101,6 +101,10 @@ class Held:
     def learned(self, step: int, numbers: Sequence[float], params: Mapping[str, Tensor]) -> None:
         """The step with these numbers is done."""
 
+    def memory(self) -> list[Tensor]:
+        """Every tensor that is held now."""
+        return [t for limits in self.made.values() for t in _tensors(limits)]
+
     def state(self) -> dict[str, Any]:
         """What is no function of the present weights; for state_dict."""
         return {}

@@ -235,6 +235,10 @@ class Projector:
                 r = self._advance(r, g, self._directions(chosen, streams, tag + j))
         self._place(chosen, {n: p.detach().clone() for n, p in chosen.items()}, r)
 
+    def memory(self) -> list[Tensor]:
+        """Every tensor that is held now."""
+        return list(self.anchors.values())
+
     def state(self) -> dict[str, Any]:
         return {"anchors": {n: a.clone() for n, a in self.anchors.items()}}
 

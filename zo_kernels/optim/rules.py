@@ -175,6 +175,10 @@ class Kept:
         found = list(advanced.values())
         return [replace(c, names=frozenset(weights.names)) for c in found] if self.together else found
 
+    def memory(self) -> list[Tensor]:
+        """Every tensor that is held now."""
+        return [t for own in self.tensors.values() for t in own.values()]
+
     def state(self) -> dict[str, Any]:
         """Tensors by what they are and parameter name, and the cohorts. A past step that several cohorts share is the same one after `load`."""
         cohorts = sorted(self.cohorts, key=lambda c: min(c.names, default=""))  # a skipped step moves their order, and nothing else

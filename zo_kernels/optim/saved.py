@@ -44,6 +44,15 @@ class Loaded:
     past: list[float]
 
 
+def memory(optimizer: ZOStep) -> int:
+    """See `ZOStep.state_bytes`."""
+    held = [t for part in _parts(optimizer).values() for t in part.memory()]
+    if optimizer._first_order is not None:
+        held += [t for own in optimizer._first_order.state.values() for t in own.values() if isinstance(t, Tensor) and t.ndim]
+    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(pieces.values())
+
+
 def method(optimizer: ZOStep) -> dict[str, Any]:
     """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run."""
     return {

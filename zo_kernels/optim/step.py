@@ -1145,6 +1145,12 @@ class ZOStep(torch.optim.Optimizer):
             state = state if changed is None else changed
         return state
 
+    def state_bytes(self) -> int:
+        """Bytes that the method keeps between steps besides the weights, as they are now: moments, diagonals, masks, scales, factors, anchors, the
+        tensors of a `first_order` optimizer. Tensors in one piece of memory count once. Nothing is counted that only a step needs (the scratch
+        buffer), and a state that no step has needed yet is not there."""
+        return saved.memory(self)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume exactly: the next step's noise is that of the run that was saved. Parameters are found by their names, in whatever order and wrapper
         they were saved. States of earlier versions load where what they hold is what this optimizer's method keeps.
