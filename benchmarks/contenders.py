@@ -18,7 +18,7 @@ from torch import Tensor
 
 import zo_kernels as zk
 from zo_kernels import _backends as registry
-from zo_kernels import ops
+from zo_kernels.plan import Pass, Plan, make_plans
 
 EPS = 1e-3
 ROW = 4096  # row length of the scales per row
@@ -34,8 +34,8 @@ FEATURES = (
 class Ours:
     """One pass over one tensor. `bytes`: what it moves at least; `terms`: noises added to every weight."""
 
-    plan: ops.Plan
-    record: ops.Pass
+    plan: Plan
+    record: Pass
     bytes: int
     terms: int
 
@@ -55,11 +55,11 @@ def ours(feature: str, p: Tensor, other: Tensor) -> Ours:
         more["scales"] = [(torch.rand(-(-n // ROW), device=device) + 0.5, ROW)]
     elif feature == "out of place":
         more["out"] = [other]
-    (plan,) = ops.make_plans([p], [1], **more)
+    (plan,) = make_plans([p], [1], **more)
     kind = "rademacher" if feature == "rademacher" else "gaussian"
     rounding = "stochastic" if feature == "stochastic" else "nearest"
     decay = 0.9999 if feature == "decay" else None
-    return Ours(plan, ops.Pass(0, *terms_of(feature, terms, device), decay, kind, rounding), size, terms)
+    return Ours(plan, Pass(0, *terms_of(feature, terms, device), decay, kind, rounding), size, terms)
 
 
 def terms_of(feature: str, terms: int, device: torch.device) -> tuple[Any, Any]:

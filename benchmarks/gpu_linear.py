@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 
 import zo_kernels as zk
 from zo_kernels import _backends as registry
-from zo_kernels import ops
+from zo_kernels.plan import Pass, Plan, make_plans
 
 EPS = 1e-3
 ROTATION = 1 << 28  # bytes of weights that a batch covers: five times the L2 cache of an H100
@@ -49,13 +49,13 @@ def contenders(weights: list[Tensor], x: Tensor, backend: str, passes: str) -> d
     """name -> a call for each of the weights. `backend` serves the perturbed linear, `passes` the two passes."""
     m = x.shape[0] // 2
     buffer = torch.empty_like(weights[0])
-    plus, minus = ops.Pass(0, [1], [EPS]), ops.Pass(0, [1], [-EPS])
+    plus, minus = Pass(0, [1], [EPS]), Pass(0, [1], [-EPS])
     module = registry.load(passes)
 
     def one(w: Tensor) -> None:
         zk.perturbed_linear(x, w, terms=[(1, EPS)], seed=0, stream=1, backend=backend)
 
-    def two_passes(plan: ops.Plan) -> None:
+    def two_passes(plan: Plan) -> None:
         module.perturb(plan, plus)
         linear(x[:m], buffer)
         module.perturb(plan, minus)
@@ -65,7 +65,7 @@ def contenders(weights: list[Tensor], x: Tensor, backend: str, passes: str) -> d
         linear(x[:m], w)
         linear(x[m:], w)
 
-    plans = [ops.make_plans([w], [1], out=[buffer])[0] for w in weights]
+    plans = [make_plans([w], [1], out=[buffer])[0] for w in weights]
     return {
         "perturbed_linear": [lambda w=w: one(w) for w in weights],
         "two_passes": [lambda plan=plan: two_passes(plan) for plan in plans],

@@ -19,7 +19,8 @@ import harness
 import torch
 
 from zo_kernels import _backends as registry
-from zo_kernels import ops
+from zo_kernels import checks
+from zo_kernels.plan import Pass, Passes, make_plans
 
 EPS = 1e-3
 PASSES = (1, 8, 64, 2000)
@@ -27,7 +28,7 @@ PASSES = (1, 8, 64, 2000)
 VARIANTS = [
     (dtype, "gaussian", rounding)
     for dtype in harness.DTYPES
-    for rounding in ops.ROUNDINGS
+    for rounding in checks.ROUNDINGS
     if (dtype, rounding) != ("float32", "stochastic")
 ]
 VARIANTS += [("float16", "rademacher", "nearest")]
@@ -47,19 +48,19 @@ def measure(
     """The three contenders, interleaved, on plans that are made once."""
     module = registry.load(backend)
     theta = torch.full((weights,), 0.02, dtype=harness.DTYPES[dtype], device=device)
-    (plan,) = ops.make_plans([theta], [1])
+    (plan,) = make_plans([theta], [1])
     tags, coefs = list(range(passes)), [EPS * (-1) ** k for k in range(passes)]  # the signs keep the weights where they are
-    sequence = ops.Passes(
+    sequence = Passes(
         0,
         torch.tensor(tags),
         torch.tensor(coefs, dtype=torch.float32),
         torch.arange(passes + 1),
         torch.ones(passes),
-        torch.full((passes,), ops.ROUNDINGS[rounding], dtype=torch.uint8),
+        torch.full((passes,), checks.ROUNDINGS[rounding], dtype=torch.uint8),
         kind,
     ).on(device)
-    separate = [ops.Pass(0, [tag], [c], None, kind, rounding) for tag, c in zip(tags, coefs, strict=True)]
-    fused = ops.Pass(0, sequence.tags, sequence.coefs, None, kind, rounding)
+    separate = [Pass(0, [tag], [c], None, kind, rounding) for tag, c in zip(tags, coefs, strict=True)]
+    fused = Pass(0, sequence.tags, sequence.coefs, None, kind, rounding)
 
     def one_by_one() -> None:
         for p in separate:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from zo_kernels import _backends as registry
-from zo_kernels import ops, update
+from zo_kernels import update
+from zo_kernels.plan import Pass, make_plans
 
 G, LR, DECAY, BETA1, BETA2, EPS = 0.3, 1e-4, 1.0, 0.9, 0.999, 1e-8
 HISTORY = 16
@@ -102,8 +103,8 @@ def rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
             for name, (rule, kinds) in VARIANTS.items():
                 theta = torch.full((weights,), 0.02, dtype=harness.DTYPES[dtype], device=device)
                 states = [torch.full((weights,), 1.0, dtype=kind, device=device) for kind in kinds]
-                (plan,) = ops.make_plans([theta], [1])
-                p, one = rule_pass(rule).on(device), ops.Pass(0, [7], [LR])
+                (plan,) = make_plans([theta], [1])
+                p, one = rule_pass(rule).on(device), Pass(0, [7], [LR])
                 baseline = torch_step(rule, theta.clone(), [s.clone() for s in states])
                 contenders: dict[str, Callable[[], Any]] = {
                     "rule pass": lambda m=module, plan=plan, s=states, p=p: m.update(plan, [s], p),  # type: ignore[misc]

@@ -33,7 +33,7 @@ from step import EPS, LR, OURS, MezoLoop
 from torch import Tensor, nn
 
 import zo_kernels as zk
-from zo_kernels import ops
+from zo_kernels.plan import Pass, make_plans
 
 COLUMNS = (
     *("question", "contender", "device", "dtype", "threads", "weights", "tensors", "terms", "calls", *harness.TIMING_COLUMNS),
@@ -138,8 +138,8 @@ def by_list(device: torch.device, dtype: torch.dtype, count: int, n: int, rounds
     params, targets = ([torch.zeros(n, dtype=dtype, device=device) for _ in range(count)] for _ in range(2))
     moved = [p.clone() for p in params]  # MeZO's expression gives its tensors new memory
     streams = list(range(count))
-    (plan,) = ops.make_plans(params, streams)
-    record = ops.Pass(0, [0], [contenders.EPS])
+    (plan,) = make_plans(params, streams)
+    record = Pass(0, [0], [contenders.EPS])
 
     def loop(function: Callable[[Tensor], Any], tensors: list[Tensor]) -> Callable[[], None]:
         def run() -> None:

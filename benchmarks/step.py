@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import zo_kernels as zk
 from zo_kernels import _backends as backends
-from zo_kernels import ops
+from zo_kernels.plan import Pass, Plan
 
 # Our modes: the arguments of MeZOStep. One that it refuses here, by an error or a graph that it does without, is left out with the reason.
 OURS: dict[str, dict[str, Any]] = {
@@ -222,7 +222,7 @@ def around_passes(device: torch.device, backend: str | None, wrap: Callable[...,
         module.perturb = perturb
 
 
-def perturb_traffic(plan: ops.Plan) -> tuple[int, int]:
+def perturb_traffic(plan: Plan) -> tuple[int, int]:
     """Bytes that one pass reads (weights, masks, scales, row numbers) and writes, whatever the number of its terms."""
     extra = sum(t.nbytes for e in plan.entries for t in (e.mask, e.scale, e.rows) if t is not None)
     return sum(e.src.nbytes for e in plan.entries) + extra, sum(e.dst.nbytes for e in plan.entries)
@@ -280,7 +280,7 @@ def passes_of(mode: str, task: Task, device: torch.device, backend: str | None, 
 
     traffic = harness.Traffic(counting)
 
-    def counted(perturb: Callable[..., None], plan: ops.Plan, p: ops.Pass) -> None:
+    def counted(perturb: Callable[..., None], plan: Plan, p: Pass) -> None:
         nonlocal inside_pass
         inside_pass = True
         perturb(plan, p)

@@ -1,7 +1,7 @@
 /* module.cpp - the Python module zo_kernels._C: the only file that knows Python.
  *
  * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions. Does not
- * belong here: torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/ops.py), work.
+ * belong here: torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/checks.py), work.
  *
  * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n,
  * 14] in host memory, which the caller keeps alive during the call.
@@ -19,7 +19,7 @@
 
 namespace py = pybind11;
 
-/* zo_kernels/ops.py (Entry.record) writes these words one by one. */
+/* zo_kernels/plan.py (Entry.record) writes these words one by one. */
 static_assert(sizeof(zo_tensor) == 112 && offsetof(zo_tensor, numel) == 16 && offsetof(zo_tensor, scale_block) == 48 &&
                   offsetof(zo_tensor, row_len) == 64 && offsetof(zo_tensor, stream) == 72 &&
                   offsetof(zo_tensor, keep) == 76 && offsetof(zo_tensor, mask_tag) == 80 &&

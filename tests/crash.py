@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
-from zo_kernels import journal, ops, update
+from zo_kernels import checks, journal, ops, update
+from zo_kernels.plan import Plan
 
 MODES: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
@@ -141,7 +142,7 @@ class Form:
         method, mode = turns[number % len(turns)]
         model = draw.choice(list(MODELS))
         dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if model == "layers" else 2]
-        return cls(model, method, mode, draw.choice(dtypes), draw.choice(list(ops.ROUNDINGS)))
+        return cls(model, method, mode, draw.choice(dtypes), draw.choice(list(checks.ROUNDINGS)))
 
     @property
     def refuses(self) -> bool:
@@ -284,8 +285,8 @@ class Death:
 
             return wrapped
 
-        def some(part: slice, plans: Any) -> list[ops.Plan]:
-            return [ops.Plan(plan.entries[part], plan.device, plan.dtype) for plan in plans if plan.entries[part]]
+        def some(part: slice, plans: Any) -> list[Plan]:
+            return [Plan(plan.entries[part], plan.device, plan.dtype) for plan in plans if plan.entries[part]]
 
         def of_pass(part: slice, plans: Any, *rest: Any) -> tuple[Any, ...]:
             return (some(part, plans), *rest)

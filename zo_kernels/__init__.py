@@ -3,7 +3,7 @@
 from zo_kernels._backends import _extension, backends
 from zo_kernels._replay import replay
 from zo_kernels.linear import perturbed_linear
-from zo_kernels.ops import RandomMask, normal, pack_mask, perturb_, perturb_sequence_
+from zo_kernels.ops import normal, perturb_, perturb_sequence_
 from zo_kernels.optim import (
     FZOO,
     LOZO,
@@ -45,6 +45,7 @@ from zo_kernels.optim import (
     check,
 )
 from zo_kernels.parameters import stream_of
+from zo_kernels.plan import RandomMask, pack_mask
 from zo_kernels.update import update_
 
 __version__ = "0.1.0"

@@ -18,26 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
-from zo_kernels import journal, ops, perturb
+from zo_kernels import checks, journal, ops, perturb
 from zo_kernels.parameters import Weights
+from zo_kernels.plan import Mask, Pass, Passes, Plan, RandomMask
 
 MODES = ("sequential", "fused")
 PASSES = 4096  # that are gathered before they are applied
 TERMS = 1024  # of a fused replay in one pass over an fp32 sum
 
 
-def _apply(plans: Sequence[ops.Plan], passes: Sequence[ops.Pass], backend: str | None) -> None:
+def _apply(plans: Sequence[Plan], passes: Sequence[Pass], backend: str | None) -> None:
     """The passes one after another, in one read and write of the weights."""
     if not passes:
         return
     tags, coefs, decays = [t for p in passes for t in p.tags], [c for p in passes for c in p.coefs], [p.decay for p in passes]
-    joined = ops.Passes(
+    joined = Passes(
         passes[0].seed,
         torch.tensor(tags, dtype=torch.int64),
         torch.tensor(coefs, dtype=torch.float32),
         torch.tensor([0, *itertools.accumulate(len(p.tags) for p in passes)], dtype=torch.int64),
         torch.tensor([1.0 if d is None else d for d in decays], dtype=torch.float32),
-        torch.tensor([ops.ROUNDINGS[p.rounding] for p in passes], dtype=torch.uint8),
+        torch.tensor([checks.ROUNDINGS[p.rounding] for p in passes], dtype=torch.uint8),
         passes[0].kind,
     )
     ops.run_sequence(plans, joined, backend)
@@ -53,7 +54,7 @@ class Replayer(perturb.InPlace):
             )
         super().__init__(groups, None, lazy=header.perturbation == "lazy", seed=header.seed, kind=header.kind, backend=backend)
         self.header = header
-        self.waiting: list[list[ops.Pass]] = [[] for _ in groups]
+        self.waiting: list[list[Pass]] = [[] for _ in groups]
 
     def expect(self, params: Iterable[Tensor] | None = None) -> None:
         """No closure runs that could write."""
@@ -122,12 +123,12 @@ def _fuse(weights: Weights, header: journal.Header, records: np.ndarray, group: 
     c, t = coefs[live].tolist(), tags[live].tolist()
     for entry, p in weights.pairs:
         total = entry.src if entry.src.dtype == torch.float32 else entry.src.float()
-        plan = ops.Plan((changed(entry, src=total, dst=total),), p.device, torch.float32)
+        plan = Plan((changed(entry, src=total, dst=total),), p.device, torch.float32)
         for start in range(0, max(1, len(t)), TERMS):
             factor = float(after[0]) if start == 0 and after[0] != 1 else None
             terms = slice(start, start + TERMS)
             if t[terms] or factor is not None:
-                ops.run([plan], ops.Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
+                ops.run([plan], Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
         if total is not entry.src:
             p.copy_(total)
 
@@ -140,12 +141,12 @@ def weights_of(
     Raises:
         ValueError: a stored mask or scale is not given, or is another one.
     """
-    rows: list[list[tuple[str, Tensor, int, ops.Mask, Any]]] = [[] for _ in range(header.groups)]
+    rows: list[list[tuple[str, Tensor, int, Mask, Any]]] = [[] for _ in range(header.groups)]
     for entry in header.parameters:
         p = journal.find(named, entry.name)
         mask, scale = masks.get(entry.name), scales.get(entry.name)
         if entry.mask is not None and "keep" in entry.mask:
-            mask = ops.RandomMask(entry.mask["keep"] / 2**32, entry.mask["tag"])
+            mask = RandomMask(entry.mask["keep"] / 2**32, entry.mask["tag"])
         if entry.scale is not None and "value" in entry.scale:
             scale = float(entry.scale["value"])
         found = journal.described(entry.name, p, mask, scale)
@@ -217,7 +218,7 @@ def replay(
         ValueError: the weights are not those that the run started from, or an argument is wrong; nothing was changed.
         DamagedError: the file is not a journal.
     """
-    ops.check_choice("mode", mode, MODES)
+    checks.check_choice("mode", mode, MODES)
     past = load(source)
     named = dict(model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model)
     if past.header.method is not None and mode == "fused":

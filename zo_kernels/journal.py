@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import interrupts, ops
+from zo_kernels import checks, interrupts
 from zo_kernels.parameters import canonical_name
+from zo_kernels.plan import Mask, check_mask, check_scale
 
 FORMAT = 1
 CONTRACT = 1  # of the noise: docs/numerics.md
@@ -152,8 +153,8 @@ def _check_shape(where: str, shape: Any) -> None:
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{where}: {len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible")
     for size in shape:
-        ops.check_word(f"{where}: shape", size, 63)
-    if math.prod(shape) > ops.MAX_INDEX:
+        checks.check_word(f"{where}: shape", size, 63)
+    if math.prod(shape) > checks.MAX_INDEX:
         raise ValueError(f"{where}: more than 2^56 elements, the noise contract's largest index")
 
 
@@ -205,12 +206,12 @@ class Parameter(Frozen):
         where = f"parameter {self.name!r:.80}"
         if self.dtype not in _DTYPES:
             raise ValueError(f"{where}: dtype={self.dtype!r:.40} must be one of {', '.join(_DTYPES)}")
-        ops.check_word(f"{where}: stream", self.stream)
-        ops.check_word(f"{where}: group", self.group)
+        checks.check_word(f"{where}: stream", self.stream)
+        checks.check_word(f"{where}: group", self.group)
         if (mask := self.mask) is not None:
             if set(mask) == {"keep", "tag"}:
-                ops.check_word(f"{where}: mask keep", mask["keep"])
-                ops.check_word(f"{where}: mask tag", mask["tag"])
+                checks.check_word(f"{where}: mask keep", mask["keep"])
+                checks.check_word(f"{where}: mask tag", mask["tag"])
             elif set(mask) == {"sha256"}:
                 _check_sha256(f"{where}: mask sha256", mask["sha256"])
             else:
@@ -219,11 +220,11 @@ class Parameter(Frozen):
             if set(scale) == {"value"}:
                 if isinstance(scale["value"], bool) or not isinstance(scale["value"], (int, float)):
                     raise ValueError(f"{where}: scale value={scale['value']!r:.40} must be a number")
-                ops.check_fp32(f"{where}: scale value", scale["value"])
+                checks.check_fp32(f"{where}: scale value", scale["value"])
             elif set(scale) == {"sha256", "values", "block"}:
                 _check_sha256(f"{where}: scale sha256", scale["sha256"])
-                ops.check_word(f"{where}: scale values", scale["values"], 57)
-                ops.check_word(f"{where}: scale block", scale["block"], 57)
+                checks.check_word(f"{where}: scale values", scale["values"], 57)
+                checks.check_word(f"{where}: scale block", scale["block"], 57)
             else:
                 raise ValueError(
                     f"{where}: the scale has the keys {sorted(scale)!r:.80}; known are value, or sha256, values and block"
@@ -231,7 +232,7 @@ class Parameter(Frozen):
 
     @classmethod
     def of(  # type: ignore[override]
-        cls, name: str, tensor: Tensor, stream: int, group: int = 0, mask: ops.Mask = None, scale: Any = None
+        cls, name: str, tensor: Tensor, stream: int, group: int = 0, mask: Mask = None, scale: Any = None
     ) -> Parameter:
         """The entry of a tensor, with `mask` and `scale` as `perturb_` takes them."""
         described_mask, described_scale = described(name, tensor, mask, scale)
@@ -247,10 +248,10 @@ class Parameter(Frozen):
         )
 
 
-def described(name: str, tensor: Tensor, mask: ops.Mask, scale: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def described(name: str, tensor: Tensor, mask: Mask, scale: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """`Parameter.mask` and `Parameter.scale` of what `perturb_` takes."""
-    bits, keep, tag = ops.check_mask(f"mask of {name}", mask, tensor)
-    values, block, rsqrt = ops.check_scale(f"scale of {name}", scale, tensor, 0)
+    bits, keep, tag = check_mask(f"mask of {name}", mask, tensor)
+    values, block, rsqrt = check_scale(f"scale of {name}", scale, tensor, 0)
     if rsqrt:
         raise ValueError(f'scale of {name} is an "rsqrt" scale, whose values change from step to step: a journal cannot state it')
     limits = {"sha256": digest(bits)} if bits is not None else {"keep": keep, "tag": tag} if keep else None
@@ -261,7 +262,7 @@ def described(name: str, tensor: Tensor, mask: ops.Mask, scale: Any) -> tuple[di
     return limits, {"sha256": digest(values), "values": values.numel(), "block": block}
 
 
-_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in ops.DTYPES)
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 
 def _versions() -> dict[str, str]:
@@ -309,11 +310,11 @@ class Header:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ops.check_word("seed", self.seed, 64)
-        ops.check_choice("kind", self.kind, tuple(ops.KINDS))
-        ops.check_choice("perturbation", self.perturbation, PERTURBATIONS)
+        checks.check_word("seed", self.seed, 64)
+        checks.check_choice("kind", self.kind, tuple(checks.KINDS))
+        checks.check_choice("perturbation", self.perturbation, PERTURBATIONS)
         for name, most in (("groups", MAX_GROUPS), ("terms", MAX_TERMS)):
-            if not 1 <= ops.check_word(name, getattr(self, name)) <= most:
+            if not 1 <= checks.check_word(name, getattr(self, name)) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must be in 1 .. {most}")
         if 20 + 4 * self.groups * (self.terms + 2) > MAX_RECORD:
             raise ValueError(f"groups={self.groups} with terms={self.terms} makes records of more than {MAX_RECORD} bytes")
@@ -744,7 +745,7 @@ def recover(path: str | os.PathLike[str], *, keep: int | None = None) -> Tail | 
         if keep is None:
             tail = _read(source).tail
         else:
-            journal = _read(source, ops.check_word("keep", keep, 63))
+            journal = _read(source, checks.check_word("keep", keep, 63))
             if len(journal) < keep:
                 raise DamagedError(f"{path}: keep={keep}, but only its first {len(journal)} records are good", journal.end)
             length = source.size - journal.end
@@ -859,7 +860,7 @@ class Writer:
         """
         if self._refusal or os.getpid() != self._pid:
             raise RuntimeError(f"{self.path}: the journal {self._refusal or 'was forked'}; reopen it")
-        tag = ops.check_word("tag", tag)
+        tag = checks.check_word("tag", tag)
         flags = (skipped, clipped, stochastic, flushed, failed == "plus", failed == "minus")
         record = self._record(tag, coefs, decay, eps, loss, gradient, failed, flags)
         end = self._start + self.records * self._size

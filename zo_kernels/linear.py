@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from zo_kernels import _backends as backends
-from zo_kernels import ops
+from zo_kernels import checks
+from zo_kernels.plan import Entry, Pass, Plan, Terms, make_terms
 
 
 def perturbed_linear(
@@ -23,7 +24,7 @@ def perturbed_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    terms: ops.Terms,
+    terms: Terms,
     seed: int,
     stream: int,
     bias_stream: int | None = None,
@@ -61,19 +62,19 @@ def perturbed_linear(
         TypeError, ValueError: an argument is wrong; names it, its value and the remedy.
         RuntimeError: the backend asked for is not available; says why.
     """
-    tags, coefs = ops.make_terms(terms)
-    ops.check_word("seed", seed, 64)
-    ops.check_choice("kind", kind, ops.KINDS)
+    tags, coefs = make_terms(terms)
+    checks.check_word("seed", seed, 64)
+    checks.check_choice("kind", kind, checks.KINDS)
     _check_operands(x, weight, bias, bias_stream, halves)
     tensors = [(weight, stream, offset, "weight"), *([] if bias is None else [(bias, bias_stream, bias_offset, "bias")])]
     entries = []
     for t, tensor_stream, first, name in tensors:
-        ops.check_word("stream" if t is weight else "bias_stream", tensor_stream)
-        ops.check_word("offset" if t is weight else "bias_offset", first, 56)
-        if first + t.numel() > ops.MAX_INDEX:
+        checks.check_word("stream" if t is weight else "bias_stream", tensor_stream)
+        checks.check_word("offset" if t is weight else "bias_offset", first, 56)
+        if first + t.numel() > checks.MAX_INDEX:
             raise ValueError(f"{name}: offset {first} with {t.numel()} elements exceeds 2^56, the contract's largest index")
-        entries.append(ops.Entry(t.detach(), t.detach(), int(tensor_stream or 0), int(first)))
-    p = ops.Pass(seed, tags, coefs, kind=kind).on(weight.device)
+        entries.append(Entry(t.detach(), t.detach(), int(tensor_stream or 0), int(first)))
+    p = Pass(seed, tags, coefs, kind=kind).on(weight.device)
     module = _server(weight.device, backend)
     with torch.no_grad():
         rows = x.detach().reshape(-1, x.shape[-1])
@@ -104,7 +105,7 @@ def _server(device: torch.device, backend: str | None) -> ModuleType:
 
 
 def _check_operands(x: Any, weight: Any, bias: Any, bias_stream: Any, halves: bool) -> None:
-    ops.check_tensor("weight", weight)
+    checks.check_tensor("weight", weight)
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; give [N, K]")
     if not isinstance(x, Tensor):
@@ -121,7 +122,7 @@ def _check_operands(x: Any, weight: Any, bias: Any, bias_stream: Any, halves: bo
         if bias_stream is not None:
             raise ValueError(f"bias_stream={bias_stream!r} without a bias: give the bias, or leave the stream out")
         return
-    ops.check_tensor("bias", bias)
+    checks.check_tensor("bias", bias)
     if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != weight.device:
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; give {weight.dtype} {tuple(weight.shape[:1])} on {weight.device}"
@@ -130,15 +131,15 @@ def _check_operands(x: Any, weight: Any, bias: Any, bias_stream: Any, halves: bo
         raise ValueError("bias_stream is None: give the bias's stream; a bias that is not perturbed can be added to the result")
 
 
-def _two_passes(x: Tensor, entries: Sequence[ops.Entry], p: ops.Pass, halves: bool, module: ModuleType) -> Tensor:
+def _two_passes(x: Tensor, entries: Sequence[Entry], p: Pass, halves: bool, module: ModuleType) -> Tensor:
     """The same with the perturbed weights in buffers, one half after the other."""
     values = [torch.empty_like(e.src) for e in entries]
-    targets = tuple(ops.Entry(e.src, v, e.stream, e.offset) for e, v in zip(entries, values, strict=True))
-    plan = ops.Plan(targets, x.device, x.dtype)
+    targets = tuple(Entry(e.src, v, e.stream, e.offset) for e, v in zip(entries, values, strict=True))
+    plan = Plan(targets, x.device, x.dtype)
     results = []
     M = x.shape[0] // 2
     for half, sign in ((x[:M], 1), (x[M:], -1)) if halves else ((x, 1),):
         coefs = sign * p.coefs if isinstance(p.coefs, Tensor) else [sign * c for c in p.coefs]
-        module.perturb(plan, ops.Pass(p.seed, p.tags, coefs, kind=p.kind))
+        module.perturb(plan, Pass(p.seed, p.tags, coefs, kind=p.kind))
         results.append(torch.nn.functional.linear(half, *values))
     return torch.cat(results)

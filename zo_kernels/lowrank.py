@@ -5,7 +5,7 @@
 each rounded to 12 significant bits, so that every product of the two is exact in fp32 (docs/numerics.md, section 11). U lies in memory row
 by row and V column by column: neighbouring elements of a row of z need neighbouring numbers of V.
 
-Belongs here: how factors are made. Does not belong here: what a pass makes of them (`ops.Entry`, the backends), when U and V change
+Belongs here: how factors are made. Does not belong here: what a pass makes of them (`plan.Entry`, the backends), when U and V change
 (the optimizer; LOZO, arXiv 2410.07698: U each step, V every so many).
 """
 
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels import ops
+from zo_kernels import checks, ops
+from zo_kernels.plan import Pass, make_plans
 
 FIRST_V = 1 << 55  # the index of V[0, 0]: U and V of one tag share no number
 ROOM = 64  # floats of which a table has a multiple: tables that follow each other start on a cache line
@@ -58,12 +59,12 @@ class Factors:
         device: torch.device | str = "cpu",
         backend: str | None = None,
     ) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= ops.MAX_RANK:
-            raise ValueError(f"rank={rank!r} must be an integer in 1 .. {ops.MAX_RANK}")
-        self.seed, self.rank, self.backend = ops.check_word("seed", seed, 64), rank, backend
-        streams = ops.check_streams(streams, len(shapes))
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= checks.MAX_RANK:
+            raise ValueError(f"rank={rank!r} must be an integer in 1 .. {checks.MAX_RANK}")
+        self.seed, self.rank, self.backend = checks.check_word("seed", seed, 64), rank, backend
+        streams = checks.check_streams(streams, len(shapes))
         for k, (rows, cols) in enumerate(shapes):
-            if max(ops.check_word(f"shapes[{k}]", n, 56) for n in (rows, cols)) * rank > FIRST_V:
+            if max(checks.check_word(f"shapes[{k}]", n, 56) for n in (rows, cols)) * rank > FIRST_V:
                 raise ValueError(f"shapes[{k}]={(rows, cols)} with rank={rank} needs more than 2^55 numbers")
         # Each side is one piece of memory: one launch fills it, one operation rounds it.
         self.u, left = self._tables([rows for rows, _ in shapes], device)
@@ -72,8 +73,8 @@ class Factors:
             (u.view(-1, rank), v.view(rank, -1).t()) for u, v in zip(left, right, strict=True)
         ]
         self._one = torch.ones(1, device=device)  # the coefficient beside a tag that is a tensor
-        self._u_plans = ops.make_plans(left, streams)
-        self._v_plans = ops.make_plans(right, streams, offsets=[FIRST_V] * len(right))
+        self._u_plans = make_plans(left, streams)
+        self._v_plans = make_plans(right, streams, offsets=[FIRST_V] * len(right))
 
     def _tables(self, lengths: Sequence[int], device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
         sizes = [n * self.rank for n in lengths]
@@ -93,12 +94,12 @@ class Factors:
             ops.run(plans, p, self.backend)
             round_to_12_bits_(flat)
 
-    def _pass(self, name: str, tag: int | Tensor) -> ops.Pass:
+    def _pass(self, name: str, tag: int | Tensor) -> Pass:
         if not isinstance(tag, Tensor):
-            return ops.Pass(self.seed, [ops.check_word(name, tag)], [1.0])
+            return Pass(self.seed, [checks.check_word(name, tag)], [1.0])
         if tag.numel() != 1 or tag.dtype != torch.int64:
             raise TypeError(f"{name} is {tag.dtype} {tuple(tag.shape)}; give an integer or a one-element int64 tensor")
-        return ops.Pass(self.seed, tag.reshape(1), self._one)
+        return Pass(self.seed, tag.reshape(1), self._one)
 
 
 def factors(

@@ -1,7 +1,7 @@
 """From a model's parameters to what a pass needs: names, streams, masks, scales, plans.
 
 Belongs here: canonical names, the stream of a name, reading what a user hands to an optimizer, and `Weights`, one parameter
-group in the form of `ops.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (perturb.py).
+group in the form of `plan.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (perturb.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import ops
+from zo_kernels import checks
+from zo_kernels.plan import Entry, Mask, Plan, make_plans
 
 # What wrappers put into a parameter's name: DDP/DataParallel, FSDP, torch.compile, activation checkpointing, peft.
 _WRAPPERS = re.compile(r"(^|\.)(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|base_layer)(?=\.)")
@@ -257,31 +258,31 @@ def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list
 class Weights:
     """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes.
 
-    `factors`: of low-rank directions, as `ops.make_plans` takes them; None: all dense. `update_scales`: of the update, where it does not
+    `factors`: of low-rank directions, as `plan.make_plans` takes them; None: all dense. `update_scales`: of the update, where it does not
     take the perturbation's `scales`; None: it does.
     """
 
     names: list[str]
     params: list[Tensor]
     streams: list[int]
-    masks: list[ops.Mask]
+    masks: list[Mask]
     scales: list[Any]
     factors: list[Any] | None = None
     update_scales: list[Any] | None = None
-    plans: list[ops.Plan] = field(init=False)
-    update_plans: list[ops.Plan] = field(init=False)
-    pairs: list[tuple[ops.Entry, Tensor]] = field(init=False)  # every entry beside its parameter
-    parts: dict[frozenset[str], list[tuple[ops.Plan, list[str]]]] = field(init=False, default_factory=dict)
+    plans: list[Plan] = field(init=False)
+    update_plans: list[Plan] = field(init=False)
+    pairs: list[tuple[Entry, Tensor]] = field(init=False)  # every entry beside its parameter
+    parts: dict[frozenset[str], list[tuple[Plan, list[str]]]] = field(init=False, default_factory=dict)
     own: list[tuple[Any, list[int]]] = field(init=False, default_factory=list)  # the group's masks and scales, as they were given
 
     def __post_init__(self) -> None:
         options: dict[str, Any] = {"masks": self.masks, "names": [f"parameter {n}" for n in self.names]}
         if self.factors is not None and any(f is not None for f in self.factors):
             options["factors"] = self.factors
-        self.plans = ops.make_plans(self.params, self.streams, scales=self.scales, **options)
+        self.plans = make_plans(self.params, self.streams, scales=self.scales, **options)
         self.update_plans = self.plans
         if self.update_scales is not None:
-            self.update_plans = ops.make_plans(self.params, self.streams, scales=self.update_scales, **options)
+            self.update_plans = make_plans(self.params, self.streams, scales=self.update_scales, **options)
         # Plans group by device and dtype, in order of first appearance, each in list order.
         order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in self.params:
@@ -289,7 +290,7 @@ class Weights:
         entries = [e for plan in self.plans for e in plan.entries]
         self.pairs = list(zip(entries, [p for members in order.values() for p in members], strict=True))
 
-    def part(self, names: Collection[str]) -> list[tuple[ops.Plan, list[str]]]:
+    def part(self, names: Collection[str]) -> list[tuple[Plan, list[str]]]:
         """The plans of an update of these parameters alone, each with the names of its entries; the same plans for the same names."""
         key = frozenset(names)
         if key not in self.parts:
@@ -300,7 +301,7 @@ class Weights:
                 if chosen := [(e, n) for e, n in members if n in key]:
                     whole = len(chosen) == len(members)
                     entries = tuple(e for e, _ in chosen)
-                    found.append((plan if whole else ops.Plan(entries, plan.device, plan.dtype), [n for _, n in chosen]))
+                    found.append((plan if whole else Plan(entries, plan.device, plan.dtype), [n for _, n in chosen]))
             self.parts[key] = found
         return self.parts[key]
 
@@ -361,7 +362,7 @@ class Weights:
         made.own = own
         return made
 
-    def entries(self) -> dict[int, ops.Entry]:
+    def entries(self) -> dict[int, Entry]:
         """The entry of each parameter, by id(parameter)."""
         return {id(p): e for e, p in self.pairs}
 
@@ -392,4 +393,4 @@ def check_apart(groups: Sequence[Weights], trained: Iterable[tuple[str, Tensor]]
         for e, p in w.pairs:
             limits = {"mask": e.mask, "scale": e.scale, "left factor": e.left, "right factor": e.right}
             read += [(f"the {what} of parameter {names[id(p)]}", t) for what, t in limits.items() if t is not None]
-    ops.check_apart([(f"parameter {n}", p) for n, p in trained], read)
+    checks.check_apart([(f"parameter {n}", p) for n, p in trained], read)

@@ -37,6 +37,7 @@ from zo_kernels import _backends as backends
 from zo_kernels import ops, reads
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
+from zo_kernels.plan import Entry, Pass, Plan
 from zo_kernels.reads import Reads, version, walk
 
 MOST_GATHERS = 64  # plans of gathered rows that are kept: batches of every length come along in a run
@@ -177,7 +178,7 @@ class View(abc.ABC):
         """What passes and forwards read and write by address, besides the weights: a graph keeps it alive."""
         return self.groups
 
-    def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> ops.Pass | None:
+    def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
         """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
         tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
         device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
@@ -186,14 +187,14 @@ class View(abc.ABC):
                 return None
             # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
             factor = None if decay == 1.0 else float(decay)
-            return ops.Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
+            return Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
         # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
         on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
         values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
         shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
         if not tags:
-            return ops.Pass(self.seed, [], [], shift, self.kind, rounding)
-        return ops.Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
+            return Pass(self.seed, [], [], shift, self.kind, rounding)
+        return Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
 
     def run(
         self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str, update: bool = False
@@ -225,7 +226,7 @@ class View(abc.ABC):
         with uninterrupted():
             yield
 
-    def plans(self) -> Iterator[ops.Plan]:
+    def plans(self) -> Iterator[Plan]:
         """Every plan of the view's passes."""
         for weights in self.groups:
             yield from weights.plans
@@ -451,13 +452,13 @@ class PerturbedWeight(Tensor):
 
     param: Tensor
     clean: Tensor  # the parameter's values for our own reads, which nobody watches
-    entry: ops.Entry
+    entry: Entry
     group: int
     scratch: Scratch
     room: int  # in the buffer
 
     @staticmethod
-    def __new__(cls, param: Tensor, entry: ops.Entry, group: int, scratch: Scratch) -> PerturbedWeight:
+    def __new__(cls, param: Tensor, entry: Entry, group: int, scratch: Scratch) -> PerturbedWeight:
         self: PerturbedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device, requires_grad=param.requires_grad
         )
@@ -531,7 +532,7 @@ class Fill:
     `plans`: (parameter group, plan, backend) of each launch; `values`: what each call receives; `written`: all of them.
     """
 
-    plans: list[tuple[int, ops.Plan, ModuleType]]
+    plans: list[tuple[int, Plan, ModuleType]]
     values: dict[Calls, list[Tensor]]
     written: list[Tensor]
 
@@ -554,7 +555,7 @@ class Gather:
     rows: Tensor
     values: Tensor
     mask: Tensor | None
-    plan: ops.Plan
+    plan: Plan
     backend: ModuleType
 
 
@@ -590,7 +591,7 @@ class Scratch(View):
         fits = self.holds_values and sum(s.room for s in here.values()) <= self.limit
         self.fitting: list[PerturbedWeight] = list(here.values()) if fits else []
         self.thread: int | None = None  # that runs a step now
-        self.passes: list[ops.Pass | None] = []
+        self.passes: list[Pass | None] = []
         self.buffers: dict[torch.device, Tensor] = {}
         self.storages: set[int] = set()  # the buffers', by address
         self.fills: dict[Calls, Fill] = {}  # by the call that comes first
@@ -764,7 +765,7 @@ class Scratch(View):
         finally:
             self.inside = False
 
-    def plans(self) -> Iterator[ops.Plan]:
+    def plans(self) -> Iterator[Plan]:
         yield from super().plans()
         parts = [part.fill for parts in self.parts.values() for part in parts]
         for fill in (self.resident, *self.fills.values(), *parts):
@@ -883,13 +884,13 @@ class Scratch(View):
         values = {tuple(map(id, call)): [leaves.get(id(s), s.param) for s in call] for call in calls}
         return Fill(plans, values, list(leaves.values()))
 
-    def _plans(self, entries: Sequence[tuple[int, ops.Entry]]) -> list[tuple[int, ops.Plan, ModuleType]]:
+    def _plans(self, entries: Sequence[tuple[int, Entry]]) -> list[tuple[int, Plan, ModuleType]]:
         """One launch for each parameter group, device and dtype among (group, entry)."""
-        by_launch: dict[tuple[int, torch.device, torch.dtype], list[ops.Entry]] = {}
+        by_launch: dict[tuple[int, torch.device, torch.dtype], list[Entry]] = {}
         for group, entry in entries:
             by_launch.setdefault((group, entry.dst.device, entry.dst.dtype), []).append(entry)
         return [
-            (group, ops.Plan(tuple(members), device, dtype), backends.pick(device, self.backend))
+            (group, Plan(tuple(members), device, dtype), backends.pick(device, self.backend))
             for (group, device, dtype), members in by_launch.items()
         ]
 
@@ -1057,7 +1058,7 @@ class Scratch(View):
             local = replace(entry, src=values, dst=values, rows=rows, row_len=width, mask=None if mask is None else mask.view(-1))
             if len(self.gathers) >= MOST_GATHERS:
                 self.gathers.clear()
-            plan = ops.Plan((local,), table.device, table.dtype)
+            plan = Plan((local,), table.device, table.dtype)
             gather = self.gathers[id(weight), n] = Gather(rows, values, mask, plan, backends.pick(table.device, self.backend))
         return gather
 
@@ -1109,7 +1110,7 @@ class Scratch(View):
         try:
             with uninterrupted():
                 self.copies[id(shadow.param)] = shadow.clean.clone()
-                ops.run((ops.Plan((shadow.entry,), shadow.clean.device, shadow.clean.dtype),), p, self.backend)
+                ops.run((Plan((shadow.entry,), shadow.clean.device, shadow.clean.dtype),), p, self.backend)
                 if not shadow.clean.is_inference():
                     self.versions[self.number[id(shadow.param)]] = shadow.clean._version
         finally:

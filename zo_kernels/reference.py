@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zo_kernels.ops import Entry, Pass, Passes, Plan
+    from zo_kernels.plan import Entry, Pass, Passes, Plan
     from zo_kernels.update import RulePass, States
 
 GAUSSIAN, RADEMACHER, ROUNDING, MASK, STATE = range(5)  # the purposes of section 1

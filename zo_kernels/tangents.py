@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_kernels import interrupts, ops, perturb
+from zo_kernels.plan import Plan
 
 
 class Tangents(perturb.Scratch):
@@ -71,7 +72,7 @@ class Tangents(perturb.Scratch):
             return value
         z = torch.zeros_like(value, memory_format=torch.contiguous_format)
         entry = replace(shadow.entry, src=z.view(-1), dst=z.view(-1))
-        ops.run((ops.Plan((entry,), z.device, z.dtype),), p, self.backend)
+        ops.run((Plan((entry,), z.device, z.dtype),), p, self.backend)
         return forward_ad.make_dual(value, z)
 
     def values(self, found: Sequence[perturb.PerturbedWeight], keep: bool = False) -> list[Tensor]:

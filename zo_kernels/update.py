@@ -2,7 +2,7 @@
 
     u <- scale * mask * sum_k c_k z(seed, stream, tag_k);   (theta, states) <- rule(theta, states, u)          docs/numerics.md, "Update rules"
 
-Belongs here: `update_`, its checks and its dispatch to a backend, and what a backend receives beside the `ops.Plan`: `RulePass` and the
+Belongs here: `update_`, its checks and its dispatch to a backend, and what a backend receives beside the `plan.Plan`: `RulePass` and the
 state tensors. Does not belong here: the rules' arithmetic (csrc/rules.h, reference.py, _backends/), what a step does with them (optim/).
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from zo_kernels import _backends as backends
-from zo_kernels import ops
-from zo_kernels.ops import Mask, Plan, Terms
+from zo_kernels import checks
+from zo_kernels.plan import Mask, Plan, Terms, make_plans, make_terms, move, written
 
 ROUNDED = (torch.float32, torch.bfloat16)  # a state that may be held in 16 bits, rounded stochastically
 EXACT = (torch.float32,)
@@ -52,7 +52,7 @@ States = Sequence[Sequence[Tensor]]  # of a plan: for each entry its states, in 
 class RulePass:
     """What is done to a plan's tensors and their states.
 
-    `tags`/`coefs` as in `ops.Pass`. `numbers`: those of the rule (`RULES[rule].numbers`), a list of floats or a 1-d fp32 tensor on the
+    `tags`/`coefs` as in `plan.Pass`. `numbers`: those of the rule (`RULES[rule].numbers`), a list of floats or a 1-d fp32 tensor on the
     plan's device. `squares`: of the rule "adam_history" the coefficients q_k, as `coefs`; else None.
     """
 
@@ -70,7 +70,7 @@ class RulePass:
         values: list[Any] = [self.tags, self.coefs, self.numbers, self.squares]
         if all(not isinstance(v, Tensor) or v.device == device for v in values):
             return self
-        tags, coefs, numbers, squares = (ops.move(v, device) if isinstance(v, Tensor) else v for v in values)
+        tags, coefs, numbers, squares = (move(v, device) if isinstance(v, Tensor) else v for v in values)
         return replace(self, tags=tags, coefs=coefs, numbers=numbers, squares=squares)
 
     def tensors_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ def check_numbers(rule: str, numbers: Any) -> list[float] | Tensor:
         return numbers.contiguous()
     if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != len(names):
         raise ValueError(f"numbers={numbers!r} must be {len(names)} numbers or a tensor of them, {wanted}")
-    values = [ops.check_fp32(f"numbers[{k}] ({name})", x) for k, (name, x) in enumerate(zip(names, numbers, strict=True))]
+    values = [checks.check_fp32(f"numbers[{k}] ({name})", x) for k, (name, x) in enumerate(zip(names, numbers, strict=True))]
     if rule == "hizoo" and not 0 < np.float32(values[5]) <= np.float32(values[6]):
         raise ValueError(
             f"numbers: low={values[5]!r} and high={values[6]!r} must satisfy 0 < low <= high in fp32: h is divided by its root"
@@ -114,7 +114,7 @@ def check_squares(rule: str, squares: Any, coefs: Any) -> list[float] | Tensor |
         return squares.contiguous()
     if isinstance(squares, (Tensor, str)) or not isinstance(squares, Sequence) or len(squares) != len(coefs):
         raise ValueError(f"squares={squares!r} must be {len(coefs)} numbers, one for each term (a tensor if the terms are tensors)")
-    values = [ops.check_fp32(f"squares[{k}]", q) for k, q in enumerate(squares)]
+    values = [checks.check_fp32(f"squares[{k}]", q) for k, q in enumerate(squares)]
     if isinstance(coefs, Tensor):
         return torch.tensor(values, dtype=torch.float32, device=coefs.device)
     return values
@@ -136,14 +136,14 @@ def check_states(rule: str, states: Any, params: Sequence[Tensor]) -> list[list[
         return [[] for _ in params]
     names = ", ".join(name for name, _ in wanted)
     result = []
-    for k, (own, t) in enumerate(zip(ops.check_length("states", states, len(params)), params, strict=True)):
+    for k, (own, t) in enumerate(zip(checks.check_length("states", states, len(params)), params, strict=True)):
         if isinstance(own, Tensor) or not isinstance(own, Sequence) or len(own) != len(wanted):
             raise TypeError(
                 f"states[{k}] must be a list of the {len(wanted)} states ({names}) of its tensor under the rule {rule!r}"
             )
         for j, (s, (name, dtypes)) in enumerate(zip(own, wanted, strict=True)):
             label = f"states[{k}][{j}] ({name})"
-            ops.check_tensor(label, s)
+            checks.check_tensor(label, s)
             if s.dtype not in dtypes:
                 raise TypeError(f"{label} has dtype {s.dtype}; give {' or '.join(str(d) for d in dtypes)}")
             if s.shape != t.shape or s.device != t.device:
@@ -153,7 +153,7 @@ def check_states(rule: str, states: Any, params: Sequence[Tensor]) -> list[list[
         result.append([s.detach() for s in own])
     named = [(f"params[{k}]", t) for k, t in enumerate(params)]
     named += [(f"states[{k}][{j}]", s) for k, own in enumerate(result) for j, s in enumerate(own)]
-    ops.check_overlap(named, "a pass reads and writes each of them once")
+    checks.check_overlap(named, "a pass reads and writes each of them once")
     return result
 
 
@@ -205,7 +205,7 @@ def run_rule(plans: Sequence[Plan], states: Sequence[States], p: RulePass, backe
         check_plan(plan, own, p)
     for plan, own in zip(plans, states, strict=True):
         backends.pick(plan.device, backend).update(plan, own, p.on(plan.device))
-    ops.written(plans)
+    written(plans)
     changed = [s for own in states for entry in own for s in entry if not s.is_inference()]
     if changed:
         torch.autograd.graph.increment_version(changed)
@@ -259,18 +259,18 @@ def update_(
             not finite is an error; one in a tensor skips the pass.
         RuntimeError: the backend asked for is not available; says why.
     """
-    ops.check_choice("rule", rule, RULES)
-    ops.check_word("seed", seed, 64)
-    ops.check_choice("kind", kind, ops.KINDS)
-    ops.check_choice("rounding", rounding, ops.ROUNDINGS)
-    ops.check_list(params)
-    tags, coefs = ops.make_terms(terms)
+    checks.check_choice("rule", rule, RULES)
+    checks.check_word("seed", seed, 64)
+    checks.check_choice("kind", kind, checks.KINDS)
+    checks.check_choice("rounding", rounding, checks.ROUNDINGS)
+    checks.check_list(params)
+    tags, coefs = make_terms(terms)
     check_single(rule, coefs)
     given = check_numbers(rule, numbers)
     q = check_squares(rule, squares, coefs)
     kept = check_states(rule, states, params)
     read = {"terms: the tags": tags, "terms: the coefficients": coefs, "numbers": given, "squares": q}
-    plans = ops.make_plans(
+    plans = make_plans(
         params, streams, masks=masks, scales=scales, offsets=offsets,
         read=[(name, x) for name, x in read.items() if isinstance(x, Tensor)],
         written=[(f"states[{k}][{j}]", s) for k, own in enumerate(kept) for j, s in enumerate(own)],

@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 
 from tests.journal.samples import append, header, second_reader
-from zo_kernels import RandomMask, journal, ops, pack_mask, perturb_
+from zo_kernels import RandomMask, checks, journal, pack_mask, perturb_
 from zo_kernels.optim import (
     Adam,
     Blocks,
@@ -47,6 +47,7 @@ from zo_kernels.optim import (
     record,
 )  # fmt: skip
 from zo_kernels.optim.parts import of_header
+from zo_kernels.plan import make_plans
 
 INTERESTING = (
     0,
@@ -473,14 +474,14 @@ class Scales(Target):
 def accepts(t: torch.Tensor, option: dict[str, Any], data: bytes) -> bool:
     """Whether the checks take `option`; what they made of it stays inside its tensors. Every 20th input goes through the kernels too."""
     try:
-        ((entry,),) = (plan.entries for plan in ops.make_plans([t], [2], **option))
+        ((entry,),) = (plan.entries for plan in make_plans([t], [2], **option))
         taken = True
     except (TypeError, ValueError) as error:
         assert str(error), "an error without a message"
         taken = False
     else:
         first, last = entry.offset, entry.offset + t.numel() - 1
-        assert 0 <= first <= last + 1 <= ops.MAX_INDEX
+        assert 0 <= first <= last + 1 <= checks.MAX_INDEX
         if entry.mask is not None:
             assert entry.mask.dtype == torch.uint8 and entry.mask.is_contiguous() and 8 * entry.mask.numel() >= t.numel()
         assert 0 <= entry.keep < 1 << 32 and 0 <= entry.mask_tag < 1 << 32

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from zo_kernels import ops, reference
+from zo_kernels import checks, reference
+from zo_kernels.plan import Pass, Plan, make_plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around every boundary of the contract: octets (8), groups (16, 32), Rademacher calls (128), SIMD blocks and launch tiles.
@@ -182,7 +183,9 @@ def cases() -> Iterator[Case]:
             yield case(f"scale-wild{block}", scales=wild_scales(block), terms=terms(2), masks=random_bits, decay=0.9)
         yield case("scale-wild-dead", scales=wild_scales(3), terms=[(3, 0.0), (4, 2.0**-101)], rounding="stochastic", decay=0.9)
         # One block for all, up to the last index there is.
-        yield case("scale-number-last", sizes=(1000, 33), scales=lambda j, p: -1.5, offsets=lambda j, p: ops.MAX_INDEX - p.numel())
+        yield case(
+            "scale-number-last", sizes=(1000, 33), scales=lambda j, p: -1.5, offsets=lambda j, p: checks.MAX_INDEX - p.numel()
+        )
         yield case("everything", scales=block_scales(40), masks=random_bits, decay=0.99, rounding="stochastic", terms=terms(3))
         yield case("everything-random", scales=block_scales(7), masks=lambda j, p: zk.RandomMask(0.6, tag=j), decay=1.01,
                    rounding="stochastic", terms=terms(2), out=True)  # fmt: skip
@@ -332,19 +335,19 @@ def check(backend: str, case: Case, device: str = "cpu") -> None:
             )
 
 
-def check_every_half(dtype: torch.dtype, perturb: Callable[[ops.Plan, ops.Pass], None]) -> None:
+def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None]) -> None:
     """Every value of a 16-bit type, NaNs included, through passes that leave it alone, scale it, and move it by more or less than its
     rounding. Shifted by one, too, so that each value meets the code for whole vectors and the code for the rest."""
     everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     for rounding, (terms, decay) in itertools.product(
-        ops.ROUNDINGS, (([], None), ([], 0.999), ([(3, 1e-6)], None), ([(3, 1.0)], 1.5))
+        checks.ROUNDINGS, (([], None), ([], 0.999), ([(3, 1e-6)], None), ([(3, 1.0)], 1.5))
     ):
-        p = ops.Pass(1, [t for t, _ in terms], [c for _, c in terms], decay, rounding=rounding)
+        p = Pass(1, [t for t, _ in terms], [c for _, c in terms], decay, rounding=rounding)
         for offset in (0, 1):
             want, got = torch.zeros_like(everything), torch.zeros_like(everything)
-            reference.perturb(ops.make_plans([everything], [3], out=[want], offsets=[offset])[0], p)
-            perturb(ops.make_plans([everything], [3], out=[got], offsets=[offset])[0], p)
+            reference.perturb(make_plans([everything], [3], out=[want], offsets=[offset])[0], p)
+            perturb(make_plans([everything], [3], out=[got], offsets=[offset])[0], p)
             assert same_bits(got, want), (rounding, terms, decay, offset)
 
 
-__all__ = ["CASES", "Case", "bits", "check", "check_every_half", "ops", "reference", "same_bits", "weights"]
+__all__ = ["CASES", "Case", "bits", "check", "check_every_half", "reference", "same_bits", "weights"]

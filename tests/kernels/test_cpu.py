@@ -29,10 +29,10 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.kernels.cases import same_bits
-from zo_kernels import _C, ops, reference
+from zo_kernels import _C, _backends, checks, reference
 from zo_kernels._backends import cpu
 from zo_kernels._backends._extension import extension
-from zo_kernels.ops import Entry, Pass, Plan
+from zo_kernels.plan import WORDS, Entry, Pass, Plan, make_plans, pack_mask
 
 ISAS = [
     pytest.param(k, id=name, marks=pytest.mark.skipif(k > _C.cpu_best_isa(), reason=f"this processor or build lacks {name}"))
@@ -92,7 +92,7 @@ def test_gathered_rows(dtype: torch.dtype, row_len: int, index: int) -> None:
     rows = torch.tensor([5, 0, 5, 3, 1000003, 2, 5])
     t = cases.weights(len(rows) * row_len, dtype)
     source = t.clone()
-    everything = {"mask": ops.pack_mask(torch.rand(t.shape) < 0.7), "scale": torch.rand(1000004), "scale_block": row_len}
+    everything = {"mask": pack_mask(torch.rand(t.shape) < 0.7), "scale": torch.rand(1000004), "scale_block": row_len}
     for extra, p in (({}, Pass(3, [1, 2], [1e-2, 1e-3])), (everything, Pass(3, [1], [0.1], 0.9, "rademacher", "stochastic"))):
         plan = Plan((Entry(source, t, 77, rows=rows, row_len=row_len, **extra),), t.device, dtype)  # type: ignore[arg-type]
         cpu.perturb(plan, p, isa=index)
@@ -110,7 +110,7 @@ def test_gathered_rows(dtype: torch.dtype, row_len: int, index: int) -> None:
 @pytest.mark.parametrize("index", ISAS)
 def test_a_dead_first_term_names_the_draw(index: int) -> None:
     """Of stochastic rounding: the list's first tag, whether its coefficient counts or not."""
-    (plan,) = ops.make_plans([cases.weights(700, torch.bfloat16)], [3])
+    (plan,) = make_plans([cases.weights(700, torch.bfloat16)], [3])
     p = Pass(cases.SEED, [5, 6], [0.0, 2e-3], rounding="stochastic")
     (got,), (want,) = results(plan, p, index), results(plan, p, None)
     assert same_bits(got, want)
@@ -121,7 +121,7 @@ def test_a_dead_first_term_names_the_draw(index: int) -> None:
 @pytest.mark.parametrize("decay", [float("nan"), float("inf"), -float("inf")])
 def test_a_decay_that_is_no_number(decay: float, index: int) -> None:
     """In a tensor, where nobody has looked at it: it counts as 1."""
-    (plan,) = ops.make_plans([cases.weights(700, torch.float16)], [3])
+    (plan,) = make_plans([cases.weights(700, torch.float16)], [3])
     p = Pass(cases.SEED, [5], [2e-3])
     assert same_bits(results(plan, replace(p, decay=torch.tensor(decay)), index)[0], results(plan, p, None)[0])
 
@@ -145,7 +145,7 @@ def test_ten_million(variant: str, dtype: torch.dtype) -> None:
         p = Pass(cases.SEED, [4], [1e-3], 0.999, rounding="stochastic")
     elif variant == "rademacher":
         p = Pass(cases.SEED, [1, 2, 3], [1e-3, -1e-4, 0.3], kind="rademacher")
-    (plan,) = ops.make_plans([t], [5], **kw)
+    (plan,) = make_plans([t], [5], **kw)
     want = results(plan, p, None)[0]
     assert all(same_bits(results(plan, p, k)[0], want) for k in AVAILABLE)
 
@@ -167,7 +167,7 @@ def plans(draw: st.DrawFn) -> tuple[list[tuple[Any, ...]], torch.dtype, Pass]:
     coefs = st.one_of(st.floats(-10, 10, width=32), st.sampled_from([0.0, 2.0**-100, 2.0**-101, 3e38, 1e-3]))
     terms = draw(st.lists(st.tuples(st.integers(0, 2**32 - 1), coefs), max_size=12))
     decay = draw(st.one_of(st.none(), st.floats(-2, 2, width=32)))
-    kind, rounding = draw(st.sampled_from(list(ops.KINDS))), draw(st.sampled_from(list(ops.ROUNDINGS)))
+    kind, rounding = draw(st.sampled_from(list(checks.KINDS))), draw(st.sampled_from(list(checks.ROUNDINGS)))
     p = Pass(draw(st.integers(0, 2**64 - 1)), [t for t, _ in terms], [c for _, c in terms], decay, kind, rounding)
     return draw(st.lists(tensor, min_size=1, max_size=4)), dtype, p
 
@@ -183,7 +183,7 @@ def test_random_plans(drawn: tuple[list[tuple[Any, ...]], torch.dtype, Pass]) ->
         masks.append(cases.random_bits(salt, t) if mask == "bits" else zk.RandomMask(0.37, salt) if mask == "random" else None)
         blocks = (offset + n) // block - offset // block + 1 if block else 0
         scales.append((torch.linspace(-1, 2, blocks), block) if block else None)
-    (plan,) = ops.make_plans(params, [salt for *_, salt in shapes], masks=masks, scales=scales, offsets=[s[1] for s in shapes])
+    (plan,) = make_plans(params, [salt for *_, salt in shapes], masks=masks, scales=scales, offsets=[s[1] for s in shapes])
     want = results(plan, p, None)
     for index in AVAILABLE:
         for got, expected in zip(results(plan, p, index), want, strict=True):
@@ -194,7 +194,7 @@ def test_random_plans(drawn: tuple[list[tuple[Any, ...]], torch.dtype, Pass]) ->
 @pytest.mark.parametrize("k", [0, 1, 8, 9, 40])
 def test_terms_in_tensors(k: int, index: int) -> None:
     """Terms, decay and their non-finite values behind addresses act as the same numbers in lists do."""
-    (plan,) = ops.make_plans([cases.weights(999, torch.float16)], [5])
+    (plan,) = make_plans([cases.weights(999, torch.float16)], [5])
     tags, coefs = [7 * j for j in range(k)], [1e-2 / (1 + j) for j in range(k)]
     lists = results(plan, Pass(1, tags, coefs, 0.75), index)
     tensors = Pass(1, torch.tensor(tags, dtype=torch.int64), torch.tensor(coefs, dtype=torch.float32), torch.tensor([0.75]))
@@ -211,7 +211,7 @@ def test_terms_in_tensors(k: int, index: int) -> None:
 def test_threads_do_not_matter(dtype: torch.dtype, threads: None) -> None:
     """Lists whose chunks begin inside tensors, at their ends and in empty ones."""
     sizes = [300_000, 0, 1, 262_143, 1 << 18, 77, 1_500_001, 0, *range(100)]
-    (plan,) = ops.make_plans([cases.weights(n, dtype, special=False) for n in sizes], list(range(len(sizes))))
+    (plan,) = make_plans([cases.weights(n, dtype, special=False) for n in sizes], list(range(len(sizes))))
     p = Pass(2, [5, 6], [1e-2, 3e-3], 0.99, rounding="stochastic")
     torch.set_num_threads(1)
     want = results(plan, p, 0)
@@ -302,7 +302,7 @@ def test_a_refused_isa_is_not_replaced_by_another_backend(
     monkeypatch: pytest.MonkeyPatch, fresh_choice: None, request_by_name: dict[str, str]
 ) -> None:
     monkeypatch.setenv("ZO_KERNELS_ISA", "sse9")
-    monkeypatch.setattr(ops.backends, "_pick", ops.backends._pick.__wrapped__)
+    monkeypatch.setattr(_backends, "_pick", _backends._pick.__wrapped__)
     t = torch.zeros(8)
     with pytest.raises(ValueError, match="ZO_KERNELS_ISA='sse9'"):
         zk.perturb_([t], [(1, 1.0)], seed=1, streams=[1], **request_by_name)
@@ -317,7 +317,7 @@ def test_a_refused_isa_is_not_replaced_by_another_backend(
 
 def test_the_reference_does_not_take_over_in_silence(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
     monkeypatch.delenv("ZO_KERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(ops.backends, "_pick", ops.backends._pick.__wrapped__)
+    monkeypatch.setattr(_backends, "_pick", _backends._pick.__wrapped__)
     monkeypatch.setattr(cpu, "extension", lambda: "the extension is not there")
     with pytest.warns(UserWarning, match="served by the reference.*cpu: the extension is not there"):
         zk.perturb_([torch.zeros(8)], [(1, 1.0)], seed=1, streams=[1])
@@ -341,7 +341,7 @@ def fresh_import() -> Iterator[None]:
 def test_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch, fresh_import: None) -> None:
     monkeypatch.setitem(sys.modules, "zo_kernels._C", None)
     assert "pip install -e ." in (cpu.status() or "")
-    (plan,) = ops.make_plans([torch.zeros(3)], [0])
+    (plan,) = make_plans([torch.zeros(3)], [0])
     with pytest.raises(RuntimeError, match=r"zo_kernels\._C cannot be imported"):
         cpu.perturb(plan, Pass(0, [1], [1.0]))
 
@@ -412,7 +412,7 @@ def test_other_devices_are_refused() -> None:
 )
 def test_binding_refuses(change: dict[str, Any], error: str) -> None:
     t = torch.ones(40)
-    (plan,) = ops.make_plans([t], [0])
+    (plan,) = make_plans([t], [0])
     args = {"table": plan.table.ctypes.data, "n": 1, "seed": 0, "dtype": 0, "kind": 0, "rounding": 0, "tags": [1], "coefs": [1.0]}
     args |= {"n_terms": 0, "decay": None, "threads": 1, "isa": 0}
     with pytest.raises((RuntimeError, ValueError, TypeError, OverflowError), match=error):
@@ -424,7 +424,7 @@ def test_binding_refuses(change: dict[str, Any], error: str) -> None:
 def test_unsound_table_is_refused(column: str) -> None:
     """Checked for the whole list before the first weight is written. A rank without factors, and a rsqrt that is no flag."""
     tensors = [torch.ones(40), torch.ones(40)]
-    (plan,) = ops.make_plans(tensors, [0, 1])
+    (plan,) = make_plans(tensors, [0, 1])
     table = plan.table.copy()
     rows = np.zeros(1, dtype=np.int64)
     word = {"numel": 2, "scale_block": 6, "row_len": 8, "rank": 10, "rsqrt": 10}[column]
@@ -436,7 +436,7 @@ def test_unsound_table_is_refused(column: str) -> None:
 
 
 def test_table_layout() -> None:
-    assert ops.make_plans([torch.zeros(1)], [0])[0].table.shape[1] == ops.WORDS
+    assert make_plans([torch.zeros(1)], [0])[0].table.shape[1] == WORDS
 
 
 # ---- sanitizers ---------------------------------------------------------------------------------------------------------

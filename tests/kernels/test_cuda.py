@@ -16,7 +16,8 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels import cases
 from zo_kernels import _backends as registry
-from zo_kernels import ops, reference
+from zo_kernels import checks, ops, reference
+from zo_kernels.plan import Entry, Pass, Plan, make_plans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -33,14 +34,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def run(plan: ops.Plan, p: ops.Pass, backend: str) -> None:
+def run(plan: Plan, p: Pass, backend: str) -> None:
     ops.run([plan], p, backend)
 
 
-def expected(start: Tensor, *passes: ops.Pass, offset: int = 0) -> Tensor:
+def expected(start: Tensor, *passes: Pass, offset: int = 0) -> Tensor:
     """`start` after these passes, by the reference; on the CPU."""
     result = start.cpu().clone()
-    (plan,) = ops.make_plans([result], [STREAM], offsets=[offset])
+    (plan,) = make_plans([result], [STREAM], offsets=[offset])
     for p in passes:
         reference.perturb(plan, p)
     return result
@@ -69,10 +70,10 @@ def test_cases(case: cases.Case, backend: str) -> None:
     cases.check(backend, case, "cuda")
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
-    [(torch.float32, "nearest"), *[(t, r) for t in (torch.float16, torch.bfloat16) for r in ops.ROUNDINGS]],
+    [(torch.float32, "nearest"), *[(t, r) for t in (torch.float16, torch.bfloat16) for r in checks.ROUNDINGS]],
 )
 def test_ten_million(dtype: torch.dtype, rounding: str, kind: str, backend: str) -> None:
     """More than 10^7 results of each type equal those of the C++ backend, which the tests hold against the reference."""
@@ -90,8 +91,8 @@ def test_more_than_2_to_32_elements(backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("less than 12 GiB of GPU memory free")
     theta = torch.zeros(n, dtype=torch.float16, device=DEVICE)
-    p = ops.Pass(cases.SEED, [3, 4], [1e-2, -3e-3], rounding="stochastic")
-    (plan,) = ops.make_plans([theta], [STREAM], offsets=[offset])
+    p = Pass(cases.SEED, [3, 4], [1e-2, -3e-3], rounding="stochastic")
+    (plan,) = make_plans([theta], [STREAM], offsets=[offset])
     run(plan, p, backend)
     for start in (0, (1 << 20) - 777, (1 << 31) - 777, (1 << 32) - 777, n - 5001):
         part = theta[start : start + 5001]
@@ -99,11 +100,11 @@ def test_more_than_2_to_32_elements(backend: str) -> None:
 
 
 @pytest.mark.parametrize("terms", [1, 8, 9, 64, 1000, 1500])
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 def test_numbers_and_device_terms(kind: str, terms: int, backend: str) -> None:
     start = cases.weights(5003, torch.bfloat16)
     tags, coefs = list(range(7, 7 + terms)), [1e-2 * (-1) ** k / (1 + k) for k in range(terms)]
-    want = expected(start, ops.Pass(cases.SEED, tags, coefs, kind=kind))
+    want = expected(start, Pass(cases.SEED, tags, coefs, kind=kind))
     for given in (list(zip(tags, coefs, strict=True)), on_device(tags, coefs)):
         got = start.to(DEVICE)
         zk.perturb_([got], given, seed=cases.SEED, streams=[STREAM], kind=kind, backend=backend)
@@ -111,7 +112,7 @@ def test_numbers_and_device_terms(kind: str, terms: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0, 2.0**-101])
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 def test_dead_device_terms(kind: str, bad: float, backend: str) -> None:
     """A coefficient that is not finite or too small skips its term, found on the device; without a live term not one bit changes."""
     start = cases.weights(N, torch.float16)
@@ -119,7 +120,7 @@ def test_dead_device_terms(kind: str, bad: float, backend: str) -> None:
     for coefs in ([bad], [bad, 2e-3], [2e-3, bad, 1e-3]):
         tags = [4, 5, 6][: len(coefs)]
         kept = [(tag, c) for tag, c in zip(tags, coefs, strict=True) if c is not bad]
-        want = expected(start, ops.Pass(cases.SEED, [tag for tag, _ in kept], [c for _, c in kept], kind=kind))
+        want = expected(start, Pass(cases.SEED, [tag for tag, _ in kept], [c for _, c in kept], kind=kind))
         got, out = start.to(DEVICE), torch.zeros_like(start, device=DEVICE)
         arguments = {"seed": cases.SEED, "streams": [STREAM], "kind": kind, "backend": backend}
         zk.perturb_([got], on_device(tags, coefs), out=[out], **arguments)
@@ -138,7 +139,7 @@ def test_device_decay(decay: float, backend: str) -> None:
         given = on_device(tags, coefs)
         there = torch.tensor(decay, device=DEVICE)
         zk.perturb_([got], given, seed=cases.SEED, streams=[STREAM], decay=there, backend=backend)
-        assert cases.same_bits(got, expected(start, ops.Pass(cases.SEED, tags, coefs, decay=torch.tensor(decay))))
+        assert cases.same_bits(got, expected(start, Pass(cases.SEED, tags, coefs, decay=torch.tensor(decay))))
 
 
 @pytest.mark.parametrize("row_len", [32, 96, 1024, 1, 7, 40, 2100, 4096])
@@ -147,12 +148,12 @@ def test_rows(dtype: torch.dtype, row_len: int, backend: str) -> None:
     """Gathered rows get the noise of their places in the full tensor."""
     rows = torch.tensor([5, 0, 5, 2, 11, 10, 7, 7, 1])
     source = cases.weights(12 * row_len, dtype).view(12, row_len)[rows].contiguous()
-    p = ops.Pass(cases.SEED, [1, 2], [1e-2, 3e-3])
+    p = Pass(cases.SEED, [1, 2], [1e-2, 3e-3])
     results = []
     for device in ("cpu", DEVICE):
         target = torch.zeros(source.shape, dtype=dtype, device=device)
-        entry = ops.Entry(source.to(device), target, STREAM, rows=rows.to(device), row_len=row_len)
-        plan = ops.Plan((entry,), target.device, dtype)
+        entry = Entry(source.to(device), target, STREAM, rows=rows.to(device), row_len=row_len)
+        plan = Plan((entry,), target.device, dtype)
         reference.perturb(plan, p) if device == "cpu" else run(plan, p, backend)
         results.append(target)
     assert cases.same_bits(results[1], results[0])
@@ -169,10 +170,10 @@ def test_rows_of_low_rank(row_len: int, backend: str) -> None:
     for device in ("cpu", DEVICE):
         target = torch.zeros(source.shape, dtype=torch.bfloat16, device=device)
         there = [t.to(device) for t in (rows, values, left, right)]
-        entry = ops.Entry(source.to(device), target, STREAM, rows=there[0], row_len=row_len, scale=there[1], rsqrt=True, left=there[2],
+        entry = Entry(source.to(device), target, STREAM, rows=there[0], row_len=row_len, scale=there[1], rsqrt=True, left=there[2],
                           right=there[3], rank=2, cols=row_len)  # fmt: skip
-        plan = ops.Plan((entry,), target.device, torch.bfloat16)
-        p = ops.Pass(cases.SEED, [1], [1e-2])
+        plan = Plan((entry,), target.device, torch.bfloat16)
+        p = Pass(cases.SEED, [1], [1e-2])
         reference.perturb(plan, p) if device == "cpu" else run(plan, p, backend)
         results.append(target)
     assert cases.same_bits(results[1], results[0])
@@ -201,13 +202,13 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
     zk.perturb_([theta], [(1, 1e-3)], seed=0, streams=[1], backend=backend)  # compiles, for Triton
     zk.perturb_([theta], device_terms, seed=0, streams=[1], decay=decay, rounding="stochastic", backend=backend)
     zk.perturb_([theta], many, seed=0, streams=[1], backend=backend)
-    (plan,) = ops.make_plans([theta], [1])
+    (plan,) = make_plans([theta], [1])
     with no_waiting():
         for terms in ([(1, 1e-3)], many, device_terms):
             zk.perturb_([theta], terms, seed=0, streams=[1], backend=backend)
         zk.perturb_([theta], device_terms, seed=0, streams=[1], decay=decay, rounding="stochastic", backend=backend)
         for _ in range(2):
-            run(plan, ops.Pass(0, *device_terms), backend)
+            run(plan, Pass(0, *device_terms), backend)
 
 
 def test_current_stream(backend: str) -> None:
@@ -215,8 +216,8 @@ def test_current_stream(backend: str) -> None:
     start = cases.weights(N, torch.float16)
     theta = torch.zeros(N, dtype=torch.float16, device=DEVICE)
     source = start.to(DEVICE)
-    p, second = ops.Pass(cases.SEED, [1], [1e-2]), ops.Pass(cases.SEED, [2], [3e-2])
-    (plan,) = ops.make_plans([theta], [STREAM])
+    p, second = Pass(cases.SEED, [1], [1e-2]), Pass(cases.SEED, [2], [3e-2])
+    (plan,) = make_plans([theta], [STREAM])
     zk.perturb_([torch.zeros_like(theta)], [(1, 1e-2)], seed=0, streams=[1], backend=backend)  # compiles, for Triton
     torch.cuda.synchronize()
     one, two = torch.cuda.Stream(), torch.cuda.Stream()
@@ -235,9 +236,9 @@ def test_a_plan_used_on_another_stream_at_once(backend: str) -> None:
     """The second stream waits for the plan's tables, which the first, still busy, has not yet uploaded."""
     start = cases.weights(N, torch.bfloat16)
     source, out = start.to(DEVICE), torch.zeros(N, dtype=torch.bfloat16, device=DEVICE)
-    p = ops.Pass(cases.SEED, [1], [1e-2])
+    p = Pass(cases.SEED, [1], [1e-2])
     zk.perturb_([source], [(1, 1e-2)], seed=0, streams=[1], out=[out], backend=backend)  # compiles, for Triton
-    (plan,) = ops.make_plans([source], [STREAM], out=[out])
+    (plan,) = make_plans([source], [STREAM], out=[out])
     torch.cuda.synchronize()
     one, two = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(one):
@@ -256,20 +257,20 @@ def test_cuda_graph(backend: str) -> None:
     theta = start.to(DEVICE)
     tags, coefs = on_device([1, 2], [1e-3, 2e-3])
     decay = torch.tensor(1.0, device=DEVICE)
-    (plan,) = ops.make_plans([theta], [STREAM])
-    p = ops.Pass(cases.SEED, tags, coefs, decay=decay)
+    (plan,) = make_plans([theta], [STREAM])
+    p = Pass(cases.SEED, tags, coefs, decay=decay)
     run(plan, p, backend)  # tables, and for Triton the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run(plan, p, backend)
-    want = expected(start, ops.Pass(cases.SEED, [1, 2], [1e-3, 2e-3], decay=1.0))
+    want = expected(start, Pass(cases.SEED, [1, 2], [1e-3, 2e-3], decay=1.0))
     for new_tags, new_coefs, new_decay in (([5, 6], [0.5, -1e-3], 0.99), ([7, 8], [float("nan"), 1e-2], 1.0)):
         tags.copy_(torch.tensor(new_tags))
         coefs.copy_(torch.tensor(new_coefs))
         decay.fill_(new_decay)
         graph.replay()
         live = [(t, c) for t, c in zip(new_tags, new_coefs, strict=True) if c == c]
-        want = expected(want, ops.Pass(cases.SEED, [t for t, _ in live], [c for _, c in live], decay=torch.tensor(new_decay)))
+        want = expected(want, Pass(cases.SEED, [t for t, _ in live], [c for _, c in live], decay=torch.tensor(new_decay)))
         assert cases.same_bits(theta, want)
 
 
@@ -277,9 +278,9 @@ def test_capture_of_a_new_plan_is_refused() -> None:
     if registry.load("cuda").status():
         pytest.skip(str(registry.load("cuda").status()))
     theta = torch.zeros(N, device=DEVICE)
-    (plan,) = ops.make_plans([theta], [STREAM])
+    (plan,) = make_plans([theta], [STREAM])
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="run it once before the capture"), torch.cuda.graph(graph):
-        run(plan, ops.Pass(0, [1], [1.0]), "cuda")
-    run(plan, ops.Pass(0, [1], [0.5]), "cuda")  # and the plan is none the worse
+        run(plan, Pass(0, [1], [1.0]), "cuda")
+    run(plan, Pass(0, [1], [0.5]), "cuda")  # and the plan is none the worse
     assert theta.any()

@@ -24,9 +24,10 @@ import torch
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.vectors.make import check, vectors
-from zo_kernels import ops, reference
+from zo_kernels import _backends, checks, reference
 from zo_kernels import update as rules
 from zo_kernels._backends import cuda
+from zo_kernels.plan import WORDS, Entry, Pass, Passes, Plan, make_plans
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # sass.py
@@ -76,12 +77,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, device_terms: bool = False) -> None:
+def perturb(library: ctypes.CDLL, plan: Plan, p: Pass, spans: int = 1, device_terms: bool = False) -> None:
     """What `cuda.perturb` does, with host memory in the place of device memory."""
     tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
     coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
     decay = None if p.decay is None else np.asarray(float(p.decay), dtype=np.float32)
-    c = CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], decay is not None, len(tags))
+    c = CPass(p.seed, checks.DTYPES[plan.dtype], checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding], decay is not None, len(tags))
     if device_terms or len(tags) > INLINE:
         c.tags, c.coefs = tags.ctypes.data, coefs.ctypes.data
     else:
@@ -94,22 +95,22 @@ def perturb(library: ctypes.CDLL, plan: ops.Plan, p: ops.Pass, spans: int = 1, d
     launch(library, plan, c, spans, cuda.GENERAL if form == cuda.LEAN and decay is not None else form)
 
 
-def sequence(library: ctypes.CDLL, plan: ops.Plan, passes: ops.Passes, spans: int = 1) -> None:
+def sequence(library: ctypes.CDLL, plan: Plan, passes: Passes, spans: int = 1) -> None:
     """What `cuda.sequence` does. The scratch memory starts as NaNs."""
     n, n_terms = len(passes), passes.tags.numel()
     scratch = np.full(16 * n + 8 * n_terms + 16, 255, dtype=np.uint8)
     start = scratch[-scratch.ctypes.data % 16 :]
-    c = CPass(passes.seed, ops.DTYPES[plan.dtype], ops.KINDS[passes.kind], n_terms=n_terms, n_passes=n)
+    c = CPass(passes.seed, checks.DTYPES[plan.dtype], checks.KINDS[passes.kind], n_terms=n_terms, n_passes=n)
     c.tags, c.coefs, c.first = passes.tags.data_ptr(), passes.coefs.data_ptr(), passes.first.data_ptr()
     c.decays, c.roundings, c.scratch = passes.decay.data_ptr(), passes.rounding.data_ptr(), start.ctypes.data
     launch(library, plan, c, spans, cuda.form_of(plan))
 
 
-def update(library: ctypes.CDLL, plan: ops.Plan, states: rules.States, p: rules.RulePass, spans: int = 1) -> None:
+def update(library: ctypes.CDLL, plan: Plan, states: rules.States, p: rules.RulePass, spans: int = 1) -> None:
     """What `cuda.update` does: few terms and the numbers in the struct if they are lists, in memory if they are tensors."""
     tags, coefs, numbers, squares = p.tensors_on(plan.device)
-    c = CUpdate(CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], n_terms=len(tags)))
-    c.rule, c.state_dtype = rules.RULES[p.rule].code, ops.DTYPES[rules.state_dtype(states)]
+    c = CUpdate(CPass(p.seed, checks.DTYPES[plan.dtype], checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding], n_terms=len(tags)))
+    c.rule, c.state_dtype = rules.RULES[p.rule].code, checks.DTYPES[rules.state_dtype(states)]
     if isinstance(p.tags, torch.Tensor) or len(tags) > INLINE:
         c.c.tags, c.c.coefs, c.squares = tags.data_ptr(), coefs.data_ptr(), None if p.squares is None else squares.data_ptr()
     else:
@@ -125,7 +126,7 @@ def update(library: ctypes.CDLL, plan: ops.Plan, states: rules.States, p: rules.
     assert library.zo_cuda_update(ctypes.byref(c), *addresses, ctypes.c_int64(len(blocks)), ctypes.c_int64(tile), None) == 0
 
 
-def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, form: int) -> None:
+def launch(library: ctypes.CDLL, plan: Plan, c: CPass, spans: int, form: int) -> None:
     tile = spans * cuda.SPAN
     blocks = cuda.work_map(plan.table, tile)
     code = library.zo_cuda_perturb(
@@ -143,13 +144,13 @@ def launch(library: ctypes.CDLL, plan: ops.Plan, c: CPass, spans: int, form: int
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case, with tiles of one and of three spans (a tile's whole and partial spans), numbers and device terms."""
-    pick = ops.backends.pick
+    pick = _backends.pick
     for spans, device_terms in ((1, False), (3, True)):
 
-        def run(plan: ops.Plan, p: ops.Pass, spans: int = spans, device_terms: bool = device_terms) -> None:
+        def run(plan: Plan, p: Pass, spans: int = spans, device_terms: bool = device_terms) -> None:
             perturb(library, plan, p, spans, device_terms)
 
-        def run_sequence(plan: ops.Plan, passes: ops.Passes, spans: int = spans) -> None:
+        def run_sequence(plan: Plan, passes: Passes, spans: int = spans) -> None:
             sequence(library, plan, passes, spans)
 
         body = SimpleNamespace(perturb=run, sequence=run_sequence)
@@ -158,7 +159,7 @@ def test_cases(case: cases.Case, library: ctypes.CDLL, monkeypatch: pytest.Monke
             return body if name == "body" else pick(device, name)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ops.backends, "pick", pick_body)
+            patch.setattr(_backends, "pick", pick_body)
             cases.check("body", case)
 
 
@@ -167,19 +168,19 @@ def test_vectors(v: dict[str, Any], library: ctypes.CDLL) -> None:
     check(v, functools.partial(perturb, library), functools.partial(sequence, library))
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 @pytest.mark.parametrize("terms", [64, 1023, 1024, 1025, 1500])
 def test_many_terms(terms: int, kind: str, library: ctypes.CDLL) -> None:
     """On both sides of what shared memory holds."""
     want, got = cases.weights(700, torch.float16), cases.weights(700, torch.float16)
-    p = ops.Pass(cases.SEED, list(range(5, 5 + terms)), [1e-3 * (-1) ** k / (k + 1) for k in range(terms)], kind=kind)
-    reference.perturb(ops.make_plans([want], [3])[0], p)
-    perturb(library, ops.make_plans([got], [3])[0], p)
+    p = Pass(cases.SEED, list(range(5, 5 + terms)), [1e-3 * (-1) ** k / (k + 1) for k in range(terms)], kind=kind)
+    reference.perturb(make_plans([want], [3])[0], p)
+    perturb(library, make_plans([got], [3])[0], p)
     assert cases.same_bits(got, want)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0, 2.0**-101])
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 def test_dead_device_terms(kind: str, bad: float, library: ctypes.CDLL) -> None:
     """A coefficient in device memory that is not finite or too small skips its term, whichever it is; a pass without a live term
     changes nothing in place and copies out of place, negative zeros and NaNs included."""
@@ -187,13 +188,13 @@ def test_dead_device_terms(kind: str, bad: float, library: ctypes.CDLL) -> None:
     start[7], start[8] = float("nan"), -0.0
     for coefs in ([bad], [bad, 2e-3], [2e-3, bad, 1e-3]):
         tags = [4, 5, 6][: len(coefs)]
-        p = ops.Pass(cases.SEED, tags, coefs, kind=kind)
+        p = Pass(cases.SEED, tags, coefs, kind=kind)
         kept = [(tag, c) for tag, c in zip(tags, coefs, strict=True) if c is not bad]
-        live = ops.Pass(cases.SEED, [tag for tag, _ in kept], [c for _, c in kept], kind=kind)
+        live = Pass(cases.SEED, [tag for tag, _ in kept], [c for _, c in kept], kind=kind)
         want, got, out = start.clone(), start.clone(), torch.zeros_like(start)
-        reference.perturb(ops.make_plans([want], [3])[0], live)
-        perturb(library, ops.make_plans([got], [3])[0], p, device_terms=True)
-        perturb(library, ops.make_plans([start], [3], out=[out])[0], p, device_terms=True)
+        reference.perturb(make_plans([want], [3])[0], live)
+        perturb(library, make_plans([got], [3])[0], p, device_terms=True)
+        perturb(library, make_plans([start], [3], out=[out])[0], p, device_terms=True)
         assert cases.same_bits(got, want)
         assert cases.same_bits(out, want)
 
@@ -203,9 +204,9 @@ def test_dead_device_terms(kind: str, bad: float, library: ctypes.CDLL) -> None:
 def test_device_decay(decay: float, coefs: list[float], library: ctypes.CDLL) -> None:
     """A non-finite decay in device memory counts as 1."""
     want, got = cases.weights(500, torch.float16), cases.weights(500, torch.float16)
-    p = ops.Pass(cases.SEED, list(range(len(coefs))), coefs, decay=torch.tensor(decay))
-    reference.perturb(ops.make_plans([want], [3])[0], p)
-    perturb(library, ops.make_plans([got], [3])[0], p, device_terms=True)
+    p = Pass(cases.SEED, list(range(len(coefs))), coefs, decay=torch.tensor(decay))
+    reference.perturb(make_plans([want], [3])[0], p)
+    perturb(library, make_plans([got], [3])[0], p, device_terms=True)
     assert cases.same_bits(got, want)
 
 
@@ -229,17 +230,17 @@ def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
         left, right = cases.low_rank_pair(12, row_len, 3)
         more |= {"left": left, "right": right, "rank": 3, "cols": row_len}
     terms = 1 if feature == "low-rank" else 2
-    p = ops.Pass(cases.SEED, [1, 2][:terms], [1e-2, 3e-3][:terms], rounding="stochastic")
+    p = Pass(cases.SEED, [1, 2][:terms], [1e-2, 3e-3][:terms], rounding="stochastic")
     for target, run in ((want, reference.perturb), (got, lambda plan, p: perturb(library, plan, p))):
-        entry = ops.Entry(source.view(-1), target.view(-1), 77, rows=rows, row_len=row_len, **more)
-        run(ops.Plan((entry,), source.device, source.dtype), p)
+        entry = Entry(source.view(-1), target.view(-1), 77, rows=rows, row_len=row_len, **more)
+        run(Plan((entry,), source.device, source.dtype), p)
     assert cases.same_bits(got, want)
 
 
 def test_work_map_covers_every_element_once() -> None:
     """Brute force over the definition in zo_kernels.h."""
     tensors = [(0, 5), (1, 0), (5000, 31), (4096, 0), (4065, 32 * 7 + 31), (2048, 1 << 40)]
-    table = np.zeros((len(tensors), ops.WORDS), dtype=np.uint64)
+    table = np.zeros((len(tensors), WORDS), dtype=np.uint64)
     table[:, 2:4] = tensors
     tile = cuda.SPAN
     covered = [np.zeros(n, dtype=int) for n, _ in tensors]

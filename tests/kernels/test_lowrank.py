@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.kernels.cases import low_rank_pair, same_bits, weights
-from zo_kernels import _C, journal, ops, reference
+from zo_kernels import _C, _backends, checks, journal, ops, reference
 from zo_kernels._backends import cpu
 from zo_kernels.lowrank import FIRST_V, Factors, factors, round_to_12_bits_
 from zo_kernels.parameters import Weights
 from zo_kernels.perturb import Scratch
+from zo_kernels.plan import Entry, Pass, Passes, Plan, make_plans
 
 SEED = cases.SEED
 ISAS = range(1, _C.cpu_best_isa() + 1)
@@ -138,19 +139,19 @@ def test_the_operator_under_compile() -> None:
 # ---- parts of a matrix --------------------------------------------------------------------------------------------------
 
 
-def whole_and_pass(rows: int, cols: int, rank: int, dtype: torch.dtype, rsqrt: bool) -> tuple[ops.Entry, ops.Pass]:
+def whole_and_pass(rows: int, cols: int, rank: int, dtype: torch.dtype, rsqrt: bool) -> tuple[Entry, Pass]:
     """A matrix of zeros' neighbours with factors and a value for each element, and the pass over it."""
     x = weights(rows * cols, dtype, salt=1, special=False).view(rows, cols)
     values = torch.linspace(0.3, 2.5, rows * cols)
     pairs = [low_rank_pair(rows, cols, rank)] if rank else None
     scale = (values, 1, "rsqrt") if rsqrt else (values, 1)
-    (plan,) = ops.make_plans([x], [3], scales=[scale], factors=pairs)
-    return plan.entries[0], ops.Pass(SEED, [7], [1e-2], 0.99, rounding="stochastic")
+    (plan,) = make_plans([x], [3], scales=[scale], factors=pairs)
+    return plan.entries[0], Pass(SEED, [7], [1e-2], 0.99, rounding="stochastic")
 
 
-def run_on(entry: ops.Entry, p: ops.Pass, backend: Any, **more: Any) -> Tensor:
+def run_on(entry: Entry, p: Pass, backend: Any, **more: Any) -> Tensor:
     out = torch.full_like(entry.src, float("nan"))
-    backend(ops.Plan((replace(entry, dst=out),), out.device, out.dtype), p, **more)
+    backend(Plan((replace(entry, dst=out),), out.device, out.dtype), p, **more)
     return out
 
 
@@ -203,7 +204,7 @@ def test_scratch_mode_sees_what_a_pass_in_place_writes() -> None:
     table = Weights(list(named), list(named.values()), list(range(len(named))), [None] * 3, [None] * 3)
     pairs = [low_rank_pair(p.shape[0], p.shape[1], 2, k) if p.ndim == 2 else None for k, p in enumerate(table.params)]
     scales = [(torch.linspace(0.5, 2, p.numel()), 1, "rsqrt") for p in table.params]
-    table.plans = ops.make_plans(table.params, table.streams, scales=scales, factors=pairs)
+    table.plans = make_plans(table.params, table.streams, scales=scales, factors=pairs)
     table.pairs = list(zip(table.plans[0].entries, table.params, strict=True))
     view = Scratch([table], model, scratch_bytes=1 << 16, seed=SEED, kind="gaussian", backend=None)
     seen = []
@@ -238,8 +239,8 @@ def test_roots_are_those_of_ieee(index: int | None) -> None:
     g = torch.Generator().manual_seed(2)
     v = torch.randint(-(2**31), 2**31 - 1, (30011,), generator=g).to(torch.int32).view(torch.float32)
     v[:8] = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45, 1.1754942e-38, 3.4028235e38, 1.0])
-    (plan,) = ops.make_plans([torch.zeros_like(v)], [3], scales=[(v, 1, "rsqrt")])
-    p = ops.Pass(SEED, [1], [1.0], kind="rademacher")
+    (plan,) = make_plans([torch.zeros_like(v)], [3], scales=[(v, 1, "rsqrt")])
+    p = Pass(SEED, [1], [1.0], kind="rademacher")
     reference.perturb(plan, p) if index is None else cpu.perturb(plan, p, isa=index)
     with np.errstate(all="ignore"):
         want = torch.from_numpy(np.float32(1) / np.sqrt(v.numpy()))
@@ -429,10 +430,10 @@ def test_refused(refused: Any, error: type[Exception], match: str) -> None:
 def test_plans_of_one_list_are_all_asked_first(name: str) -> None:
     """A list of two dtypes is two plans; the second one's refusal leaves the first as it was. And a sequence of an inner caller."""
     params = [torch.ones(6, 4, dtype=torch.float16), torch.ones(6, 4)]
-    plans = ops.make_plans(params, [1, 2], factors=[None, PAIR])
-    p = ops.Pass(1, [1, 2], [1.0, 1.0])
-    passes = ops.Passes(1, *(torch.tensor(x) for x in ([1], [1.0], [0, 1], [1.0])), torch.zeros(1, dtype=torch.uint8))
-    backend = ops.backends.load(name)
+    plans = make_plans(params, [1, 2], factors=[None, PAIR])
+    p = Pass(1, [1, 2], [1.0, 1.0])
+    passes = Passes(1, *(torch.tensor(x) for x in ([1], [1.0], [0, 1], [1.0])), torch.zeros(1, dtype=torch.uint8))
+    backend = _backends.load(name)
     for run in (
         lambda: ops.run(plans, p, name),
         lambda: ops.run_sequence(plans, passes, name),
@@ -446,14 +447,14 @@ def test_plans_of_one_list_are_all_asked_first(name: str) -> None:
 
 def test_plain_entries_stay_plain() -> None:
     """What decides on the lean kernels, and on the extended ones."""
-    (plain,) = ops.make_plans([W], [1])
-    (ranked,) = ops.make_plans([W], [1], factors=[PAIR])
-    (rooted,) = ops.make_plans([W], [1], scales=[(torch.ones(24), 1, "rsqrt")])
-    (scaled,) = ops.make_plans([W], [1], scales=[(torch.ones(24), 1)])
+    (plain,) = make_plans([W], [1])
+    (ranked,) = make_plans([W], [1], factors=[PAIR])
+    (rooted,) = make_plans([W], [1], scales=[(torch.ones(24), 1, "rsqrt")])
+    (scaled,) = make_plans([W], [1], scales=[(torch.ones(24), 1)])
     assert [(p.plain, p.extended, p.low_rank) for p in (plain, ranked, rooted, scaled)] == [
         (True, False, False),
         (False, True, True),
         (False, True, False),
         (False, False, False),
     ]
-    assert _C.MAX_RANK == ops.MAX_RANK
+    assert _C.MAX_RANK == checks.MAX_RANK

@@ -16,6 +16,7 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels.cases import same_bits, weights
 from zo_kernels import ops
+from zo_kernels.plan import make_plans
 
 OK: dict[str, Any] = {"seed": 1, "streams": [2]}
 W = torch.ones(4, 6)
@@ -90,7 +91,7 @@ def test_lists_of_mixed_dtypes_and_empty_lists() -> None:
         zk.perturb_([q], [(1, 0.1)], seed=3, streams=[s], backend="reference")
         assert same_bits(p, q)
     zk.perturb_([], [(1, 0.1)], seed=3, streams=[])
-    assert [len(p.entries) for p in ops.make_plans(params, [1, 2, 3, 4])] == [2, 1, 1]
+    assert [len(p.entries) for p in make_plans(params, [1, 2, 3, 4])] == [2, 1, 1]
 
 
 def test_scales_at_the_limits() -> None:

@@ -23,7 +23,8 @@ from tests.kernels import cases
 from tests.kernels.test_build import setup  # noqa: F401  (a fixture)
 from tests.kernels.test_cuda_host import CPass
 from tests.vectors.make import check, vectors
-from zo_kernels import ops
+from zo_kernels import _backends, checks
+from zo_kernels.plan import Pass, Passes, Plan
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -58,19 +59,19 @@ class Remote:
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def perturb(self, plan: ops.Plan, p: ops.Pass) -> None:
-        c = CPass(p.seed, ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], p.decay is not None)
+    def perturb(self, plan: Plan, p: Pass) -> None:
+        c = CPass(p.seed, checks.DTYPES[plan.dtype], checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding], p.decay is not None)
         c.decay = 0.0 if p.decay is None else float(p.decay)
         tags = np.asarray([int(t) for t in p.tags], dtype=np.int64)
         coefs = np.asarray([float(c) for c in p.coefs], dtype=np.float32)
         self.call(plan, c, [tags.tobytes(), coefs.tobytes(), b"", b"", b""])
 
-    def sequence(self, plan: ops.Plan, passes: ops.Passes) -> None:
-        c = CPass(passes.seed, ops.DTYPES[plan.dtype], ops.KINDS[passes.kind])
+    def sequence(self, plan: Plan, passes: Passes) -> None:
+        c = CPass(passes.seed, checks.DTYPES[plan.dtype], checks.KINDS[passes.kind])
         c.n_passes = len(passes)
         self.call(plan, c, [raw(t) for t in (passes.tags, passes.coefs, passes.first, passes.decay, passes.rounding)])
 
-    def call(self, plan: ops.Plan, c: CPass, arrays: list[bytes]) -> None:
+    def call(self, plan: Plan, c: CPass, arrays: list[bytes]) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         message = [struct.pack("<6q", len(plan.entries), *map(len, arrays)), bytes(c), *arrays]
@@ -116,12 +117,12 @@ def aarch64(setup: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_cases(case: cases.Case, aarch64: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    pick = ops.backends.pick
+    pick = _backends.pick
 
     def pick_remote(device: torch.device, name: str | None = None) -> object:
         return aarch64 if name == "aarch64" else pick(device, name)
 
-    monkeypatch.setattr(ops.backends, "pick", pick_remote)
+    monkeypatch.setattr(_backends, "pick", pick_remote)
     cases.check("aarch64", case)
 
 

@@ -21,12 +21,13 @@ from tests.kernels import cases
 from tests.kernels.cases import same_bits, weights
 from tests.kernels.test_cuda_host import library as library  # the CUDA body on the host
 from tests.kernels.test_cuda_host import sequence as on_the_host
-from zo_kernels import ops, reference
+from zo_kernels import _backends, checks, ops, reference
 from zo_kernels._backends import cpu
+from zo_kernels.plan import Entry, Passes, Plan, make_passes, make_plans
 
 ISAS = range(1, 1 + (0 if cpu.status() else cpu.extension().cpu_best_isa()))
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
-Run = Callable[[ops.Plan, ops.Passes], None]
+Run = Callable[[Plan, Passes], None]
 
 
 def compiled(library: Any) -> dict[str, Run]:
@@ -42,21 +43,21 @@ def compiled(library: Any) -> dict[str, Run]:
     }
 
 
-def passes_of(described: list[dict[str, Any]], kind: str = "gaussian", seed: int = cases.SEED) -> ops.Passes:
-    return ops.Passes(seed, *ops.make_passes(described), kind)
+def passes_of(described: list[dict[str, Any]], kind: str = "gaussian", seed: int = cases.SEED) -> Passes:
+    return Passes(seed, *make_passes(described), kind)
 
 
-def one_by_one(start: Tensor, passes: ops.Passes, run: Any = reference.perturb, **entry: Any) -> Tensor:
+def one_by_one(start: Tensor, passes: Passes, run: Any = reference.perturb, **entry: Any) -> Tensor:
     """The definition, as a loop of its own."""
     result = start.clone()
     for p in passes:
-        run(ops.Plan((ops.Entry(result, result, 7, **entry),), result.device, result.dtype), p)
+        run(Plan((Entry(result, result, 7, **entry),), result.device, result.dtype), p)
     return result
 
 
-def in_one(run: Run, start: Tensor, passes: ops.Passes, **entry: Any) -> Tensor:
+def in_one(run: Run, start: Tensor, passes: Passes, **entry: Any) -> Tensor:
     result = start.clone()
-    run(ops.Plan((ops.Entry(result, result, 7, **entry),), result.device, result.dtype), passes)
+    run(Plan((Entry(result, result, 7, **entry),), result.device, result.dtype), passes)
     return result
 
 
@@ -67,17 +68,17 @@ DECAYS = st.one_of(st.just(1.0), st.floats(-2, 2, width=32), st.sampled_from([fl
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> ops.Passes:
+def sequences(draw: st.DrawFn) -> Passes:
     lengths = draw(st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 9]), max_size=6))
     k, s = sum(lengths), len(lengths)
-    return ops.Passes(
+    return Passes(
         draw(st.integers(0, 2**64 - 1)),
         torch.tensor(draw(st.lists(st.integers(0, 2**32 - 1), min_size=k, max_size=k)), dtype=torch.int64),
         torch.tensor(draw(st.lists(COEFFICIENTS, min_size=k, max_size=k)), dtype=torch.float32),
         torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int64),
         torch.tensor(draw(st.lists(DECAYS, min_size=s, max_size=s)), dtype=torch.float32),
         torch.tensor(draw(st.lists(st.integers(0, 1), min_size=s, max_size=s)), dtype=torch.uint8),
-        draw(st.sampled_from(list(ops.KINDS))),
+        draw(st.sampled_from(list(checks.KINDS))),
     )
 
 
@@ -90,7 +91,7 @@ def sequences(draw: st.DrawFn) -> ops.Passes:
     masked=st.sampled_from(["no", "bits", "random"]),
     block=st.sampled_from([0, 1, 5, 8, 33]),
 )
-def test_any_sequence(passes: ops.Passes, n: int, dtype: torch.dtype, offset: int, masked: str, block: int, library: Any) -> None:
+def test_any_sequence(passes: Passes, n: int, dtype: torch.dtype, offset: int, masked: str, block: int, library: Any) -> None:
     entry: dict[str, Any] = {"offset": offset}
     if masked == "bits":
         entry["mask"] = zk.pack_mask(torch.rand(n) < 0.5)
@@ -105,7 +106,7 @@ def test_any_sequence(passes: ops.Passes, n: int, dtype: torch.dtype, offset: in
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 def test_a_thousand_passes(kind: str, dtype: torch.dtype, library: Any) -> None:
     """As a recorded run has them: mostly one term, sometimes stochastic, sometimes with decay or without a live term."""
     described = [
@@ -151,10 +152,10 @@ def test_threads_and_tiles(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", GPU)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 def test_on_a_gpu(kind: str, dtype: torch.dtype, backend: str) -> None:
     """Three million weights through 60 passes, whole tiles and odd ends; numbers and device terms; nothing waits for the device."""
-    module = ops.backends.load(backend)
+    module = _backends.load(backend)
     if not torch.cuda.is_available() or module.status():
         pytest.skip(f"{backend}: {module.status() or 'no CUDA device'}")
     start = weights(3_000_017, dtype)
@@ -173,7 +174,7 @@ def test_on_a_gpu(kind: str, dtype: torch.dtype, backend: str) -> None:
     ]
     for passes in (passes_of(described, kind), passes_of(on_device, kind)):
         got = there.clone()
-        (plan,) = ops.make_plans([got], [7])
+        (plan,) = make_plans([got], [7])
         ops.run_sequence([plan], passes, backend)  # compiles, uploads
         got.copy_(there)
         torch.cuda.synchronize()
@@ -297,5 +298,5 @@ def test_autograd_sees_the_change() -> None:
 def test_registered_with_torch() -> None:
     x = weights(9, torch.float32, special=False)
     tensors, rest = ops.tensor_arguments([x], seed=5, streams=[1])
-    arguments = (*tensors, *ops.make_passes(cases.MIXED), *rest)
+    arguments = (*tensors, *make_passes(cases.MIXED), *rest)
     torch.library.opcheck(torch.ops.zo_kernels.perturb_sequence_.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -28,8 +28,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'trit
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.vectors.make import check, vectors
-from zo_kernels import _backends, ops, reference
+from zo_kernels import _backends, reference
 from zo_kernels._backends import triton as backend
+from zo_kernels.plan import Entry, Pass, Plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A program of the interpreter costs 30 ms whatever its size, so the cases of 300 tensors and some of the sequences are left out, and
@@ -47,7 +48,7 @@ def version(module: Any) -> tuple[int, ...]:
     return tuple(int(x) for x in module.__version__.split(".")[:2])
 
 
-def both(plans: Callable[[], list[ops.Plan]], p: ops.Pass) -> None:
+def both(plans: Callable[[], list[Plan]], p: Pass) -> None:
     """The same pass by Triton and by the reference over two copies of the plans; same results."""
     for got, want in zip(plans(), plans(), strict=True):
         backend.perturb(got, p)
@@ -56,20 +57,20 @@ def both(plans: Callable[[], list[ops.Plan]], p: ops.Pass) -> None:
             assert cases.same_bits(a.dst, b.dst), f"tensor {k}: {(cases.bits(a.dst) != cases.bits(b.dst)).nonzero().flatten()[:8]}"
 
 
-def row_plan(dtype: torch.dtype, device: str, row_lens: tuple[int, ...], **fields: Any) -> ops.Plan:
+def row_plan(dtype: torch.dtype, device: str, row_lens: tuple[int, ...], **fields: Any) -> Plan:
     """Gathered rows of tensors of 1000 rows, out of place; `fields` go into every entry, callables of (row_len)."""
     entries = []
     for k, n in enumerate(row_lens):
         rows = torch.randint(1000, (5,), generator=torch.Generator().manual_seed(k))
         source = cases.weights(5 * n, dtype, salt=k).view(5, n).to(device)
         extra = {key: value(n) if callable(value) else value for key, value in fields.items()}
-        entries.append(ops.Entry(source, torch.zeros_like(source), 17 + k, rows=rows.to(device), row_len=n, **extra))
-    return ops.Plan(tuple(entries), torch.device(device), dtype)
+        entries.append(Entry(source, torch.zeros_like(source), 17 + k, rows=rows.to(device), row_len=n, **extra))
+    return Plan(tuple(entries), torch.device(device), dtype)
 
 
 def check_rows(device: str, dtype: torch.dtype) -> None:
     lens = (1, 7, 32, 50, 64, 1000)
-    plain = ops.Pass(cases.SEED, [3, 5], [1e-3, -2e-3])
+    plain = Pass(cases.SEED, [3, 5], [1e-3, -2e-3])
     both(lambda: [row_plan(dtype, device, lens)], plain)
     busy = dataclasses.replace(plain, decay=0.9, rounding="stochastic", kind="rademacher")
     both(
@@ -92,12 +93,12 @@ def check_rows(device: str, dtype: torch.dtype) -> None:
     pair = {n: cases.low_rank_pair(1000, n, 2) for n in lens}
     factors = {"left": lambda n: pair[n][0].to(device), "right": lambda n: pair[n][1].to(device), "rank": 2, "cols": lambda n: n}
     roots = {"scale": lambda n: torch.linspace(0.1, 3, 1000 * n, device=device), "scale_block": 1, "rsqrt": True}
-    both(lambda: [row_plan(dtype, device, lens, **factors, **roots)], ops.Pass(cases.SEED, [3], [1e-3]))
+    both(lambda: [row_plan(dtype, device, lens, **factors, **roots)], Pass(cases.SEED, [3], [1e-3]))
 
-    def mixed() -> list[ops.Plan]:
+    def mixed() -> list[Plan]:
         rows = row_plan(dtype, device, (64,)).entries
         x = cases.weights(300, dtype).to(device)
-        return [ops.Plan((ops.Entry(x, x, 9), *rows, ops.Entry(x + 1, x * 0, 10)), torch.device(device), dtype)]
+        return [Plan((Entry(x, x, 9), *rows, Entry(x + 1, x * 0, 10)), torch.device(device), dtype)]
 
     both(mixed, plain)
 
@@ -116,7 +117,7 @@ COEFFICIENTS = [
 
 def check_device_terms(device: str, dtype: torch.dtype, coefs: list[float], decay: float | None, out: bool) -> None:
     tags = torch.arange(len(coefs), device=device) + (7 << 32)  # only the low 32 bits count
-    p = ops.Pass(
+    p = Pass(
         cases.SEED,
         tags,
         torch.tensor(coefs, device=device),
@@ -124,10 +125,10 @@ def check_device_terms(device: str, dtype: torch.dtype, coefs: list[float], deca
         rounding="stochastic" if out else "nearest",
     )
 
-    def plans() -> list[ops.Plan]:
+    def plans() -> list[Plan]:
         x = [cases.weights(n, dtype).to(device) for n in (40, 8192)]
         y = [torch.zeros_like(t) for t in x] if out else x
-        return [ops.Plan(tuple(ops.Entry(a, b, k) for k, (a, b) in enumerate(zip(x, y, strict=True))), torch.device(device), dtype)]
+        return [Plan(tuple(Entry(a, b, k) for k, (a, b) in enumerate(zip(x, y, strict=True))), torch.device(device), dtype)]
 
     both(plans, p)
     if decay is None and not out and torch.tensor(coefs).isfinite().sum() == 0:

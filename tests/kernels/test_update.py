@@ -29,8 +29,9 @@ from tests.kernels import test_cuda_host as cuda_host
 from tests.kernels import update_cases as uc
 from tests.kernels.cases import same_bits
 from tests.vectors.make import check_rule, rule_vectors
-from zo_kernels import _C, ops, reference, update
+from zo_kernels import _C, checks, reference, update
 from zo_kernels._backends import cpu
+from zo_kernels.plan import Entry, Plan, make_plans
 
 library = cuda_host.library  # a fixture
 
@@ -159,7 +160,7 @@ def obvious(p: update.RulePass, theta: Tensor, states: list[Tensor], stream: int
     return [d - lr * estimate(n, p, stream) / (v.sqrt() + eps)]
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 @pytest.mark.parametrize("rule", update.RULES)
 def test_reference_is_the_rule(rule: str, kind: str) -> None:
     n = 1500
@@ -171,7 +172,7 @@ def test_reference_is_the_rule(rule: str, kind: str) -> None:
     )
     p = case.rule_pass()
     want = obvious(p, theta, states, 5)
-    (plan,) = ops.make_plans([theta], [5])
+    (plan,) = make_plans([theta], [5])
     reference.update(plan, [states], p)
     for got, bounded in zip([theta, *states], want, strict=True):
         assert (np.abs(got.double().numpy() - bounded.value) <= bounded.error).all()
@@ -184,7 +185,7 @@ def test_clamp_of_hizoo(run: uc.Run) -> None:
     h = torch.rand(4000, generator=torch.Generator().manual_seed(1)) * 2
     h[17] = float("nan")
     x = torch.zeros(4000)
-    (plan,) = ops.make_plans([x], [5])
+    (plan,) = make_plans([x], [5])
     run(plan, [[h]], update.RulePass(1, [2], [1.0], "gaussian", "nearest", "hizoo", [1, 1, 0.1, 0.9, 1.3, 0.5, 1.5]))
     assert h[17].isnan()
     rest = h[~h.isnan()]
@@ -268,7 +269,7 @@ def of_many_terms(rule: str, kind: str) -> tuple[uc.Case, list[Tensor]]:
 
 
 @pytest.mark.parametrize("run", RUNS[1:], indirect=True)
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", checks.KINDS)
 @pytest.mark.parametrize("rule", ["momentum", "adam_history"])
 def test_more_terms_than_shared_memory_holds(rule: str, kind: str, run: uc.Run) -> None:
     case, want = of_many_terms(rule, kind)
@@ -290,7 +291,7 @@ def test_state_takes_the_bits_of_purpose_4() -> None:
     )
     p = update.RulePass(9, [77, 78], [0.3, 0.1], "gaussian", "nearest", "momentum", [1.0, 1.0, 0.1, 0.9])
     for t, s in ((x, b), (y, exact)):
-        (plan,) = ops.make_plans([t], [5], offsets=[shift])
+        (plan,) = make_plans([t], [5], offsets=[shift])
         reference.update(plan, [[s]], p)
     assert torch.equal(x, y)
     w = reference.words(i >> 3, 4, 5, 77, 9)[torch.arange(n), (i & 7) >> 1]
@@ -310,7 +311,7 @@ def test_bfloat16_state_is_unbiased() -> None:
     total = torch.zeros(n, dtype=torch.float64)
     for tag in range(tags):
         b = start.clone()
-        (plan,) = ops.make_plans([torch.zeros(n)], [5])
+        (plan,) = make_plans([torch.zeros(n)], [5])
         cpu.update(plan, [[b]], update.RulePass(3, [tag], [0.0], "gaussian", "nearest", "momentum", [1.0, 1.0, 0.0, beta]))
         total += (b.double() - exact.double()) / step
     assert abs(total.sum().item()) <= 5 * 0.5 * (n * tags) ** 0.5
@@ -449,16 +450,16 @@ def test_more_refusals() -> None:
 def test_plans_that_no_rule_takes() -> None:
     x, y, b = torch.ones(9), torch.zeros(9), torch.ones(9)
     p = update.RulePass(1, [3], [1.0], "gaussian", "nearest", "momentum", [1, 1, 0.1, 0.9])
-    rows = ops.Plan((ops.Entry(x, x, 1, rows=torch.tensor([0]), row_len=9),), x.device, x.dtype)
+    rows = Plan((Entry(x, x, 1, rows=torch.tensor([0]), row_len=9),), x.device, x.dtype)
     for plan, states, message in (
-        (ops.make_plans([x], [1], out=[y])[0], [[b]], "works in place"),
+        (make_plans([x], [1], out=[y])[0], [[b]], "works in place"),
         (rows, [[b]], "gathered rows"),
-        (ops.make_plans([x], [1], scales=[(torch.ones(9), 1, "rsqrt")])[0], [[b]], "factors or inverse-square-root scales"),
-        (ops.make_plans([x], [1], factors=[(torch.ones(9, 2), torch.ones(2, 1).t())])[0], [[b]], "factors or inverse-square-root"),
-        (ops.make_plans([x], [1])[0], [], "states has 0 entries"),
-        (ops.make_plans([x], [1])[0], [[]], "has 1 states"),
-        (ops.make_plans([x], [1])[0], [[b[:8]]], "8 elements"),
-        (ops.make_plans([x], [1])[0], [[b.half()]], "float16"),
+        (make_plans([x], [1], scales=[(torch.ones(9), 1, "rsqrt")])[0], [[b]], "factors or inverse-square-root scales"),
+        (make_plans([x], [1], factors=[(torch.ones(9, 2), torch.ones(2, 1).t())])[0], [[b]], "factors or inverse-square-root"),
+        (make_plans([x], [1])[0], [], "states has 0 entries"),
+        (make_plans([x], [1])[0], [[]], "has 1 states"),
+        (make_plans([x], [1])[0], [[b[:8]]], "8 elements"),
+        (make_plans([x], [1])[0], [[b.half()]], "float16"),
     ):
         with pytest.raises(ValueError, match=message):
             update.run_rule([plan], [states], p)
@@ -482,7 +483,7 @@ def test_plans_that_no_rule_takes() -> None:
 )
 def test_binding_refuses(change: dict[str, Any], error: str) -> None:
     x, b = torch.ones(40), torch.ones(40)
-    (plan,) = ops.make_plans([x], [0])
+    (plan,) = make_plans([x], [0])
     table = update.state_table([[b]])
     args = {"table": plan.table.ctypes.data, "states": table.ctypes.data, "n": 1, "seed": 0, "dtype": 0, "kind": 0, "rounding": 0}
     args |= {"rule": 0, "state_dtype": 0, "tags": [1], "coefs": [1.0], "n_terms": 0, "numbers": [1.0, 1.0, 0.1, 0.9]}

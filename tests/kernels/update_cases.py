@@ -15,7 +15,8 @@ from torch import Tensor
 
 import zo_kernels as zk
 from tests.kernels import cases
-from zo_kernels import ops, reference, update
+from zo_kernels import checks, reference, update
+from zo_kernels.plan import Plan, make_plans
 
 NUMBERS = {
     "momentum": [1.0, 0.999, 1e-2, 0.9],
@@ -34,7 +35,7 @@ RULES = [
 ]
 SHORT = (1, 33, 257, 2049)
 
-Run = Callable[[ops.Plan, update.States, update.RulePass], None]
+Run = Callable[[Plan, update.States, update.RulePass], None]
 
 
 def state(rule: str, j: int, n: int, dtype: torch.dtype, salt: int) -> Tensor:
@@ -69,7 +70,7 @@ class Case:
         squares = [1e-3 * (k + 1) for k in range(len(terms))] if self.rule == "adam_history" else None
         return update.RulePass(cases.SEED, [t for t, _ in terms], coefs, self.kind, self.rounding, self.rule, numbers, squares)
 
-    def make(self, device: str = "cpu") -> tuple[ops.Plan, list[list[Tensor]], list[Tensor]]:
+    def make(self, device: str = "cpu") -> tuple[Plan, list[list[Tensor]], list[Tensor]]:
         """(plan, states, all buffers with their sentinels)."""
         buffers, params, states = [], [], []
         for j, n in enumerate(self.sizes):
@@ -87,7 +88,7 @@ class Case:
             key: [cases.to_device(value(j, p), device) for j, p in enumerate(params)] if callable(value) else value
             for key, value in self.plan.items()
         }
-        (plan,) = ops.make_plans(params, [7 + 3 * j for j in range(len(params))], **extra)
+        (plan,) = make_plans(params, [7 + 3 * j for j in range(len(params))], **extra)
         update.check_plan(plan, states, self.rule_pass())
         return plan, states, buffers
 
@@ -132,7 +133,7 @@ def case_list() -> Iterator[Case]:
             yield case("wild-scale", terms=2, rounding="stochastic", kind="rademacher", plan=wild)
             yield case("wild-scale-dead", terms=2, coefs={0: 0.0, 1: 2.0**-110}, rounding="stochastic", plan=wild)
             yield case("wild-scale-no-term", terms=0, plan={"scales": cases.wild_scales(8)})
-            last = {"offsets": lambda j, p: ops.MAX_INDEX - p.numel(), "scales": lambda j, p: -1.5}
+            last = {"offsets": lambda j, p: checks.MAX_INDEX - p.numel(), "scales": lambda j, p: -1.5}
             yield case("scale-number-last", sizes=(1000, 33), plan=last)
             yield case("scale-number", plan={"scales": lambda j, p: -1.5}, kind="rademacher")
 

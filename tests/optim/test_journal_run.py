@@ -727,9 +727,9 @@ def interrupt_of(place: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch, 
     def half_a_pass(plans: Any, *rest: Any) -> None:
         for plan in plans:
             middle = len(plan.entries) // 2
-            run([zk.ops.Plan(plan.entries[:middle], plan.device, plan.dtype)], *rest)
+            run([zk.plan.Plan(plan.entries[:middle], plan.device, plan.dtype)], *rest)
             here()
-            run([zk.ops.Plan(plan.entries[middle:], plan.device, plan.dtype)], *rest)
+            run([zk.plan.Plan(plan.entries[middle:], plan.device, plan.dtype)], *rest)
 
     def half_a_record(fd: int, data: bytes) -> int:
         written = write(fd, data[:9])

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from zo_kernels import ops, reference, update
+from zo_kernels import reference, update
+from zo_kernels.plan import Pass, Passes, Plan, make_passes, make_plans
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HERE = Path(__file__).parent
-Perturb = Callable[[ops.Plan, ops.Pass], None]
-Sequence = Callable[[ops.Plan, ops.Passes], None]
-Update = Callable[[ops.Plan, update.States, update.RulePass], None]
+Perturb = Callable[[Plan, Pass], None]
+Sequence = Callable[[Plan, Passes], None]
+Update = Callable[[Plan, update.States, update.RulePass], None]
 
 # name, arguments of perturb_ in JSON form
 FEATURES: list[dict[str, Any]] = [
@@ -122,12 +123,12 @@ def result(v: dict[str, Any], dtype: str, perturb: Perturb, sequence: Sequence, 
     args = arguments(v, device)
     fields = {k: args.pop(k) for k in ("seed", "decay", "kind", "rounding") if k in args}
     given, passes = args.pop("terms", None), args.pop("passes", None)
-    (plan,) = ops.make_plans([x], **args)
+    (plan,) = make_plans([x], **args)
     if passes is None:
-        perturb(plan, ops.Pass(tags=[t for t, _ in given], coefs=[c for _, c in given], **fields))
+        perturb(plan, Pass(tags=[t for t, _ in given], coefs=[c for _, c in given], **fields))
     else:
         seed = fields.pop("seed")
-        sequence(plan, ops.Passes(seed, *ops.make_passes(passes), **fields).on(plan.device))
+        sequence(plan, Passes(seed, *make_passes(passes), **fields).on(plan.device))
     return to_hex(x.cpu())
 
 
@@ -151,7 +152,7 @@ def rule_result(v: dict[str, Any], dtype: str, run: Update) -> list[list[str]]:
     args = arguments(v)
     given = args.pop("terms")
     fields = {"seed": args.pop("seed"), "kind": args.pop("kind", "gaussian"), "rounding": args.pop("rounding", "nearest")}
-    (plan,) = ops.make_plans([x], **args)
+    (plan,) = make_plans([x], **args)
     coefs = [float(c) for _, c in given]
     p = update.RulePass(
         tags=[t for t, _ in given], coefs=coefs, rule=v["rule"], numbers=v["numbers"], squares=v.get("squares"), **fields

@@ -6,13 +6,13 @@ A backend is a module here with five functions:
 
     status() -> str | None            None if it can run in this process, otherwise the reason why not, in one line
     supports(device) -> str | None    None if it can work on tensors of this device, otherwise the reason why not
-    perturb(plan, p) -> None          one pass over one plan (`ops.Plan`, `ops.Pass`), on the device's current stream
-    sequence(plan, passes) -> None    many passes, one after another (`ops.Passes`), in one launch
+    perturb(plan, p) -> None          one pass over one plan (`plan.Plan`, `plan.Pass`), on the device's current stream
+    sequence(plan, passes) -> None    many passes, one after another (`plan.Passes`), in one launch
     update(plan, states, p) -> None   an update rule over one plan and its states (`update.States`, `update.RulePass`)
 
 and, where it has a kernel for it, a sixth: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
 
-Belongs here: the registry. Does not belong here: checks of a user's arguments (ops.py), arithmetic (each backend's own file).
+Belongs here: the registry. Does not belong here: checks of a user's arguments (checks.py), arithmetic (each backend's own file).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import re
 from types import ModuleType
 from typing import Any
 
-from zo_kernels import ops, update
+from zo_kernels import checks, update
+from zo_kernels.plan import WORDS
 
 ISA_NAMES = ("best", "portable", "avx2", "avx512")
 _PASS = "seed dtype kind rounding"
@@ -38,12 +39,12 @@ CUDA_FUNCTIONS = {
 def expected() -> dict[str, Any]:
     """Attributes of the module, as this code uses them."""
     return {
-        "TENSOR_WORDS": ops.WORDS,
+        "TENSOR_WORDS": WORDS,
         "STATE_WORDS": update.STATE_WORDS,
-        "MAX_RANK": ops.MAX_RANK,
-        "DTYPES": tuple(str(dtype).removeprefix("torch.") for dtype in ops.DTYPES),
-        "KINDS": tuple(ops.KINDS),
-        "ROUNDINGS": tuple(ops.ROUNDINGS),
+        "MAX_RANK": checks.MAX_RANK,
+        "DTYPES": tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES),
+        "KINDS": tuple(checks.KINDS),
+        "ROUNDINGS": tuple(checks.ROUNDINGS),
         "RULES": tuple((name, len(rule.numbers), len(rule.states)) for name, rule in update.RULES.items()),
         "ISA_NAMES": ISA_NAMES,
     }

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zo_kernels import ops
+from zo_kernels import checks
 from zo_kernels import update as rules
 from zo_kernels._backends._extension import ISA_NAMES, extension
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Pass, Passes, Plan
+    from zo_kernels.plan import Pass, Passes, Plan
     from zo_kernels.update import RulePass, States
 
 
@@ -33,7 +33,7 @@ def chosen_isa() -> int:
     name = os.environ.get("ZO_KERNELS_ISA")
     if not name:
         return 0
-    ops.check_choice("ZO_KERNELS_ISA", name, ISA_NAMES[1:])
+    checks.check_choice("ZO_KERNELS_ISA", name, ISA_NAMES[1:])
     module = extension()
     if isinstance(module, str):
         raise RuntimeError(f"ZO_KERNELS_ISA={name!r}, but {module}")
@@ -73,7 +73,7 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
         module = extension()
         if isinstance(module, str):
             raise RuntimeError(module) from None
-        call, address, n, dtype = module.cpu_perturb, plan.table.ctypes.data, len(plan.entries), ops.DTYPES[plan.dtype]
+        call, address, n, dtype = module.cpu_perturb, plan.table.ctypes.data, len(plan.entries), checks.DTYPES[plan.dtype]
         plan.cache["cpu"] = call, address, n, dtype
     tags: Any = p.tags
     coefs: Any = p.coefs
@@ -87,7 +87,7 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
     decay: Any = p.decay
     if decay is not None:
         decay = decay.data_ptr() if isinstance(decay, torch.Tensor) else float(decay)
-    kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
+    kind, rounding = checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding]
     isa = chosen_isa() if isa is None else isa
     call(address, n, p.seed, dtype, kind, rounding, tags, coefs, n_terms, decay, torch.get_num_threads(), isa)
 
@@ -102,8 +102,8 @@ def sequence(plan: Plan, passes: Passes, isa: int | None = None) -> None:
         plan.table.ctypes.data,
         len(plan.entries),
         passes.seed,
-        ops.DTYPES[plan.dtype],
-        ops.KINDS[passes.kind],
+        checks.DTYPES[plan.dtype],
+        checks.KINDS[passes.kind],
         passes.tags.data_ptr(),
         passes.coefs.data_ptr(),
         passes.tags.numel(),
@@ -128,11 +128,11 @@ def update(plan: Plan, states: States, p: RulePass, isa: int | None = None) -> N
         table.ctypes.data,
         len(plan.entries),
         p.seed,
-        ops.DTYPES[plan.dtype],
-        ops.KINDS[p.kind],
-        ops.ROUNDINGS[p.rounding],
+        checks.DTYPES[plan.dtype],
+        checks.KINDS[p.kind],
+        checks.ROUNDINGS[p.rounding],
         rules.RULES[p.rule].code,
-        ops.DTYPES[rules.state_dtype(states)],
+        checks.DTYPES[rules.state_dtype(states)],
         tags.data_ptr(),
         coefs.data_ptr(),
         tags.numel(),

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels import ops
+from zo_kernels import checks
 from zo_kernels import update as rules
 from zo_kernels._backends._extension import extension
+from zo_kernels.plan import move
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Pass, Passes, Plan
+    from zo_kernels.plan import Pass, Passes, Plan
     from zo_kernels.update import RulePass, States
 
 SPAN = 2048  # ZO_CUDA_SPAN: elements that a block works on at a time
@@ -106,12 +107,12 @@ def make_resident(plan: Plan, index: int, raw: int) -> Resident:
     tile = tile_size(int(plan.table[:, 2].sum()), torch.cuda.get_device_properties(index).multi_processor_count)
     blocks = work_map(plan.table, tile)
     table, blocks_there = (
-        ops.move(torch.from_numpy(array), plan.device) for array in (plan.table.view(np.int64), blocks.view(np.int32))
+        move(torch.from_numpy(array), plan.device) for array in (plan.table.view(np.int64), blocks.view(np.int32))
     )
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(index))
     launch = table.data_ptr(), blocks_there.data_ptr(), len(blocks), tile
-    return Resident(table, blocks_there, launch, form_of(plan), ops.DTYPES[plan.dtype], index, raw, ready)
+    return Resident(table, blocks_there, launch, form_of(plan), checks.DTYPES[plan.dtype], index, raw, ready)
 
 
 def resident(plan: Plan, r: Resident | None, index: int, raw: int) -> Resident:
@@ -141,7 +142,7 @@ def staged(values: Sequence[Any], dtype: type, device: torch.device) -> Tensor:
         raise RuntimeError(
             f"{len(values)} terms given as numbers cannot be captured in a CUDA graph: give two device tensors, or fewer terms"
         )
-    return ops.move(torch.from_numpy(np.asarray(values, dtype=dtype)), device)
+    return move(torch.from_numpy(np.asarray(values, dtype=dtype)), device)
 
 
 def perturb(plan: Plan, p: Pass) -> None:
@@ -177,7 +178,7 @@ def perturb(plan: Plan, p: Pass) -> None:
     if decay is not None:
         decay = decay.data_ptr() if isinstance(decay, Tensor) else float(decay)
     form = GENERAL if r.form == LEAN and decay is not None else r.form
-    kind, rounding = ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding]
+    kind, rounding = checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding]
     module.cuda_perturb(*r.launch, form, p.seed, r.dtype, kind, rounding, tags, coefs, n_terms, decay, raw)
 
 
@@ -199,11 +200,11 @@ def sequence(plan: Plan, passes: Passes) -> None:
         r, raw = on_current_stream(plan)
         n, n_terms = len(passes), passes.tags.numel()
         scratch = torch.empty(16 * n + 8 * n_terms, dtype=torch.uint8, device=plan.device)  # ZO_CUDA_SCRATCH
-        there = (ops.move(passes.first, plan.device), passes.decay, ops.move(passes.rounding, plan.device))
+        there = (move(passes.first, plan.device), passes.decay, move(passes.rounding, plan.device))
         first, decays, roundings = (t.data_ptr() for t in there)
         tags, coefs = passes.tags.data_ptr(), passes.coefs.data_ptr()
         terms = (tags, coefs, n_terms, first, decays, roundings, n, scratch.data_ptr())
-        module.cuda_sequence(*r.launch, r.form, passes.seed, r.dtype, ops.KINDS[passes.kind], *terms, raw)
+        module.cuda_sequence(*r.launch, r.form, passes.seed, r.dtype, checks.KINDS[passes.kind], *terms, raw)
 
 
 # ---- update rules -----------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def resident_states(plan: Plan, states: States, index: int) -> Tensor:
             raise RuntimeError(
                 "a CUDA graph is being captured and this rule has never run on these states: run it once before the capture"
             )
-        held = ResidentStates(table.tobytes(), ops.move(torch.from_numpy(table.view(np.int64)), plan.device), torch.cuda.Event())
+        held = ResidentStates(table.tobytes(), move(torch.from_numpy(table.view(np.int64)), plan.device), torch.cuda.Event())
         held.ready.record(stream)
         plan.cache["cuda states"] = held
     elif not capturing:
@@ -261,6 +262,6 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
                 continue
             given[k] = kept[-1].data_ptr()
         tags, coefs, numbers, squares = given
-        options = ops.DTYPES[plan.dtype], ops.KINDS[p.kind], ops.ROUNDINGS[p.rounding], rules.RULES[p.rule].code
-        held_as = ops.DTYPES[rules.state_dtype(states)]
+        options = checks.DTYPES[plan.dtype], checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding], rules.RULES[p.rule].code
+        held_as = checks.DTYPES[rules.state_dtype(states)]
         module.cuda_update(*r.launch, table.data_ptr(), p.seed, *options, held_as, tags, coefs, len(p.tags), numbers, squares, raw)

@@ -2,7 +2,7 @@
 
 Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launch of
 `_triton_linear.linear_kernel`, the launch constants. Does not belong here: device code (_triton_kernels.py, _triton_linear.py), checks of
-a user's arguments (ops.py, linear.py).
+a user's arguments (checks.py, plan.py, linear.py).
 
 `triton` is imported lazily. With TRITON_INTERPRET=1 set before that, its interpreter serves CPU tensors, on explicit request only:
 slow, and there to test the kernels without a GPU.
@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels import ops
 from zo_kernels import update as rules
-from zo_kernels.ops import Pass
+from zo_kernels.plan import Pass, move
 
 if TYPE_CHECKING:
-    from zo_kernels.ops import Entry, Passes, Plan
+    from zo_kernels.plan import Entry, Passes, Plan
     from zo_kernels.update import RulePass, States
 
 
@@ -169,8 +168,8 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
         eights = all(e.cols % 8 == 0 and e.right is not None and e.right.data_ptr() % 16 == 0 for e in entries)
         flags["KIND"] = (kernels.LOW_RANK_8 if eights else kernels.LOW_RANK).value
     return Batch(
-        table=ops.move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
-        spans=ops.move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
+        table=move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
+        spans=move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
         tiles=tiles,
         flags={
             "BIT_MASK": any(e.mask is not None for e in entries),
@@ -224,8 +223,8 @@ def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
     arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
     arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
     if n > 2 and not isinstance(tags, Tensor):
-        tags = ops.move(torch.tensor(tags, dtype=torch.int64), device)
-        coefs = ops.move(torch.tensor(coefs, dtype=torch.float32), device)
+        tags = move(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = move(torch.tensor(coefs, dtype=torch.float32), device)
     if isinstance(tags, Tensor):
         arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
         if not unrolled:
@@ -283,8 +282,8 @@ def sequence(plan: Plan, passes: Passes) -> None:
         **_decay(None),
         **{"tags": passes.tags.view(torch.int32), "coefs": passes.coefs, "n_terms": passes.tags.numel()},
         **{"TERMS": 0, "HOST_TERMS": False, "SEQUENCE": True, "decays": passes.decay},
-        **{"n_passes": n, "most_terms": int(counts.max()) if n else 0, "firsts": ops.move(passes.first, device)},
-        "roundings": ops.move(passes.rounding, device),
+        **{"n_passes": n, "most_terms": int(counts.max()) if n else 0, "firsts": move(passes.first, device)},
+        "roundings": move(passes.rounding, device),
         "terms": torch.empty(passes.tags.numel(), dtype=torch.int64, device=device),
         "steps": torch.empty(2 * n, dtype=torch.int64, device=device),
     }
@@ -329,11 +328,11 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
     rule = rules.RULES[p.rule]
 
     def there(x: Any, dtype: torch.dtype) -> Tensor:
-        return x.contiguous() if isinstance(x, Tensor) else ops.move(torch.tensor(x, dtype=dtype), plan.device)
+        return x.contiguous() if isinstance(x, Tensor) else move(torch.tensor(x, dtype=dtype), plan.device)
 
     tags, coefs, numbers = there(p.tags, torch.int64), there(p.coefs, torch.float32), there(p.numbers, torch.float32)
     squares = None if p.squares is None else there(p.squares, torch.float32)
-    table = ops.move(torch.from_numpy(rules.state_table(states).view(np.int64)), plan.device)
+    table = move(torch.from_numpy(rules.state_table(states).view(np.int64)), plan.device)
     arguments = {
         **_common(p.seed, p.kind, plan.dtype),
         **{"n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "squares": squares, "numbers": numbers},
@@ -361,8 +360,8 @@ def _linear_terms(p: Pass, device: torch.device) -> dict[str, Any]:
         return one
     tags, coefs = p.tags, p.coefs
     if not isinstance(tags, Tensor):
-        tags = ops.move(torch.tensor(tags, dtype=torch.int64), device)
-        coefs = ops.move(torch.tensor(coefs, dtype=torch.float32), device)
+        tags = move(torch.tensor(tags, dtype=torch.int64), device)
+        coefs = move(torch.tensor(coefs, dtype=torch.float32), device)
     return {"tag": 0, "coef": 0, "n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "TERMS": 0}
 
 

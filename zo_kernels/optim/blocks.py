@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zo_kernels import ops
+from zo_kernels import checks
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns, check_patterns
 
@@ -39,11 +39,11 @@ class Blocks:
     name: ClassVar[str] = "blocks"
 
     def __post_init__(self) -> None:
-        ops.check_choice("order", self.order, ORDERS)
-        if ops.check_word("every", self.every) < 1:
+        checks.check_choice("order", self.order, ORDERS)
+        if checks.check_word("every", self.every) < 1:
             raise ValueError("every=0: give a number of steps, at least 1")
         if isinstance(self.by, str):
-            ops.check_choice("by", self.by, ("layer",))
+            checks.check_choice("by", self.by, ("layer",))
             return
         object.__setattr__(self, "by", check_patterns("by", self.by))
 

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from zo_kernels import lowrank, ops
+from zo_kernels import checks, lowrank, ops
 from zo_kernels.parameters import canonical_name
+from zo_kernels.plan import Mask, RandomMask, pack_mask
 
 CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
 
@@ -26,7 +27,7 @@ CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is
 class Limits(NamedTuple):
     """What a direction does to one parameter. `update_scale`: in the update, where it differs from the perturbation's `scale`."""
 
-    mask: ops.Mask = None
+    mask: Mask = None
     scale: Any = None
     factors: tuple[Tensor, Tensor] | None = None
     update_scale: Any = None
@@ -90,7 +91,7 @@ class Held:
         step: int,
         tag: int,
         params: Mapping[str, Tensor],
-        masks: Mapping[str, ops.Mask],
+        masks: Mapping[str, Mask],
         eps: float,
         evaluate: Callable[[], Tensor],
         between: Callable[[], None],
@@ -135,7 +136,7 @@ class RandomSparse(Direction):
     name: ClassVar[str] = "random-sparse"
 
     def __post_init__(self) -> None:
-        ops.RandomMask(self.keep)
+        RandomMask(self.keep)
         _check_every(self.every)
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
@@ -151,10 +152,10 @@ class _Random(Held):
         self.mask_tag = 0
 
     def fits(self, limits: Limits, p: Tensor) -> bool:
-        return isinstance(limits.mask, ops.RandomMask) and limits.mask.tag == self.mask_tag
+        return isinstance(limits.mask, RandomMask) and limits.mask.tag == self.mask_tag
 
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
-        return Limits(mask=ops.RandomMask(self.config.keep, self.mask_tag))
+        return Limits(mask=RandomMask(self.config.keep, self.mask_tag))
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         self.mask_tag = step // self.config.every
@@ -200,7 +201,7 @@ class _Magnitude(Held):
             assert isinstance(bits, Tensor)
             for start in range(0, p.numel(), CHUNK):
                 part = flat[start : start + CHUNK]
-                bits[start // 8 : start // 8 + (part.numel() + 7) // 8] = ops.pack_mask(part.abs() <= self.thresholds[name])
+                bits[start // 8 : start // 8 + (part.numel() + 7) // 8] = pack_mask(part.abs() <= self.thresholds[name])
 
     def state(self) -> dict[str, Any]:
         return {"thresholds": dict(self.thresholds)}
@@ -238,12 +239,12 @@ class LayerScale(Direction):
     update_differs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        ops.check_choice("by", self.by, ("rms", "gradient"))
-        ops.check_choice("estimate", self.estimate, ("variance", "expectation"))
+        checks.check_choice("by", self.by, ("rms", "gradient"))
+        checks.check_choice("estimate", self.estimate, ("variance", "expectation"))
         _check_every(self.every)
         if not (isinstance(self.beta, (int, float)) and 0 <= self.beta < 1):
             raise ValueError(f"beta={self.beta!r} must be in [0, 1)")
-        if not 0 < ops.check_fp32("least", self.least) <= 1:
+        if not 0 < checks.check_fp32("least", self.least) <= 1:
             raise ValueError(f"least={self.least!r} must be in (0, 1]")
 
     @property
@@ -305,7 +306,7 @@ class _LayerScale(Held):
         step: int,
         tag: int,
         params: Mapping[str, Tensor],
-        masks: Mapping[str, ops.Mask],
+        masks: Mapping[str, Mask],
         eps: float,
         evaluate: Callable[[], Tensor],
         between: Callable[[], None],
@@ -394,8 +395,8 @@ class LowRank(Direction):
     update_differs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 1 <= ops.check_word("rank", self.rank) <= ops.MAX_RANK:
-            raise ValueError(f"rank={self.rank} must be in 1 .. {ops.MAX_RANK}")
+        if not 1 <= checks.check_word("rank", self.rank) <= checks.MAX_RANK:
+            raise ValueError(f"rank={self.rank} must be in 1 .. {checks.MAX_RANK}")
         _check_every(self.every)
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
@@ -444,7 +445,7 @@ class _LowRank(Held):
 
 
 def _check_every(every: Any) -> None:
-    if ops.check_word("every", every) < 1:
+    if checks.check_word("every", every) < 1:
         raise ValueError("every=0: give a number of steps, at least 1")
 
 

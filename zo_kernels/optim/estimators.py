@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from zo_kernels import ops
+from zo_kernels import checks
 
 Point = Sequence[tuple[int, float]]
 Number = float | Tensor  # a float, or a 0-d float64 tensor that stays on its device
@@ -40,7 +40,7 @@ class Estimator(Protocol):
 
 
 def check_queries(queries: int) -> None:
-    if ops.check_word("queries", queries, 16) < 1:
+    if checks.check_word("queries", queries, 16) < 1:
         raise ValueError("queries=0: give the number of directions that a step averages over, at least 1")
 
 

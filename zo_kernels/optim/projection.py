@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import ops
+from zo_kernels import checks, ops
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns, check_patterns
 
@@ -51,14 +51,14 @@ class Projection:
 
     def __post_init__(self) -> None:
         for what in ("every", "inner"):
-            if ops.check_word(what, getattr(self, what)) < 1:
+            if checks.check_word(what, getattr(self, what)) < 1:
                 raise ValueError(f"{what}=0: give a number of steps, at least 1")
         for what in ("eps", "lr"):
-            if not ops.check_fp32(what, getattr(self, what)) > 0:
+            if not checks.check_fp32(what, getattr(self, what)) > 0:
                 raise ValueError(f"{what}={getattr(self, what)!r} must be positive")
         if not (isinstance(self.tau, (int, float)) and 0 < self.tau < 1):
             raise ValueError(f"tau={self.tau!r} must be in (0, 1): r is clipped to 1 ± tau")
-        ops.check_choice("learn", self.learn, LEARN)
+        checks.check_choice("learn", self.learn, LEARN)
         object.__setattr__(self, "layers", check_patterns("layers", self.layers))
 
     def matching(self, names: Iterable[str]) -> list[str]:

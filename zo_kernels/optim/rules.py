@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import lowrank, ops, perturb, update
+from zo_kernels import checks, lowrank, ops, perturb, update
 from zo_kernels.optim.estimators import Number
 from zo_kernels.parameters import Weights
+from zo_kernels.plan import Entry, Pass, move
 
 Part = tuple[Collection[str] | None, Sequence[tuple[perturb.Tag, Number]]]  # (names, terms)
 STATES = ("stored", "recomputed")
@@ -222,7 +223,7 @@ def _pass(
     tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in step.tags[: len(coefs)]]
     values = _numbers(coefs)
     if isinstance(values, Tensor):
-        tags = ops.move(torch.tensor(tags, dtype=torch.int64), values.device)
+        tags = move(torch.tensor(tags, dtype=torch.int64), values.device)
     return update.RulePass(
         options["seed"], tags, values, options["kind"], step.rounding, rule, _numbers([step.go, step.decay, *numbers]), **more
     )
@@ -243,7 +244,7 @@ class QuantileClip:
     def __post_init__(self) -> None:
         if not (isinstance(self.q, (int, float)) and 0 < self.q <= 1):
             raise ValueError(f"q={self.q!r} must be in (0, 1]")
-        if not 1 <= ops.check_word("least", self.least) <= ops.check_word("window", self.window):
+        if not 1 <= checks.check_word("least", self.least) <= checks.check_word("window", self.window):
             raise ValueError(f"least={self.least} must be in 1 .. window={self.window}")
 
     def limit(self, past: Sequence[Number]) -> Number | None:
@@ -329,9 +330,9 @@ class _Rated(Rule):
 
 
 def _check_state(rule: Any) -> None:
-    ops.check_choice("state", rule.state, STATES)
-    ops.check_choice("dtype", rule.dtype, STATE_DTYPES)
-    if ops.check_word("history", rule.history) < 1:
+    checks.check_choice("state", rule.state, STATES)
+    checks.check_choice("dtype", rule.dtype, STATE_DTYPES)
+    if checks.check_word("history", rule.history) < 1:
         raise ValueError("history=0: give the number of steps to remember, at least 1")
 
 
@@ -431,7 +432,7 @@ class Adam(_Rated):
         _check_beta("beta1", self.beta1)
         _check_beta("beta2", self.beta2)
         _check_state(self)
-        if not (isinstance(self.eps, (int, float)) and ops.check_fp32("eps", self.eps) > 2.0**-126):
+        if not (isinstance(self.eps, (int, float)) and checks.check_fp32("eps", self.eps) > 2.0**-126):
             raise ValueError(f"eps={self.eps!r} must be a positive normal number in fp32: it keeps 0 / 0 away")
 
     @property
@@ -504,7 +505,7 @@ class HessianDiagonal(Rule):
     def __post_init__(self) -> None:
         if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 1):
             raise ValueError(f"alpha={self.alpha!r} must be in [0, 1)")
-        if not 0 < ops.check_fp32("low", self.low) <= 1 <= ops.check_fp32("high", self.high):
+        if not 0 < checks.check_fp32("low", self.low) <= 1 <= checks.check_fp32("high", self.high):
             raise ValueError(f"low={self.low!r} and high={self.high!r} must hold 1, where H starts, between them, low > 0")
 
     def size(self, directions: int) -> int:
@@ -594,8 +595,8 @@ class LowRankMomentum(_Rated):
                 step.decay.float().reshape(1) if isinstance(step.decay, Tensor) else None if step.decay == 1 else step.decay
             )
             if isinstance(coefs, Tensor):
-                tags = ops.move(torch.tensor(tags, dtype=torch.int64), coefs.device)  # type: ignore[assignment]
-            ops.run([plan], ops.Pass(options["seed"], tags, coefs, decay, options["kind"], step.rounding), options["backend"])
+                tags = move(torch.tensor(tags, dtype=torch.int64), coefs.device)  # type: ignore[assignment]
+            ops.run([plan], Pass(options["seed"], tags, coefs, decay, options["kind"], step.rounding), options["backend"])
 
     def _state(self, kept: Kept, name: str, what: str, size: int, device: torch.device) -> Tensor:
         mine = kept.tensors.setdefault(name, {})
@@ -605,9 +606,7 @@ class LowRankMomentum(_Rated):
             mine[what] = mine[what].to(device)
         return mine[what]
 
-    def _advance(
-        self, kept: _Factors, step: Applied, name: str, entry: ops.Entry, kick: Number, options: Mapping[str, Any]
-    ) -> None:
+    def _advance(self, kept: _Factors, step: Applied, name: str, entry: Entry, kick: Number, options: Mapping[str, Any]) -> None:
         """N of a matrix for this step, in the state and, rounded, in the place of U, which is made anew before the next forward."""
         assert entry.left is not None and entry.right is not None
         n = self._state(kept, name, "factor", entry.left.numel(), entry.left.device).view_as(entry.left)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import _replay as replays
-from zo_kernels import interrupts, ops, parameters, perturb, tangents
+from zo_kernels import checks, interrupts, parameters, perturb, tangents
 from zo_kernels import journal as journals
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import directions, estimators, findings, generators, graph, parts, projection, record, rules, saved
+from zo_kernels.plan import written
 
 Loss = Tensor | float
 
@@ -132,11 +133,11 @@ class ZOStep(torch.optim.Optimizer):
         estimator, rule, direction = estimator or estimators.TwoSided(), rule or rules.SGD(), direction or directions.Dense()
         if resume and journal is None:
             raise ValueError("resume=True needs journal=PATH, the journal of the run to go on with")
-        ops.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
-        ops.check_choice("rounding", rounding, ("auto", *ops.ROUNDINGS))
-        ops.check_choice("kind", kind, ops.KINDS)
-        ops.check_word("seed", seed, 64)
-        if clip is not None and not isinstance(clip, rules.QuantileClip) and not ops.check_fp32("clip", clip) > 0:
+        checks.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
+        checks.check_choice("rounding", rounding, ("auto", *checks.ROUNDINGS))
+        checks.check_choice("kind", kind, checks.KINDS)
+        checks.check_word("seed", seed, 64)
+        if clip is not None and not isinstance(clip, rules.QuantileClip) and not checks.check_fp32("clip", clip) > 0:
             raise ValueError(f"clip={clip!r} must be positive, a QuantileClip, or None for no clipping")
         if first_order is not None and journal is not None:
             raise ValueError(
@@ -250,7 +251,7 @@ class ZOStep(torch.optim.Optimizer):
             parameters.Weights.of_group(g, self._streams, among, self._limits, self._direction.update_differs)
             for g in self.param_groups
         ]
-        ops.check_overlap(
+        checks.check_overlap(
             [(f"parameter {n}", p) for w in groups for n, p in zip(w.names, w.params, strict=True)],
             "a step updates each weight once",
         )
@@ -520,7 +521,7 @@ class ZOStep(torch.optim.Optimizer):
                 graphs.capture(key, batches, whole, view.memory)
             loss, self.projected_gradient, *summary = graphs.replay(key, batches)
             self._warner.note([loss], self.projected_gradient, None)
-            ops.written([plan for w in view.groups for plan in w.plans])
+            written([plan for w in view.groups for plan in w.plans])
             if self._recorder is not None:
                 self._recorder.put(self._entry(values), summary[0])
             self._tag += self._terms
@@ -1204,7 +1205,9 @@ class ZOStep(torch.optim.Optimizer):
         streams = parameters.streams_of(names, self._streams)
         tensors = [p for _, p in group["params"]]
         parameters.Weights.of_group({**group, "params": tensors, "param_names": names}, streams)
-        ops.check_overlap([(f"parameter {n}", p) for n, p in [*there.items(), *group["params"]]], "a step updates each weight once")
+        checks.check_overlap(
+            [(f"parameter {n}", p) for n, p in [*there.items(), *group["params"]]], "a step updates each weight once"
+        )
         for p in tensors:
             backends.pick(p.device, self._backend)
         if self._blocks is not None:
