@@ -100,12 +100,16 @@ def perturb_(
             terms and decay that share memory with what is written are refused too.
         RuntimeError: the backend asked for is not available; says why.
     """
-    args = op_arguments(
-        params, terms, seed=seed, streams=streams, decay=decay, rounding=rounding, out=out, masks=masks, scales=scales, offsets=offsets,
-        factors=factors, kind=kind, backend=backend,
+    tensors, rest = tensor_arguments(
+        params, seed=seed, streams=streams, out=out, masks=masks, scales=scales, offsets=offsets, factors=factors, kind=kind, backend=backend
     )  # fmt: skip
-    if args[0]:  # the dispatcher has nothing to go by without a tensor
-        torch.ops.zo_kernels.perturb_(*args)
+    tags, coefs = make_terms(terms)
+    checks.check_choice("rounding", rounding, checks.ROUNDINGS)
+    factor = checks.check_decay("decay", decay)
+    given: tuple[Any, ...] = ([], [], tags, coefs) if isinstance(tags, Tensor) else (tags, coefs, None, None)
+    decays = (None, factor) if isinstance(factor, Tensor) else (None if factor == 1.0 else factor, None)
+    if tensors[0]:  # the dispatcher has nothing to go by without a tensor
+        torch.ops.zo_kernels.perturb_(*tensors, *given, *decays, rounding, *rest)
 
 
 def perturb_sequence_(
@@ -203,28 +207,6 @@ def tensor_arguments(
         [right for _, right in pairs],
         kind,
         backend,
-    )
-
-
-def op_arguments(
-    params: Sequence[Tensor], terms: Terms, *, decay: float | Tensor = 1.0, rounding: str = "nearest", **more: Any
-) -> tuple[Any, ...]:
-    """The arguments of `torch.ops.zo_kernels.perturb_` for those of `perturb_`."""
-    tensors, rest = tensor_arguments(params, **more)
-    tags, coefs = make_terms(terms)
-    checks.check_choice("rounding", rounding, checks.ROUNDINGS)
-    factor = checks.check_decay("decay", decay)
-    on_device = isinstance(tags, Tensor)
-    return (
-        *tensors,
-        [] if on_device else tags,
-        [] if on_device else coefs,
-        tags if on_device else None,
-        coefs if on_device else None,
-        None if isinstance(factor, Tensor) or factor == 1.0 else factor,
-        factor if isinstance(factor, Tensor) else None,
-        rounding,
-        *rest,
     )
 
 

@@ -132,7 +132,8 @@ def test_the_operator_under_compile() -> None:
 
     x = torch.randn(5, 10)
     assert same_bits(torch.compile(f, backend="eager", fullgraph=True)(x, *pair), f(x, *pair))
-    args = ops.op_arguments([x], [(1, 0.1)], seed=5, streams=[1], factors=[pair], scales=[(torch.ones(50), 1, "rsqrt")])
+    tensors, rest = ops.tensor_arguments([x], seed=5, streams=[1], factors=[pair], scales=[(torch.ones(50), 1, "rsqrt")])
+    args = (*tensors, [1], [0.1], None, None, None, None, "nearest", *rest)
     torch.library.opcheck(torch.ops.zo_kernels.perturb_.default, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -184,7 +184,8 @@ def test_a_non_finite_tensor_coefficient_skips_its_term_alone(bad: float) -> Non
 def test_registration_with_torch() -> None:
     """Schema, fake kernel and mutation annotations hold: torch's own check of a custom operator."""
     params = [torch.randn(33), torch.randn(7, 3)]
-    args = ops.op_arguments(params, [(1, 0.1)], seed=5, streams=[1, 2])
+    tensors, rest = ops.tensor_arguments(params, seed=5, streams=[1, 2])
+    args = (*tensors, [1], [0.1], None, None, None, None, "nearest", *rest)
     torch.library.opcheck(torch.ops.zo_kernels.perturb_.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
