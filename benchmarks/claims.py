@@ -306,10 +306,10 @@ claim(
     lambda: [math.ceil((20_000 * 32 + 400 * 900) / 1e6)],
 )
 claim(J, "f32 and u32 are 4 bytes", "definition: the format")
-claim(J, "bytes of the header, at most 16 MiB", "zo_kernels/journal.py: 16 << 20")
-claim(J, "a record has at most 1 MiB", "zo_kernels/journal.py: 1 << 20")
-claim(J, "`name` (at most 4096 bytes)", "zo_kernels/journal.py: 4096")
-claim(J, "only zeros (up to 64 MiB)", "zo_kernels/journal.py: 64 << 20")
+claim(J, "bytes of the header, at most 16 MiB", "zo_kernels/journal/layout.py: 16 << 20")
+claim(J, "a record has at most 1 MiB", "zo_kernels/journal/layout.py: 1 << 20")
+claim(J, "`name` (at most 4096 bytes)", "zo_kernels/journal/layout.py: 4096")
+claim(J, "only zeros (up to 64 MiB)", "zo_kernels/journal/layout.py: 64 << 20")
 
 # docs/numerics.md: what rounding does to a run, and the law of the noise
 N = "docs/numerics.md"

@@ -2,6 +2,7 @@
 
 from zo_kernels._backends import _extension, backends
 from zo_kernels._replay import replay
+from zo_kernels._version import __version__ as __version__
 from zo_kernels.linear import perturbed_linear
 from zo_kernels.ops import normal, perturb_, perturb_sequence_
 from zo_kernels.optim import (
@@ -48,7 +49,6 @@ from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
 from zo_kernels.update import update_
 
-__version__ = "0.1.0"
 _extension.extension()  # one of another version is refused here, before it computes anything
 __all__ = [
     "FZOO",

@@ -1,6 +1,6 @@
 """From a journal back to weights: every pass of the run again, or their sum at once.
 
-Belongs here: which passes a record stands for, and their order. Does not belong here: the file (journal.py), the arithmetic (ops.py), the
+Belongs here: which passes a record stands for, and their order. Does not belong here: the file (journal/), the arithmetic (ops.py), the
 schedule of a step in place, which is `perturb.InPlace`'s: `Replayer` is one that notes passes where another runs them at once.
 """
 

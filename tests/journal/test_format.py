@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 import zo_kernels as zk
 from tests.journal.samples import WEIGHTS, append, coefficient, header, second_reader, write
 from zo_kernels import journal
+from zo_kernels.journal import header as journal_header
+from zo_kernels.journal import reader
 
 fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -423,7 +425,7 @@ def test_records_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Each is checked with its own place, whatever was read before it."""
     path = tmp_path / "run.zoj"
     whole = journal.loads(write(path, 11))
-    monkeypatch.setattr(journal, "_CHUNK", 3 * whole.header.record.itemsize)
+    monkeypatch.setattr(reader, "CHUNK", 3 * whole.header.record.itemsize)
     again = journal.read(path)
     assert again.records.tobytes() == whole.records.tobytes() and again.tail is None
     damaged = bytearray(path.read_bytes())
@@ -484,7 +486,7 @@ def test_digest_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     t = torch.randn(1001)
     assert journal.digest(t) == hashlib.sha256(t.numpy().tobytes()).hexdigest()
     whole = journal.digest(t)
-    monkeypatch.setattr(journal, "_CHUNK", 7)
+    monkeypatch.setattr(journal_header, "CHUNK", 7)
     assert journal.digest(t) == whole
     assert journal.digest(torch.zeros(0)) == hashlib.sha256(b"").hexdigest()
     assert journal.digest(torch.tensor(1.0)) == hashlib.sha256(np.float32(1).tobytes()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import fcntl
 import math
 import os
 import pickle
@@ -485,7 +486,7 @@ def test_a_file_system_without_locks_is_told(path: Path, monkeypatch: pytest.Mon
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(journal.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="has no locks"):
         journal.create(path, header()).close()
 

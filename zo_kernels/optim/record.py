@@ -1,6 +1,6 @@
 """What an optimizer writes to its journal, and when.
 
-Belongs here: the queue between steps and the file, and the header of an optimizer. Does not belong here: the file (journal.py), what a
+Belongs here: the queue between steps and the file, and the header of an optimizer. Does not belong here: the file (journal/), what a
 step decides (step.py), how records become weights again (_replay.py).
 
 On the host a step's numbers are known before the weights change, and the record is written first. On a GPU nobody waits for them: the

@@ -1,0 +1,63 @@
+"""The record of a run: theta_T is a function of theta_0 and of the list of updates, and a journal holds the list.
+
+    preamble | header (JSON) | crc | record 0 | record 1 | ...          docs/journal.md has every byte
+
+The public names, nothing else. What a step decides belongs to optim/, applying a record to weights to _replay.py.
+"""
+
+from zo_kernels.journal.header import Frozen, Header, Parameter, described, digest, find, fingerprint, verify_base
+from zo_kernels.journal.layout import (
+    CONTRACT,
+    FLAGS,
+    FORMAT,
+    MAGIC,
+    MAX_DIMENSIONS,
+    MAX_GROUPS,
+    MAX_HEADER,
+    MAX_NAME,
+    MAX_RECORD,
+    MAX_TERMS,
+    MAX_ZEROS,
+    PERTURBATIONS,
+    DamagedError,
+    LockedError,
+    TornError,
+    UnbegunError,
+)
+from zo_kernels.journal.reader import Journal, Tail, loads, read
+from zo_kernels.journal.writer import Writer, create, recover, reopen
+
+__all__ = [
+    "CONTRACT",
+    "FLAGS",
+    "FORMAT",
+    "MAGIC",
+    "MAX_DIMENSIONS",
+    "MAX_GROUPS",
+    "MAX_HEADER",
+    "MAX_NAME",
+    "MAX_RECORD",
+    "MAX_TERMS",
+    "MAX_ZEROS",
+    "PERTURBATIONS",
+    "DamagedError",
+    "Frozen",
+    "Header",
+    "Journal",
+    "LockedError",
+    "Parameter",
+    "Tail",
+    "TornError",
+    "UnbegunError",
+    "Writer",
+    "create",
+    "described",
+    "digest",
+    "find",
+    "fingerprint",
+    "loads",
+    "read",
+    "recover",
+    "reopen",
+    "verify_base",
+]
