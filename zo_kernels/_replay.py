@@ -1,7 +1,7 @@
 """From a journal back to weights: every pass of the run again, or their sum at once.
 
 Belongs here: which passes a record stands for, and their order. Does not belong here: the file (journal/), the arithmetic (ops.py), the
-schedule of a step in place, which is `perturb.InPlace`'s: `Replayer` is one that notes passes where another runs them at once.
+schedule of a step in place, which is `views.InPlace`'s: `Replayer` is one that notes passes where another runs them at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
-from zo_kernels import checks, journal, ops, perturb
+from zo_kernels import checks, journal, ops, views
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Mask, Pass, Passes, Plan, RandomMask
 
@@ -44,7 +44,7 @@ def _apply(plans: Sequence[Plan], passes: Sequence[Pass], backend: str | None) -
     ops.run_sequence(plans, joined, backend)
 
 
-class Replayer(perturb.InPlace):
+class Replayer(views.InPlace):
     """The passes of recorded steps over `groups`; `at` is where they leave the weights. Passes wait until `apply`, or until there are many."""
 
     def __init__(self, groups: Sequence[Weights], header: journal.Header, backend: str | None) -> None:
@@ -62,8 +62,8 @@ class Replayer(perturb.InPlace):
     def run(
         self,
         group: int,
-        terms: Sequence[tuple[perturb.Tag, perturb.Coefficient]],
-        decay: perturb.Coefficient,
+        terms: Sequence[tuple[views.Tag, views.Coefficient]],
+        decay: views.Coefficient,
         rounding: str,
         update: bool = False,
     ) -> None:
@@ -81,7 +81,7 @@ class Replayer(perturb.InPlace):
         for tag, flags, decays, epses, coefs in rows(self.header, records):
             rounding = "stochastic" if flags & journal.FLAGS["stochastic"] else "nearest"
             updates = [
-                perturb.Update([(tag + k, c) for k, c in enumerate(cs)], d, rounding) for d, cs in zip(decays, coefs, strict=True)
+                views.Update([(tag + k, c) for k, c in enumerate(cs)], d, rounding) for d, cs in zip(decays, coefs, strict=True)
             ]
             if epses is None:
                 self.update(updates)

@@ -1,7 +1,7 @@
 """Signals wait while weights, record and counters are between two states that agree.
 
 Belongs here: holding back every signal that has a Python handler, and letting the user's own code be interrupted. Does not belong here: what
-must not be interrupted (perturb.py, optim/).
+must not be interrupted (views/, optim/).
 
 CPython runs handlers in the main thread, between two of its instructions. A handler that raises (Ctrl-C, a time limit by SIGALRM, a scheduler's
 SIGTERM, SIGCHLD of a dead worker) therefore raises anywhere. Blocking signals in the thread (`pthread_sigmask`) is no way: the system then gives

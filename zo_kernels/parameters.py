@@ -1,7 +1,7 @@
 """From a model's parameters to what a pass needs: names, streams, masks, scales, plans.
 
 Belongs here: canonical names, the stream of a name, reading what a user hands to an optimizer, and `Weights`, one parameter
-group in the form of `plan.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (perturb.py).
+group in the form of `plan.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (views/).
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from zo_kernels import _C, _backends, checks, journal, ops, reference
 from zo_kernels._backends import cpu
 from zo_kernels.lowrank import FIRST_V, Factors, factors, round_to_12_bits_
 from zo_kernels.parameters import Weights
-from zo_kernels.perturb import Scratch
 from zo_kernels.plan import Entry, Pass, Passes, Plan, make_plans
+from zo_kernels.views import Scratch
 
 SEED = cases.SEED
 ISAS = range(1, _C.cpu_best_isa() + 1)

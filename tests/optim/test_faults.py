@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.interrupts import interrupted
-from zo_kernels import journal, perturb
+from zo_kernels import journal, views
 from zo_kernels._backends import cpu
+from zo_kernels.views.shadow import PerturbedWeight, Placed
 
 # scratch: a launch a weight; resident: everything fits, and the modules hold the values themselves after the first step.
 MODES: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def is_at(model: nn.Module, before: dict[str, Tensor], mode: str, passes: int = 
     bound = 0.0 if mode in EXACT else passes * 2.2 * 2.0**-24
     now = dict(model.named_parameters())
     assert now.keys() == before.keys()
-    assert not any(isinstance(v, (perturb.PerturbedWeight, perturb.Placed)) for m in model.modules() for v in m.__dict__.values())
+    assert not any(isinstance(v, (PerturbedWeight, Placed)) for m in model.modules() for v in m.__dict__.values())
     assert not any(name in m.__dict__ for m in model.modules() for name in m._parameters)
     return all(p.dtype == before[n].dtype and (p - before[n]).abs().max() <= bound for n, p in now.items())
 
@@ -1300,7 +1301,7 @@ def test_an_update_that_fails_behind_its_record_is_said(mode: str, tmp_path: Any
         raise NoMemory
 
     with monkeypatch.context() as patch:
-        patch.setattr(perturb.View, "update", failing)
+        patch.setattr(views.View, "update", failing)
         with pytest.raises(NoMemory):
             step.step(model)
     with pytest.raises(RuntimeError, match=r"failed in its update, after its record was written.*Load the base weights and resume"):
@@ -1325,7 +1326,7 @@ def test_what_a_forward_took_is_learned_in_linear_time(monkeypatch: pytest.Monke
         looked += 1
         return 256
 
-    monkeypatch.setattr(perturb.PerturbedWeight, "room", property(count, lambda weight, value: None), raising=False)
+    monkeypatch.setattr(PerturbedWeight, "room", property(count, lambda weight, value: None), raising=False)
     counts = []
     for n in (100, 400):
         model = Many(n)

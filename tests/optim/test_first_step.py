@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
-from zo_kernels import reads
+from zo_kernels.views import reads
 
 WIDTH = 16
 

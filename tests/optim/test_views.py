@@ -313,7 +313,7 @@ def test_a_matrix_in_parts_has_the_weights_of_the_whole(option: str, dtype: torc
 
 def test_rows_are_gathered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than the table has rows, with a bit mask over the table: still only rows, and the same bits as the whole table."""
-    monkeypatch.setattr("zo_kernels.perturb.GATHER_ROWS", 5)
+    monkeypatch.setattr("zo_kernels.views.scratch.GATHER_ROWS", 5)
     torch.manual_seed(0)
     ids = torch.randint(0, 9, (4, 3))
     for width in (16, 7):  # a masked row of 7 does not begin at a byte: the whole table

@@ -1,7 +1,7 @@
 """`check`: evaluate a closure as a step would, change nothing, and report what would make the steps' numbers wrong.
 
 Belongs here: the evaluations, what they must leave as it was, and the report. Does not belong here: what a finding is and its words
-(findings.py), how a model sees a perturbation (perturb.py).
+(findings.py), how a model sees a perturbation (views/).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import interrupts, perturb, tangents
+from zo_kernels import interrupts, views
 from zo_kernels.optim import directions, findings, generators
 from zo_kernels.optim import step as steps
+from zo_kernels.views import tangents
 
 STATUSES = ("ok", "warning", "mistake")
 DIRECTIONS = 3  # along which differences are measured
@@ -113,7 +114,7 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
     if not step._busy.acquire(blocking=False):
         raise steps._inside("zk.check()")
     try:
-        with torch.inference_mode(False), torch.no_grad(), perturb.attention_as_in_training():
+        with torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
             try:
                 view = step._refresh()
             except RuntimeError as error:  # parameters that the model has lost
@@ -125,11 +126,11 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
 
 
 @contextlib.contextmanager
-def _unchanged(step: steps.ZOStep, view: perturb.View) -> Iterator[None]:
+def _unchanged(step: steps.ZOStep, view: views.View) -> Iterator[None]:
     """What the evaluations touch is, afterwards, what it was."""
     rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
     states = rng.get()
-    copies = [(p, p.detach().clone()) for p in view.params.values()] if isinstance(view, perturb.InPlace) else []
+    copies = [(p, p.detach().clone()) for p in view.params.values()] if isinstance(view, views.InPlace) else []
     every = list(step._model.parameters()) if step._model is not None else list(view.params.values())
     grads = [(p, p.grad) for p in every]
     step._inside = True
@@ -150,7 +151,7 @@ def _unchanged(step: steps.ZOStep, view: perturb.View) -> Iterator[None]:
 
 
 class _Check:
-    def __init__(self, step: steps.ZOStep, view: perturb.View, closure: Callable[..., Any], batches: Sequence[Any] | None) -> None:
+    def __init__(self, step: steps.ZOStep, view: views.View, closure: Callable[..., Any], batches: Sequence[Any] | None) -> None:
         self.step, self.view, self.closure, self.batches = step, view, closure, batches
         self.model: nn.Module | None = step._model
         self.trained = step._trained()
@@ -190,7 +191,7 @@ class _Check:
         """All of them, the evaluations first."""
         self.step._prepare(self.view)
         mine = self.own_view()
-        if isinstance(mine, perturb.InPlace):
+        if isinstance(mine, views.InPlace):
             mine.restore()  # of a lazy run, whose weights are ahead
         # At theta: what is read and written, then twice alike.
         mine.expect()
@@ -205,7 +206,7 @@ class _Check:
             start = time.perf_counter()
             theta.append(self.evaluate())
             times.append(time.perf_counter() - start)
-            perturb.View.check(mine)  # nothing stands before the weights yet, as a scratch view would have it
+            views.View.check(mine)  # nothing stands before the weights yet, as a scratch view would have it
         sides = self.differences(mine) if reads.read or not self.dual else [([0.0], [0.0])]  # a loss without a tangent is no slope
 
         yield self.of_membership()
@@ -224,24 +225,24 @@ class _Check:
         yield self.of_speed(min(times))
         yield self.of_bytes()
 
-    def own_view(self) -> perturb.View:
+    def own_view(self) -> views.View:
         """As the optimizer's, which keeps what it has learned of the forwards."""
         step, view = self.step, self.view
         options: dict[str, Any] = {"seed": step._seed, "kind": step._kind, "backend": step._backend}
-        mine: perturb.View
-        if isinstance(view, perturb.Scratch):
+        mine: views.View
+        if isinstance(view, views.Scratch):
             assert self.model is not None
             mine = type(view)(view.groups, self.model, step._scratch_bytes, **options)
         else:
-            assert isinstance(view, perturb.InPlace)
-            mine = perturb.InPlace(view.groups, self.model, **options)
+            assert isinstance(view, views.InPlace)
+            mine = views.InPlace(view.groups, self.model, **options)
             mine.at = list(view.at)
         if view.mask_tag is not None:
             mine.mask_tag = view.mask_tag
             mine.retag(view.mask_tag)
         return mine
 
-    def differences(self, mine: perturb.View) -> list[tuple[list[float], list[float]]]:
+    def differences(self, mine: views.View) -> list[tuple[list[float], list[float]]]:
         """Losses on both sides along DIRECTIONS directions; of forward gradients the slopes, twice."""
         step = self.step
         # Low-rank factors are those of one step.
@@ -259,7 +260,7 @@ class _Check:
                         pair.append(pair[0])
                         break
                 found.append((pair[0], pair[1]))
-            if isinstance(mine, perturb.InPlace):
+            if isinstance(mine, views.InPlace):
                 mine.restore()
         return found
 
@@ -404,7 +405,7 @@ class _Check:
         state = sum(t.nbytes for kept in self.step._kept.tensors.values() for t in kept.values())
         state += sum(t.nbytes for made in self.step._held.made.values() for t in directions._tensors(made))
         trained = sum(p.nbytes for p in self.trained.values())
-        room = self.view.limit if isinstance(self.view, perturb.Scratch) and not self.dual else 0
+        room = self.view.limit if isinstance(self.view, views.Scratch) and not self.dual else 0
         text = f"{weights:,} of weights and buffers ({trained:,} trained), {state:,} of state, a buffer of at most {room:,}"
         return Finding("bytes", "ok", text, numbers={"weights": weights, "trained": trained, "state": state, "scratch": room})
 

@@ -1,7 +1,7 @@
 """What is evaluated, and what the losses tell: points around theta, and projected gradients from the losses there.
 
 Belongs here: the estimators of the gradient along known directions. Does not belong here: which directions (directions.py), what is
-done with the projected gradients (rules.py), how a model sees a point (perturb.py, tangents.py).
+done with the projected gradients (rules.py), how a model sees a point (views/).
 
 A point is a list of (direction, factor): theta + eps sum factor z_direction. Losses and differences are float64: at L = 0.7 a loss in fp16
 has a spacing of 2^-11, which at eps = 1e-3 quantises g to 0.24 (bf16: 1.95).
@@ -137,7 +137,7 @@ class ThreePoint:
 @dataclass(frozen=True)
 class ForwardGradient:
     """g = z . grad L(theta), exact, by forward-mode differentiation (Baydin et al. 2022, arXiv 2202.08587): one forward that carries tangents, and
-    no eps. The tangent of a weight is generated where the weight is used (tangents.py), never for the whole model."""
+    no eps. The tangent of a weight is generated where the weight is used (views/tangents.py), never for the whole model."""
 
     name: ClassVar[str] = "forward-gradient"
 

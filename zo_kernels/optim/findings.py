@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zo_kernels import perturb, reads
+from zo_kernels import views
+from zo_kernels.views.reads import walk
 
 FIRST = 4  # steps that are looked at closely
 EQUAL = 100  # steps in a row whose losses are equal, before a word: accuracy over few examples may be equal for a while
@@ -190,18 +191,18 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not func.is_view:
-            changed = {id(t) for t in perturb.written(func, args, kwargs)}
-            for t in reads.walk((args, kwargs)):
+            changed = {id(t) for t in views.written(func, args, kwargs)}
+            for t in walk((args, kwargs)):
                 if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta:
                     for name, known, buffer in self.at.get(t.untyped_storage().data_ptr(), ()):
-                        if perturb._overlap(t, known):
+                        if views.overlap(t, known):
                             self._note(name, known, buffer, id(t) in changed)
         return func(*args, **kwargs)
 
     def _note(self, name: str, t: Tensor, buffer: bool, written: bool) -> None:
         if not buffer:
             if written:
-                raise perturb._changed(name, "written to")
+                raise views.changed(name, "written to")
             self.read.add(name)
         elif name not in self.copies and (written or t.nbytes <= self.SMALL):
             self.copies[name] = t.detach().clone()
@@ -283,7 +284,7 @@ class Warner:
         """What a step has found. On a device: tensors, which nobody waits for here. `finite`: None if g alone tells."""
         self.noted = losses, gradient, finite
 
-    def look(self, step: Any, view: perturb.View) -> list[str]:
+    def look(self, step: Any, view: views.View) -> list[str]:
         """When the step is done; what is to be said now."""
         if self.noted is None:
             return []
@@ -347,7 +348,7 @@ class Warner:
         if step._whole and (names := unowned(step._model, step.param_groups, step._first_order)):
             self.say("unowned", nobodys(names))
 
-    def _closely(self, number: int, step: Any, view: perturb.View, points: int) -> None:
+    def _closely(self, number: int, step: Any, view: views.View, points: int) -> None:
         heard = [(float(loss), kind) for loss, kind in self.heard]
         self.heard = []
         self.losses += [v for v, _ in heard if math.isfinite(v)]
@@ -368,7 +369,7 @@ class Warner:
         if number == FIRST - 1:
             self.losses, self.kinds, self.spreads = [], [], []
 
-    def _stiffness(self, step: Any, view: perturb.View) -> None:
+    def _stiffness(self, step: Any, view: views.View) -> None:
         sixteen = {n: pc for n, pc in deviations(step, view).items() if pc[0].dtype.itemsize == 2 or pc[1] < 1e-6}
         shares = moved(sixteen, step._kind)
         still, part = swallowed(shares, view.params)
@@ -383,7 +384,7 @@ def holds_sixteen(model: nn.Module | None, trained: Iterable[Tensor]) -> bool:
     return any(p.dtype.itemsize == 2 for p in (*trained, *(model.parameters() if model is not None else ())))
 
 
-def deviations(step: Any, view: perturb.View) -> dict[str, tuple[Tensor, float]]:
+def deviations(step: Any, view: views.View) -> dict[str, tuple[Tensor, float]]:
     """(weight, standard deviation of its perturbation) by name, of the parameters of a view; a scale with many values counts as 1."""
     found = {}
     for weights, group in zip(view.groups, step.param_groups, strict=True):

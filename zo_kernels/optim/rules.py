@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import checks, lowrank, ops, perturb, update
+from zo_kernels import checks, lowrank, ops, update, views
 from zo_kernels.optim.estimators import Number
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Entry, Pass, move
 
-Part = tuple[Collection[str] | None, Sequence[tuple[perturb.Tag, Number]]]  # (names, terms)
+Part = tuple[Collection[str] | None, Sequence[tuple[views.Tag, Number]]]  # (names, terms)
 STATES = ("stored", "recomputed")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,7 +36,7 @@ class Applied:
     """
 
     group: int
-    tags: Sequence[perturb.Tag]
+    tags: Sequence[views.Tag]
     coefs: Sequence[Number]
     decay: Number
     rounding: str
@@ -100,7 +100,7 @@ class Rule:
 class Past:
     """An earlier step as a recomputed state sees it. If it was skipped, `live` and the coefficients are 0."""
 
-    tags: Sequence[perturb.Tag]
+    tags: Sequence[views.Tag]
     coefs: Sequence[Number]
     live: Number
 
@@ -297,7 +297,7 @@ class Conservative(Rule):
     def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
         return [0.0, lr * gs[0]]  # nothing taken yet
 
-    def trials(self, tag: perturb.Tag, tried: Number) -> list[list[tuple[perturb.Tag, Number]]]:
+    def trials(self, tag: views.Tag, tried: Number) -> list[list[tuple[views.Tag, Number]]]:
         """Where the candidates are evaluated."""
         return [[], [(tag, tried)], [(tag, -tried)]]
 

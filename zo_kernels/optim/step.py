@@ -2,7 +2,7 @@
 
 Belongs here: the step and its life: when the model is evaluated, what is committed together, resuming, copies, journals. Does not belong here:
 what is evaluated (estimators.py), along what (directions.py, blocks.py), what is made of it (rules.py), the papers' names for combinations of
-them (methods.py), how a model sees theta ± eps z (perturb.py), the pass over the weights (ops.py).
+them (methods.py), how a model sees theta ± eps z (views/), the pass over the weights (ops.py).
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import _replay as replays
-from zo_kernels import checks, interrupts, parameters, perturb, tangents
+from zo_kernels import checks, interrupts, parameters, views
 from zo_kernels import journal as journals
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import directions, estimators, findings, generators, graph, parts, projection, record, rules, saved
 from zo_kernels.plan import written
+from zo_kernels.views import tangents
 
 Loss = Tensor | float
 
@@ -150,7 +151,7 @@ class ZOStep(torch.optim.Optimizer):
                 "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
                 "or take perturbation='inplace'"
             )
-        compiled = named.model is not None and perturb.compiled(named.model)
+        compiled = named.model is not None and views.compiled(named.model)
         if perturbation == "scratch" and compiled:
             raise ValueError(
                 "perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'"
@@ -183,7 +184,7 @@ class ZOStep(torch.optim.Optimizer):
         self._terms = self._own + (self._projection.size if self._projection is not None else 0) + direction.size
         self._kept, self._held = rule.of(), direction.of(int(seed), kind, backend)
         self._past: deque[rules.Number] = deque(maxlen=clip.window if isinstance(clip, rules.QuantileClip) else 1)  # |g|, fp32
-        self._views: dict[int | None, perturb.View] = {}
+        self._views: dict[int | None, views.View] = {}
         self._members: list[list[str]] = []  # the blocks' parameters
         self._model, self._backend, self._kind, self._seed = named.model, backend, kind, int(seed)
         self._scratch, self._clip = scratch, clip
@@ -200,7 +201,7 @@ class ZOStep(torch.optim.Optimizer):
         self._whole = isinstance(model_or_params, nn.Module)  # every parameter of the model was ours to take
         self._warner = findings.Warner()
         self._streams = parameters.streams_of(named.all_names)
-        self._view: perturb.View | None = None
+        self._view: views.View | None = None
         self._owned: set[str] = set()  # the parameters that the module had
         self._recorder: record.Recorder | None = None
         self._recorder_closes: weakref.finalize[..., Any] | None = None
@@ -230,11 +231,11 @@ class ZOStep(torch.optim.Optimizer):
     # -- the step --
 
     @torch.inference_mode(False)
-    def _refresh(self) -> perturb.View:
+    def _refresh(self) -> views.View:
         """The view of the next step's weights, made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted."""
         block = self._blocks.at(self.steps, len(self._members), self._seed) if self._blocks and self._members else None
         view = self._views.get(block)
-        if isinstance(self._view, perturb.Scratch) and view is not self._view:
+        if isinstance(self._view, views.Scratch) and view is not self._view:
             self._view.release()  # another block's: one buffer is enough
         if view is not None and self._current(view, block) and not view.moved():
             self._view = view
@@ -261,9 +262,9 @@ class ZOStep(torch.optim.Optimizer):
             assert self._model is not None
             view = tangents.Tangents(groups, self._model, self._scratch_bytes, **options)
         elif self._scratch and self._model is not None:
-            view = perturb.Scratch(groups, self._model, self._scratch_bytes, **options)
+            view = views.Scratch(groups, self._model, self._scratch_bytes, **options)
         else:
-            view = perturb.InPlace(groups, self._model, self._lazy, **options)
+            view = views.InPlace(groups, self._model, self._lazy, **options)
             if self._flush_at_exit is not None:
                 self._flush_at_exit.detach()
             if self._lazy:
@@ -284,7 +285,7 @@ class ZOStep(torch.optim.Optimizer):
         self._graphs = None
         return view
 
-    def _current(self, view: perturb.View, block: int | None) -> bool:
+    def _current(self, view: views.View, block: int | None) -> bool:
         among = self._among(block)
         return len(view.groups) == len(self.param_groups) and all(
             w.current(g, among) for w, g in zip(view.groups, self.param_groups, strict=True)
@@ -296,7 +297,7 @@ class ZOStep(torch.optim.Optimizer):
     def _limits(self, name: str, p: Tensor) -> directions.Limits:
         return self._held.limits(name, p, self._streams[name])
 
-    def _prepare(self, view: perturb.View) -> None:
+    def _prepare(self, view: views.View) -> None:
         """Masks, scales and factors of the next step, from the clean weights."""
         self._held.prepare(self.steps, self._tag, view.params)
         if view.mask_tag != self._held.mask_tag:
@@ -307,7 +308,7 @@ class ZOStep(torch.optim.Optimizer):
 
     def flush(self) -> None:
         """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
-        if isinstance(self._view, perturb.InPlace) and not self._inside:
+        if isinstance(self._view, views.InPlace) and not self._inside:
             with interrupts.uninterrupted():
                 ahead = any(self._view.at)
                 self._view.restore()
@@ -359,7 +360,7 @@ class ZOStep(torch.optim.Optimizer):
         assert closure is not None
         # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
         # What a step makes is used by the next one, in whatever mode that is.
-        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad(), perturb.attention_as_in_training():
+        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
             if not self._busy.acquire(blocking=False):
                 raise _inside("step()")
             try:
@@ -367,7 +368,7 @@ class ZOStep(torch.optim.Optimizer):
             finally:
                 self._inside = False
                 self._busy.release()
-            if isinstance(self._view, perturb.Scratch) and (note := self._view.news()):
+            if isinstance(self._view, views.Scratch) and (note := self._view.news()):
                 warnings.warn(note, findings.ZOWarning, stacklevel=3)
             assert self._view is not None
             for words in self._warner.look(self, self._view):
@@ -384,7 +385,7 @@ class ZOStep(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.check()
         self._inside, tag, ahead = True, self._tag, False
-        if isinstance(view, perturb.InPlace):
+        if isinstance(view, views.InPlace):
             view.seen, ahead = 0, any(view.at)
         try:
             self._prepare(view)
@@ -430,7 +431,7 @@ class ZOStep(torch.optim.Optimizer):
         ]
 
     def _eager(
-        self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, rehearsal: bool = False
+        self, view: views.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, rehearsal: bool = False
     ) -> Tensor:
         """The step, operation by operation. A rehearsal has lr = 0 and leaves the random state, too, as it was."""
         rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
@@ -472,7 +473,7 @@ class ZOStep(torch.optim.Optimizer):
             self._refuse_graph("the forwards draw random numbers (dropout? call model.eval())")
         return loss
 
-    def _rehearse(self, view: perturb.Scratch, closure: Callable[..., Loss], batches: Sequence[Any]) -> None:
+    def _rehearse(self, view: views.Scratch, closure: Callable[..., Loss], batches: Sequence[Any]) -> None:
         """What must have run once before it can be captured, without a trace in the weights: the same kernels may not give the same
         bits in a graph and outside (models choose others), so that every step of a run is a graph's."""
         skipped = self._skipped.clone() if isinstance(self._skipped, Tensor) else self._skipped
@@ -483,7 +484,7 @@ class ZOStep(torch.optim.Optimizer):
         else:
             self._skipped = skipped
 
-    def _graphed(self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor | None:
+    def _graphed(self, view: views.View, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> Tensor | None:
         """The step as a graph, captured if need be; None if it has to run eagerly."""
         try:
             if batches is None:
@@ -499,7 +500,7 @@ class ZOStep(torch.optim.Optimizer):
             signs = tuple(g["maximize"] for g in self.param_groups)  # constants of the captured kernels
             key = graph.key_of(closure, batches, training, (*decays, *signs), len(self.param_groups))
             if not graphs.known(key):
-                if not isinstance(view, perturb.Scratch):
+                if not isinstance(view, views.Scratch):
                     return None  # in place a rehearsal would round the weights
                 self._rehearse(view, closure, batches)
                 if not self._graph_wanted:
@@ -536,10 +537,10 @@ class ZOStep(torch.optim.Optimizer):
 
     def _evaluate_and_update(
         self,
-        view: perturb.View,
+        view: views.View,
         closure: Callable[..., Loss],
         batches: Sequence[Any] | None,
-        tag: perturb.Tag,
+        tag: views.Tag,
         numbers: Sequence[Numbers],
         between: Callable[[], None] = lambda: None,
         inner: Sequence[float] = (),
@@ -552,7 +553,7 @@ class ZOStep(torch.optim.Optimizer):
         losses: list[Tensor] = []
         dual = isinstance(view, tangents.Tangents)
 
-        def at(shifts: list[perturb.Shift]) -> Tensor:
+        def at(shifts: list[views.Shift]) -> Tensor:
             view.see(shifts)
             loss = self._evaluate(closure, batches, dual)
             view.check()
@@ -571,7 +572,7 @@ class ZOStep(torch.optim.Optimizer):
                 self._warner.note(losses, self._summary.gradient, self._summary.finite)
             if isinstance(self._rule, rules.Conservative) and decided[0].go is not False:
                 decided = self._choose(decided, at)
-            ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, perturb.InPlace) else []
+            ahead = [view.ahead(tag, [n.eps for n in numbers])] if isinstance(view, views.InPlace) else []
             for weights in view.groups:
                 self._rule.reserve(self._kept, weights)
             projects = self._projection is not None and self._projection.due(self.steps) and bool(decided[0].go)
@@ -612,7 +613,7 @@ class ZOStep(torch.optim.Optimizer):
             self._past.append(_fp32_of(abs(self._summary.gradient)))
 
     def _project(
-        self, view: perturb.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, between: Callable[[], None]
+        self, view: views.View, closure: Callable[..., Loss], batches: Sequence[Any] | None, between: Callable[[], None]
     ) -> None:
         """The projection that ends a step, on its batch, behind the update; its numbers join those of the step's record."""
         assert self._projection is not None and self._summary is not None
@@ -621,7 +622,7 @@ class ZOStep(torch.optim.Optimizer):
             view.expect()
             try:
                 result = forward()
-                perturb.View.check(view)  # of the module's own attributes: nothing stands before them any more
+                views.View.check(view)  # of the module's own attributes: nothing stands before them any more
             except BaseException:
                 view._undo()
                 raise
@@ -654,12 +655,12 @@ class ZOStep(torch.optim.Optimizer):
         first, *others = self._summary.coefs
         self._summary = self._summary._replace(coefs=[[*first[:own], *numbers, *first[own + size :]], *others])
 
-    def _before(self, view: perturb.View) -> Callable[[], None]:
+    def _before(self, view: views.View) -> Callable[[], None]:
         """What takes an update, and what follows it, back: to weights and state as they stand now, which are copied to host memory."""
         # A rule's pass begins at clean weights, too, and leaves other factors of low-rank directions behind: no way back from a perturbation.
-        merged = isinstance(view, perturb.InPlace) and not self._rule.stateful
+        merged = isinstance(view, views.InPlace) and not self._rule.stateful
         with contextlib.nullcontext() if merged else view.clean():
-            at = list(view.at) if isinstance(view, perturb.InPlace) else []
+            at = list(view.at) if isinstance(view, views.InPlace) else []
             weights = [(p, p.detach().to("cpu", copy=True)) for w in view.groups for p in w.params]
             rule = self._kept.state()
             direction = self._held.state() if isinstance(self._direction, directions.InverseRoot) else None  # the rule's, in truth
@@ -671,7 +672,7 @@ class ZOStep(torch.optim.Optimizer):
                 self._kept.load(rule)
                 if direction is not None:
                     self._held.load(direction)
-                if isinstance(view, perturb.InPlace):
+                if isinstance(view, views.InPlace):
                     view.at = at
                     view.restore()
 
@@ -693,7 +694,7 @@ class ZOStep(torch.optim.Optimizer):
                 "for parameters that are trained by backpropagation there is first_order"
             ) from error
 
-    def _tags(self, tag: perturb.Tag) -> list[perturb.Tag]:
+    def _tags(self, tag: views.Tag) -> list[views.Tag]:
         """Of a step's directions."""
         return [tag + i if i else tag for i in range(self._estimator.directions)]
 
@@ -720,7 +721,7 @@ class ZOStep(torch.optim.Optimizer):
         )
 
     def _decide(
-        self, tags: Sequence[perturb.Tag], numbers: Sequence[Numbers], losses: Sequence[Tensor], inner: Sequence[float]
+        self, tags: Sequence[views.Tag], numbers: Sequence[Numbers], losses: Sequence[Tensor], inner: Sequence[float]
     ) -> list[rules.Applied]:
         """The step's numbers for each group, from float64 losses. On the CPU they are numbers; elsewhere they stay tensors, so that the host
         does not wait for the device."""
@@ -746,7 +747,7 @@ class ZOStep(torch.optim.Optimizer):
             [_fp32_of(c) for c in self._rule.decide([sign * g for g in group], n.lr, curvature)]
             for sign, group, n, curvature in zip(signs, gs, numbers, curvatures, strict=True)
         ]
-        decays: list[perturb.Coefficient] = [n.decay for n in numbers]
+        decays: list[views.Coefficient] = [n.decay for n in numbers]
         finite: Any
         if on_host:
             finite = all(math.isfinite(x) for group in (*raw, *coefs) for x in group)
@@ -785,7 +786,7 @@ class ZOStep(torch.optim.Optimizer):
             torch.stack([g.abs() > limit for gs in raw for g in gs]).any(),
         )
 
-    def _choose(self, decided: list[rules.Applied], at: Callable[[list[perturb.Shift]], Tensor]) -> list[rules.Applied]:
+    def _choose(self, decided: list[rules.Applied], at: Callable[[list[views.Shift]], Tensor]) -> list[rules.Applied]:
         """Evaluate a conservative rule's candidates and keep the best."""
         rule = self._rule
         assert isinstance(rule, rules.Conservative) and self._summary is not None
@@ -797,7 +798,7 @@ class ZOStep(torch.optim.Optimizer):
         self._summary = self._summary._replace(coefs=coefs)
         return [replace(a, coefs=c) for a, c in zip(decided, coefs, strict=True)]
 
-    def _apply(self, view: perturb.View, decided: Sequence[rules.Applied], *ahead: Any) -> None:
+    def _apply(self, view: views.View, decided: Sequence[rules.Applied], *ahead: Any) -> None:
         """Weights and state as a function of the step's numbers: the one place where a live step and a replayed one change them."""
         rule, kept = self._rule, self._kept
         before = kept.cohorts
@@ -809,7 +810,7 @@ class ZOStep(torch.optim.Optimizer):
                         rule.run(kept, a, view.groups[a.group], options)
                 return
             updates = [
-                [(names, perturb.Update(terms, a.decay, a.rounding)) for names, terms in rule.terms(kept, a, view.groups[a.group])]
+                [(names, views.Update(terms, a.decay, a.rounding)) for names, terms in rule.terms(kept, a, view.groups[a.group])]
                 for a in decided
             ]
             if all(len(parts) == 1 for parts in updates):
@@ -1008,7 +1009,7 @@ class ZOStep(torch.optim.Optimizer):
         """What the numbers of a record mean, for a journal's header: JSON; None where they are the coefficients of an update along directions
         that stay, as in plain MeZO: such records replay without an optimizer."""
         if parts.plain(self._rule, self._direction, self._blocks, self._projection, self._clip) and (
-            isinstance(self._view, perturb.Scratch) or self._estimator == estimators.TwoSided()
+            isinstance(self._view, views.Scratch) or self._estimator == estimators.TwoSided()
         ):
             return None
         mine = {**self._configured(), "clip": self._clip if isinstance(self._clip, rules.QuantileClip) else None}
@@ -1017,11 +1018,11 @@ class ZOStep(torch.optim.Optimizer):
             described["rule"]["counts"] = parts.COUNTS
         return described
 
-    def _replay(self, view: perturb.View, past: journals.Journal) -> None:
+    def _replay(self, view: views.View, past: journals.Journal) -> None:
         if past.header.method is None:
             replayer = replays.Replayer(view.groups, past.header, self._backend)
             replayer.records(past.records)
-            if isinstance(view, perturb.InPlace):
+            if isinstance(view, views.InPlace):
                 view.at = list(replayer.at)
         else:
             self.apply_records(past.header, past.records)
@@ -1050,7 +1051,7 @@ class ZOStep(torch.optim.Optimizer):
             decided = [
                 rules.Applied(k, tags, group, d, rounding, go) for k, (group, d) in enumerate(zip(coefs, decays, strict=True))
             ]
-            if epses is not None and isinstance(view, perturb.InPlace):
+            if epses is not None and isinstance(view, views.InPlace):
                 view.expect()
                 shifts = [[[(tags[i], factor * e) for i, factor in point] for e in epses] for point in self._points]
                 if isinstance(self._rule, rules.Conservative) and go:
@@ -1094,10 +1095,10 @@ class ZOStep(torch.optim.Optimizer):
             raise
         return None
 
-    def _record_failure(self, view: perturb.View, tag: int, ahead: bool) -> None:
+    def _record_failure(self, view: views.View, tag: int, ahead: bool) -> None:
         """A failed step in place has rounded the weights without an update; scratch mode has nothing to tell. `ahead`: a lazy run's weights
         were, when the step began."""
-        if self._recorder is None or not isinstance(view, perturb.InPlace):
+        if self._recorder is None or not isinstance(view, views.InPlace):
             return
         if self._recorder.broken:
             return
@@ -1227,7 +1228,7 @@ class ZOStep(torch.optim.Optimizer):
         flushed: a module copied beside it stands where the original stands."""
         self._refuse_inside("a copy")
         state = {k: v for k, v in self.__dict__.items() if k not in _MADE_ANEW and not k.startswith("_optimizer_")}
-        state["_at"] = self._view.at if isinstance(self._view, perturb.InPlace) else None
+        state["_at"] = self._view.at if isinstance(self._view, views.InPlace) else None
         state["_journal"] = self._recorder.writer.path if self._recorder is not None else ""
         return state
 
@@ -1245,7 +1246,7 @@ class ZOStep(torch.optim.Optimizer):
         self._views = {}
         self._busy, self._inside = threading.Lock(), False
         view = self._refresh()
-        if isinstance(view, perturb.InPlace) and at is not None and len(at) == len(view.at):
+        if isinstance(view, views.InPlace) and at is not None and len(at) == len(view.at):
             view.at = at
         if self._lazy and self._model is not None:
             self._guard(self._model)
@@ -1334,7 +1335,7 @@ def _in_backward(error: BaseException) -> bool:
     return False
 
 
-def _restore(view: perturb.InPlace, process: int) -> None:
+def _restore(view: views.InPlace, process: int) -> None:
     """A fork's child leaves the weights alone: in shared memory they are its parent's."""
     if os.getpid() == process:
         view.restore()

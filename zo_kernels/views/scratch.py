@@ -1,16 +1,12 @@
-"""How a model sees theta + c z: in place, or through a scratch buffer.
+"""theta + c z through a scratch buffer: the weights themselves stay as they are.
 
-Belongs here: the two ways, and what keeps them exact when a forward fails. Does not belong here: which c and z (optim/), the
-arithmetic (ops.py).
+Belongs here: the buffer and what it is filled with, in which order; parts of matrices and rows of tables; parameters that shadows do not reach.
+Does not belong here: what stands before the modules' parameters (shadow.py), how a read past it is noticed (reads.py).
 
-**In place** writes theta + c z over the weights, so that any black-box closure works. Each pass rounds, and in 16 bits the rounding
-does not come back.
-
-**Scratch** leaves the weights alone. For the time of a step every trainable parameter of a module is shadowed by a
-`PerturbedWeight`, a tensor without storage that stands in the module's `__dict__`, where attribute access looks first. When a
-torch function receives one (`F.linear(x, self.weight, self.bias)`), the clean weights are read, theta + c z is written into a
-buffer, and the function runs on the buffer. Forward hooks on modules were the alternative: they miss a weight that a parent reads
-(a tied head), need one buffer per nesting level, and cost two Python calls per module instead of one per use.
+For the time of a step every trainable parameter of a module is shadowed by a `PerturbedWeight`, a tensor without storage that stands in the
+module's `__dict__`, where attribute access looks first. When a torch function receives one (`F.linear(x, self.weight, self.bias)`), the clean
+weights are read, theta + c z is written into a buffer, and the function runs on the buffer. Forward hooks on modules were the alternative: they
+miss a weight that a parent reads (a tied head), need one buffer per nesting level, and cost two Python calls per module instead of one per use.
 
 The buffer has a fixed size, `scratch_bytes`. One pass fills it with the weights of as many of the next calls as it holds, in the order
 in which an earlier forward asked for them: a launch a layer, or a launch a model, instead of one for every bias. A matrix larger
@@ -20,11 +16,10 @@ norms, a small model), the modules get the values themselves, and no Python of o
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -34,495 +29,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zo_kernels import _backends as backends
-from zo_kernels import ops, reads
+from zo_kernels import ops
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Entry, Pass, Plan
-from zo_kernels.reads import Reads, version, walk
+from zo_kernels.views.base import Shift, Update, View, changed
+from zo_kernels.views.memory import ALIGNMENT, aligned, default_scratch_bytes, empty, overlap
+from zo_kernels.views.reads import Reads, version, walk
+from zo_kernels.views.shadow import FRESH, QUIET, SETTERS, Calls, PerturbedWeight, Placed, swap_in
 
 MOST_GATHERS = 64  # plans of gathered rows that are kept: batches of every length come along in a run
 GATHER_BYTES = 1 << 22  # of gathered rows that are perturbed at a time, and at most GATHER_ROWS of them
 GATHER_ROWS = 1 << 16
 PART_ROWS = 256  # parts of a matrix have a multiple of so many rows: whole tiles of matrix kernels, whole calls of the noise
-ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
-
-
-class _Attention:
-    """How many steps are under way, in any thread, and torch's setting before the first of them."""
-
-    lock = threading.Lock()
-    steps = 0
-    before = True
-
-
-@contextlib.contextmanager
-def attention_as_in_training() -> Iterator[None]:
-    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
-    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
-    padding would be treated in another way than when training by backpropagation."""
-    with _Attention.lock:
-        if not _Attention.steps:
-            _Attention.before = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _Attention.steps += 1
-    try:
-        yield
-    finally:
-        with _Attention.lock:
-            _Attention.steps -= 1
-            if not _Attention.steps:
-                torch.backends.mha.set_fastpath_enabled(_Attention.before)
-
-
-Tag = int | Tensor  # a tensor: 0-d int64
-Coefficient = float | Tensor  # a tensor: 0-d float64, on any device; nothing is read back from it
-Shift = Sequence[tuple[Tag, Coefficient]]  # theta + sum c z(tag), as (tag, c)
-
-
-@dataclass(frozen=True)
-class Update:
-    """theta <- round(decay theta + sum c z(tag)) for the clean weights of one group."""
-
-    terms: Sequence[tuple[Tag, Coefficient]]
-    decay: Coefficient = 1.0
-    rounding: str = "nearest"
-
-
-def _changed(name: str, how: str) -> RuntimeError:
-    return RuntimeError(
-        f"parameter {name} was {how} inside a step: nothing was updated. A closure only reads the weights; change them between two steps. "
-        "(In place, values that it wrote are off by the perturbation: load them again)"
-    )
-
-
-class View(abc.ABC):
-    """What both ways share: the parameter groups, and the update of the clean weights.
-
-    `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
-    which the weights are clean. Around both, `step()` guards the forwards, and after each forward `check()` refuses one that changed
-    the weights.
-    """
-
-    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
-        self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
-        self.params = {name: p for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
-        self.names = {id(p): name for name, p in self.params.items()}
-        # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
-        self.places: list[tuple[nn.Module, str, Tensor]] = [
-            (module, attribute, p)
-            for module in (model.modules() if model is not None else ())
-            if isinstance(module._parameters, dict)
-            for attribute, p in module._parameters.items()
-            if p is not None and id(p) in self.names
-        ]
-        # Who holds whom: a module that was replaced (a new head) keeps its parameters, and no forward reads them.
-        self.children = [
-            (module, name, child)
-            for module in (model.modules() if model is not None else ())
-            if isinstance(module._modules, dict)
-            for name, child in module._modules.items()
-        ]
-        self.served: set[int] | None = None  # ids of the parameters that a forward has asked for; None: not known
-        # Parameters beside their memory as the plans have it.
-        self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
-        self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
-        self.versions: list[int] = []
-        self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
-
-    # -- forwards that change weights --
-
-    def expect(self) -> None:
-        """From here on nobody but us may write to the weights."""
-        self.versions = [p._version for p in self.counted]
-
-    def check(self) -> None:
-        """After a forward.
-
-        Raises:
-            RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
-        """
-        if self.versions != [p._version for p in self.counted]:
-            p = next(p for p, version in zip(self.counted, self.versions, strict=True) if p._version != version)
-            raise _changed(self.names[id(p)], "written to")
-        for p, _, address in self.memories:
-            if p.data_ptr() != address:
-                raise _changed(self.names[id(p)], "moved or converted")
-        for module, attribute, p in self.places:
-            if module._parameters.get(attribute) is not p:
-                raise _changed(self.names[id(p)], "replaced")
-
-    def moved(self) -> bool:
-        """Whether an attribute of the model holds another tensor, or another module, than when the view was made."""
-        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places) or any(
-            module._modules.get(name) is not child for module, name, child in self.children
-        )
-
-    def _undo(self) -> None:
-        """Parameters that a failed forward replaced, moved or converted are what they were."""
-        for module, attribute, p in self.places:
-            if module._parameters.get(attribute) is not p:
-                module._parameters[attribute] = p  # type: ignore[assignment]
-        for p, memory, address in self.memories:
-            if p.data_ptr() != address:
-                p.data = memory
-
-    @abc.abstractmethod
-    def step(self, recorded: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Around the forwards and the update of one step. `recorded`: passes are recorded for later and not executed now."""
-
-    @abc.abstractmethod
-    def see(self, shifts: Sequence[Shift]) -> None:
-        """The next forward runs at theta + shift."""
-
-    def memory(self) -> Any:
-        """What passes and forwards read and write by address, besides the weights: a graph keeps it alive."""
-        return self.groups
-
-    def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
-        """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
-        tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
-        device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
-        if device is None:
-            if not any(coefs) and decay == 1.0:
-                return None
-            # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
-            factor = None if decay == 1.0 else float(decay)
-            return Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
-        # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
-        on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
-        values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
-        shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
-        if not tags:
-            return Pass(self.seed, [], [], shift, self.kind, rounding)
-        return Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
-
-    def run(
-        self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str, update: bool = False
-    ) -> None:
-        """theta <- round(decay theta + sum c z) over one group, with the scales of an update or a perturbation; nothing to do is not done."""
-        p = self._pass(terms, decay, rounding)
-        if p is not None:
-            weights = self.groups[group]
-            ops.run(weights.update_plans if update else weights.plans, p, self.backend)
-
-    def update(self, updates: Sequence[Update]) -> None:
-        """The step itself, one update for each group; an interrupt waits until all are done."""
-        with uninterrupted():
-            torch.clear_autocast_cache()  # for who evaluates under the same autocast
-            for k, u in enumerate(updates):
-                self.run(k, u.terms, u.decay, u.rounding, update=True)
-
-    def update_parts(self, parts: Sequence[Sequence[tuple[Collection[str] | None, Update]]]) -> None:
-        """`update`, where parameters of one group differ: for each group the updates of its parts, by names (None: all of the group)."""
-        with self.clean():
-            for weights, updates in zip(self.groups, parts, strict=True):
-                for names, u in updates:
-                    if (p := self._pass(u.terms, u.decay, u.rounding)) is not None:
-                        ops.run([plan for plan, _ in weights.part(weights.names if names is None else names)], p, self.backend)
-
-    @contextlib.contextmanager
-    def clean(self) -> Iterator[None]:
-        """For a pass of the caller's own over the clean weights, in place of `update`; an interrupt waits until it is done."""
-        with uninterrupted():
-            yield
-
-    def plans(self) -> Iterator[Plan]:
-        """Every plan of the view's passes."""
-        for weights in self.groups:
-            yield from weights.plans
-            if weights.update_plans is not weights.plans:
-                yield from weights.update_plans
-            for part in weights.parts.values():
-                yield from (plan for plan, _ in part)
-
-    def retag(self, mask_tag: int) -> None:
-        """Another draw of the random masks."""
-        for plan in self.plans():
-            plan.retag(mask_tag)
-
-
-def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
-    """The sum of lists of terms, one term a tag (a tensor is the same tag as itself only)."""
-    total: dict[int, tuple[Tag, Coefficient]] = {}
-    for terms in lists:
-        for tag, c in terms:
-            key = -1 - id(tag) if isinstance(tag, Tensor) else tag
-            total[key] = tag, (total[key][1] + c if key in total else c)
-    return list(total.values())
-
-
-class InPlace(View):
-    """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
-    first perturbation if `update` was told to go ahead to it."""
-
-    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, lazy: bool = False, **options: Any) -> None:
-        super().__init__(groups, model, **options)
-        self.lazy = lazy
-        self.at: list[Shift] = [()] * len(groups)
-        self.seen = 0  # shifts of this step that are whole in the weights
-        self.whole = True  # every pass that began has ended: `at` is where the weights are
-
-    @contextlib.contextmanager
-    def step(self, recorded: bool = False) -> Iterator[None]:
-        """If a forward fails, the weights go back, to within the rounding of the passes; `seen` then tells which passes there were."""
-        self.seen = 0
-        self.expect()
-        try:
-            yield
-        except BaseException:
-            self._undo()
-            if recorded:
-                self.at = [()] * len(self.groups)
-            else:
-                seen = self.seen
-                self.restore()
-                self.seen = seen
-            raise
-
-    def see(self, shifts: Sequence[Shift]) -> None:
-        with uninterrupted():
-            self.whole = False
-            for k, shift in enumerate(shifts):
-                self.run(k, _add(shift, [(tag, -c) for tag, c in self.at[k]]), 1.0, "nearest")
-                self.at[k] = shift
-            self.whole, self.seen = True, self.seen + 1
-        self.expect()
-        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
-
-    def restore(self) -> None:
-        """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
-        if any(self.at):
-            if any(p.data_ptr() != address for p, _, address in self.memories):
-                # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
-                self.groups = [replace(w) for w in self.groups]
-                self.memories = [(p, e.src, e.src.data_ptr()) for w in self.groups for e, p in w.pairs]
-            with torch.no_grad():
-                self.see([()] * len(self.groups))
-
-    def update(self, updates: Sequence[Update], ahead: Sequence[Shift] | None = None) -> None:
-        """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
-        decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
-        if any(w.update_plans is not w.plans for w in self.groups):
-            self.restore()  # with the scales of the perturbation
-        with uninterrupted():
-            torch.clear_autocast_cache()
-            self.whole = False
-            for k, u in enumerate(updates):
-                target = ahead[k] if ahead else ()
-                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding, update=True)
-                self.at[k] = target
-            self.whole = True
-
-    @contextlib.contextmanager
-    def clean(self) -> Iterator[None]:
-        self.restore()
-        with uninterrupted():
-            self.whole = False
-            yield
-            self.whole = True
-
-    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
-        """Where `update` goes on to behind the step of `tag`; None: it ends at the clean weights."""
-        if not self.lazy or not isinstance(tag, int) or tag + 1 >= 1 << 32:
-            return None
-        return [[(tag + 1, e)] for e in eps]
-
-
-# ---- scratch ----------------------------------------------------------------------------------------------------------
-
-# What may be asked of a weight without its values.
-_METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "grad_fn"),
-        *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"),
-    )
-} | {
-    getattr(Tensor, name)
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device", "__len__", "__hash__"),
-        *("is_floating_point", "is_complex", "is_contiguous"),
-    )
-}
-
-
-# What changes a tensor without writing to its memory: `p.data = x`, `p.requires_grad = False`.
-_SETTERS = {"__set__", "requires_grad_"}
-
-# What may be asked of a parameter itself without reading or writing its values; an alias of it is noticed when it is used. Pickled, it is
-# what a checkpoint is to have: the clean values.
-_QUIET = (
-    _METADATA
-    | {getattr(Tensor, name).__get__ for name in ("grad", "data", "_version", "_base", "output_nr", "is_nested", "retains_grad")}
-    | {getattr(Tensor, name).__set__ for name in ("grad", "data", "requires_grad")}
-    | {getattr(Tensor, name).__delete__ for name in ("grad",)}
-    | {Tensor.requires_grad_, Tensor.is_inference, Tensor.detach, Tensor.__reduce_ex__}
-    | {Tensor.storage_offset, Tensor.is_conj, Tensor.is_neg, Tensor._is_view}
-)
-
-# Functions whose result is never a view of a weight, and which write to none.
-_FRESH = {
-    *(nn.functional.linear, nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.embedding),
-    *(nn.functional.conv1d, nn.functional.conv2d, nn.functional.bilinear, torch.addmm, torch.mm, torch.matmul, torch.bmm),
-    *(Tensor.matmul, Tensor.__matmul__, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.add, Tensor.__add__, Tensor.__radd__),
-}
-
-
-def default_scratch_bytes(devices: Iterable[torch.device]) -> int:
-    """The size of the buffer: what lies in the cache that the matrix products read it from.
-
-    On a GPU half of the L2 cache of an H100 and most of an A100's; on a CPU a share of the last level.
-    """
-    return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 22
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that may be written to at any time, whatever mode the closure is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def compiled(model: nn.Module) -> bool:
-    """Whether part of the model runs as a graph of torch.compile, which has the weights built in and would not see a shadow."""
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
-
-
-class Placed(dict[str, Any]):
-    """A module's `_parameters` while other values stand before it, in the module's `__dict__`.
-
-    Who puts another tensor there (`torch.func.functional_call`) has it read. Who copies or pickles the module is refused: the copy would
-    keep the values that stand before its parameters.
-    """
-
-    def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
-        super().__init__()
-        self.module, self.values_shown = module, values
-        self.parameters: dict[str, Any] = {}  # the module's own
-        self.touched = False
-
-    def place(self) -> None:
-        self.parameters, self.touched = self.module._parameters, False
-        self.clear()
-        self.update(self.parameters)
-        self.module.__dict__["_parameters"] = self
-        self.module.__dict__.update(self.values_shown)
-
-    def __setitem__(self, name: str, p: Any) -> None:
-        super().__setitem__(name, p)
-        self.touched = True
-        if name in self.values_shown and p is self.parameters.get(name):
-            self.module.__dict__[name] = self.values_shown[name]
-        elif name in self.values_shown:
-            self.module.__dict__.pop(name, None)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self.touched = True
-        if name in self.values_shown:
-            self.module.__dict__.pop(name, None)
-
-    def keep(self) -> None:
-        """The step is done: parameters that the closure added stay."""
-        self.parameters.clear()
-        self.parameters.update(self)
-
-    def remove(self) -> None:
-        attributes = self.module.__dict__
-        if attributes["_parameters"] is self:
-            attributes["_parameters"] = self.parameters
-            for name in self.values_shown:
-                attributes.pop(name, None)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(
-            "a module is copied or pickled inside a scratch step, while perturbed values stand before its parameters: do it between two "
-            "steps; its state_dict() has the clean weights at any time"
-        )
-
-
-class PerturbedWeight(Tensor):
-    """A weight as the forwards of a scratch-mode step see it: shape, dtype and device of the parameter, and no storage.
-
-    Any torch function that receives one gets theta + c z instead.
-    """
-
-    param: Tensor
-    clean: Tensor  # the parameter's values for our own reads, which nobody watches
-    entry: Entry
-    group: int
-    scratch: Scratch
-    room: int  # in the buffer
-
-    @staticmethod
-    def __new__(cls, param: Tensor, entry: Entry, group: int, scratch: Scratch) -> PerturbedWeight:
-        self: PerturbedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device, requires_grad=param.requires_grad
-        )
-        self.param, self.entry, self.group, self.scratch = param, entry, group, scratch
-        self.clean = param.detach()
-        self.room = _aligned(param.nbytes)
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            return reads.untraced(func, *args, **kwargs)
-        found = _find(args, kwargs)
-        scratch = found[0].scratch
-        if threading.get_ident() != scratch.thread:
-            scratch.refuse_thread(found[0])
-        return scratch.call(func, args, kwargs, found)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """C++ code that did not ask `__torch_function__` (scripted functions): the values, in memory of their own."""
-        kwargs = kwargs or {}
-        found = _find(args, kwargs)
-        if threading.get_ident() != found[0].scratch.thread:
-            found[0].scratch.refuse_thread(found[0])
-        args, kwargs = _replace(args, kwargs, found[0].scratch.values(found, keep=True))
-        return func(*args, **kwargs)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PerturbedWeight(shape={tuple(self.clean.shape)}, dtype={self.clean.dtype}, device={self.clean.device})"
-
-
-def _find(args: Any, kwargs: Any) -> list[PerturbedWeight]:
-    """The perturbed weights among nested arguments, in order. Hundreds of calls a forward: the usual flat case goes first."""
-    if kwargs or any(type(a) in (tuple, list, dict) for a in args):
-        return [a for a in walk((args, kwargs)) if type(a) is PerturbedWeight]
-    return [a for a in args if type(a) is PerturbedWeight]
-
-
-def _replace(args: Any, kwargs: Any, values: Sequence[Tensor]) -> tuple[Any, Any]:
-    """The arguments with `values` in place of what `_find` found, in its order."""
-    supply = iter(values)
-    if kwargs or any(type(a) in (tuple, list, dict) for a in args):
-        return [_swap(a, supply) for a in args], {key: _swap(a, supply) for key, a in kwargs.items()}
-    return [next(supply) if type(a) is PerturbedWeight else a for a in args], kwargs
-
-
-def _swap(node: Any, supply: Iterator[Tensor]) -> Any:
-    # No function inside `_replace`: one that calls itself is a reference cycle, which holds the values until the collector runs.
-    if type(node) is PerturbedWeight:
-        return next(supply)
-    if isinstance(node, (tuple, list)):
-        items = [_swap(inner, supply) for inner in node]
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    if isinstance(node, dict):
-        return {key: _swap(inner, supply) for key, inner in node.items()}
-    return node
-
-
-Calls = tuple[int, ...]  # the weights that one call takes, by the ids of their shadows
 
 
 @dataclass
@@ -623,7 +142,7 @@ class Scratch(View):
         self.watched_mode: bool | None = None  # model.training of the step that was watched
         self.shadows = shadows
         self.recorded = False  # this step's passes are recorded and not executed
-        self.reads = Reads((s.param for s in shadows.values()), _QUIET, self._read, self._written, self._elsewhere)
+        self.reads = Reads((s.param for s in shadows.values()), QUIET, self._read, self._written, self._elsewhere)
 
     # -- a step --
 
@@ -635,7 +154,7 @@ class Scratch(View):
         if watched:
             self.changed = True  # see() starts to learn
         if self.fitting and (self.resident is None or self.resident_beside != len(self.held)):
-            room = [_empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in self.fitting]
+            room = [empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in self.fitting]
             self.resident, self.resident_beside = self._fill_of([[s] for s in self.fitting], room), len(self.held)
             self.shown = {id(self.resident.values[(id(s),)][0]): s for s in self.fitting}
         there = self.resident.values if self.resident else {}
@@ -720,11 +239,11 @@ class Scratch(View):
             ):
                 if before != now:
                     t = next(t for t, a, b in zip(written, before, now, strict=True) if a != b)
-                    raise _changed(self._name_of(next(k for k, (v,) in self.resident.values.items() if v is t)[0]), how)
+                    raise changed(self._name_of(next(k for k, (v,) in self.resident.values.items() if v is t)[0]), how)
         for front in self.fronts:
             for attribute in front.values_shown:
                 if attribute not in front.module.__dict__:
-                    raise _changed(self.names[id(front.parameters[attribute])], "perturbed by another step")
+                    raise changed(self.names[id(front.parameters[attribute])], "perturbed by another step")
         if self._drop_gradients():
             raise RuntimeError(
                 "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. Leave it out "
@@ -813,21 +332,21 @@ class Scratch(View):
             if product is not None:
                 return product
         values = self.values(found)
-        plain, named = _replace(args, kwargs, values)
-        if func in _FRESH:
+        plain, named = swap_in(args, kwargs, values)
+        if func in FRESH:
             return func(*plain, **named)
-        if getattr(func, "__name__", "") in _SETTERS:
-            raise _changed(self.names[id(found[0].param)], "changed")
+        if getattr(func, "__name__", "") in SETTERS:
+            raise changed(self.names[id(found[0].param)], "changed")
         versions = [t._version for t in values]
         result = func(*plain, **named)
         for t, before, shadow in zip(values, versions, found, strict=True):
             if t._version != before:
                 self.live = {}
-                raise _changed(self.names[id(shadow.param)], "written to")
+                raise changed(self.names[id(shadow.param)], "written to")
         for t in (result,) if type(result) is Tensor else walk(result):
             if isinstance(t, Tensor) and type(t) is not PerturbedWeight and t.untyped_storage().data_ptr() in self.storages:
                 # A view of the weight outlives the call (`weight.t()`): it needs values that the next call does not overwrite.
-                plain, named = _replace(args, kwargs, self.values(found, keep=True))
+                plain, named = swap_in(args, kwargs, self.values(found, keep=True))
                 return func(*plain, **named)
         return result
 
@@ -836,7 +355,7 @@ class Scratch(View):
         key = tuple(map(id, found))
         if keep:
             self._serves(found)
-            fill = self._fill_of([found], [_empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in found])
+            fill = self._fill_of([found], [empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in found])
             self._fill(fill)
             return fill.values[key]
         if self.asked is not None:
@@ -938,12 +457,12 @@ class Scratch(View):
         sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in wanted]
         for (device, _, _), size in zip(wanted, sizes, strict=True):
             starts.append(ends[device])
-            ends[device] += _aligned(size)
+            ends[device] += aligned(size)
         have = {device: buffer.numel() for device, buffer in self.buffers.items()}
         if any(have.get(device, 0) < size for device, size in ends.items()):
             self._drop_buffers()
             for device, size in (have | {device: max(size, have.get(device, 0)) for device, size in ends.items()}).items():
-                whole = _empty((size + ALIGNMENT,), torch.uint8, device)
+                whole = empty((size + ALIGNMENT,), torch.uint8, device)
                 start = -whole.data_ptr() % ALIGNMENT
                 self.buffers[device] = whole[start : start + size]
             self.storages = {b.untyped_storage().data_ptr() for b in self.buffers.values()}
@@ -1024,7 +543,7 @@ class Scratch(View):
         if type(weight) is not PerturbedWeight or not isinstance(input, Tensor):
             return None
         if max_norm is not None:  # it writes to the table
-            raise _changed(self.names[id(weight.param)], "written to (max_norm)")
+            raise changed(self.names[id(weight.param)], "written to (max_norm)")
         entry, p = weight.entry, self.passes[weight.group]
         table = weight.clean
         if p is None or id(weight.param) in self.held or (entry.mask is not None and table.shape[1] % 8):
@@ -1066,7 +585,7 @@ class Scratch(View):
         """Bytes that all gathers share: one is over before the next begins."""
         room = self.gather_memory.get((purpose, device))
         if room is None or room.numel() < size:
-            room = self.gather_memory[purpose, device] = _empty((size,), torch.uint8, device)
+            room = self.gather_memory[purpose, device] = empty((size,), torch.uint8, device)
             self.gathers.clear()  # they point into the old memory
         return room[:size]
 
@@ -1077,7 +596,7 @@ class Scratch(View):
             self.hold(self.shadows[id(p)])
 
     def _written(self, p: Tensor) -> None:
-        raise _changed(self.names[id(p)], "written to")
+        raise changed(self.names[id(p)], "written to")
 
     def _elsewhere(self, p: Tensor) -> None:
         self.refuse_thread(self.shadows[id(p)])
@@ -1162,7 +681,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.scratch.inside or func in _QUIET or func in (Tensor.untyped_storage, Tensor.data_ptr):
+        if self.scratch.inside or func in QUIET or func in (Tensor.untyped_storage, Tensor.data_ptr):
             return func(*args, **kwargs)
         leaves = list(walk((args, kwargs)))
         self.scratch._serves(self.scratch.shown[id(t)] for t in leaves if id(t) in self.scratch.shown)
@@ -1184,23 +703,7 @@ class Watch(TorchFunctionMode):
                 storage = t.untyped_storage().data_ptr()
             except (NotImplementedError, RuntimeError):  # sparse, or a subclass without memory of its own
                 return []
-            found = [shadow for shadow in self.storages.get(storage, ()) if _overlap(t, shadow.clean)]
+            found = [shadow for shadow in self.storages.get(storage, ()) if overlap(t, shadow.clean)]
         for shadow in found:
             self.scratch._read(shadow.param)
         return found
-
-
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors that an operation says it writes to."""
-    for k, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            for t in walk(args[k] if k < len(args) else kwargs.get(argument.name)):
-                if isinstance(t, Tensor) and not t.is_meta:
-                    yield t
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory spans of two tensors of one storage meet. A view's span counts from its first to its last element."""
-    last = sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else -1
-    start, end = a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
-    return start < b.data_ptr() + b.nbytes and b.data_ptr() < end

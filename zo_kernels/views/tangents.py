@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zo_kernels import interrupts, ops, perturb
+from zo_kernels import interrupts, ops
 from zo_kernels.plan import Plan
+from zo_kernels.views.base import Shift, changed
+from zo_kernels.views.scratch import Scratch
+from zo_kernels.views.shadow import SETTERS, PerturbedWeight, swap_in
 
 
-class Tangents(perturb.Scratch):
+class Tangents(Scratch):
     """`see([[(tag, _)], ...])`: the next forward carries the tangents z(tag), with their masks and scales."""
 
     holds_values = False
@@ -44,18 +47,18 @@ class Tangents(perturb.Scratch):
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().step(recorded):
             yield
 
-    def see(self, shifts: Sequence[perturb.Shift]) -> None:
+    def see(self, shifts: Sequence[Shift]) -> None:
         self.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]
         torch.clear_autocast_cache()
         self.expect()
         self.reads.begin()
 
-    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[perturb.PerturbedWeight]) -> Any:
-        if getattr(func, "__name__", "") in perturb._SETTERS:
-            raise perturb._changed(self.names[id(found[0].param)], "changed")
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
+        if getattr(func, "__name__", "") in SETTERS:
+            raise changed(self.names[id(found[0].param)], "changed")
         self.inside = True  # the primal of a dual number is the clean weight
         try:
-            plain, named = perturb._replace(args, kwargs, [self._dual(shadow) for shadow in found])
+            plain, named = swap_in(args, kwargs, [self._dual(shadow) for shadow in found])
             return func(*plain, **named)
         except NotImplementedError as error:
             raise NotImplementedError(
@@ -65,7 +68,7 @@ class Tangents(perturb.Scratch):
         finally:
             self.inside = False
 
-    def _dual(self, shadow: perturb.PerturbedWeight) -> Tensor:
+    def _dual(self, shadow: PerturbedWeight) -> Tensor:
         self._serves([shadow])
         value, p = shadow.clean, self.passes[shadow.group]
         if p is None:
@@ -75,13 +78,13 @@ class Tangents(perturb.Scratch):
         ops.run((Plan((entry,), z.device, z.dtype),), p, self.backend)
         return forward_ad.make_dual(value, z)
 
-    def values(self, found: Sequence[perturb.PerturbedWeight], keep: bool = False) -> list[Tensor]:
+    def values(self, found: Sequence[PerturbedWeight], keep: bool = False) -> list[Tensor]:
         raise RuntimeError(
             f"parameter {self.names[id(found[0].param)]} is read by code that torch functions do not show (a scripted module?): forward gradients "
             "need a model in plain Python"
         )
 
-    def hold(self, shadow: perturb.PerturbedWeight) -> None:
+    def hold(self, shadow: PerturbedWeight) -> None:
         raise RuntimeError(
             f"parameter {self.names[id(shadow.param)]} is read past its module's attributes, where it carries no tangent: forward gradients need a "
             "model that reads its weights as module.weight; or take a two-sided estimate"

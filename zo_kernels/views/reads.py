@@ -1,6 +1,6 @@
 """Reads of weights past their modules' attributes, noticed in whichever forward they come.
 
-Belongs here: how such a read is noticed. Does not belong here: what is done about it (perturb.py).
+Belongs here: how such a read is noticed. Does not belong here: what is done about it (scratch.py).
 
 For the time of a forward the class of every trained parameter is a subclass of its own class, whose `__torch_function__` asks before a function
 takes the parameter. That costs a forward two assignments a parameter, and nothing where no parameter is read. A mode of torch functions sees

@@ -1,0 +1,215 @@
+"""What the ways to see theta + c z share: the terms, the update of clean weights, and the guard of forwards.
+
+Belongs here: `View`, what a caller may ask of any way, and the types of what it is told. Does not belong here: a way of its own (inplace.py,
+scratch.py, tangents.py), which c and z (optim/), the arithmetic (ops.py).
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels import ops
+from zo_kernels.interrupts import uninterrupted
+from zo_kernels.parameters import Weights
+from zo_kernels.plan import Pass, Plan
+
+Tag = int | Tensor  # a tensor: 0-d int64
+Coefficient = float | Tensor  # a tensor: 0-d float64, on any device; nothing is read back from it
+Shift = Sequence[tuple[Tag, Coefficient]]  # theta + sum c z(tag), as (tag, c)
+
+
+@dataclass(frozen=True)
+class Update:
+    """theta <- round(decay theta + sum c z(tag)) for the clean weights of one group."""
+
+    terms: Sequence[tuple[Tag, Coefficient]]
+    decay: Coefficient = 1.0
+    rounding: str = "nearest"
+
+
+def changed(name: str, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"parameter {name} was {how} inside a step: nothing was updated. A closure only reads the weights; change them between two steps. "
+        "(In place, values that it wrote are off by the perturbation: load them again)"
+    )
+
+
+class View(abc.ABC):
+    """What both ways share: the parameter groups, and the update of the clean weights.
+
+    `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
+    which the weights are clean. Around both, `step()` guards the forwards, and after each forward `check()` refuses one that changed
+    the weights.
+    """
+
+    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
+        self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
+        self.params = {name: p for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
+        self.names = {id(p): name for name, p in self.params.items()}
+        # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
+        self.places: list[tuple[nn.Module, str, Tensor]] = [
+            (module, attribute, p)
+            for module in (model.modules() if model is not None else ())
+            if isinstance(module._parameters, dict)
+            for attribute, p in module._parameters.items()
+            if p is not None and id(p) in self.names
+        ]
+        # Who holds whom: a module that was replaced (a new head) keeps its parameters, and no forward reads them.
+        self.children = [
+            (module, name, child)
+            for module in (model.modules() if model is not None else ())
+            if isinstance(module._modules, dict)
+            for name, child in module._modules.items()
+        ]
+        self.served: set[int] | None = None  # ids of the parameters that a forward has asked for; None: not known
+        # Parameters beside their memory as the plans have it.
+        self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
+        self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
+        self.versions: list[int] = []
+        self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
+
+    # -- forwards that change weights --
+
+    def expect(self) -> None:
+        """From here on nobody but us may write to the weights."""
+        self.versions = [p._version for p in self.counted]
+
+    def check(self) -> None:
+        """After a forward.
+
+        Raises:
+            RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
+        """
+        if self.versions != [p._version for p in self.counted]:
+            p = next(p for p, version in zip(self.counted, self.versions, strict=True) if p._version != version)
+            raise changed(self.names[id(p)], "written to")
+        for p, _, address in self.memories:
+            if p.data_ptr() != address:
+                raise changed(self.names[id(p)], "moved or converted")
+        for module, attribute, p in self.places:
+            if module._parameters.get(attribute) is not p:
+                raise changed(self.names[id(p)], "replaced")
+
+    def moved(self) -> bool:
+        """Whether an attribute of the model holds another tensor, or another module, than when the view was made."""
+        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places) or any(
+            module._modules.get(name) is not child for module, name, child in self.children
+        )
+
+    def _undo(self) -> None:
+        """Parameters that a failed forward replaced, moved or converted are what they were."""
+        for module, attribute, p in self.places:
+            if module._parameters.get(attribute) is not p:
+                module._parameters[attribute] = p  # type: ignore[assignment]
+        for p, memory, address in self.memories:
+            if p.data_ptr() != address:
+                p.data = memory
+
+    @abc.abstractmethod
+    def step(self, recorded: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Around the forwards and the update of one step. `recorded`: passes are recorded for later and not executed now."""
+
+    @abc.abstractmethod
+    def see(self, shifts: Sequence[Shift]) -> None:
+        """The next forward runs at theta + shift."""
+
+    def memory(self) -> Any:
+        """What passes and forwards read and write by address, besides the weights: a graph keeps it alive."""
+        return self.groups
+
+    def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
+        """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
+        tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
+        device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
+        if device is None:
+            if not any(coefs) and decay == 1.0:
+                return None
+            # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
+            factor = None if decay == 1.0 else float(decay)
+            return Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
+        # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
+        on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
+        values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
+        shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
+        if not tags:
+            return Pass(self.seed, [], [], shift, self.kind, rounding)
+        return Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
+
+    def run(
+        self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str, update: bool = False
+    ) -> None:
+        """theta <- round(decay theta + sum c z) over one group, with the scales of an update or a perturbation; nothing to do is not done."""
+        p = self._pass(terms, decay, rounding)
+        if p is not None:
+            weights = self.groups[group]
+            ops.run(weights.update_plans if update else weights.plans, p, self.backend)
+
+    def update(self, updates: Sequence[Update]) -> None:
+        """The step itself, one update for each group; an interrupt waits until all are done."""
+        with uninterrupted():
+            torch.clear_autocast_cache()  # for who evaluates under the same autocast
+            for k, u in enumerate(updates):
+                self.run(k, u.terms, u.decay, u.rounding, update=True)
+
+    def update_parts(self, parts: Sequence[Sequence[tuple[Collection[str] | None, Update]]]) -> None:
+        """`update`, where parameters of one group differ: for each group the updates of its parts, by names (None: all of the group)."""
+        with self.clean():
+            for weights, updates in zip(self.groups, parts, strict=True):
+                for names, u in updates:
+                    if (p := self._pass(u.terms, u.decay, u.rounding)) is not None:
+                        ops.run([plan for plan, _ in weights.part(weights.names if names is None else names)], p, self.backend)
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        """For a pass of the caller's own over the clean weights, in place of `update`; an interrupt waits until it is done."""
+        with uninterrupted():
+            yield
+
+    def plans(self) -> Iterator[Plan]:
+        """Every plan of the view's passes."""
+        for weights in self.groups:
+            yield from weights.plans
+            if weights.update_plans is not weights.plans:
+                yield from weights.update_plans
+            for part in weights.parts.values():
+                yield from (plan for plan, _ in part)
+
+    def retag(self, mask_tag: int) -> None:
+        """Another draw of the random masks."""
+        for plan in self.plans():
+            plan.retag(mask_tag)
+
+
+class _Attention:
+    """How many steps are under way, in any thread, and torch's setting before the first of them."""
+
+    lock = threading.Lock()
+    steps = 0
+    before = True
+
+
+@contextlib.contextmanager
+def attention_as_in_training() -> Iterator[None]:
+    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
+    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
+    padding would be treated in another way than when training by backpropagation."""
+    with _Attention.lock:
+        if not _Attention.steps:
+            _Attention.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _Attention.steps += 1
+    try:
+        yield
+    finally:
+        with _Attention.lock:
+            _Attention.steps -= 1
+            if not _Attention.steps:
+                torch.backends.mha.set_fastpath_enabled(_Attention.before)

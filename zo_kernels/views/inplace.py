@@ -1,0 +1,105 @@
+"""theta + c z in the weights' own memory.
+
+Belongs here: the order of passes over the weights, where they stand between them, and the way back. Does not belong here: as base.py says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels.interrupts import uninterrupted
+from zo_kernels.parameters import Weights
+from zo_kernels.views.base import Coefficient, Shift, Tag, Update, View
+
+
+def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
+    """The sum of lists of terms, one term a tag (a tensor is the same tag as itself only)."""
+    total: dict[int, tuple[Tag, Coefficient]] = {}
+    for terms in lists:
+        for tag, c in terms:
+            key = -1 - id(tag) if isinstance(tag, Tensor) else tag
+            total[key] = tag, (total[key][1] + c if key in total else c)
+    return list(total.values())
+
+
+class InPlace(View):
+    """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
+    first perturbation if `update` was told to go ahead to it."""
+
+    def __init__(self, groups: Sequence[Weights], model: nn.Module | None, lazy: bool = False, **options: Any) -> None:
+        super().__init__(groups, model, **options)
+        self.lazy = lazy
+        self.at: list[Shift] = [()] * len(groups)
+        self.seen = 0  # shifts of this step that are whole in the weights
+        self.whole = True  # every pass that began has ended: `at` is where the weights are
+
+    @contextlib.contextmanager
+    def step(self, recorded: bool = False) -> Iterator[None]:
+        """If a forward fails, the weights go back, to within the rounding of the passes; `seen` then tells which passes there were."""
+        self.seen = 0
+        self.expect()
+        try:
+            yield
+        except BaseException:
+            self._undo()
+            if recorded:
+                self.at = [()] * len(self.groups)
+            else:
+                seen = self.seen
+                self.restore()
+                self.seen = seen
+            raise
+
+    def see(self, shifts: Sequence[Shift]) -> None:
+        with uninterrupted():
+            self.whole = False
+            for k, shift in enumerate(shifts):
+                self.run(k, _add(shift, [(tag, -c) for tag, c in self.at[k]]), 1.0, "nearest")
+                self.at[k] = shift
+            self.whole, self.seen = True, self.seen + 1
+        self.expect()
+        torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
+
+    def restore(self) -> None:
+        """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
+        if any(self.at):
+            if any(p.data_ptr() != address for p, _, address in self.memories):
+                # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
+                self.groups = [replace(w) for w in self.groups]
+                self.memories = [(p, e.src, e.src.data_ptr()) for w in self.groups for e, p in w.pairs]
+            with torch.no_grad():
+                self.see([()] * len(self.groups))
+
+    def update(self, updates: Sequence[Update], ahead: Sequence[Shift] | None = None) -> None:
+        """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
+        decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
+        if any(w.update_plans is not w.plans for w in self.groups):
+            self.restore()  # with the scales of the perturbation
+        with uninterrupted():
+            torch.clear_autocast_cache()
+            self.whole = False
+            for k, u in enumerate(updates):
+                target = ahead[k] if ahead else ()
+                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding, update=True)
+                self.at[k] = target
+            self.whole = True
+
+    @contextlib.contextmanager
+    def clean(self) -> Iterator[None]:
+        self.restore()
+        with uninterrupted():
+            self.whole = False
+            yield
+            self.whole = True
+
+    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
+        """Where `update` goes on to behind the step of `tag`; None: it ends at the clean weights."""
+        if not self.lazy or not isinstance(tag, int) or tag + 1 >= 1 << 32:
+            return None
+        return [[(tag + 1, e)] for e in eps]

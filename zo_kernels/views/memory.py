@@ -1,0 +1,50 @@
+"""Memory of views: how it is laid out, how much of it, and which tensors share it.
+
+Belongs here: addresses and bytes. Does not belong here: what is written there (buffer.py, pieces.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels.views.reads import walk
+
+ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
+
+
+def default_scratch_bytes(devices: Iterable[torch.device]) -> int:
+    """The size of the buffer: what lies in the cache that the matrix products read it from.
+
+    On a GPU half of the L2 cache of an H100 and most of an A100's; on a CPU a share of the last level.
+    """
+    return 1 << 25 if any(d.type == "cuda" for d in devices) else 1 << 22
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that may be written to at any time, whatever mode the closure is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operation says it writes to."""
+    for k, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for t in walk(args[k] if k < len(args) else kwargs.get(argument.name)):
+                if isinstance(t, Tensor) and not t.is_meta:
+                    yield t
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory spans of two tensors of one storage meet. A view's span counts from its first to its last element."""
+    last = sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else -1
+    start, end = a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
+    return start < b.data_ptr() + b.nbytes and b.data_ptr() < end
