@@ -214,7 +214,7 @@ def test_scratch_mode_sees_what_a_pass_in_place_writes() -> None:
             with view.step():
                 view.see([[(4, 1e-2)]])
                 seen.append(model(ids))
-        assert view.gathers and view.parts, "both ways were taken"
+        assert view.pieces.gathers and view.pieces.parts, "both ways were taken"
         zk.perturb_(
             [p.data for p in table.params],
             [(4, 1e-2)],

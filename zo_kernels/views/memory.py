@@ -1,17 +1,19 @@
 """Memory of views: how it is laid out, how much of it, and which tensors share it.
 
-Belongs here: addresses and bytes. Does not belong here: what is written there (buffer.py, pieces.py).
+Belongs here: addresses and bytes. Does not belong here: what is written there (buffer.py, pieces.py, held.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from zo_kernels.views.reads import walk
+
+T = TypeVar("T")
 
 ALIGNMENT = 256  # bytes: what torch's CUDA allocator gives, so that matrix kernels choose the same code path as for the weight
 
@@ -48,3 +50,25 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     last = sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else -1
     start, end = a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
     return start < b.data_ptr() + b.nbytes and b.data_ptr() < end
+
+
+class Owners(Generic[T]):
+    """Whose memory a tensor shares. `known`: tensors, each with what stands for it in an answer; those without elements are nobody's."""
+
+    def __init__(self, known: Iterable[tuple[Tensor, T]]) -> None:
+        self.by_storage: dict[int, list[tuple[Tensor, T]]] = {}
+        for t, owner in known:
+            if t.numel() and not t.is_meta and t.layout == torch.strided:
+                self.by_storage.setdefault(t.untyped_storage().data_ptr(), []).append((t, owner))
+
+    def of(self, t: Any) -> list[T]:
+        if not isinstance(t, Tensor):
+            return []
+        with torch._C.DisableTorchFunctionSubclass():
+            if t.is_meta:
+                return []
+            try:
+                storage = t.untyped_storage().data_ptr()
+            except (NotImplementedError, RuntimeError):  # sparse, or a subclass without memory of its own
+                return []
+            return [owner for known, owner in self.by_storage.get(storage, ()) if overlap(t, known)]

@@ -123,7 +123,7 @@ class Server(Protocol):
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any: ...
 
-    def values(self, found: Sequence[PerturbedWeight], keep: bool = False) -> list[Tensor]: ...
+    def kept(self, found: Sequence[PerturbedWeight]) -> list[Tensor]: ...
 
 
 class PerturbedWeight(Tensor):
@@ -170,7 +170,7 @@ class PerturbedWeight(Tensor):
         found = find(args, kwargs)
         if threading.get_ident() != found[0].scratch.thread:
             found[0].scratch.refuse_thread(found[0])
-        args, kwargs = swap_in(args, kwargs, found[0].scratch.values(found, keep=True))
+        args, kwargs = swap_in(args, kwargs, found[0].scratch.kept(found))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -202,6 +202,3 @@ def _swap(node: Any, supply: Iterator[Tensor]) -> Any:
     if isinstance(node, dict):
         return {key: _swap(inner, supply) for key, inner in node.items()}
     return node
-
-
-Calls = tuple[int, ...]  # the weights that one call takes, by the ids of their shadows

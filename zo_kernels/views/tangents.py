@@ -32,9 +32,9 @@ class Tangents(Scratch):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.held:
+        if held := self.forward.held:
             raise RuntimeError(
-                f"parameter {self.names[next(iter(self.held))]} is no module's attribute in plain Python (a scripted module's? another model's?), and "
+                f"parameter {self.names[next(iter(held))]} is no module's attribute in plain Python (a scripted module's? another model's?), and "
                 "carries no tangent: forward gradients need a model that reads its weights as module.weight; or take a two-sided estimate"
             )
         # Torch compiles its decompositions for the first dual number of a process: not in a forward, where a signal would cut that short.
@@ -48,7 +48,7 @@ class Tangents(Scratch):
             yield
 
     def see(self, shifts: Sequence[Shift]) -> None:
-        self.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]
+        self.forward.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]
         torch.clear_autocast_cache()
         self.expect()
         self.reads.begin()
@@ -56,7 +56,7 @@ class Tangents(Scratch):
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
         if getattr(func, "__name__", "") in SETTERS:
             raise changed(self.names[id(found[0].param)], "changed")
-        self.inside = True  # the primal of a dual number is the clean weight
+        self.forward.inside = True  # the primal of a dual number is the clean weight
         try:
             plain, named = swap_in(args, kwargs, [self._dual(shadow) for shadow in found])
             return func(*plain, **named)
@@ -66,11 +66,11 @@ class Tangents(Scratch):
                 "attn_implementation='eager', or take a two-sided estimate"
             ) from error
         finally:
-            self.inside = False
+            self.forward.inside = False
 
     def _dual(self, shadow: PerturbedWeight) -> Tensor:
-        self._serves([shadow])
-        value, p = shadow.clean, self.passes[shadow.group]
+        self.forward.serve([shadow])
+        value, p = shadow.clean, self.forward.passes[shadow.group]
         if p is None:
             return value
         z = torch.zeros_like(value, memory_format=torch.contiguous_format)
@@ -78,7 +78,7 @@ class Tangents(Scratch):
         ops.run((Plan((entry,), z.device, z.dtype),), p, self.backend)
         return forward_ad.make_dual(value, z)
 
-    def values(self, found: Sequence[PerturbedWeight], keep: bool = False) -> list[Tensor]:
+    def kept(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
         raise RuntimeError(
             f"parameter {self.names[id(found[0].param)]} is read by code that torch functions do not show (a scripted module?): forward gradients "
             "need a model in plain Python"

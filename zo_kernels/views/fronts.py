@@ -1,0 +1,103 @@
+"""What stands before the modules' parameters in a scratch step: shadows, or the values themselves.
+
+Belongs here: which of both, and the check that a forward left them as they were. Does not belong here: how they are put there (shadow.py).
+
+Where the values of all weights fit into the buffer's size at once (adapters, norms, a small model), the modules get these, in memory of their own,
+and no Python of ours runs inside a forward. Never those alone that an earlier step happened to read: a module must see the same kind of tensor
+in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from zo_kernels.views.base import changed
+from zo_kernels.views.buffer import Buffer, Fill
+from zo_kernels.views.memory import empty
+from zo_kernels.views.shadow import PerturbedWeight, Placed
+
+Sites = Mapping[nn.Module, Sequence[tuple[str, PerturbedWeight]]]  # a module's attributes, with the shadows that stand for them
+
+
+class Fronts:
+    """`places`: one of each module. `fitting`: the shadows whose values modules get in their stead; none where they do not fit."""
+
+    def __init__(self, sites: Sites, fitting: Sequence[PerturbedWeight], buffer: Buffer) -> None:
+        self.sites, self.fitting, self.buffer = sites, fitting, buffer
+        self.places: list[Placed] = []
+        self.made_of: Fill | None = None  # `resident` when `places` were made
+        self.resident: Fill | None = None  # the values of `fitting`
+        self.beside = 0  # how many parameters were held when it was made
+        self.shown: dict[int, PerturbedWeight] = {}  # by the ids of its values
+        self.asks: Sequence[bool] = []  # whether its values asked for a gradient when the step began
+        self.lie_at: Sequence[int] = []  # the addresses of its values
+        self.filled: Sequence[int] = []  # the versions of its values after the pass
+
+    def prepare(self) -> None:
+        """For a step."""
+        held = self.buffer.forward.held
+        if self.fitting and (self.resident is None or self.beside != len(held)):
+            room = [empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in self.fitting]
+            self.resident, self.beside = self.buffer.fill_of([[s] for s in self.fitting], room), len(held)
+            self.shown = {id(self.resident.values[(id(s),)][0]): s for s in self.fitting}
+        there = self.resident.values if self.resident else {}
+        if not self.places or self.made_of is not self.resident:
+            self.made_of = self.resident
+            self.places = [
+                Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in attributes})
+                for module, attributes in self.sites.items()
+            ]
+        if self.resident:
+            self.asks = [t.requires_grad for t in self.resident.written]
+            self.lie_at = [t.data_ptr() for t in self.resident.written]
+
+    def place(self) -> None:
+        for place in self.places:
+            place.place()
+
+    def remove(self) -> None:
+        for place in self.places:
+            place.remove()
+
+    def keep(self) -> None:
+        """The step is done: parameters that the closure added stay."""
+        for place in self.places:
+            if place.touched:
+                place.keep()
+
+    def write(self) -> None:
+        """The values of the next forward, from clean weights: those that were held after `resident` was made are in it too."""
+        if self.resident:
+            self.buffer.write(self.resident)
+            self.filled = [t._version for t in self.resident.written]
+
+    def check(self, names: Mapping[int, str]) -> None:
+        """After a forward.
+
+        Raises:
+            RuntimeError: it changed a value, or put something else in its place.
+        """
+        if self.resident:
+            values = self.resident.written
+            for before, now, how in (
+                (self.filled, [t._version for t in values], "written to"),
+                (self.asks, [t.requires_grad for t in values], "changed"),
+                (self.lie_at, [t.data_ptr() for t in values], "moved or converted"),
+            ):
+                if before != now:
+                    t = next(t for t, a, b in zip(values, before, now, strict=True) if a != b)
+                    raise changed(names[id(self.shown[id(t)].param)], how)
+        for place in self.places:
+            for attribute in place.values_shown:
+                if attribute not in place.module.__dict__:
+                    raise changed(names[id(place.parameters[attribute])], "perturbed by another step")
+
+    def spoiled(self) -> None:
+        """A step failed, whatever its closure set in the values."""
+        self.resident = None
+
+    def release(self) -> None:
+        self.resident = self.made_of = None
+        self.places = []
