@@ -1,7 +1,7 @@
 """`zo-finetune compare`: several methods on the same data, noise seeds and number of forward passes.
 
 Belongs here: which runs there are, the choice of learning rates, the table and curves of what came out. Does not belong here: a run
-(train.py), what a method costs and its defaults (methods.py).
+(run.py), what a method costs and its defaults (methods.py).
 
 Equal cost means equal forward passes of a step's batch (`Method.forwards`), evaluations not counted: a method that needs more of them a step
 takes fewer steps. Runs of one seed share the sampled examples, the order of the batches and the noise's seed.
@@ -17,19 +17,28 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import console, methods, report
+from zo_finetune import console, figures, files, methods, run_folder
+from zo_finetune.config import Comparison, Config
 from zo_finetune.errors import UserError, once, one_line, shortened
-from zo_finetune.methods import Method
-from zo_finetune.train import Config, make_stepper, prepare, remedy, resolved, resume, saved_config, train
+from zo_finetune.files import check_plain, path_of
+from zo_finetune.load import load
+from zo_finetune.methods import Method, Recipe
+from zo_finetune.options import check, difference
+from zo_finetune.run import remedy, resume, run
+from zo_finetune.tasks import get_task
+from zo_finetune.train import make_optimizer
 
-COLUMNS = (
-    "method", "seed", "forwards", "steps", "lr", "eps", "accuracy_before", "accuracy", "accuracy_stderr", "loss_before", "loss", "dev_loss",
-    "seconds", "state_bytes", "trained_weights", "skipped_steps",
-)  # fmt: skip
+OTHERS = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
+
+
+def columns(metric: str) -> tuple[str, ...]:
+    """Of compare.csv, for tasks of this metric."""
+    scores = (f"{metric}_before", metric, f"{metric}_stderr", "loss_before", "loss", "dev_loss")
+    return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *OTHERS)
 
 
 ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
@@ -61,49 +70,47 @@ class Entry:
 
 @dataclass
 class Plan:
-    """A comparison. `base`: the fields of `Config` that all of its runs share."""
+    """A comparison. `base`: the options that all of its runs share; its others are the defaults, which `config` replaces."""
 
     entries: list[Entry]
-    forwards: int
-    output: Path
-    base: dict[str, Any]
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    lrs: dict[str, float] = field(default_factory=dict)
-    epses: dict[str, float] = field(default_factory=dict)
-    lr_factors: list[float] = field(default_factory=lambda: [1.0])
-    points: int = 5
+    options: Comparison
+    base: Config
 
-    def peft(self) -> str:
-        return str(self.base.get("peft", "none"))
+    @property
+    def output(self) -> Path:
+        return path_of("--output", self.options.output)
 
-    def lr(self, entry: Entry) -> float:
-        return self.lrs.get(entry.label, self.lrs.get(entry.method.name, entry.method.preset(self.peft()).lr))
+    @property
+    def metric(self) -> str:
+        return get_task(self.base.task).metrics[0]
+
+    def recipe(self, entry: Entry) -> Recipe:
+        """The method, its learning rate and eps those given for its label, for its method, or the preset's."""
+        lr, eps = (given.get(entry.label, given.get(entry.method.name)) for given in (self.options.lrs, self.options.epses))
+        return entry.method.recipe(self.base.peft, entry.given, lr, eps)
 
     def tried(self, entry: Entry, factor: float) -> float:
-        return float(f"{self.lr(entry) * factor:.6g}")
+        return float(f"{self.recipe(entry).lr * factor:.6g}")
 
-    def eps(self, entry: Entry) -> float:
-        return self.epses.get(entry.label, self.epses.get(entry.method.name, entry.method.preset(self.peft()).eps))
-
-    def steps(self, entry: Entry) -> int:
-        return entry.method.steps(entry.method.options(entry.given, self.peft()), self.forwards)
-
-    def config(self, entry: Entry, lr: float, seed: int) -> Config:
-        steps = self.steps(entry)
-        config = Config(
-            **self.base,
+    def config(self, entry: Entry, seed: int, lr: float | None = None) -> Config:
+        """Of one run; `lr`: in place of the recipe's."""
+        recipe, points = self.recipe(entry), self.options.points
+        steps = recipe.steps(self.options.forwards)
+        lr = recipe.lr if lr is None else lr
+        config = replace(
+            self.base,
             output=str(self.output / "runs" / entry.folder / f"lr{lr:g}-seed{seed}"),
             method=entry.method.name,
             options=dict(entry.given),
             steps=steps,
             lr=lr,
-            eps=self.eps(entry),
+            eps=recipe.eps,
             seed=seed,
-            eval_every=max(1, -(-steps // self.points)) if self.points and self.base.get("dev_examples") != 0 else 0,
+            eval_every=max(1, -(-steps // points)) if points and self.base.dev_examples != 0 else 0,
             save=False,
             overwrite=True,
         )
-        return resolved(config, os.getcwd())
+        return config.placed(os.getcwd())
 
     def check(self) -> None:
         """Everything that can be known before a model is loaded.
@@ -111,49 +118,43 @@ class Plan:
         Raises:
             UserError: names the option, its value and the remedy.
         """
+        given = self.options
+        check(given)
         for what, values in (
             ("--methods", [e.folder for e in self.entries]),
-            ("--seeds", self.seeds),
-            ("--lr-factors", self.lr_factors),
+            ("--seeds", given.seeds),
+            ("--lr-factors", given.lr_factors),
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
-        for what, given in (("--lr", self.lrs), ("--eps", self.epses)):
+        for what, rates in (("--lr", given.lrs), ("--eps", given.epses)):
             known = {name for e in self.entries for name in (e.label, e.method.name)}
-            if strange := sorted(set(given) - known):
+            if strange := sorted(set(rates) - known):
                 raise UserError(
-                    f"{what} {strange[0]}={given[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"
+                    f"{what} {strange[0]}={rates[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"
                 )
-        if not all(math.isfinite(f) and f > 0 for f in self.lr_factors):
+        if not all(math.isfinite(f) and f > 0 for f in given.lr_factors):
             raise UserError("--lr-factors must be finite and greater than 0")
-        if not all(math.isfinite(lr) for lr in (*self.lrs.values(), *self.epses.values())):
+        if not all(math.isfinite(lr) for lr in (*given.lrs.values(), *given.epses.values())):
             raise UserError("--lr and --eps must be finite")
-        if self.points < 0:
-            raise UserError(f"--points {self.points} must be at least 0")
-        if len(self.lr_factors) > 1 and (not self.points or self.base.get("dev_examples") == 0):
+        if len(given.lr_factors) > 1 and (not given.points or self.base.dev_examples == 0):
             raise UserError(
                 "--lr-factors chooses by the dev examples: give --dev-examples and --points greater than 0, or one factor"
             )
         for entry in self.entries:
-            options = entry.method.options(entry.given, self.peft())
-            if self.forwards < (least := entry.method.forwards(options, 1)):
-                raise UserError(f"--forwards {self.forwards}: a step of {entry.label} needs {least}; give more")
-            for seed in self.seeds:
-                config = self.config(entry, self.lr(entry), seed)
+            if given.forwards < (least := self.recipe(entry).forwards(1)):
+                raise UserError(f"--forwards {given.forwards}: a step of {entry.label} needs {least}; give more")
+            for seed in given.seeds:
+                config = self.config(entry, seed)
                 config.check()
                 config.check_use()
 
 
-def plan_of(given: dict[str, Any]) -> Plan:
-    """From the command line's values."""
-    own = ("forwards", "seeds", "lrs", "epses", "lr_factors", "points")
-    base = {name: value for name, value in given.items() if name not in (*own, "methods", "output")}
-    return Plan(
-        entries=[Entry.of(label) for label in given["methods"].split(",")],
-        output=report.path_of("--output", given["output"]),
-        base=base,
-        **{name: given[name] for name in own if name in given},
-    )
+def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
+    """From the command line's values: the comparison's own, and those of its runs."""
+    options = Comparison(**given)
+    path_of("--output", options.output)
+    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**{**base, "output": options.output}))
 
 
 class _Interrupted(Exception):
@@ -168,15 +169,15 @@ def earlier(config: Config) -> tuple[bool, dict[str, Any] | None]:
     """
     folder = Path(config.output)
     for above in (folder.parents[1], folder.parents[0], folder):
-        report.check_plain(above, folder=True)
-    report.check_files(folder)
+        check_plain(above, folder=True)
+    run_folder.check_files(folder)
     if not (folder / "config.json").exists():
         return False, None
-    saved = saved_config(folder)
-    for name, value in asdict(config).items():
-        if name not in ("output", "overwrite") and getattr(saved, name) != value:
-            raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
-    return (folder / report.JOURNAL).exists(), report.read_result(folder / "result.json", config.save)
+    saved = run_folder.saved_config(folder)
+    if name := difference(config, asdict(saved), but=lambda option: option.place):
+        raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
+    task = get_task(config.task)
+    return (folder / run_folder.JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
 
 
 def run_one(config: Config) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def run_one(config: Config) -> dict[str, Any]:
     """
     begun, result = earlier(config)
     if result is None:
-        result = resume(config.output) if begun and not methods.get(config.method).no_journal else train(config)
+        result = resume(config.output) if begun and not methods.get(config.method).no_journal else run(config)
     if result["interrupted"]:
         raise _Interrupted
     return result
@@ -200,32 +201,33 @@ def check_runs(plan: Plan) -> None:
     Raises:
         UserError: names the method.
     """
-    report.check_run_dir(plan.output, overwrite=False, others=True)
+    run_folder.check_run_dir(plan.output, overwrite=False, others=True)
     check_own(plan.output)
-    factors = plan.lr_factors if len(plan.lr_factors) > 1 else []
-    planned = [(e, plan.config(e, plan.tried(e, f), plan.seeds[0])) for e in plan.entries for f in factors]
-    planned += [] if factors else [(e, plan.config(e, plan.lr(e), seed)) for seed in plan.seeds for e in plan.entries]
+    seeds = plan.options.seeds
+    factors = plan.options.lr_factors if len(plan.options.lr_factors) > 1 else []
+    planned = [(e, plan.config(e, seeds[0], plan.tried(e, f))) for e in plan.entries for f in factors]
+    planned += [] if factors else [(e, plan.config(e, seed)) for seed in seeds for e in plan.entries]
     results = [earlier(config)[1] for _, config in planned]
     for (entry, config), result in zip(planned, results, strict=True):
         if result is not None:
             finished(entry, config, result)
     if all(results) and not factors:
         return
-    console.say(f"checking {len(plan.entries)} methods and {len(plan.seeds)} seeds before the first run")
-    first, model = plan.entries[0], None
-    for seed in plan.seeds:
-        model = prepare(plan.config(first, plan.lr(first), seed), model).language_model
+    console.say(f"checking {len(plan.entries)} methods and {len(seeds)} seeds before the first run")
+    model = None
+    for seed in seeds:
+        model = load(plan.config(plan.entries[0], seed), model).language_model
     if model is not None:
         for entry in plan.entries:
-            make_stepper(model, plan.config(entry, plan.lr(entry), plan.seeds[0]), plan.lr(entry), plan.eps(entry))
+            make_optimizer(model, plan.config(entry, seeds[0]))
 
 
 def check_own(folder: Path) -> None:
     """Refuse a folder in which something else has the names of what a comparison writes, before hours are spent and it is lost."""
-    found = [name for name in OWN if report.check_plain(folder / name)]
+    found = [name for name in OWN if check_plain(folder / name)]
     for name in OWN:
-        report.check_plain(folder / (name + report.PART))
-    if found and not ("compare.json" in found and {"runs", "curves"} <= report.read_json(folder / "compare.json").keys()):
+        check_plain(folder / (name + files.PART))
+    if found and not ("compare.json" in found and {"runs", "curves"} <= files.read_json(folder / "compare.json").keys()):
         raise UserError(
             f"--output {folder}: its {shortened(found)} would be replaced, and no comparison wrote that: give another folder"
         )
@@ -239,7 +241,7 @@ def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[d
     """
     try:
         _ = [result[name] for name in ABOUT]
-        return row_of(entry, config, result), curve_of(entry, config, result)
+        return row_of(entry, config, result), curve_of(config, result)
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
             f"{config.output}: its result.json or log.csv is not as the run wrote it ({one_line(error)}): delete that folder, and the same command "
@@ -249,6 +251,7 @@ def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[d
 
 def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     before, after, history = result["before"], result["after"], result["history"]
+    metric = get_task(config.task).metrics[0]
     return {
         "method": entry.label,
         "seed": config.seed,
@@ -256,9 +259,9 @@ def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str,
         "steps": result["steps"],
         "lr": result["hyperparameters"]["lr"],
         "eps": result["hyperparameters"]["eps"],
-        "accuracy_before": before["accuracy"],
-        "accuracy": after["accuracy"],
-        "accuracy_stderr": after["accuracy_stderr"],
+        f"{metric}_before": before[metric],
+        metric: after[metric],
+        f"{metric}_stderr": after[f"{metric}_stderr"],
         "loss_before": before["loss"],
         "loss": after["loss"],
         "dev_loss": history[-1]["loss"] if history else None,
@@ -276,6 +279,7 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: something the user can put right.
     """
     plan.check()
+    options = plan.options
     chosen: dict[str, float] = {}
     tuned: dict[str, dict[str, float | None]] = {}
     rows: list[dict[str, Any]] = []
@@ -284,18 +288,18 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     interrupted = False
     check_runs(plan)
     try:
-        for entry in plan.entries if len(plan.lr_factors) > 1 else ():
+        for entry in plan.entries if len(options.lr_factors) > 1 else ():
             losses: dict[float, float] = {}
-            for factor in plan.lr_factors:
+            for factor in options.lr_factors:
                 lr = plan.tried(entry, factor)
-                console.say(f"{entry.label}: lr {lr:g}, seed {plan.seeds[0]}, to choose by the dev examples")
-                loss = run_one(plan.config(entry, lr, plan.seeds[0]))["history"][-1]["loss"]
+                console.say(f"{entry.label}: lr {lr:g}, seed {options.seeds[0]}, to choose by the dev examples")
+                loss = run_one(plan.config(entry, options.seeds[0], lr))["history"][-1]["loss"]
                 losses[lr] = math.inf if loss is None else loss
             chosen[entry.label] = min(losses, key=losses.__getitem__)
             tuned[entry.label] = {f"{lr:g}": loss for lr, loss in losses.items()}  # an infinity is null in the file
-        for seed in plan.seeds:
+        for seed in options.seeds:
             for entry in plan.entries:
-                config = plan.config(entry, chosen.get(entry.label, plan.lr(entry)), seed)
+                config = plan.config(entry, seed, chosen.get(entry.label))
                 console.say(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
                 result = run_one(config)
                 row, curve = finished(entry, config, result)
@@ -306,11 +310,11 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
         interrupted = True
     content = {
         "interrupted": interrupted,
-        "model": Path(str(plan.base["model"])).name,
-        "forwards": plan.forwards,
-        "seeds": plan.seeds,
-        "peft": plan.peft(),
-        "methods": {e.label: e.method.options(e.given, plan.peft()) for e in plan.entries},
+        "model": Path(plan.base.model).name,
+        "forwards": options.forwards,
+        "seeds": options.seeds,
+        "peft": plan.base.peft,
+        "methods": {e.label: plan.recipe(e).options for e in plan.entries},
         "tuned": tuned,
         **about,
         "runs": rows,
@@ -329,34 +333,33 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     return content
 
 
-def curve_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
+def curve_of(config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     """The loss along one run against forward passes: on the dev examples, and of training."""
-    options = entry.method.options(entry.given, config.peft)
-    with report.open_plain(Path(config.output) / "log.csv", most=report.MOST_LOG_BYTES) as raw:
-        losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(io.TextIOWrapper(raw, newline=""))]
+    recipe, metric = config.recipe(), get_task(config.task).metrics[0]
+    losses = run_folder.Log.read(Path(config.output) / "log.csv")
     if len(losses) != result["steps"]:
         raise ValueError(f"log.csv has {len(losses)} steps, result.json {result['steps']}")
     window = max(1, len(losses) // 20)
-    means = report.smoothed([loss for _, loss in losses], window)
+    means = figures.smoothed([loss for _, loss in losses], window)
     picked = [*range(window - 1, len(losses), max(1, len(losses) // 50))]
     return {
         "seed": config.seed,
-        "dev": [(entry.method.forwards(options, e["step"]), e["loss"], e["accuracy"]) for e in result["history"]],
-        "training": [(entry.method.forwards(options, losses[k][0]), means[k]) for k in picked],
+        "dev": [(recipe.forwards(e["step"]), e["loss"], e[metric]) for e in result["history"]],
+        "training": [(recipe.forwards(losses[k][0]), means[k]) for k in picked],
     }
 
 
 def write(plan: Plan, content: Mapping[str, Any]) -> None:
     """compare.json, compare.csv, table.md, curves.png; the table is printed too."""
     plan.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(plan.output / "compare.json", content)
+    files.write_json(plan.output / "compare.json", content)
     rows = io.StringIO(newline="")
-    writer = csv.DictWriter(rows, COLUMNS)
+    writer = csv.DictWriter(rows, columns(plan.metric))
     writer.writeheader()
     writer.writerows(content["runs"])
-    report.write_text(plan.output / "compare.csv", rows.getvalue())
+    files.write_text(plan.output / "compare.csv", rows.getvalue())
     text = table(plan, content["runs"])
-    report.write_text(plan.output / "table.md", text)
+    files.write_text(plan.output / "table.md", text)
     console.tell(text)
     try:
         draw(plan.output / "curves.png", content)
@@ -376,7 +379,8 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     by_label: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_label.setdefault(row["method"], []).append(row)
-    head = ("method", "steps", "forwards", "lr", "accuracy", "gain", "loss", "dev loss", "state, bytes a weight", "seeds")
+    metric = plan.metric
+    head = ("method", "steps", "forwards", "lr", metric, "gain", "loss", "dev loss", "state, bytes a weight", "seeds")
     lines = [head, tuple("---" for _ in head)]
     for label, mine in by_label.items():
         dev = [r["dev_loss"] for r in mine]
@@ -386,18 +390,18 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
                 str(mine[0]["steps"]),
                 str(mine[0]["forwards"]),
                 f"{mine[0]['lr']:g}",
-                spread([r["accuracy"] for r in mine], 3),
-                spread([r["accuracy"] - r["accuracy_before"] for r in mine], 3),
+                spread([r[metric] for r in mine], 3),
+                spread([r[metric] - r[f"{metric}_before"] for r in mine], 3),
                 spread([r["loss"] for r in mine], 3),
-                spread(dev, 3) if plan.points and any(d is not None for d in dev) else "",
+                spread(dev, 3) if plan.options.points and any(d is not None for d in dev) else "",
                 f"{mine[0]['state_bytes'] / mine[0]['trained_weights']:.3g}",
                 str(len(mine)),
             )
         )
     before = {r["seed"]: r for r in rows}.values()
     text = (
-        f"Before: accuracy {spread([r['accuracy_before'] for r in before], 3)}, loss {spread([r['loss_before'] for r in before], 3)}. "
-        f"At most {plan.forwards} forward passes a run; means over the seeds ± their standard deviation.\n\n"
+        f"Before: {metric} {spread([r[f'{metric}_before'] for r in before], 3)}, loss {spread([r['loss_before'] for r in before], 3)}. "
+        f"At most {plan.options.forwards} forward passes a run; means over the seeds ± their standard deviation.\n\n"
     )
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -409,7 +413,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     kind = next((kind for kind in ("dev", "training") if any(run[kind] for run in runs)), None)
     if kind is None:
         return
-    with report.plain_figure(path, 110, figsize=(11, 5.5)) as figure:
+    with figures.plain_figure(path, 110, figsize=(11, 5.5)) as figure:
         _draw(figure.subplots(), content, kind)
 
 

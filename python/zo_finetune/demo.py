@@ -36,9 +36,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import console, report
+from zo_finetune import console, run_folder
+from zo_finetune.config import Config, Demo
 from zo_finetune.errors import UserError
-from zo_finetune.train import Config, train
+from zo_finetune.files import path_of
+from zo_finetune.run import run
 
 
 @dataclass(frozen=True)
@@ -216,14 +218,14 @@ def write_data(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def config(model: Path, data: Path, output: str, seed: int, overwrite: bool) -> Config:
+def config(model: Path, data: Path, given: Demo) -> Config:
     """The demo's run. How it was found is told at the top of this file."""
     return Config(
         model=str(model),
         task="sst2",
         data=str(data),
-        output=output,
-        overwrite=overwrite,
+        output=given.output,
+        overwrite=given.overwrite,
         peft="ln",
         targets=[f"layers.{block}.post_attention_layernorm" for block in range(20, 30)],
         steps=160,
@@ -232,7 +234,7 @@ def config(model: Path, data: Path, output: str, seed: int, overwrite: bool) -> 
         lr_schedule="linear",
         eps=1e-2,
         clip=15.0,
-        seed=seed,
+        seed=given.seed,
         train_examples=TRAIN_EXAMPLES,
         dev_examples=DEV_EXAMPLES,
         eval_examples=EVAL_EXAMPLES,
@@ -241,15 +243,15 @@ def config(model: Path, data: Path, output: str, seed: int, overwrite: bool) -> 
     )
 
 
-def demo(output: str, seed: int = 0, overwrite: bool = False, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Fetch, prepare, train; returns what result.json holds.
+def demo(given: Demo, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Fetch, prepare, run; returns what result.json holds.
 
     Raises:
         UserError: a download failed or is not what it should be, or the run directory is not empty.
     """
-    report.check_run_dir(report.path_of("--output", output), overwrite)  # before 95 MB are downloaded for nothing
-    config(Path("model"), Path("data"), output, seed, overwrite).check()
+    run_folder.check_run_dir(path_of("--output", given.output), given.overwrite)  # before 95 MB are downloaded for nothing
+    config(Path("model"), Path("data"), given).check()
     model, reviews = fetch(MODEL), fetch(REVIEWS)
     data = cache_dir() / "film_reviews"
     write_data(read_reviews(reviews.read_text(encoding="utf-8")), data)
-    return train(config(model, data, output, seed, overwrite), command)
+    return run(config(model, data, given), command)

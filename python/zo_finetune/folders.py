@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune.errors import UserError, did_you_mean, one_line, shortened
+from zo_finetune.run_folder import FOLDERS, JOURNAL
 
 MAX_JSON = 1 << 26  # of an index: some 300,000 tensors; a config.json has a few thousand bytes
 MAX_SIZE, MAX_LAYERS = 1 << 24, 4096  # of a width, a vocabulary, a context, in elements; of a model
@@ -40,7 +41,6 @@ TOKENIZERS = (
     "tekken.json",
 )
 LFS = b"version https://git-lfs"
-JOURNAL = "run.zoj"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_kind(path: Path) -> None:
             f"--model {path} is an adapter of peft, and not a model: give {base}, or merge the two with peft and give the result"
         )
     if (path / JOURNAL).exists():
-        saved = next((path / name for name in ("model", "adapter") if (path / name).is_dir()), None)
+        saved = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
         inside = "it saved no weights" if saved is None else f"its weights are in {saved}"
         raise UserError(f"--model {path} is a run of zo-finetune, and not a model: {inside}; `zo-finetune replay` makes them again")
     if not (path / "config.json").exists():

@@ -1,23 +1,23 @@
 """The methods of `zo-finetune --method`: a name, a constructor, the papers' hyperparameters, the price of a step.
 
-Belongs here: names, presets with the source of each number, a method's own options as text, forward passes. Does not belong here: what a step
-computes (zo_kernels), a run's other options (train.Config). Nothing here loads torch before a method is made: `--help` answers at once.
+Belongs here: names, presets with the source of each number, a method's own options, forward passes. Does not belong here: what a step computes
+(zo_kernels), a run's other options (config.py), how text is read (values.py). Nothing here loads torch before a method is made: `--help` answers
+at once.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from zo_finetune.errors import UserError, did_you_mean
+from zo_finetune.values import parse, written
 
 PEFTS = ("none", "lora", "ln", "prefix", "prompt")
 FIRST_ORDER = ("sgd", "adam", "adamw")
@@ -34,15 +34,35 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """A method with all its numbers, those of a run and, where the run leaves them to the method, those of its preset. `options`: complete."""
+
+    method: Method
+    lr: float
+    eps: float
+    options: Mapping[str, Any]
+
+    def forwards(self, steps: int) -> int:
+        return self.method.forwards(self.options, steps)
+
+    def steps(self, forwards: int) -> int:
+        return self.method.steps(self.options, forwards)
+
+    def make(self, model: Any, **more: Any) -> Any:
+        """The optimizer; raises what the library raises."""
+        return self.method.function()(model, self.lr, eps=self.eps, **self.options, **more)
+
+
+@dataclass(frozen=True)
 class Method:
-    """One method. `constructor`: a name in zo_kernels, or a function of this file. `step_cost`: (forward passes of every step, those of a
-    projection and the steps between two), as functions of the method's complete options; the rest of a step costs no forwards."""
+    """One method. `constructor`: a name in zo_kernels, or a function of this file. `cost`: forward passes of the first so many steps, from the
+    method's complete options; what else a step does costs none."""
 
     name: str
     summary: str
     constructor: str | Callable[..., Any]
     presets: Mapping[str, Preset]
-    step_cost: Callable[[Mapping[str, Any]], int]
+    cost: Callable[[Mapping[str, Any], int], int]
     cost_note: str
     no_journal: str = ""  # why there is none
     options_note: str = ""
@@ -88,22 +108,20 @@ class Method:
     def forwards(self, options: Mapping[str, Any], steps: int) -> int:
         """Forward passes of so many steps, each over a step's whole batch, evaluations not counted. A pass that carries tangents counts as two,
         a backward pass as two. `options`: complete."""
-        total = steps * self.step_cost(options)
-        if self.name == "dizo":
-            total += steps // options["every"] * options["inner"] * (2 if options["learn"] == "forward" else 3)
-        return total
+        return self.cost(options, steps)
 
     def steps(self, options: Mapping[str, Any], forwards: int) -> int:
         """The most steps that so many forward passes pay for."""
-        low, high = 0, forwards // self.step_cost(options)
+        low, high = 0, forwards
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.forwards(options, middle) <= forwards else (low, middle - 1)
         return low
 
-    def make(self, model: Any, lr: float, eps: float, options: Mapping[str, Any], **more: Any) -> Any:
-        """The optimizer; raises what the library raises."""
-        return self.function()(model, lr, eps=eps, **options, **more)
+    def recipe(self, peft: str, given: Mapping[str, str], lr: float | None = None, eps: float | None = None) -> Recipe:
+        """For one run; `given`: options of its own, as text. Raises UserError as `options` does."""
+        preset = self.preset(peft)
+        return Recipe(self, preset.lr if lr is None else lr, preset.eps if eps is None else eps, self.options(given, peft))
 
 
 @functools.cache
@@ -204,9 +222,18 @@ MEZO: Mapping[str, Preset] = {
 _BENCH = "ZO-LLM benchmark (arXiv 2402.11592), public sweep SST2_opt-1.3b"
 
 
-def _sides(options: Mapping[str, Any]) -> int:
+def _sides(options: Mapping[str, Any], steps: int) -> int:
     q = options["queries"]
-    return 1 + q if options.get("one_sided") else 2 * q
+    return steps * (1 + q if options.get("one_sided") else 2 * q)
+
+
+def _flat(forwards: int) -> Callable[[Mapping[str, Any], int], int]:
+    return lambda options, steps: steps * forwards
+
+
+def _projected(options: Mapping[str, Any], steps: int) -> int:
+    inner = 2 if options["learn"] == "forward" else 3
+    return 2 * steps + steps // options["every"] * options["inner"] * inner
 
 
 _SIDES = "2 queries, or 1 + queries where one_sided"
@@ -244,7 +271,7 @@ METHODS: Mapping[str, Method] = {
             "the best of staying, the step and its opposite (ZO-SGD-Cons)",
             "ZOConservative",
             {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-5 to 1e-8, eps of 1e-2 to 1e-4; we took MeZO's")},
-            lambda o: 5,
+            _flat(5),
             "5: two for g, three candidates",
         ),
         Method(
@@ -252,7 +279,7 @@ METHODS: Mapping[str, Method] = {
             "the exact projection, by forward-mode differentiation; no eps",
             "ForwardGrad",
             {"none": Preset(5e-7, 1e-3, f"{_BENCH}: lr marked the best of the grid 1e-5 to 1e-8; eps is not used")},
-            lambda o: 2,
+            _flat(2),
             "2: one pass that carries tangents, which costs as much as two",
         ),
         Method(
@@ -260,7 +287,7 @@ METHODS: Mapping[str, Method] = {
             "backpropagation for a few parameters, forwards for the rest",
             hybrid,
             {"none": Preset(1e-6, 1e-3, "ours: arXiv 2402.11592 gives no numbers for its hybrid; MeZO's, and 1e-5 for AdamW")},
-            lambda o: 5,
+            _flat(5),
             "5: two for g, one with a graph, and its backward counted as two",
             no_journal="gradients by backpropagation are no record of scalars",
             options_note="first_order: sgd, adam or adamw; first_order_params: a regular expression of names, or last-layer",
@@ -270,7 +297,7 @@ METHODS: Mapping[str, Method] = {
             "one block of parameters in a step",
             "BlockwiseZO",
             {"none": Preset(1e-6, 1e-3, "ours: MeZO's; the public code of arXiv 2402.11592 has an example with lr 1e-8, eps 1e-3 and no recommendation")},
-            lambda o: 2,
+            _flat(2),
             "2",
             options_note="by: layer, or regular expressions of names",
         ),
@@ -279,7 +306,7 @@ METHODS: Mapping[str, Method] = {
             "only the small weights take part (Sparse-MeZO)",
             "SparseMeZO",
             {"none": Preset(1e-6, 1e-3, "Sparse MeZO (arXiv 2402.15751): sparsity 75 %, that is quantile 0.25; lr and eps ours: MeZO's", {"quantile": "0.25"})},
-            lambda o: 2,
+            _flat(2),
             "2",
         ),
         Method(
@@ -287,7 +314,7 @@ METHODS: Mapping[str, Method] = {
             "a random share of the weights takes part, drawn anew every few steps",
             random_sparse,
             {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr 1e-6, eps 1e-3, sparsity 0.1 to 0.9, a new mask every 1 to 20,000 steps; we took keep 0.1, every 1")},
-            lambda o: 2 * o["queries"],
+            _sides,
             "2 queries",
         ),
         Method(
@@ -295,7 +322,7 @@ METHODS: Mapping[str, Method] = {
             "directions scaled by each parameter's weights or gradient (MeZO, appendix B)",
             layer_scale,
             {"none": Preset(1e-6, 1e-3, "ours: MeZO's; scales are relative to their mean over the parameters, so that lr and eps keep their meaning")},
-            lambda o: 2 * o["queries"] + (2 if o["by"] == "gradient" else 0),
+            lambda o, n: n * (2 * o["queries"] + (2 if o["by"] == "gradient" else 0)),
             "2 queries, and 2 more where by=gradient",
             options_note="by: rms or gradient; estimate: variance or expectation",
         ),
@@ -308,7 +335,7 @@ METHODS: Mapping[str, Method] = {
                 "lora": Preset(1e-5, 1e-2, "HiZOO, README of its code's large_models, LoRA: lr 1e-5, eps 1e-2, alpha 1e-6", {"alpha": "1e-6"}),
                 "prefix": Preset(1e-2, 1e-1, "HiZOO, README of its code's large_models, prefix: lr 1e-2, eps 1e-1, alpha 1e-10", {"alpha": "1e-10"}),
             },
-            lambda o: 3,
+            _flat(3),
             "3",
         ),
         Method(
@@ -324,7 +351,7 @@ METHODS: Mapping[str, Method] = {
                     {"every": "50", "inner_eps": "0.1", "tau": "0.2"},
                 )
             },
-            lambda o: 2,
+            _projected,
             "2, and 2 inner more at the end of every `every`-th step, 3 inner with learn=backpropagation",
             options_note="layers: regular expressions of names; learn: forward or backpropagation",
         ),
@@ -341,7 +368,7 @@ METHODS: Mapping[str, Method] = {
                     {"rank": "2", "every": "50"},
                 )
             },
-            lambda o: 2,
+            _flat(2),
             "2",
         ),
         Method(
@@ -356,7 +383,7 @@ METHODS: Mapping[str, Method] = {
                     {"queries": "8"},
                 )
             },
-            lambda o: 1 + o["queries"],
+            lambda o, n: n * (1 + o["queries"]),
             "1 + queries",
         ),
     )
@@ -385,65 +412,3 @@ def listing() -> str:
         if m.no_journal:
             lines.append(f"    writes no journal, cannot be resumed or replayed: {m.no_journal}")
     return "\n".join(lines)
-
-
-# ---- options as text ------------------------------------------------------------------------------------------------------
-
-
-def written(value: Any) -> str:
-    """A value as `parse` reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return json.dumps(list(value)) if any(isinstance(v, str) for v in value) else ",".join(map(written, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def number(text: str) -> float:
-    """`float`, of ASCII and without underscores: 1_0 is a slip, and no ten."""
-    if "_" in text or not text.isascii():
-        raise ValueError(f"{text!r:.80} is no number")
-    return float(text)
-
-
-def parse(where: str, text: str, hint: Any) -> Any:
-    """The value of an option, by its type: bool, int, float, str, a tuple of them, or a sequence of str (commas, or a JSON list).
-
-    Raises:
-        UserError: begins with `where`, and says what is wanted.
-    """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # str | Sequence[str]: one name is a name
-        single = "," not in text and not text.startswith("[")
-        return parse(where, text, str if single else Sequence[str])
-    if typing.get_origin(hint) is tuple:
-        kinds, parts = typing.get_args(hint), text.split(",")
-        if len(parts) != len(kinds):
-            raise UserError(f"{where}: give {len(kinds)} values with commas between them")
-        return tuple(parse(where, part, kind) for part, kind in zip(parts, kinds, strict=True))
-    if typing.get_origin(hint) is not None:
-        if not text.startswith("["):
-            return text.split(",")
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError):
-            items = None
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f'{where}: give names with commas between them, or a JSON list of strings such as ["a", "b"]')
-        return items
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{where}: give true or false")
-        return text.lower() == "true"
-    if hint is int:
-        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-            raise UserError(f"{where}: give a whole number, at least 0")
-        return int(text)
-    if hint is float:
-        try:
-            value = number(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise UserError(f"{where}: give a finite number")
-        return value
-    return text

@@ -19,14 +19,13 @@ from zo_finetune import folders
 from zo_finetune.errors import UserError, did_you_mean, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VIRTUAL_TOKENS = 5  # MeZO's prefix length
 SOFT_PROMPT_TEXT = "Here is a text. Read it and answer."  # real activations or embeddings to start from, as MeZO does
 
 
 @dataclass
 class LanguageModel:
-    """What train.py needs: `model` (a transformers or peft model, in eval mode), `tokenizer`, `form`, and facts for the record."""
+    """What a run needs: `model` (a transformers or peft model, in eval mode), `tokenizer`, `form`, and facts for the record."""
 
     model: Any
     tokenizer: Any
@@ -359,7 +358,7 @@ def load(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     found = find(spec, device=device, form=form, gguf_file=gguf_file)
-    torch_dtype: Any = DTYPES[dtype] if dtype != "auto" else (torch.float32 if found.place.type == "cpu" else "auto")
+    torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else (torch.float32 if found.place.type == "cpu" else "auto")
     auto_class = AutoModelForMaskedLM if found.form == "masked" else AutoModelForCausalLM
     with reported(spec):
         config = AutoConfig.from_pretrained(**found.where)

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import console
+from zo_finetune import console, figures
+
+from tests.finetune.children import Children
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"  # beside the repository, on development machines
 SUBJECTS = ("film", "story", "cast", "script", "ending", "music")
@@ -51,6 +53,18 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command says does not depend on how busy the machine is."""
     monkeypatch.setattr(console, "PATIENCE", 3600.0)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's curve is half the time of a small run: it is drawn where a test asks for `drawn`, and has its first bytes elsewhere."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(figures, "draw_curve", lambda path, *_: path.write_bytes(b"\x89PNG"))
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Curves of runs are drawn."""
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +155,24 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "train.jsonl", rows[:60])
     write_jsonl(folder / "validation.jsonl", rows[60:])
     return folder
+
+
+@pytest.fixture(scope="session")
+def train_command(model_folder: Callable[[str], Path], data_folder: Path) -> Callable[..., list[str]]:
+    """The command line of a small run: `zo-finetune train` with these options, then `more` words. An option that is None is left out."""
+
+    def build(output: Path | str, *more: str, model: str = "llama", **options: Any) -> list[str]:
+        source = model if "/" in model else str(model_folder(model))
+        fixed = {"model": source, "task": "sst2", "data": data_folder, "output": output, "device": "cpu"}
+        sizes = {"steps": 3, "batch_size": 4, "dev_examples": 8, "eval_examples": 12}
+        given = {name: value for name, value in {**fixed, **sizes, **options}.items() if value is not None}
+        return ["train", *(word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))), *more]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def children() -> Iterator[Children]:
+    """Commands in processes of their own, which are killed for good."""
+    with Children() as them:
+        yield them

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from zo_finetune import cli
-from zo_finetune import train as training
+from zo_finetune import model as models
 from zo_finetune.cli import build_parser, main
-from zo_finetune.evaluate import auc, standard_error
+from zo_finetune.config import Config
+from zo_finetune.metrics.auc import auc
+from zo_finetune.metrics.base import standard_error
 from zo_finetune.scoring import Scorer
 
 from tests.finetune.conftest import SHARED, make_rows, write_jsonl
@@ -28,14 +30,9 @@ ModelFolder = Callable[[str], Path]
 
 
 @pytest.fixture
-def command(model_folder: ModelFolder, data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    def build(
-        *more: str, model: str = "llama", data: Path | str = data_folder, output: Path | str = tmp_path / "run", task: str = "sst2"
-    ) -> list[str]:
-        source = str(model_folder(model)) if "/" not in model else model
-        fixed = ["train", "--model", source, "--task", task, "--data", str(data), "--output", str(output), "--device", "cpu"]
-        sizes = ["--steps", "3", "--batch-size", "4", "--dev-examples", "8", "--eval-examples", "12"]
-        return [*fixed, *sizes, *more]
+def command(train_command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    def build(*more: str, output: Path | str = tmp_path / "run", **options: Any) -> list[str]:
+        return train_command(output, *more, **options)
 
     return build
 
@@ -48,7 +45,9 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_a_run_and_its_record(command: Callable[..., list[str]], tmp_path: Path, model_folder: ModelFolder, capsys: Any) -> None:
+def test_a_run_and_its_record(
+    drawn: None, command: Callable[..., list[str]], tmp_path: Path, model_folder: ModelFolder, capsys: Any
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = command("--lr", "1e-3", "--eval-every", "2", "--seed", "5")
@@ -336,14 +335,14 @@ def test_a_bad_label_is_found_before_the_run_begins(command: Callable[..., list[
 
 
 def test_no_trainable_weights(command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    load = training.models.load
+    load = models.load
 
     def frozen(*args: Any, **kwargs: Any) -> Any:
         lm = load(*args, **kwargs)
         lm.model.requires_grad_(False)
         return lm
 
-    monkeypatch.setattr(training.models, "load", frozen)
+    monkeypatch.setattr(models, "load", frozen)
     assert main(command()) == 2
     assert "has no trainable weights" in capsys.readouterr().err
 
@@ -406,7 +405,7 @@ def test_every_field_of_a_run_has_an_option() -> None:
     from dataclasses import fields
 
     required = ["train", "--model", "m", "--task", "t", "--data", "d", "--output", "o"]
-    assert set(vars(build_parser().parse_args(required))) - {"command"} == {f.name for f in fields(training.Config)}
+    assert set(vars(build_parser().parse_args(required))) - {"command"} == {f.name for f in fields(Config)}
 
 
 def test_auc_and_standard_error() -> None:
@@ -440,7 +439,7 @@ def test_data_is_checked_before_weights_are_read(
     def load(*args: Any, **how: Any) -> Any:
         raise AssertionError("weights are read first")
 
-    monkeypatch.setattr(training.models, "load", load)
+    monkeypatch.setattr(models, "load", load)
     path = tmp_path / "bad.csv"
     path.write_text("sentence,label\nfine,1\ndull\n")
     assert main(command(data=path)) == 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from zo_finetune import compare as comparing
-from zo_finetune import report
+from zo_finetune import files
 from zo_finetune.cli import main
 from zo_finetune.scoring import Scorer
 
@@ -40,7 +40,6 @@ def test_two_methods_and_two_seeds(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Ctrl-C in the third run keeps two; the same command goes on, and ends as if nothing had been."""
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     arguments = command("mezo,fzoo:queries=3", "--lr", "mezo=1e-3")
     calls, stop, loss = [0], [12 + 12 + 5], Scorer.loss
 
@@ -88,7 +87,6 @@ def test_learning_rates_are_chosen_on_the_dev_examples(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lowest loss on them at the end; the run that was chosen serves as that of the first seed."""
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     assert main(command("hybrid", "--lr-factors", "1e4,1", forwards=10)) == 0
     out = tmp_path / "out"
     content = json.loads((out / "compare.json").read_text())
@@ -102,7 +100,6 @@ def test_learning_rates_are_chosen_on_the_dev_examples(
 
 def test_state_is_counted(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of state for a trained weight, of methods that have none, one and two numbers, a bit, and copies of two layers' matrices."""
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     wanted = "mezo,momentum,momentum:state=recomputed,adam,sparse,hizoo,dizo"
     assert main(command(wanted, "--points", "0", forwards=6, seeds="0")) == 0
     found = {row["method"]: (int(row["state_bytes"]), int(row["trained_weights"])) for row in rows_of(tmp_path / "out")}
@@ -175,7 +172,6 @@ def test_the_benchmark_of_the_documentation(
     model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """benchmarks/compare.py: a CSV with the documented columns and without a path, a figure, a table in a page."""
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     out, page = tmp_path / "compare.csv", tmp_path / "page.md"
     page.write_text("before\n<!-- table compare -->\nold\n<!-- end -->\nafter\n")
@@ -223,7 +219,6 @@ def test_what_the_parser_refuses(option: list[str], command: Callable[..., list[
 def test_an_unfinished_run_without_a_journal_begins_anew(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     calls, loss = [0], Scorer.loss
 
     def counted(*args: Any) -> Any:
@@ -238,13 +233,12 @@ def test_an_unfinished_run_without_a_journal_begins_anew(
     assert not (tmp_path / "out" / "compare.csv").exists()
     assert main(arguments) == 0
     assert [row["steps"] for row in rows_of(tmp_path / "out")] == ["2"]
-    assert tuple(rows_of(tmp_path / "out")[0]) == comparing.COLUMNS
+    assert tuple(rows_of(tmp_path / "out")[0]) == comparing.columns("accuracy")
 
 
 @pytest.fixture
 def compared(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One finished run, which a next comparison keeps."""
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
     assert main(command("mezo", forwards=4, seeds="0")) == 0
     return next((tmp_path / "out" / "runs").rglob("result.json")).parent
 
@@ -302,7 +296,7 @@ def test_a_table_that_could_not_be_written_is_said(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(report, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     assert main(command("mezo", forwards=4, seeds="0")) == 2
     assert "free space there, then give the same command again" in capsys.readouterr().err.splitlines()[-1]
 

@@ -225,6 +225,7 @@ def test_the_demo_is_a_training_run(
         config = real(*args)
         assert config.eval_examples >= 800
         config.steps, config.device, config.targets = 3, "cpu", None  # the tiny model has two blocks, not thirty
+        config.eval_batch_size = 250
         return config
 
     monkeypatch.setattr(demo, "config", short)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from zo_finetune import model as models
+from zo_finetune.config import Config
 from zo_finetune.errors import UserError
-from zo_finetune.train import Config
 
 WIDTH, HEADS, HIDDEN = 32, 4, 64
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import methods, report
+from zo_finetune import methods, run_folder, values
 from zo_finetune.cli import main
 from zo_finetune.scoring import Scorer
 
@@ -35,13 +35,12 @@ EVERY = [(name, options) for name in methods.METHODS for options in SOONER.get(n
 
 
 @pytest.fixture
-def command(model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def command(train_command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
     def build(name: str, *more: str, options: list[str] | None = None, output: str = "run", steps: int = 2) -> list[str]:
-        fixed = ["train", "--model", str(model_folder("llama")), "--task", "sst2", "--data", str(data_folder), "--device", "cpu"]
-        sizes = ["--steps", str(steps), "--batch-size", "4", "--dev-examples", "0", "--eval-examples", "4", "--seed", "5"]
         lr, eps = RATES.get(name, ("1e-3", "1e-3"))
         own = [part for option in options or [] for part in ("--option", option)]
-        return [*fixed, *sizes, "--lr", lr, "--eps", eps, "--method", name, "--output", str(tmp_path / output), *own, *more]
+        sizes = {"steps": steps, "dev_examples": 0, "eval_examples": 4}
+        return train_command(tmp_path / output, *own, *more, method=name, lr=lr, eps=eps, seed=5, **sizes)
 
     return build
 
@@ -61,7 +60,6 @@ def test_a_method_end_to_end(
         return loss(*args)
 
     monkeypatch.setattr(Scorer, "loss", counted)
-    monkeypatch.setattr(report, "draw_curve", lambda *_: None)  # half the time of these runs
     assert main(command(name, options=options, steps=steps)) == 0
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
@@ -75,19 +73,19 @@ def test_a_method_end_to_end(
     assert json.loads((run / "config.json").read_text())["config"]["options"] == given
     assert given.keys() <= result["hyperparameters"]["options"].keys()
     if method.no_journal:
-        assert not (run / report.JOURNAL).exists()
+        assert not (run / run_folder.JOURNAL).exists()
         said = capsys.readouterr().err
         assert f"--method {name} writes no journal and cannot be resumed: {method.no_journal}" in said
         assert main(["resume", str(run)]) == 2
         assert f"a run of --method {name} cannot be resumed: {method.no_journal}" in capsys.readouterr().err
         return
-    records = journal.read(run / report.JOURNAL)
+    records = journal.read(run / run_folder.JOURNAL)
     assert len(records.steps) == steps and records.header.hyperparameters["config"]["method"] == name
     # Ctrl-C in step 4. A pass that carries tangents is counted twice, and so is a backward pass, which is no call.
     before = method.forwards(result["hyperparameters"]["options"], 3) - (3 if name == "forward-grad" else backward)
     again, calls[0], stop[0] = tmp_path / "again", 0, before + 1
     assert main(command(name, options=options, steps=steps, output="again")) == 130
-    assert len(journal.read(again / report.JOURNAL).steps) == 3
+    assert len(journal.read(again / run_folder.JOURNAL).steps) == 3
     assert main(["resume", str(again)]) == 0
     (again / "result.json").write_text((again / "result.json").read_text().replace(str(again), str(run)))
     assert_same(again, run)
@@ -118,7 +116,7 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
         assert main(command("hybrid", "--lr", "0", "--overwrite", options=own)) == 0
         saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
         assert {name for name in base if not torch.equal(base[name], saved[name])} == {name for name in base if chosen in name}
-        assert not (tmp_path / "run" / report.JOURNAL).exists()
+        assert not (tmp_path / "run" / run_folder.JOURNAL).exists()
     for wanted, reason in (("nowhere", "matches no trained parameter"), ("(", "no regular expression")):
         assert main(command("hybrid", options=[f"first_order_params={wanted}"], output="no")) == 2
         assert reason in capsys.readouterr().err
@@ -167,7 +165,7 @@ def test_options_are_read_by_their_type() -> None:
     assert methods.METHODS["hizoo"].options({}, "lora")["alpha"] == 1e-6  # the preset's, not the constructor's
     for method in methods.METHODS.values():  # what is written is read back
         defaults = {name: default for name, (_, default) in method.parameters().items()}
-        again = method.options({name: methods.written(value) for name, value in defaults.items()})
+        again = method.options({name: values.written(value) for name, value in defaults.items()})
         assert {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in again.items()} == {
             n: list(v) if isinstance(v, (list, tuple)) else v for n, v in defaults.items()
         }

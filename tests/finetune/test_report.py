@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import compare, report
+from zo_finetune import compare, figures, run_folder
+from zo_finetune.config import Comparison, Config
 from zo_finetune.evaluate import evaluate
 from zo_finetune.scoring import Encoded, Span
+from zo_finetune.tasks import get_task
+
+SST2 = get_task("sst2")
 
 
 class Oracle:
@@ -29,22 +33,22 @@ def test_answers_and_labels_belong_together() -> None:
     span = Span(0, (0,), (0,))
     examples = [Encoded((tuple(range(n)),), (span, span), label) for n, label in zip(lengths, labels, strict=True)]
     oracle: Any = Oracle()
-    found = evaluate(oracle, examples, 3, ("no", "yes"))
+    found = evaluate(SST2, oracle, examples, 3)
     assert found["accuracy"] == 1.0 and found["auc"] == 1.0 and found["examples"] == 7
-    assert found["predicted"] == {"no": pytest.approx(3 / 7), "yes": pytest.approx(4 / 7)}
+    assert found["predicted"] == {"negative": pytest.approx(3 / 7), "positive": pytest.approx(4 / 7)}
     assert found["loss"] == pytest.approx(0.126928, abs=1e-6)  # log(1 + e^-2)
 
 
 def test_a_trailing_mean() -> None:
-    assert report.smoothed([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
-    assert report.smoothed([1.0, 2.0, 3.0], 5) == [1.0, 1.5, 2.0]
-    assert report.smoothed([], 5) == []
+    assert figures.smoothed([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+    assert figures.smoothed([1.0, 2.0, 3.0], 5) == [1.0, 1.5, 2.0]
+    assert figures.smoothed([], 5) == []
 
 
 def test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off(tmp_path: Path) -> None:
     """The evaluation behind a step is made again with the step."""
     about = {"examples": 4, "accuracy": 0.5, "accuracy_stderr": 0.25, "loss": 0.75}
-    kept = report.Evaluations(tmp_path / "evaluations.jsonl")
+    kept = run_folder.Evaluations(tmp_path / "evaluations.jsonl", SST2)
     kept.add("before", about)
     for step in (0, 2, 4, 6):
         kept.add("dev", {**about, "step": step})
@@ -69,7 +73,8 @@ def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
         }
         for seed, before, after in ((1, 0.5, 0.75), (2, 0.25, 0.75), (6, 0.5, 0.5))
     ]
-    plan = compare.Plan([], 10, tmp_path, {})
+    options = Comparison(methods="", forwards=10, output=str(tmp_path))
+    plan = compare.Plan([], options, Config(model="m", task="sst2", data="d", output="o"))
     line = next(line for line in compare.table(plan, rows).splitlines() if line.startswith("| mezo"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
@@ -77,10 +82,10 @@ def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["$_{$", "a$x^$b", "\\frac"])
-def test_no_name_is_a_formula(name: str, tmp_path: Path) -> None:
+def test_no_name_is_a_formula(drawn: None, name: str, tmp_path: Path) -> None:
     """A model's folder may be called anything; matplotlib reads what stands between two dollars as a formula."""
     point = {"step": 0, "accuracy": 0.5, "accuracy_stderr": 0.1}
-    report.draw_curve(tmp_path / "curve.png", name, [0.7], {name: [point]})
+    figures.draw_curve(tmp_path / "curve.png", name, "accuracy", [0.7], {name: [point]})
     run = {"seed": 0, "dev": [(0, 0.7, 0.5), (2, 0.6, 0.5)], "training": []}
     compare.draw(tmp_path / "curves.png", {"curves": {name: [run]}, "model": name, "peft": "none", "seeds": [0], "task": name})
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "curve.png", tmp_path / "curves.png"))

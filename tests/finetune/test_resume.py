@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import report, train
+from zo_finetune import files, run_folder
+from zo_finetune import run as running
 from zo_finetune.cli import main
+from zo_finetune.config import Config
 from zo_finetune.errors import UserError
+from zo_finetune.tasks import get_task
 
+from tests.finetune.children import Children
 from tests.finetune.conftest import make_rows, write_jsonl
 from tests.kernels.cases import same_bits
 from zo_kernels import journal
@@ -38,24 +40,30 @@ RUNS = {
 }
 
 
-@pytest.fixture
-def arguments(model_folder: Callable[[str], Path], data_folder: Path) -> Callable[[str, Path], list[str]]:
+Arguments = Callable[[str, Path], list[str]]
+
+
+@pytest.fixture(scope="session")
+def arguments(train_command: Callable[..., list[str]]) -> Arguments:
     def build(name: str, output: Path) -> list[str]:
-        fixed = [
-            "train",
-            "--model",
-            str(model_folder("llama")),
-            "--task",
-            "sst2",
-            "--data",
-            str(data_folder),
-            "--output",
-            str(output),
-        ]
-        sizes = ["--device", "cpu", "--steps", str(STEPS), "--batch-size", "4", "--dev-examples", "8", "--eval-examples", "12"]
-        return [*fixed, *sizes, "--lr", "1e-3", "--eval-every", "3", "--seed", "5", *RUNS[name]]
+        return train_command(output, *RUNS[name], steps=STEPS, lr="1e-3", eval_every=3, seed=5)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that nobody disturbed, made once; no test changes it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            path = tmp_path_factory.mktemp("whole") / name
+            assert main(arguments(name, path)) == 0
+            made[name] = path
+        return made[name]
+
+    return folder
 
 
 def state(run: Path) -> tuple[dict[str, Any], list[list[str]], dict[str, torch.Tensor], bytes]:
@@ -64,7 +72,7 @@ def state(run: Path) -> tuple[dict[str, Any], list[list[str]], dict[str, torch.T
     with (run / "log.csv").open(newline="") as file:
         log = [row[:4] for row in csv.reader(file)]
     folder = run / ("model" if (run / "model").is_dir() else "adapter")
-    records = journal.read(run / report.JOURNAL).records
+    records = journal.read(run / run_folder.JOURNAL).records
     fields = ("tag", "flags", "loss", "gradient", "groups")
     return result, log, load_file(next(folder.glob("*.safetensors"))), b"".join(records[field].tobytes() for field in fields)
 
@@ -77,45 +85,27 @@ def assert_same(a: Path, b: Path) -> None:
     assert weights.keys() == other_weights.keys() and all(same_bits(weights[n], other_weights[n]) for n in weights)
 
 
-CHILD = """
-import os, signal, sys
-from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
+@pytest.fixture
+def killed(children: Children, tmp_path: Path) -> Callable[..., int]:
+    """Run a command in a process of its own that gets a signal in its so-manyth loss; returns its wait status."""
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-loss, left = Scorer.loss, [{calls}]
+    def run(command: list[str], calls: int, how: int = signal.SIGKILL) -> int:
+        return children.run(command, tmp_path / "said", calls, how)
 
-def counted(*args):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), {how})
-    return loss(*args)
-
-Scorer.loss = counted
-sys.exit(main({command!r}))
-"""
-
-
-def killed(command: list[str], calls: int, how: int = signal.SIGKILL) -> int:
-    """Run the command in a process of its own (torch's thread pools do not survive a fork) that gets a signal in its so-manyth loss;
-    returns its wait status."""
-    script = CHILD.format(calls=calls, how=int(how), command=command)
-    code = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL).returncode
-    return -code if code < 0 else code << 8
+    return run
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_to_the_same_bits(
-    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, capsys: Any
+    name: str, arguments: Arguments, whole: Callable[[str], Path], killed: Callable[..., int], tmp_path: Path, capsys: Any
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert main(arguments(name, whole)) == 0
+    run = tmp_path / "run"
     per_step = 2 * (2 if name == "lora" else 1)
     assert os.WTERMSIG(killed(arguments(name, run), 2 * per_step + 2)) == signal.SIGKILL  # in step 3
-    assert len(journal.read(run / report.JOURNAL)) == 2
+    assert len(journal.read(run / run_folder.JOURNAL)) == 2
     # killed once more, with a record that was being written and a log that lags and is torn
     assert os.WTERMSIG(killed(["resume", str(run)], 3 * per_step + 1)) == signal.SIGKILL
-    with (run / report.JOURNAL).open("ab") as file:
+    with (run / run_folder.JOURNAL).open("ab") as file:
         file.write(b"half a record")
     lines = (run / "log.csv").read_text().splitlines(keepends=True)
     assert len(lines) == 6
@@ -124,9 +114,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert main(["resume", str(run)]) == 0
     assert "resumed after 5 of 7 steps; cut off: 13 of the " in capsys.readouterr().err
     # config.json names the folder; nothing else may differ
-    text = (run / "result.json").read_text().replace(str(run), str(whole))
+    text = (run / "result.json").read_text().replace(str(run), str(whole(name)))
     (run / "result.json").write_text(text)
-    assert_same(run, whole)
+    assert_same(run, whole(name))
     before = (run / "result.json").read_bytes()
     assert main(["resume", str(run)]) == 0
     assert "is finished after 7 steps" in capsys.readouterr().err
@@ -134,10 +124,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["scratch", "inplace", "lazy"])
-def test_an_interrupted_run_goes_on(name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(
+    name: str, arguments: Arguments, whole: Callable[[str], Path], killed: Callable[..., int], tmp_path: Path
+) -> None:
     """Ctrl-C in the second forward of step 3: what there is is saved, with the interrupted attempt's rounding, and is resumed without."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert main(arguments(name, whole)) == 0
+    run = tmp_path / "run"
     assert os.WEXITSTATUS(killed(arguments(name, run), 6, signal.SIGINT)) == 130
     result = json.loads((run / "result.json").read_text())
     assert result["interrupted"] and result["steps"] == 2 and result["after"] is None
@@ -146,19 +137,18 @@ def test_an_interrupted_run_goes_on(name: str, arguments: Callable[[str, Path], 
     saved, replayed = (load_file(folder / "model" / "model.safetensors") for folder in (run, out))
     assert all(same_bits(saved[n], replayed[n]) for n in saved)
     assert main(["resume", str(run)]) == 0
-    (run / "result.json").write_text((run / "result.json").read_text().replace(str(run), str(whole)))
-    assert_same(run, whole)
+    (run / "result.json").write_text((run / "result.json").read_text().replace(str(run), str(whole(name))))
+    assert_same(run, whole(name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_journal_is_a_checkpoint(
-    name: str, arguments: Callable[[str, Path], list[str]], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
+    name: str, whole: Callable[[str], Path], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
 ) -> None:
-    run, model = tmp_path / "run", str(model_folder("llama"))
-    assert main(arguments(name, run)) == 0
+    run, model = whole(name), str(model_folder("llama"))
     kind = "adapter" if name in ("lora", "prefix") else "model"
     saved = load_file(next((run / kind).glob("*.safetensors")))
-    alone = shutil.copy(run / report.JOURNAL, tmp_path / "shared.zoj")
+    alone = shutil.copy(run / run_folder.JOURNAL, tmp_path / "shared.zoj")
     for mode in ("sequential", "fused"):
         out = tmp_path / mode
         assert main(["replay", str(alone), "--model", model, "--output", str(out), "--mode", mode, "--device", "cpu"]) == 0
@@ -183,7 +173,7 @@ def test_a_journal_is_a_checkpoint(
     assert not (tmp_path / "no").exists()
 
 
-def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[str]], tmp_path: Path, capsys: Any) -> None:
+def test_what_cannot_be_resumed_is_said(arguments: Arguments, killed: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
     def refused(*command: str) -> str:
         capsys.readouterr()
         assert main(list(command)) == 2
@@ -194,16 +184,16 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     killed(arguments("scratch", run), 6)
 
     def marks() -> dict[str, tuple[int, int]]:
-        found = [run / name for name in report.FILES if (run / name).exists()]
+        found = [run / name for name in run_folder.FILES if (run / name).exists()]
         return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
     files = marks()
     assert "evaluations.jsonl" in files
-    with journal.reopen(run / report.JOURNAL)[0]:
+    with journal.reopen(run / run_folder.JOURNAL)[0]:
         assert f"is in use by process {os.getpid()}" in refused("resume", str(run))
         assert "is in use by process" in refused(*arguments("scratch", run), "--overwrite")
         assert files == marks()  # they are the other process's
-    assert len(journal.read(run / report.JOURNAL)) == 2
+    assert len(journal.read(run / run_folder.JOURNAL)) == 2
     good = json.loads((run / "config.json").read_text())
 
     def with_config(**changes: Any) -> str:
@@ -240,21 +230,20 @@ def test_what_cannot_be_resumed_is_said(arguments: Callable[[str, Path], list[st
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     (run / "evaluations.jsonl").write_text(lines[0] + "\n")
     assert "lacks evaluations" in refused("resume", str(run))
-    assert len(journal.read(run / report.JOURNAL)) == 2
+    assert len(journal.read(run / run_folder.JOURNAL)) == 2
 
 
 def test_a_replay_says_what_the_journal_lacks(
-    arguments: Callable[[str, Path], list[str]], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
+    whole: Callable[[str], Path], tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any
 ) -> None:
     """Half a run's weights look like a whole one's."""
-    run, model = tmp_path / "run", str(model_folder("llama"))
-    assert main([*arguments("scratch", run), "--no-save"]) == 0
+    run, model = Path(shutil.copytree(whole("scratch"), tmp_path / "run")), str(model_folder("llama"))
     command = ["replay", str(run), "--model", model, "--device", "cpu", "--output"]
     capsys.readouterr()
     assert main([*command, str(tmp_path / "whole")]) == 0
     assert "recorded for" not in capsys.readouterr().err
-    with (run / report.JOURNAL).open("r+b") as file:
-        file.truncate((run / report.JOURNAL).stat().st_size - 3)
+    with (run / run_folder.JOURNAL).open("r+b") as file:
+        file.truncate((run / run_folder.JOURNAL).stat().st_size - 3)
     assert main([*command, str(tmp_path / "torn")]) == 0
     said = capsys.readouterr().err
     assert f"the run was recorded for 6 of its {STEPS} steps" in said
@@ -275,11 +264,20 @@ DAMAGED: dict[
         None,
         "--seed 18446744073709551616 must be below 2^64",
     ),
-    "a result without steps": ({}, {"interrupted": False}, "result.json is not that of a run"),
-    "a result of no run": ({}, {"interrupted": 0, "steps": 2, "before": SCORE, "after": SCORE}, "result.json is not that of a run"),
+    "a result without steps": ({}, {"task": "sst2", "interrupted": False}, "result.json is not that of a run"),
+    "a result of no run": (
+        {},
+        {"task": "sst2", "interrupted": 0, "steps": 2, "before": SCORE, "after": SCORE},
+        "result.json is not that of a run",
+    ),
+    "a result of another task": (
+        {},
+        {"task": "other", "interrupted": False, "steps": 2, "before": SCORE, "after": SCORE},
+        "result.json is not that of a run",
+    ),
     "a result without its end": (
         {},
-        {"interrupted": False, "steps": 2, "before": SCORE, "after": None},
+        {"task": "sst2", "interrupted": False, "steps": 2, "before": SCORE, "after": None},
         "result.json is not that of a run",
     ),
 }
@@ -288,16 +286,16 @@ DAMAGED: dict[
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_folder_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     saved, result, said = DAMAGED[name]
-    config = dataclasses.asdict(train.Config(model="m", task="sst2", data="d", output="o"))
+    config = dataclasses.asdict(Config(model="m", task="sst2", data="d", output="o"))
 
-    def prepare(config: train.Config) -> Any:
+    def load(config: Config) -> Any:
         raise UserError("goes on without it")
 
-    monkeypatch.setattr(train, "prepare", prepare)
-    (tmp_path / report.JOURNAL).touch()
-    report.write_json(tmp_path / "config.json", {"directory": "/", **saved, "config": {**config, **saved.get("config", {})}})
+    monkeypatch.setattr(running, "load", load)
+    (tmp_path / run_folder.JOURNAL).touch()
+    files.write_json(tmp_path / "config.json", {"directory": "/", **saved, "config": {**config, **saved.get("config", {})}})
     if result is not None:
-        report.write_json(tmp_path / "result.json", result)
+        files.write_json(tmp_path / "result.json", result)
     assert main(["resume", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
@@ -317,13 +315,13 @@ def test_evaluations_that_are_none_are_cut_off(tmp_path: Path) -> None:
         3,
     ):
         path.write_text("".join(json.dumps(line) + "\n" for line in (*good[:2], bad, good[2])))
-        assert report.Evaluations(path).read() == (SCORE, [good[1]["dev"]])
-        assert report.Evaluations(path).recover(9) == (SCORE, [good[1]["dev"]])
+        assert run_folder.Evaluations(path, get_task("sst2")).read() == (SCORE, [good[1]["dev"]])
+        assert run_folder.Evaluations(path, get_task("sst2")).recover(9) == (SCORE, [good[1]["dev"]])
     path.write_text(json.dumps(good[0]) + "\n" + "[" * 100_000)
-    assert report.Evaluations(path).recover(9) == (SCORE, [])
+    assert run_folder.Evaluations(path, get_task("sst2")).recover(9) == (SCORE, [])
 
 
 def test_times_that_are_none_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("step,loss,projected_gradient,lr,seconds\n1,,,,nan\n2,,,,-1\n3,,,,1.5\n4,,,,inf\n5,," + "x" * 200_000)
-    assert report.Log.seconds(path) == {3: 1.5}
+    assert run_folder.Log.seconds(path) == {3: 1.5}

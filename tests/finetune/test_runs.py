@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,32 +15,22 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from safetensors.torch import load_file
+from zo_finetune import figures, files, run_folder
 from zo_finetune import model as models
-from zo_finetune import report
 from zo_finetune.cli import main
 from zo_finetune.scoring import Scorer
+from zo_finetune.tasks import get_task
 
+from tests.finetune.children import Children
 from zo_kernels import journal
 
 Arguments = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
-def arguments(model_folder: Callable[[str], Path], data_folder: Path) -> Arguments:
+def arguments(train_command: Callable[..., list[str]]) -> Arguments:
     def build(output: Path | str, *more: str) -> list[str]:
-        fixed = [
-            "train",
-            "--model",
-            str(model_folder("llama")),
-            "--task",
-            "sst2",
-            "--data",
-            str(data_folder),
-            "--output",
-            str(output),
-        ]
-        sizes = ["--device", "cpu", "--steps", "4", "--batch-size", "4", "--dev-examples", "4", "--eval-examples", "6"]
-        return [*fixed, *sizes, "--lr", "1e-3", "--eval-every", "2", *more]
+        return train_command(output, *more, steps=4, dev_examples=4, eval_examples=6, lr="1e-3", eval_every=2)
 
     return build
 
@@ -92,7 +79,7 @@ def last_line(capsys: Any) -> str:
 
 # ---- files that are none ----------------------------------------------------------------------------------------------------
 
-NAMES = (*report.FILES, report.JOURNAL, "result.json.part", "log.csv.part")
+NAMES = (*run_folder.FILES, run_folder.JOURNAL, "result.json.part", "log.csv.part")
 
 
 def put(kind: str, path: Path, victim: Path) -> None:
@@ -147,23 +134,25 @@ def test_folders_of_weights_are_folders(
 def test_sizes_are_bounded(run: Path, capsys: Any) -> None:
     for name in ("evaluations.jsonl", "log.csv", "result.json", "config.json"):
         os.truncate(run / name, 1 << 42)
-        with pytest.raises(report.UserError, match=r"4,398,046,511,104 bytes, a run's has at most"):
-            report.Log.seconds(run / name) if name == "log.csv" else report.Evaluations(run / name).recover(3)
+        with pytest.raises(files.UserError, match=r"4,398,046,511,104 bytes, a run's has at most"):
+            run_folder.Log.seconds(run / name) if name == "log.csv" else run_folder.Evaluations(
+                run / name, get_task("sst2")
+            ).recover(3)
     assert main(["resume", str(run)]) == 2
     assert "config.json has 4,398,046,511,104 bytes, a run's has at most" in last_line(capsys)
 
 
 def test_a_journal_with_a_second_name_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
-    os.link(run / report.JOURNAL, tmp_path / "other.zoj")
+    os.link(run / run_folder.JOURNAL, tmp_path / "other.zoj")
     before = (tmp_path / "other.zoj").read_bytes()
     assert main(["resume", str(run)]) == 2
     assert "has a second name elsewhere" in last_line(capsys)
     assert (tmp_path / "other.zoj").read_bytes() == before
 
 
-def test_what_is_written_is_new(run: Path, victim: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_is_written_is_new(drawn: None, run: Path, victim: Path, tmp_path: Path, capsys: Any) -> None:
     """Second names of a run's files, links inside its folder of weights: what they lead to stays, and so does a stranger's file."""
-    for name in (*report.FILES[1:3], "evaluations.jsonl", "result.json"):
+    for name in (*run_folder.FILES[1:3], "evaluations.jsonl", "result.json"):
         os.link(run / name, tmp_path / name)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path) if (tmp_path / name).is_file()}
     (run / "model" / "config.json").unlink()
@@ -176,15 +165,15 @@ def test_what_is_written_is_new(run: Path, victim: Path, tmp_path: Path, capsys:
     result = strict(run / "result.json")
     assert result["saved"] == str(run / "model")
     assert {*result["saved_files"], "mine.txt"} == {*os.listdir(run / "model")}
-    assert not [name for name in os.listdir(run) if name.endswith(report.PART)]
+    assert not [name for name in os.listdir(run) if name.endswith(files.PART)]
 
 
 @pytest.mark.parametrize("where", ["in a folder", "by itself"])
 def test_replay_waits_for_nothing(where: str, tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    os.mkfifo(source / report.JOURNAL)
-    spec = source if where == "in a folder" else source / report.JOURNAL
+    os.mkfifo(source / run_folder.JOURNAL)
+    spec = source if where == "in a folder" else source / run_folder.JOURNAL
     assert main(["replay", str(spec), "--model", str(model_folder("llama")), "--output", str(tmp_path / "out")]) == 2
     assert "is a pipe" in (said := last_line(capsys)) or "a regular file, this is none" in said
     assert main(["replay", "/dev/zero", "--model", str(model_folder("llama")), "--output", str(tmp_path / "out")]) == 2
@@ -215,7 +204,7 @@ def test_overwrite_deletes_only_runs(run: Path, tmp_path: Path, arguments: Argum
     (run / "config.json").write_text("{}")  # as a model's: not a run's
     assert "never held a run" in refused(run)
     (run / "config.json").unlink()
-    assert report.holds_run(run)  # its journal tells
+    assert run_folder.holds_run(run)  # its journal tells
 
 
 # ---- full disks -------------------------------------------------------------------------------------------------------------
@@ -226,7 +215,7 @@ def test_a_full_disk_ends_with_what_to_do(
     what: str, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     out, full, left = tmp_path / "a run", OSError(errno.ENOSPC, "No space left on device"), [3]
-    write, append = report.write_all, journal.Writer.append
+    write, append = files.write_all, journal.Writer.append
 
     def refuse(call: Callable[..., None], *args: Any, **more: Any) -> None:
         left[0] -= 1
@@ -241,41 +230,29 @@ def test_a_full_disk_ends_with_what_to_do(
             return refuse(write, file, content)
         return write(file, content)
 
-    monkeypatch.setattr(report, "write_all", written)
+    monkeypatch.setattr(files, "write_all", written)
     if what == "the journal":
         monkeypatch.setattr(journal.Writer, "append", lambda *args, **more: refuse(append, *args, **more))
     assert main(arguments(out)) == 2
     said = last_line(capsys)
     assert said.startswith("zo-finetune: error: ") and "No space left on device" in said
     assert said.endswith(f"free space there, then go on with: zo-finetune resume '{out}'")
-    monkeypatch.setattr(report, "write_all", write)
+    monkeypatch.setattr(files, "write_all", write)
     monkeypatch.setattr(journal.Writer, "append", append)
     assert main(["resume", str(out)]) == 0
     assert strict(out / "result.json")["steps"] == 4
 
 
-LIMITED = """
-import resource, sys
-from zo_finetune.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY))
-sys.exit(main({command!r}))
-"""
-
-
-def test_weights_that_could_not_be_saved(arguments: Arguments, tmp_path: Path, begun: Path) -> None:
+def test_weights_that_could_not_be_saved(children: Children, arguments: Arguments, tmp_path: Path, begun: Path) -> None:
     """A limit of file sizes under which all fits but the weights: result.json is there and says so, and resume saves them."""
-    out, most = tmp_path / "run", 80_000
-    assert (begun / "model" / "model.safetensors").stat().st_size > most > (begun / report.JOURNAL).stat().st_size
-    script = LIMITED.format(most=most, command=arguments(out))
-    done = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 2
-    said = done.stderr.splitlines()
-    assert said[0] == "zo-finetune train: loading torch and transformers"
-    assert "the weights could not be saved in" in said[-1] and said[-1].endswith(f"go on with: zo-finetune resume {out}")
+    out, most, heard = tmp_path / "run", 80_000, tmp_path / "heard"
+    assert (begun / "model" / "model.safetensors").stat().st_size > most > (begun / run_folder.JOURNAL).stat().st_size
+    assert os.WEXITSTATUS(children.run(arguments(out), heard, most=most)) == 2
+    said = heard.read_text().splitlines()[-1]
+    assert "the weights could not be saved in" in said and said.endswith(f"go on with: zo-finetune resume {out}")
     result = strict(out / "result.json")
     assert not result["interrupted"] and result["after"] and result["saved"] is None
-    assert not (out / "model").exists() and not (out / report.SAVING).exists()
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != most
+    assert not (out / "model").exists() and not (out / run_folder.SAVING).exists()
     assert main(["resume", str(out)]) == 0
     again = strict(out / "result.json")
     assert again["saved"] and again["after"] == result["after"]
@@ -320,7 +297,7 @@ def test_an_interrupt_says_how_to_go_on(
         "scores": (Scorer, "scores"),
         "load": (models, "load"),
         "save": (models.LanguageModel, "save"),
-        "draw": (report, "draw_curve"),
+        "draw": (figures, "draw_curve"),
     }
     owner, name = places[place]
     with monkeypatch.context() as patch:
@@ -423,7 +400,7 @@ def test_a_run_is_resumed_from_anywhere(
     assert [config["config"][name] for name in ("model", "data", "output")] == [str(home / name) for name in ("m", "d", "out")]
     if recorded != "absolute":
         config["config"] |= {"model": "m", "data": "./d", "output": "out"}
-        report.write_json(home / "out" / "config.json", config)
+        files.write_json(home / "out" / "config.json", config)
     monkeypatch.chdir(other)
     assert main(["resume", str(home / "out")]) == 0
     (home / "m").rename(home / "moved")

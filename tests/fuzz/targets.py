@@ -587,30 +587,27 @@ class Options(Target):
 
     def check(self, data: bytes) -> bool:
         from zo_finetune.compare import plan_of
+        from zo_finetune.config import Comparison, Config
         from zo_finetune.errors import UserError
-        from zo_finetune.train import Config
+        from zo_finetune.options import given
 
         arguments = [os.fsdecode(word) for word in data.split(b"\n")]
         heard = io.StringIO()
         try:
             with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
-                given = vars(self._parser.parse_args(arguments))
+                found = self._parser.parse_args(arguments)
         except SystemExit as exit:
             assert exit.code in (0, 2)
             return False
-        given = {name: value for name, value in given.items() if value is not None}
-        command = given.pop("command")
-        if command not in ("train", "compare"):
+        if found.command not in ("train", "compare"):
             return True
-        for name in ("columns", "options") if command == "train" else ("columns", "lrs", "epses"):
-            given[name] = dict(given.get(name, []))
         try:
-            if command == "compare":
-                plan = plan_of(given)
+            if found.command == "compare":
+                plan = plan_of(given(Comparison, found), given(Config, found))
                 plan.check()
-                config = plan.config(plan.entries[0], plan.lr(plan.entries[0]), plan.seeds[0])
+                config = plan.config(plan.entries[0], plan.options.seeds[0])
             else:
-                config = Config(**given)
+                config = Config(**given(Config, found))
             config.check()
         except UserError as error:
             assert str(error)
@@ -636,7 +633,7 @@ class Folder(Target):
         self._folder.cleanup()
 
     def seeds(self) -> list[bytes]:
-        from zo_finetune.train import Config
+        from zo_finetune.config import Config
 
         plain = Config(model="m", task="sst2", data="d", output="o")
         full = dataclasses.replace(
@@ -659,7 +656,7 @@ class Folder(Target):
             "auc": None,
         }
         lines = [{"before": score}, {"dev": {"step": 0, **score}}, {"dev": {"step": 2, **score}}]
-        done = {"interrupted": False, "steps": 2, "before": score, "after": score}
+        done = {"task": "sst2", "interrupted": False, "steps": 2, "before": score, "after": score}
         evaluations = "".join(json.dumps(line) + "\n" for line in lines)
         log = "step,loss,projected_gradient,lr,seconds\n1,0.5,0.1,1e-3,0.25\n2,0.5,0.1,1e-3,0.5\n"
         return [
@@ -684,36 +681,40 @@ class Folder(Target):
         return b"\x1e".join(parts)
 
     def check(self, data: bytes) -> bool:
-        from zo_finetune import report, train
+        from zo_finetune.evaluate import describe
+        from zo_finetune.run_folder import Evaluations, Log
+        from zo_finetune.tasks import get_task
 
         for name, content in zip(("config.json", "result.json", "evaluations.jsonl", "log.csv"), data.split(b"\x1e"), strict=False):
             if content or name == "config.json":
                 (self._path / name).write_bytes(content)
             else:
                 (self._path / name).unlink(missing_ok=True)
-        evaluations = report.Evaluations(self._path / "evaluations.jsonl")
+        task = get_task("sst2")
+        evaluations = Evaluations(self._path / "evaluations.jsonl", task)
         before, history = evaluations.recover(2)
         assert evaluations.recover(2) == (before, history) or math.nan in walk([before, history])
         assert all(type(e["step"]) is int and e["step"] < 2 for e in history)
         for e in history + [before] * (before is not None):
-            assert train.describe(e)
-        seconds = report.Log.seconds(self._path / "log.csv")
+            assert describe(task, e)
+        seconds = Log.seconds(self._path / "log.csv")
         assert all(type(k) is int and 0 <= x < math.inf for k, x in seconds.items())
         return self._resume()
 
     def _resume(self) -> bool:
-        from zo_finetune import train
+        from zo_finetune import run
+        from zo_finetune.config import Config
         from zo_finetune.errors import UserError
 
         class Loading(Exception):
             pass
 
-        def prepare(config: train.Config) -> Any:
+        def load(config: Config) -> Any:
             raise Loading(config)
 
-        with mock.patch.object(train, "prepare", prepare), contextlib.redirect_stderr(io.StringIO()):
+        with mock.patch.object(run, "load", load), contextlib.redirect_stderr(io.StringIO()):
             try:
-                result = train.resume(str(self._path))
+                result = run.resume(str(self._path))
             except UserError as error:
                 assert str(error)
                 return False

@@ -1,9 +1,9 @@
 """What a task is: how a row of data becomes a prompt for each candidate answer.
 
 Belongs here: the record types and the two base classes. Does not belong here: any particular task (one file each, beside this one),
-tokens (scoring.py), files (data.py). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
+tokens (scoring.py), files (data.py), what an answer is worth (metrics/). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
 
-To add a task, write a file with a subclass, and name it in tasks/__init__.py:
+To add a task, write a file with a subclass beside this one; nothing lists it:
 
     fixed answers (SST-2, SST-5, RTE, CB, BoolQ, WSC, WIC, MultiRC, SNLI, MNLI, TREC)
         a `ClassificationTask`: `labels`, `words`, `prompt`, and `masked_prompt` if a masked language model can do it
@@ -73,6 +73,8 @@ class Task(ABC):
     fields: ClassVar[tuple[str, ...]]  # the columns a row must have
     objective: ClassVar[Objective] = "classification"
     forms: ClassVar[tuple[Form, ...]] = ("causal",)
+    decoding: ClassVar[str] = "scores"  # how an answer comes about: a file of decoding/
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # files of metrics/; the first is what curves and tables show
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -110,6 +112,7 @@ class ClassificationTask(Task):
     labels: ClassVar[tuple[str, ...]]  # what the labels 0, 1, ... mean
     words: ClassVar[tuple[str, ...]]  # the answer that stands for each label
     label_field: ClassVar[str] = "label"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "auc", "predicted")
 
     @property
     def class_names(self) -> tuple[str, ...]:

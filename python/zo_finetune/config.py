@@ -1,0 +1,282 @@
+"""The options of every command, each described once (options.py says what a description is).
+
+Belongs here: what a user may choose, and which choices contradict each other. Does not belong here: a method's own options (methods.py), what is
+done with a value. Nothing here loads torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zo_finetune import methods, options, values
+from zo_finetune.errors import UserError
+from zo_finetune.files import path_of
+from zo_finetune.options import again, option
+from zo_finetune.tasks import TASKS
+
+DTYPES = ("float32", "float16", "bfloat16")  # by torch's names
+SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps done -> factor of the learning rate
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+MODEL, DATA, METHOD, RUN = "model", "data", "method", "run"  # the parts of a run
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that determines a run: `zo-finetune train`."""
+
+    model: str = option(MODEL, "model folder, .gguf file or hub id", metavar="PATH_OR_HUB_ID", path=True, movable=True)
+    gguf_file: str | None = option(MODEL, "a GGUF file inside --model, dequantised on loading", None, metavar="NAME")
+    form: str = option(MODEL, "kind of language model", "auto", choices=("auto", "causal", "masked"), usual="as its config says")
+    peft: str = option(MODEL, "what is trained: all weights, or an adapter", "none", choices=methods.PEFTS)
+    targets: list[str] | None = option(
+        MODEL,
+        "ends of names of the modules that lora or ln adapts",
+        None,
+        flag="--peft-target",
+        metavar="MODULE",
+        usual="query and value; every norm",
+    )
+    max_length: int | None = option(
+        MODEL, "longest input; longer ones lose their beginning", None, metavar="TOKENS", positive=True, usual="the model's"
+    )
+    dtype: str = option(MODEL, "of the weights", "auto", choices=("auto", *DTYPES), usual="float32 on a CPU, as saved on a GPU")
+    device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
+
+    task: str = option(DATA, "; ".join(f"{t.name}: {t.summary}" for t in TASKS.values()), metavar="TASK")
+    data: str = option(
+        DATA,
+        "file or folder (train.*, validation.*; jsonl, json, csv, tsv, parquet), or hub id",
+        metavar="PATH_OR_HUB_ID",
+        path=True,
+        movable=True,
+    )
+    data_config: str | None = option(DATA, "configuration of a hub data set, such as sst2 of nyu-mll/glue", None, metavar="NAME")
+    columns: dict[str, str] = option(
+        DATA, "the column that holds a task's field", {}, flag="--column", metavar="FIELD=NAME", read=values.column
+    )
+    train_examples: int = option(DATA, "sampled training examples, 0: all", 1000, metavar="N", least=True)
+    dev_examples: int | None = option(
+        DATA,
+        "training rows held out to watch progress on",
+        None,
+        metavar="N",
+        least=True,
+        usual="500, at most a fifth",
+    )
+    eval_examples: int | None = option(
+        DATA,
+        "sampled evaluation examples, 0: all",
+        None,
+        metavar="N",
+        least=True,
+        usual="1000, at most a fifth of a single file",
+    )
+
+    method: str = option(METHOD, "one of those below", "mezo", metavar="METHOD", each=True)
+    options: dict[str, str] = option(
+        METHOD, "one of the method's own options", {}, flag="--option", metavar="KEY=VALUE", read=values.pair, each=True
+    )
+    steps: int = option(METHOD, "training steps", 20_000, metavar="N", positive=True, each=True)
+    batch_size: int = option(METHOD, "examples in a micro-batch", 16, metavar="B", positive=True)
+    accumulate: int = option(
+        METHOD, "micro-batches of --batch-size in one step, their losses averaged", 1, metavar="N", positive=True
+    )
+    lr: float | None = option(METHOD, "learning rate", None, least=True, fp32=True, usual="by --method and --peft", each=True)
+    eps: float | None = option(
+        METHOD, "perturbation scale", None, positive=True, fp32=True, usual="by --method and --peft", each=True
+    )
+    seed: int = option(METHOD, "of the noise, the sample and the order of the data", 0, least=True, below=1 << 64, each=True)
+    lr_schedule: str = option(METHOD, "the last two decay to 0", "constant", choices=tuple(SCHEDULES))
+    weight_decay: float = option(METHOD, "decoupled", 0.0, metavar="W", least=True, fp32=True)
+    clip: float | None = option(
+        METHOD, "clip |projected gradient| to this", None, metavar="G", positive=True, fp32=True, usual="not"
+    )
+    perturbation: str = option(
+        METHOD,
+        "change the weights for a forward, or a copy of each layer's; lazy: in place with two passes a step",
+        "auto",
+        choices=("auto", "inplace", "scratch", "lazy"),
+    )
+    rounding: str = option(METHOD, "of the update to 16-bit weights", "auto", choices=("auto", "nearest", "stochastic"))
+    cuda_graph: bool = option(METHOD, "launch whole steps as CUDA graphs; pads batches", False, negatable=True, usual="no")
+    backend: str | None = option(
+        METHOD,
+        "of zo_kernels",
+        None,
+        choices=("reference", "cpu", "triton", "cuda"),
+        usual="the best available",
+        movable=True,
+    )
+
+    output: str = option(
+        RUN,
+        "result.json, curve.png, log.csv, the journal run.zoj and the weights go here",
+        metavar="RUN_DIR",
+        path=True,
+        movable=True,
+        place=True,
+        each=True,
+    )
+    overwrite: bool = option(RUN, "replace an earlier run in RUN_DIR", False, movable=True, place=True, each=True)
+    save: bool = option(RUN, "save the model or adapter", True, negatable=True, movable=True, each=True)
+    eval_every: int | None = option(
+        RUN,
+        "steps between evaluations on the dev examples, 0: none",
+        None,
+        metavar="N",
+        least=True,
+        usual="a fifth of --steps",
+        each=True,
+    )
+    eval_batch_size: int = option(RUN, "examples in a batch of an evaluation", 32, metavar="B", positive=True)
+
+    def check(self) -> None:
+        """Values that no part of the run could use; each error names the option."""
+        options.check(self)
+        self.recipe()
+
+    def check_use(self) -> None:
+        """Options that nothing of a new run would read: whoever gave one means another run than would come of it."""
+        model, data = Path(self.model).expanduser(), Path(self.data).expanduser()
+        if self.targets and self.peft not in ("lora", "ln"):
+            raise UserError(
+                f"--peft-target {self.targets[0]!r:.80} names what --peft lora or ln adapts, and --peft is {self.peft}: give one of them, or "
+                "leave the target out"
+            )
+        if self.gguf_file is not None and model.suffix.lower() == ".gguf" and model.name != self.gguf_file and model.is_file():
+            raise UserError(
+                f"--gguf-file {self.gguf_file!r:.80}: --model {model} is a GGUF file itself: give its folder, or leave one out"
+            )
+        if self.data_config is not None and data.exists():
+            raise UserError(
+                f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {data} is here: leave it out"
+            )
+        if self.eval_every and self.dev_examples == 0:
+            raise UserError(
+                f"--eval-every {self.eval_every} evaluates on the dev examples, and --dev-examples is 0: give some, or leave it out"
+            )
+
+    @classmethod
+    def of_json(cls, content: Any, where: str) -> Config:
+        """Exactly these options, each of its type and within its bounds.
+
+        Raises:
+            UserError: names the first that is not so.
+        """
+        config = options.of_json(cls, content, where)
+        config.check()
+        return config
+
+    def recipe(self) -> methods.Recipe:
+        """The method with its numbers. Raises UserError for an option that the method has not, or reads otherwise."""
+        return methods.get(self.method).recipe(self.peft, self.options, self.lr, self.eps)
+
+    def placed(self, directory: str) -> Config:
+        """With the absolute paths of what is there in `directory`, so that the run can go on from anywhere; hub ids stay."""
+
+        def place(name: str) -> Path:
+            return Path(directory, path_of(f"--{name}", getattr(self, name))).absolute()
+
+        def found(name: str) -> str:
+            path = place(name)
+            with contextlib.suppress(OSError):
+                return str(path) if path.exists() else getattr(self, name)
+            return str(getattr(self, name))  # longer than a path may be
+
+        return replace(self, model=found("model"), data=found("data"), output=str(place("output")))
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What `zo-finetune compare` has beside the options that its runs share, in place of those that it sets for each."""
+
+    methods: str = option(
+        METHOD,
+        "with a method's own options behind it, as in mezo,mezo:queries=4,momentum:state=recomputed:history=16",
+        metavar="METHOD,...",
+    )
+    forwards: int = option(METHOD, "forward passes of each run; --list-methods says what a step costs", metavar="N", below=1 << 63)
+    seeds: list[int] = option(
+        METHOD, "of noise, sample and order of the data", [0, 1, 2], metavar="S,...", read=values.whole_numbers
+    )
+    lrs: dict[str, float] = option(
+        METHOD, "instead of the method's default", {}, flag="--lr", metavar="METHOD=LR", read=values.number_of
+    )
+    epses: dict[str, float] = option(
+        METHOD, "instead of the method's default", {}, flag="--eps", metavar="METHOD=EPS", read=values.number_of
+    )
+    lr_factors: list[float] = option(
+        METHOD,
+        "try each method's lr times these with the first seed, and take the best by its loss on the dev examples",
+        [1.0],
+        metavar="F,...",
+        usual="1",
+        read=values.numbers,
+    )
+    points: int = option(RUN, "evaluations on the dev examples along a run", 5, metavar="N", least=True, below=1 << 63)
+    output: str = option(
+        RUN,
+        "table.md, curves.png, compare.csv, compare.json and a folder of each run go here; finished runs in it are kept",
+        metavar="DIR",
+        path=True,
+    )
+
+
+def shared() -> list[options.Option]:
+    """The options that all runs of a comparison have in common."""
+    return [o for o in options.options_of(Config) if not o.each]
+
+
+@dataclass(kw_only=True)
+class Resume:
+    """`zo-finetune resume`."""
+
+    run_dir: str = option(RUN, "the --output of the run", flag="", metavar="RUN_DIR")
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """`zo-finetune replay`."""
+
+    source: str = option(RUN, "a run's folder, or its run.zoj alone", flag="", metavar="RUN_DIR_OR_JOURNAL")
+    model: str = again(Config, "model", help="the base model that the run started from; another is refused")
+    device: str = again(Config, "device")
+    output: str = option(RUN, "the model or adapter goes here", metavar="DIR", path=True)
+    upto: int | None = option(RUN, "the weights after N steps", None, metavar="N", usual="after all")
+    mode: str = option(METHOD, "the run's own bits, or one sum rounded once", "sequential", choices=("sequential", "fused"))
+    backend: str | None = again(Config, "backend")
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """`zo-finetune demo`."""
+
+    output: str = again(Config, "output", "runs/demo", help="the run goes here")
+    seed: int = again(Config, "seed")
+    overwrite: bool = again(Config, "overwrite")
+
+
+COMMANDS = {"train": Config, "compare": Comparison, "resume": Resume, "replay": Replay, "demo": Demo}
+
+
+def page() -> str:
+    """docs/options.md: `python -m zo_finetune.config > docs/options.md`."""
+    parts = [
+        "# Options of zo-finetune\n\nMade from their descriptions by `python -m zo_finetune.config`; `--list-methods` prints the methods' own.\n"
+    ]
+    for name, kind in COMMANDS.items():
+        also = " And, for all of its runs, " + ", ".join(f"`{o.spelling}`" for o in shared()) + "." if kind is Comparison else ""
+        parts.append(f"\n## {name}\n\n{options.table(kind)}" + (f"\n{also.strip()}\n" if also else ""))
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,117 @@
+"""The first part of a run: model, tokenizer, task and data, loaded, encoded and checked. Nothing is written, nothing is trained.
+
+Belongs here: what of a configuration is loaded, and in which order its faults are found. Does not belong here: how a model (model.py) or data (data.py)
+is read, the optimizer (train.py).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from zo_finetune import console
+from zo_finetune import model as models
+from zo_finetune.config import Config
+from zo_finetune.data import load_splits
+from zo_finetune.errors import UserError
+from zo_finetune.scoring import Encoded, Encoder, Scorer
+from zo_finetune.tasks import get_task
+from zo_finetune.tasks.base import Task
+
+
+@dataclass
+class Loaded:
+    """What a run is of. `origin`: split -> where its rows came from; `notes`: lines for the user."""
+
+    config: Config
+    task: Task
+    language_model: models.LanguageModel
+    train_set: list[Encoded]
+    dev_set: list[Encoded]
+    eval_set: list[Encoded]
+    max_length: int
+    origin: dict[str, str]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def scorer(self) -> Scorer:
+        """Of the model; a context manager."""
+        lm = self.language_model
+        return Scorer(lm.model, lm.form, lm.pad_id)
+
+    def describe(self) -> str:
+        lm, (trainable, total) = self.language_model, self.language_model.counts()
+        return (
+            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.config.method}, {lm.model.dtype} on {lm.device}; "
+            f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
+        )
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """Those of `models.load`."""
+    return {name: getattr(config, name) for name in ("dtype", "device", "peft", "form", "gguf_file", "targets")}
+
+
+def load_model(config: Config) -> models.LanguageModel:
+    """The weights that a run starts from: the base model, and an adapter that is a function of the seed."""
+    torch.manual_seed(config.seed)
+    return models.load(config.model, **model_options(config))
+
+
+def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
+    """Load and check everything that `config` names.
+
+    Args:
+        language_model: loaded already, with the same options.
+
+    Raises:
+        UserError: a part is not there, is damaged, or does not fit another.
+    """
+    started = time.perf_counter()
+    task = get_task(config.task)
+    if language_model is None:
+        with console.Phase(f"looking for the model {config.model}"):
+            form = models.find(config.model, device=config.device, form=config.form, gguf_file=config.gguf_file).form
+    else:
+        form = language_model.form
+    if form not in task.forms:
+        raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
+    with console.Phase(f"reading the data {config.data}"):
+        splits = load_splits(
+            config.data,
+            task,
+            form,
+            train_examples=config.train_examples,
+            dev_examples=config.dev_examples,
+            eval_examples=config.eval_examples,
+            seed=config.seed,
+            config=config.data_config,
+            columns=config.columns,
+        )
+    if language_model is None:  # after the data, whose faults are found in less time
+        with console.Phase(f"loading the model {config.model}"):
+            language_model = load_model(config)
+    max_length = min(language_model.max_length, config.max_length or language_model.max_length)
+    encoder = Encoder(language_model.tokenizer, form, max_length, language_model.vocabulary)
+    with console.Phase("tokenizing"):
+        train_set = encoder.encode_all(splits.train, gold_only=task.objective == "language-model")
+        dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
+    notes = [*splits.notes, *language_model.notes]
+    if encoder.cut:
+        total = len(train_set) + len(dev_set) + len(eval_set)
+        notes.append(f"{encoder.cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out")
+    return Loaded(
+        config=config,
+        task=task,
+        language_model=language_model,
+        train_set=train_set,
+        dev_set=dev_set,
+        eval_set=eval_set,
+        max_length=max_length,
+        origin=splits.origin,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )

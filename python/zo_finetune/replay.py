@@ -1,0 +1,62 @@
+"""The weights of a recorded run, made again from its base model and its journal.
+
+Belongs here: what the journal says of the model, and where the weights go. Does not belong here: how records become weights (zo_kernels.replay)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import zo_kernels
+from zo_finetune import console, run_folder
+from zo_finetune.config import DTYPES, Config, Replay
+from zo_finetune.errors import UserError, one_line
+from zo_finetune.files import check_plain, path_of
+from zo_finetune.load import load_model
+from zo_finetune.run import remedy
+from zo_kernels import journal
+
+
+def replay(given: Replay) -> Path:
+    """A model or adapter in the usual format; returns its folder.
+
+    Raises:
+        UserError: the base model is not the one that the run started from, or the journal is damaged.
+    """
+    path, target = path_of("RUN_DIR_OR_JOURNAL", given.source), path_of("--output", given.output)
+    run_folder.check_run_dir(target, overwrite=False)
+    if os.path.isdir(path):
+        path = path / run_folder.JOURNAL
+        check_plain(path)
+    try:
+        past = journal.read(path, strict=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{given.source}: {one_line(error)}") from error
+    about, weights = past.header.hyperparameters, past.header.parameters
+    options = about.get("config")
+    if isinstance(options, dict):
+        config = Config.of_json(options, f"{given.source}, config")
+    else:  # a run of the library: its weights are those of the bare model
+        config = Config(model=given.model, task="", data="", output=given.output)
+    dtype = about.get("dtype", weights[0].dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"{given.source}: dtype {dtype!r:.40} must be one of {', '.join(DTYPES)}")
+    if past.tail is not None:
+        console.say(f"{path} has {past.tail.reason} at its end, where the run was ended: that is left out")
+    if given.upto is None and isinstance(options, dict) and len(past.steps) < config.steps:
+        console.say(
+            f"the run was recorded for {len(past.steps)} of its {config.steps} steps: these are the weights that it had then"
+        )
+    with console.Phase(f"loading the model {given.model}"):
+        language_model = load_model(replace(config, model=given.model, dtype=dtype, device=given.device))
+    try:
+        with console.Phase(f"replaying {len(past.steps) if given.upto is None else given.upto} steps"):
+            zo_kernels.replay(language_model.model, past, given.upto, mode=given.mode, backend=given.backend)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{given.source}: {one_line(error)}") from error
+    try:
+        with console.Phase("saving the weights"):
+            return run_folder.save_weights(target, language_model.save)[0]
+    except OSError as error:
+        raise UserError(f"{target}: {one_line(error)}; {remedy(error)} and run it again") from error

@@ -1,0 +1,306 @@
+"""A whole run in its folder: load, evaluate, train, evaluate, save; and one that goes on after it was ended.
+
+Belongs here: the order of the parts, what is on the disk before what happens, how a run ends. Does not belong here: the parts (load.py, evaluate.py,
+train.py, report.py), the files (run_folder.py), the command line (cli.py).
+
+From Python, as `compare` and the demo do it: `run(Config(...))` is a run with its folder; `load`, `evaluate` and `train` are its parts without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_finetune import console, files, methods, report, run_folder
+from zo_finetune.config import Config
+from zo_finetune.errors import UserError, one_line
+from zo_finetune.evaluate import describe, evaluate
+from zo_finetune.files import path_of
+from zo_finetune.load import Loaded, load
+from zo_finetune.options import difference
+from zo_finetune.report import Outcome
+from zo_finetune.run_folder import JOURNAL
+from zo_finetune.scoring import Encoded
+from zo_finetune.tasks import get_task
+from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train
+from zo_kernels import journal
+
+
+def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """A run from its beginning; returns what result.json holds.
+
+    Ctrl-C during training ends it: weights, log and curve up to then are saved, `interrupted` is true and `after` is None.
+
+    Raises:
+        UserError: something the user can put right; nothing has been written yet.
+    """
+    config.check()
+    config = config.placed(os.getcwd())
+    config.check_use()
+    output = Path(config.output)
+    run_folder.check_run_dir(output, config.overwrite, {"--model": config.model, "--data": config.data})
+    with explained(config):
+        loaded = load(config)
+        optimizer = make_optimizer(loaded.language_model, config)
+    if (batch := config.batch_size * config.accumulate) > len(loaded.train_set):
+        times = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size {config.batch_size}{times}: a step would take {batch} examples, and there are {len(loaded.train_set)} to train on: give less"
+        )
+    return complete(loaded, optimizer, command)
+
+
+def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Go on with a killed or interrupted run; returns what result.json then holds: that of a run that was never killed, but for times.
+
+    Raises:
+        UserError: there is no run in the folder, it is running, or its options, base model or data have changed; nothing was changed.
+    """
+    output = path_of("RUN_DIR", folder).absolute()
+    run_folder.check_files(output)
+    nothing = f"{folder} has no config.json and {JOURNAL}: no run began there that could be resumed"
+    if not (output / "config.json").exists():
+        raise UserError(nothing)
+    config = run_folder.saved_config(output)
+    if reason := methods.get(config.method).no_journal:
+        raise UserError(f"{folder}: a run of --method {config.method} cannot be resumed: {reason}; begin it anew with --overwrite")
+    if not (output / JOURNAL).exists():
+        raise UserError(nothing)
+    if (result := run_folder.read_result(output / "result.json", get_task(config.task), config.save)) is not None:
+        console.say(f"{folder} is finished after {result['steps']} steps: there is nothing to resume")
+        return result
+    config = replace(recorded_config(output, config), output=str(output))
+    for name in ("model", "data"):
+        if os.path.isabs(path := getattr(config, name)) and not os.path.exists(path):
+            raise UserError(
+                f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
+            )
+    with explained(config):
+        loaded = load(config)
+        optimizer = make_optimizer(loaded.language_model, config)
+    return complete(loaded, optimizer, command, resumed=True)
+
+
+def recorded_config(output: Path, config: Config) -> Config:
+    """`config`, with the learning rate and eps that the journal has where it leaves them to the method.
+
+    Raises:
+        UserError: the journal is damaged, or began with other options than `config`: names the first that differs.
+    """
+    try:
+        about = journal.read(output / JOURNAL, strict=False).header.hyperparameters
+    except journal.UnbegunError:
+        return config  # the run died as it wrote the header: it begins anew
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output}: {one_line(error)}") from error
+    recorded = about.get("config")
+    if not isinstance(recorded, dict):
+        raise UserError(f"{output / JOURNAL} holds no options: it is not of a run of zo-finetune")
+    if name := difference(config, recorded, but=lambda option: option.movable):
+        now, then = (files.shown(value) for value in (getattr(config, name), recorded.get(name)))
+        raise UserError(
+            f"{output / 'config.json'}: {name} is {now}, and was {then} when the run began: put it back, or begin a new run"
+        )
+    lr, eps = (one_number(about.get(name)) for name in ("lr", "eps"))
+    config = replace(config, lr=lr if config.lr is None else config.lr, eps=eps if config.eps is None else config.eps)
+    config.check()
+    return config
+
+
+def one_number(values: Any) -> float | None:
+    """Of a journal's list of one for each group: an application's run has the same in all."""
+    return values[0] if isinstance(values, list) and values and isinstance(values[0], float) else None
+
+
+# ---- the run itself -----------------------------------------------------------------------------------------------------------
+
+
+def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
+    """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
+    neither; one of an earlier run goes."""
+    config, output = loaded.config, Path(loaded.config.output)
+    if reason := methods.get(config.method).no_journal:
+        console.say(f"--method {config.method} writes no journal and cannot be resumed: {reason}")
+        output.mkdir(parents=True, exist_ok=True)
+        run_folder.remove_journal(output / JOURNAL)
+        return None
+    digest = hashlib.sha256()
+    for part in (loaded.train_set, loaded.dev_set, loaded.eval_set):
+        for example in part:
+            digest.update(repr(example).encode() + b"\n")
+        digest.update(b"\n")
+    about = {
+        "model": config.model,
+        "config": asdict(config),
+        "dtype": str(loaded.language_model.model.dtype).removeprefix("torch."),
+        "data": digest.hexdigest(),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        past = optimizer.open_journal(
+            output / JOURNAL, resume=resumed, replace=config.overwrite and not resumed, hyperparameters=about
+        )
+    except FileExistsError as error:
+        raise UserError(f"{output} has a run in it: resume it, or give another folder") from error
+    except (OSError, ValueError, RuntimeError) as error:  # locked, damaged, another base model
+        raise UserError(f"{output}: {one_line(error)}") from error
+    if past is not None and past.header.hyperparameters.get("data") != about["data"]:
+        optimizer.close_journal()
+        raise UserError(f"--data {config.data} gives other examples than when the run began: restore it, or begin a new run")
+    return past
+
+
+def perform(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Outcome:
+    """Evaluate, train, evaluate. Ctrl-C during training ends it and keeps what there is; before that it ends the run."""
+    config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
+    every = eval_every(loaded)
+    seconds = run_folder.Log.seconds(output / "log.csv") if resumed else {}
+    training, evaluating = Stopwatch(), Stopwatch()
+    evaluations = run_folder.Evaluations(output / "evaluations.jsonl", task)
+
+    with loaded.scorer() as scorer:
+
+        def measure(what: str, examples: list[Encoded]) -> dict[str, Any]:
+            with evaluating, console.Counter(what, len(examples), "example") as counter:
+                return evaluate(task, scorer, examples, config.eval_batch_size, counter.advance)
+
+        def watch(step: int) -> None:
+            outcome.history.append({"step": step, **measure(f"step {step}, dev", loaded.dev_set)})
+            evaluations.add("dev", outcome.history[-1])
+            console.say(f"step {step}, dev: {describe(task, outcome.history[-1])}")
+
+        before = evaluations.read()[0] if resumed else None
+        measured = measure("before", loaded.eval_set) if before is None else before
+        console.say(f"before: {describe(task, measured)}")
+        with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
+            past = open_journal(loaded, optimizer, resumed)
+        outcome, rows = Outcome(before=measured), []
+        if past is None:
+            run_folder.clear_run_dir(output)
+            run_folder.write_config(output, config)
+        else:
+            outcome.history = evaluations.recover(optimizer.steps)[1]
+            wanted = list(range(0, optimizer.steps, every)) if every else []
+            if [e["step"] for e in outcome.history] != wanted:
+                raise UserError(
+                    f"{evaluations.path} lacks evaluations of the first {optimizer.steps} steps: it was changed or is of another run"
+                )
+            last, lr = 0.0, config.recipe().lr
+            for k, r in enumerate(past.steps):
+                last = seconds.get(k + 1, last)
+                rows.append((k + 1, float(r["loss"]), float(r["gradient"]), lr * rate(config, k), last))
+            training = Stopwatch(last)
+            torn = f"; cut off: {past.tail.reason}" if past.tail else ""
+            console.say(f"resumed after {optimizer.steps} of {config.steps} steps{torn}")
+        if before is None:
+            evaluations.add("before", measured)
+        log = run_folder.Log(output / "log.csv", rows)
+        progress = Progress(log, config.steps, optimizer, loaded.language_model.device)
+        try:
+            train(loaded, optimizer, scorer, progress, training, watch)
+            outcome.after = measure("after", loaded.eval_set)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        finally:
+            try:
+                progress.close()
+            finally:
+                optimizer.close_journal()
+        outcome.steps = optimizer.steps
+        outcome.losses, outcome.still = log.losses, log.still
+        outcome.training_seconds, outcome.evaluation_seconds = training.seconds, evaluating.seconds
+        if outcome.after:
+            console.say(f"after:  {describe(task, outcome.after)}")
+    return outcome
+
+
+def complete(loaded: Loaded, optimizer: Optimizer, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
+    """Train and write what there is to write: result.json first, since it is small and tells whether the weights were saved."""
+    config, output = loaded.config, Path(loaded.config.output)
+    for line in (*loaded.notes, loaded.describe()):
+        console.say(line)
+    with explained(config):
+        outcome = perform(loaded, optimizer, resumed)
+        result = report.result_of(loaded, optimizer, outcome, sys.argv if command is None else command)
+        if outcome.interrupted:
+            again = "saving the weights, unless Ctrl-C comes again" if config.save else way_on(config)
+            console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {again}")
+        for line in report.misgivings(outcome, optimizer.skipped):
+            console.say(line)
+        files.write_json(output / "result.json", result)
+        try:
+            with console.Phase("drawing curve.png"):
+                report.draw(loaded, outcome, output / "curve.png")
+        except Exception as error:  # the least of what a run leaves, made by a library that needs fonts, caches and space
+            console.say(f"curve.png could not be drawn ({one_line(error)}); log.csv has what it shows")
+        if config.save:
+            save(loaded, result)
+        if outcome.interrupted:
+            console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {way_on(config)}")
+    return result
+
+
+def save(loaded: Loaded, result: dict[str, Any]) -> None:
+    """The weights, and the word of them in result.json."""
+    output = Path(loaded.config.output)
+    try:
+        with console.Phase("saving the weights"):
+            folder, names = run_folder.save_weights(output, loaded.language_model.save)
+    except Exception as error:  # safetensors and tokenizers, whose code is Rust's, have exceptions of their own for a full disk
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise UserError(
+            f"the weights could not be saved in {output}: {one_line(error)}; {remedy(error)}, then {way_on(loaded.config)}"
+        ) from error
+    result |= {"saved": str(folder), "saved_files": names}
+    files.write_json(output / "result.json", result)
+
+
+# ---- how it ends before its end -------------------------------------------------------------------------------------------------
+
+
+def way_on(config: Config) -> str:
+    """What to do after a run has ended before its end."""
+    output = Path(config.output)
+    no_journal = methods.get(config.method).no_journal
+    with contextlib.suppress(UserError):
+        if run_folder.read_result(output / "result.json", get_task(config.task), config.save) is not None:
+            return f"see {output / 'result.json'} (the run is finished)"
+        if (output / "config.json").is_file() and not no_journal and (output / JOURNAL).is_file():
+            return f"go on with: zo-finetune resume {shlex.quote(str(output))}"
+    again = "with --overwrite " if not config.overwrite and output.is_dir() and any(output.iterdir()) else ""
+    why = f"a run of --method {config.method} has no journal to go on from" if no_journal else "nothing was recorded yet"
+    return f"give the same command again {again}({why})"
+
+
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """What ends a run from outside (Ctrl-C, a full disk, too little memory) ends with what to do."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {way_on(config)}") from None
+    except OSError as error:
+        raise UserError(f"{one_line(error)}; {remedy(error)}, then {way_on(config)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory ({one_line(error, 160)}): free some, then {way_on(config)}; or begin anew with a smaller --batch-size, "
+            "--eval-batch-size or --max-length, or with --dtype bfloat16"
+        ) from error
+
+
+def remedy(error: BaseException) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    return "free space there" if full else "mend that"

@@ -1,0 +1,132 @@
+"""Values as text: how a word of a command line becomes a number, a pair or a list, and back.
+
+Belongs here: reading of one word, whatever the option. Does not belong here: which options there are and what they may be (options.py, config.py,
+methods.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from zo_finetune.errors import UserError
+
+
+def number(text: str) -> float:
+    """`float`, of ASCII and without underscores: 1_0 is a slip, and no ten."""
+    if "_" in text or not text.isascii():
+        raise ValueError(f"{text!r:.80} is no number")
+    return float(text)
+
+
+# ---- options of a command: argparse says what is wrong, with the option's name before it --------------------------------------
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,400}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no whole number")
+    return int(text)
+
+
+def real(text: str) -> float:
+    try:
+        return number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no number") from None
+
+
+def pair(text: str, wanted: str = "KEY=VALUE, for example queries=4") -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}")
+    return name, value
+
+
+def column(text: str) -> tuple[str, str]:
+    return pair(text, "FIELD=NAME, for example sentence=text")
+
+
+def number_of(text: str) -> tuple[str, float]:
+    """METHOD=VALUE; the method may have options, which have = signs too."""
+    name, equals, value = text.rpartition("=")
+    try:
+        if not (name and equals):
+            raise ValueError
+        return name, number(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be METHOD=NUMBER, for example mezo=1e-6") from None
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [whole(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them") from None
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [number(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
+
+
+# ---- options of a method: by the type that its constructor has for it ----------------------------------------------------------
+
+
+def written(value: Any) -> str:
+    """A value as `parse` reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return json.dumps(list(value)) if any(isinstance(v, str) for v in value) else ",".join(map(written, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse(where: str, text: str, hint: Any) -> Any:
+    """The value of an option, by its type: bool, int, float, str, a tuple of them, or a sequence of str (commas, or a JSON list).
+
+    Raises:
+        UserError: begins with `where`, and says what is wanted.
+    """
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # str | Sequence[str]: one name is a name
+        single = "," not in text and not text.startswith("[")
+        return parse(where, text, str if single else Sequence[str])
+    if typing.get_origin(hint) is tuple:
+        kinds, parts = typing.get_args(hint), text.split(",")
+        if len(parts) != len(kinds):
+            raise UserError(f"{where}: give {len(kinds)} values with commas between them")
+        return tuple(parse(where, part, kind) for part, kind in zip(parts, kinds, strict=True))
+    if typing.get_origin(hint) is not None:
+        if not text.startswith("["):
+            return text.split(",")
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError):
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f'{where}: give names with commas between them, or a JSON list of strings such as ["a", "b"]')
+        return items
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{where}: give true or false")
+        return text.lower() == "true"
+    if hint is int:
+        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+            raise UserError(f"{where}: give a whole number, at least 0")
+        return int(text)
+    if hint is float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{where}: give a finite number")
+        return value
+    return text
