@@ -199,7 +199,7 @@ class Scratch(View):
         self.pieces.release()
 
     def memory(self) -> Any:
-        tables = (*self.buffer.tables, self.pieces.gathers)
+        tables: list[dict[Any, Any]] = [*self.buffer.tables, self.pieces.gathers]
         mine = dict(self.buffer.memory), dict(self.pieces.memory), [list(t.values()) for t in tables], self.fronts.resident
         return self.groups, *mine
 
