@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks, journal, ops, views
-from zo_kernels.parameters import Weights
-from zo_kernels.plan import Mask, Pass, Passes, Plan, RandomMask
+from zo_kernels.parameters import Member, Weights
+from zo_kernels.plan import Pass, Passes, Plan, RandomMask
 
 MODES = ("sequential", "fused")
 PASSES = 4096  # that are gathered before they are applied
@@ -121,16 +121,16 @@ def _fuse(weights: Weights, header: journal.Header, records: np.ndarray, group: 
     tags = records["tag"].astype(np.int64)[:, None] + np.arange(header.terms)
     live = coefs != 0
     c, t = coefs[live].tolist(), tags[live].tolist()
-    for entry, p in weights.pairs:
+    for m, entry in weights.entries():
         total = entry.src if entry.src.dtype == torch.float32 else entry.src.float()
-        plan = Plan((changed(entry, src=total, dst=total),), p.device, torch.float32)
+        plan = Plan((changed(entry, src=total, dst=total),), m.tensor.device, torch.float32)
         for start in range(0, max(1, len(t)), TERMS):
             factor = float(after[0]) if start == 0 and after[0] != 1 else None
             terms = slice(start, start + TERMS)
             if t[terms] or factor is not None:
                 ops.run([plan], Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
         if total is not entry.src:
-            p.copy_(total)
+            m.tensor.copy_(total)
 
 
 def weights_of(
@@ -141,7 +141,7 @@ def weights_of(
     Raises:
         ValueError: a stored mask or scale is not given, or is another one.
     """
-    rows: list[list[tuple[str, Tensor, int, Mask, Any]]] = [[] for _ in range(header.groups)]
+    groups: list[list[Member]] = [[] for _ in range(header.groups)]
     for entry in header.parameters:
         p = journal.find(named, entry.name)
         mask, scale = masks.get(entry.name), scales.get(entry.name)
@@ -156,8 +156,8 @@ def weights_of(
                     f"parameter {entry.name!r}: the run's {what} is {recorded!r:.160}, given is {mine!r:.160}; a journal holds the digest of a "
                     f"stored {what}: give it as {what}s={{{entry.name!r}: ...}}"
                 )
-        rows[entry.group].append((entry.name, p, entry.stream, mask, scale))
-    return [Weights(*([list(column) for column in zip(*members, strict=True)] or [[]] * 5)) for members in rows]
+        groups[entry.group].append(Member(entry.name, p, entry.stream, mask=mask, scale=scale))
+    return [Weights(members) for members in groups]
 
 
 def load(source: journal.Journal | str | os.PathLike[str]) -> journal.Journal:

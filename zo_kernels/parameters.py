@@ -1,16 +1,17 @@
 """From a model's parameters to what a pass needs: names, streams, masks, scales, plans.
 
-Belongs here: canonical names, the stream of a name, reading what a user hands to an optimizer, and `Weights`, one parameter
-group in the form of `plan.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (views/).
+Belongs here: canonical names, the stream of a name, reading what a user hands to an optimizer, `Member`, one parameter as a pass sees it, and
+`Weights`, one parameter group in the form of `plan.Plan`s. Does not belong here: step rules (optim/), how a forward sees the perturbation (views/).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -254,55 +255,87 @@ def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list
     ]
 
 
+@dataclass(frozen=True)
+class Member:
+    """One parameter as a pass sees it: what its noise is named, where its first element lies in the full tensor, and what limits its noise.
+
+    `mask`, `scale` and `factors` are as `perturb_` takes them. `update_scale`: of the update, where that does not take the perturbation's scale.
+    """
+
+    name: str
+    tensor: Tensor
+    stream: int
+    offset: int = 0
+    mask: Mask = None
+    scale: Any = None
+    factors: Any = None
+    update_scale: Any = None
+
+    def limited(self, limits: Any, update_differs: bool) -> Member:
+        """With what a direction says of it (directions.Limits).
+
+        Raises:
+            ValueError: it has a mask or scale where the direction has one.
+        """
+        for what, mine, theirs in (("mask", self.mask, limits.mask), ("scale", self.scale, limits.scale)):
+            if mine is not None and (theirs is not None or (what == "scale" and update_differs)):
+                raise ValueError(
+                    f"parameter {self.name!r} has a {what} of its group and one of the direction: leave one of them out"
+                )
+        mask = self.mask if self.mask is not None else limits.mask
+        scale = self.scale if self.scale is not None else limits.scale
+        return replace(self, mask=mask, scale=scale, factors=limits.factors, update_scale=limits.update_scale)
+
+
 @dataclass
 class Weights:
     """The active (not frozen) parameters of one parameter group, with the plans of its in-place passes.
 
-    `factors`: of low-rank directions, as `plan.make_plans` takes them; None: all dense. `update_scales`: of the update, where it does not
-    take the perturbation's `scales`; None: it does.
+    `update_differs`: the update takes the members' `update_scale` and not the perturbation's `scale`.
     """
 
-    names: list[str]
-    params: list[Tensor]
-    streams: list[int]
-    masks: list[Mask]
-    scales: list[Any]
-    factors: list[Any] | None = None
-    update_scales: list[Any] | None = None
+    members: list[Member]
+    update_differs: bool = False
     plans: list[Plan] = field(init=False)
     update_plans: list[Plan] = field(init=False)
-    pairs: list[tuple[Entry, Tensor]] = field(init=False)  # every entry beside its parameter
     parts: dict[frozenset[str], list[tuple[Plan, list[str]]]] = field(init=False, default_factory=dict)
     own: list[tuple[Any, list[int]]] = field(init=False, default_factory=list)  # the group's masks and scales, as they were given
 
     def __post_init__(self) -> None:
-        options: dict[str, Any] = {"masks": self.masks, "names": [f"parameter {n}" for n in self.names]}
-        if self.factors is not None and any(f is not None for f in self.factors):
-            options["factors"] = self.factors
-        self.plans = make_plans(self.params, self.streams, scales=self.scales, **options)
-        self.update_plans = self.plans
-        if self.update_scales is not None:
-            self.update_plans = make_plans(self.params, self.streams, scales=self.update_scales, **options)
-        # Plans group by device and dtype, in order of first appearance, each in list order.
-        order: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in self.params:
-            order.setdefault((p.device, p.dtype), []).append(p)
-        entries = [e for plan in self.plans for e in plan.entries]
-        self.pairs = list(zip(entries, [p for members in order.values() for p in members], strict=True))
+        self.plans = self.update_plans = self._plans([m.scale for m in self.members])
+        if self.update_differs:
+            self.update_plans = self._plans([m.update_scale for m in self.members])
+
+    def _plans(self, scales: list[Any]) -> list[Plan]:
+        return make_plans(
+            self.params,
+            [m.stream for m in self.members],
+            masks=[m.mask for m in self.members],
+            scales=scales,
+            offsets=[m.offset for m in self.members],
+            factors=[m.factors for m in self.members],
+            names=[f"parameter {m.name}" for m in self.members],
+        )
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [m.name for m in self.members]
+
+    @functools.cached_property
+    def params(self) -> list[Tensor]:
+        return [m.tensor for m in self.members]
+
+    def entries(self) -> list[tuple[Member, Entry]]:
+        """Every member beside its entry in `plans`, in the group's order."""
+        at = {i: e for plan in self.plans for i, e in zip(plan.members, plan.entries, strict=True)}
+        return [(m, at[i]) for i, m in enumerate(self.members)]
 
     def part(self, names: Collection[str]) -> list[tuple[Plan, list[str]]]:
         """The plans of an update of these parameters alone, each with the names of its entries; the same plans for the same names."""
         key = frozenset(names)
         if key not in self.parts:
-            of, params = {id(p): n for n, p in zip(self.names, self.params, strict=True)}, iter([p for _, p in self.pairs])
-            found = []
-            for plan in self.update_plans:
-                members = [(e, of[id(next(params))]) for e in plan.entries]
-                if chosen := [(e, n) for e, n in members if n in key]:
-                    whole = len(chosen) == len(members)
-                    entries = tuple(e for e, _ in chosen)
-                    found.append((plan if whole else Plan(entries, plan.device, plan.dtype), [n for _, n in chosen]))
-            self.parts[key] = found
+            parts = [plan.part([k for k, i in enumerate(plan.members) if self.names[i] in key]) for plan in self.update_plans]
+            self.parts[key] = [(plan, [self.names[i] for i in plan.members]) for plan in parts if plan.entries]
         return self.parts[key]
 
     @classmethod
@@ -335,36 +368,14 @@ class Weights:
                 raise ValueError(
                     f"{what} of a parameter group: no parameter is called {unknown[0]!r}; they are {', '.join(list(streams)[:3])}, ..."
                 )
-        names = [n for n, _ in active]
-        masks, scales = ([_of(group.get(what), n) for n in names] for what in ("mask", "scale"))
-        own = _own(group, names)
-        if limits is None:
-            made = cls(names, [p for _, p in active], [streams[n] for n in names], masks, scales)
-            made.own = own
-            return made
-        found = [limits(n, p) for n, p in active]
-        for what, mine, theirs in (("mask", masks, [f.mask for f in found]), ("scale", scales, [f.scale for f in found])):
-            for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-                if a is not None and (b is not None or (what == "scale" and update_differs)):
-                    raise ValueError(
-                        f"parameter {names[k]!r} has a {what} of its group and one of the direction: leave one of them out"
-                    )
-                mine[k] = a if a is not None else b
-        made = cls(
-            names,
-            [p for _, p in active],
-            [streams[n] for n in names],
-            masks,
-            scales,
-            [f.factors for f in found],
-            [f.update_scale for f in found] if update_differs else None,
-        )
-        made.own = own
+        mask, scale = group.get("mask"), group.get("scale")
+        members = [Member(n, p, streams[n], mask=_of(mask, n), scale=_of(scale, n)) for n, p in active]
+        if limits is not None:
+            found = [limits(n, p) for n, p in active]
+            members = [m.limited(f, update_differs) for m, f in zip(members, found, strict=True)]
+        made = cls(members, limits is not None and update_differs)
+        made.own = _own(group, made.names)
         return made
-
-    def entries(self) -> dict[int, Entry]:
-        """The entry of each parameter, by id(parameter)."""
-        return {id(p): e for e, p in self.pairs}
 
     def current(self, group: Mapping[str, Any], among: Collection[str] | None = None) -> bool:
         """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted, no other mask or scale."""
@@ -373,9 +384,9 @@ class Weights:
         else:
             active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
-            len(active) == len(self.params)
-            and all(a is b for a, b in zip(active, self.params, strict=True))
-            and all(e.src.dtype == p.dtype and e.src.data_ptr() == p.data_ptr() for e, p in self.pairs)
+            len(active) == len(self.members)
+            and all(a is m.tensor for a, m in zip(active, self.members, strict=True))
+            and all(e.src.dtype == m.tensor.dtype and e.src.data_ptr() == m.tensor.data_ptr() for m, e in self.entries())
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )
@@ -388,9 +399,7 @@ def check_apart(groups: Sequence[Weights], trained: Iterable[tuple[str, Tensor]]
         ValueError: names both.
     """
     read = []
-    for w in groups:
-        names = {id(p): n for n, p in zip(w.names, w.params, strict=True)}
-        for e, p in w.pairs:
-            limits = {"mask": e.mask, "scale": e.scale, "left factor": e.left, "right factor": e.right}
-            read += [(f"the {what} of parameter {names[id(p)]}", t) for what, t in limits.items() if t is not None]
+    for m, e in (pair for w in groups for pair in w.entries()):
+        limits = {"mask": e.mask, "scale": e.scale, "left factor": e.left, "right factor": e.right}
+        read += [(f"the {what} of parameter {m.name}", t) for what, t in limits.items() if t is not None]
     checks.check_apart([(f"parameter {n}", p) for n, p in trained], read)

@@ -125,6 +125,9 @@ class Plan:
     entries: tuple[Entry, ...]
     device: torch.device
     dtype: torch.dtype
+    members: tuple[
+        int, ...
+    ] = ()  # of each entry its tensor's place in the list that `make_plans` was given; () of a plan that it did not make
     table: np.ndarray = field(init=False)  # uint64 [n, 14]: the C structs, in host memory
     low_rank: bool = field(init=False)  # some entry has factors in the place of noise
     cache: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +135,12 @@ class Plan:
     def __post_init__(self) -> None:
         self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, WORDS)
         self.low_rank = any(e.rank for e in self.entries)
+
+    def part(self, places: Sequence[int]) -> Plan:
+        """The entries at these places of `entries` as a plan of their own; this one for all of them."""
+        if len(places) == len(self.entries):
+            return self
+        return Plan(tuple(self.entries[k] for k in places), self.device, self.dtype, tuple(self.members[k] for k in places))
 
     @property
     def extended(self) -> bool:
@@ -391,7 +400,7 @@ def make_plans(
                 )
         distinct = {(t.data_ptr(), t.numel()): (s, t) for s, t in zip(names, params, strict=True)}  # reading twice is fine
         checks.check_overlap([*zip(out_names, targets, strict=True), *distinct.values()], "out must lie apart from params")
-    groups: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Entry, int]]] = {}
     read = list(read)
     for k, (t, o) in enumerate(zip(params, targets, strict=True)):
         if offsets[k] + t.numel() > checks.MAX_INDEX:
@@ -407,11 +416,13 @@ def make_plans(
             cols=0 if right is None else right.shape[0],
             rsqrt=rsqrt,
         )
-        groups.setdefault((t.device, t.dtype), []).append(entry)
+        groups.setdefault((t.device, t.dtype), []).append((entry, k))
         of_pass = {f"masks[{k}]": mask, f"scales[{k}]": scale, f"factors[{k}]: left": left, f"factors[{k}]: right": right}
         read += [(name, x) for name, x in of_pass.items() if x is not None]
     checks.check_apart([*zip(names if out is None else out_names, targets, strict=True), *written], read)
-    return [Plan(tuple(entries), device, dtype) for (device, dtype), entries in groups.items()]
+    return [
+        Plan(tuple(e for e, _ in found), device, dtype, tuple(k for _, k in found)) for (device, dtype), found in groups.items()
+    ]
 
 
 def make_terms(terms: Any) -> tuple[list[int] | Tensor, list[float] | Tensor]:

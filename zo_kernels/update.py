@@ -275,14 +275,10 @@ def update_(
         read=[(name, x) for name, x in read.items() if isinstance(x, Tensor)],
         written=[(f"states[{k}][{j}]", s) for k, own in enumerate(kept) for j, s in enumerate(own)],
     )  # fmt: skip
-    held = {(t.device, t.data_ptr()): own for t, own in zip(params, kept, strict=True) if t.numel()}
     p = RulePass(seed, tags, coefs, kind, rounding, rule, given, q)
-    own: list[list[list[Tensor]]] = []
-    for k, plan in enumerate(plans):
-        # Tensors without elements share an address, and there is nothing to do for them.
-        entries = tuple(e for e in plan.entries if e.src.numel())
-        plans[k] = Plan(entries, plan.device, plan.dtype)
-        own.append([held[plan.device, e.src.data_ptr()] for e in entries])
-        check_plan(plans[k], own[k], p)
+    plans = [plan.part([k for k, e in enumerate(plan.entries) if e.src.numel()]) for plan in plans]
+    own = [[kept[i] for i in plan.members] for plan in plans]
+    for plan, of_plan in zip(plans, own, strict=True):
+        check_plan(plan, of_plan, p)
         backends.pick(plan.device, backend)
     run_rule(plans, own, p, backend)

@@ -25,7 +25,7 @@ from tests.kernels.cases import low_rank_pair, same_bits, weights
 from zo_kernels import _C, _backends, checks, journal, ops, reference
 from zo_kernels._backends import cpu
 from zo_kernels.lowrank import FIRST_V, Factors, factors, round_to_12_bits_
-from zo_kernels.parameters import Weights
+from zo_kernels.parameters import Member, Weights
 from zo_kernels.plan import Entry, Pass, Passes, Plan, make_plans
 from zo_kernels.views import Scratch
 
@@ -201,12 +201,11 @@ class Model(nn.Module):
 def test_scratch_mode_sees_what_a_pass_in_place_writes() -> None:
     """Gathered rows and parts of a matrix, both with factors and inverse-square-root scales; the bias has noise."""
     model, ids = Model(), torch.tensor([[3, 49, 3], [0, 7, 1]])
-    named = dict(model.named_parameters())
-    table = Weights(list(named), list(named.values()), list(range(len(named))), [None] * 3, [None] * 3)
-    pairs = [low_rank_pair(p.shape[0], p.shape[1], 2, k) if p.ndim == 2 else None for k, p in enumerate(table.params)]
-    scales = [(torch.linspace(0.5, 2, p.numel()), 1, "rsqrt") for p in table.params]
-    table.plans = make_plans(table.params, table.streams, scales=scales, factors=pairs)
-    table.pairs = list(zip(table.plans[0].entries, table.params, strict=True))
+    params = list(model.parameters())
+    pairs = [low_rank_pair(p.shape[0], p.shape[1], 2, k) if p.ndim == 2 else None for k, p in enumerate(params)]
+    scales = [(torch.linspace(0.5, 2, p.numel()), 1, "rsqrt") for p in params]
+    given = zip(model.named_parameters(), scales, pairs, strict=True)
+    table = Weights([Member(n, p, k, scale=s, factors=f) for k, ((n, p), s, f) in enumerate(given)])
     view = Scratch([table], model, scratch_bytes=1 << 16, seed=SEED, kind="gaussian", backend=None)
     seen = []
     with torch.no_grad():
@@ -216,10 +215,10 @@ def test_scratch_mode_sees_what_a_pass_in_place_writes() -> None:
                 seen.append(model(ids))
         assert view.pieces.gathers and view.pieces.parts, "both ways were taken"
         zk.perturb_(
-            [p.data for p in table.params],
+            [p.data for p in params],
             [(4, 1e-2)],
             seed=SEED,
-            streams=table.streams,
+            streams=list(range(len(params))),
             scales=scales,
             factors=pairs,
             backend="reference",

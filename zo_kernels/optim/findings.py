@@ -388,9 +388,9 @@ def deviations(step: Any, view: views.View) -> dict[str, tuple[Tensor, float]]:
     """(weight, standard deviation of its perturbation) by name, of the parameters of a view; a scale with many values counts as 1."""
     found = {}
     for weights, group in zip(view.groups, step.param_groups, strict=True):
-        for name, p, scale in zip(weights.names, weights.params, weights.scales, strict=True):
-            value = scale if isinstance(scale, (int, float)) else 1.0
-            if isinstance(scale, Tensor) and scale.numel() == 1:
-                value = float(scale)
-            found[name] = (p, abs(float(group["eps"]) * value) or float(group["eps"]))
+        for m in weights.members:
+            value = m.scale if isinstance(m.scale, (int, float)) else 1.0
+            if isinstance(m.scale, Tensor) and m.scale.numel() == 1:
+                value = float(m.scale)
+            found[m.name] = (m.tensor, abs(float(group["eps"]) * value) or float(group["eps"]))
     return found

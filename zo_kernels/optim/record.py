@@ -163,9 +163,9 @@ def complete(entry: dict[str, Any], numbers: Sequence[float]) -> dict[str, Any]:
 def table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
     """The header's table of the weights as they are now."""
     return tuple(
-        journal.Parameter.of(name, p, stream, number, mask, scale)
+        journal.Parameter.of(m.name, m.tensor, m.stream, number, m.mask, m.scale)
         for number, w in enumerate(groups)
-        for name, p, stream, mask, scale in zip(w.names, w.params, w.streams, w.masks, w.scales, strict=True)
+        for m in w.members
     )
 
 
@@ -184,14 +184,14 @@ def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequen
     if different := set(recorded_table) ^ {canonical_name(n) for n in names}:
         raise ValueError(f"{wrong}: parameter {min(different)!r} is trained in only one of the two")
     for number, w in enumerate(groups):
-        for k, name in enumerate(w.names):
-            entry = recorded_table[canonical_name(name)]
-            mask, scale = journal.described(name, w.params[k], w.masks[k], w.scales[k])
+        for m in w.members:
+            entry = recorded_table[canonical_name(m.name)]
+            mask, scale = journal.described(m.name, m.tensor, m.mask, m.scale)
             for what, a, b in (
-                ("group", entry.group, number), ("stream", entry.stream, w.streams[k]), ("mask", entry.mask, mask), ("scale", entry.scale, scale),
+                ("group", entry.group, number), ("stream", entry.stream, m.stream), ("mask", entry.mask, mask), ("scale", entry.scale, scale),
             ):  # fmt: skip
                 if a != b:
-                    raise ValueError(f"{wrong}: parameter {name!r} has the {what} {a!r:.120} there, {b!r:.120} here")
+                    raise ValueError(f"{wrong}: parameter {m.name!r} has the {what} {a!r:.120} there, {b!r:.120} here")
 
 
 def differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) -> list[str]:

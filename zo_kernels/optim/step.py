@@ -457,7 +457,7 @@ class ZOStep(torch.optim.Optimizer):
                 fresh = self._projection.hold(self._trained())
                 inner = [0.0] * self._projection.size  # until the end of the step
             if self._direction.size:
-                eps, masks = float(numbers[0].eps), {n: m for w in view.groups for n, m in zip(w.names, w.masks, strict=True)}
+                eps, masks = float(numbers[0].eps), {m.name: m.mask for w in view.groups for m in w.members}
                 tag = self._tag + self._own + len(inner)
                 inner += self._held.learn(self.steps, tag, self._trained(), masks, eps, evaluate, between)
             loss = self._evaluate_and_update(view, closure, batches, self._tag, numbers, between, inner, commit=not rehearsal)
@@ -1126,10 +1126,10 @@ class ZOStep(torch.optim.Optimizer):
         groups = [parameters.Weights.of_group(g, self._streams) for g in self.param_groups]
         known = {p.name: (p.mask, p.scale) for p in self._recorder.writer.header.parameters}
         for w in groups:
-            for n, p, mask, scale in zip(w.names, w.params, w.masks, w.scales, strict=True) if w.own else ():
-                if journals.described(n, p, mask, scale) != known[n]:
+            for m in w.members if w.own else ():
+                if journals.described(m.name, m.tensor, m.mask, m.scale) != known[m.name]:
                     raise RuntimeError(
-                        f"parameter {n!r} has another mask or scale than when {self._recorder.writer.path} was opened, and the journal has one for "
+                        f"parameter {m.name!r} has another mask or scale than when {self._recorder.writer.path} was opened, and the journal has one for "
                         "the run: put it back, or close_journal(), and open_journal() another one"
                     )
 
@@ -1280,9 +1280,9 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
     found = parts.of_header(header)
     params = [
         {
-            "params": list(zip(w.names, w.params, strict=True)),
-            "mask": dict(zip(w.names, w.masks, strict=True)),
-            "scale": dict(zip(w.names, w.scales, strict=True)),
+            "params": [(m.name, m.tensor) for m in w.members],
+            "mask": {m.name: m.mask for m in w.members},
+            "scale": {m.name: m.scale for m in w.members},
         }
         for w in groups
     ]
@@ -1296,7 +1296,7 @@ def replayer(header: journals.Header, groups: Sequence[parameters.Weights], back
             f"the journal has {header.terms} numbers a record, its method needs {optimizer._terms}: it was not written by zo_kernels"
         )
     # The noise that the run had: in another set of names a collision may have been resolved in another way.
-    optimizer._streams = {n: s for w in groups for n, s in zip(w.names, w.streams, strict=True)}
+    optimizer._streams = {m.name: m.stream for w in groups for m in w.members}
     optimizer._held = optimizer._direction.of(header.seed, header.kind, backend)
     optimizer._kept.together = optimizer._blocks is not None and not parts.counted(header)
     optimizer._views, optimizer._view = {}, None

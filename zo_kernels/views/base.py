@@ -52,7 +52,7 @@ class View(abc.ABC):
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
-        self.params = {name: p for weights in groups for name, p in zip(weights.names, weights.params, strict=True)}
+        self.params = {m.name: m.tensor for w in groups for m in w.members}
         self.names = {id(p): name for name, p in self.params.items()}
         # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
         self.places: list[tuple[nn.Module, str, Tensor]] = [
@@ -71,7 +71,7 @@ class View(abc.ABC):
         ]
         self.served: set[int] | None = None  # ids of the parameters that a forward has asked for; None: not known
         # Parameters beside their memory as the plans have it.
-        self.memories = [(p, entry.src, entry.src.data_ptr()) for weights in groups for entry, p in weights.pairs]
+        self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in groups for m, e in w.entries()]
         self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
         self.versions: list[int] = []
         self.mask_tag: int | None = None  # of the random masks, where it changes from step to step

@@ -72,7 +72,7 @@ class InPlace(View):
             if any(p.data_ptr() != address for p, _, address in self.memories):
                 # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
                 self.groups = [replace(w) for w in self.groups]
-                self.memories = [(p, e.src, e.src.data_ptr()) for w in self.groups for e, p in w.pairs]
+                self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in self.groups for m, e in w.entries()]
             with torch.no_grad():
                 self.see([()] * len(self.groups))
 

@@ -45,9 +45,8 @@ class Scratch(View):
         self.model: nn.Module = model
         self.shadows: dict[int, PerturbedWeight] = {}
         for k, weights in enumerate(groups):
-            entries = weights.entries()
-            for p in weights.params:
-                self.shadows[id(p)] = PerturbedWeight(p, entries[id(p)], k, self)
+            for m, entry in weights.entries():
+                self.shadows[id(m.tensor)] = PerturbedWeight(m.tensor, entry, k, self)
         self.limit = scratch_bytes or default_scratch_bytes(s.clean.device for s in self.shadows.values())
         sites: dict[nn.Module, list[tuple[str, PerturbedWeight]]] = {}
         for module, attribute, p in self.places:
