@@ -32,17 +32,15 @@ from zo_finetune.run import remedy, resume, run
 from zo_finetune.tasks import get_task
 from zo_finetune.train import make_optimizer
 
-OTHERS = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
+ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
+OWN = ("compare.json", "compare.csv", "table.md", "curves.png")
 
 
 def columns(metric: str) -> tuple[str, ...]:
     """Of compare.csv, for tasks of this metric."""
     scores = (f"{metric}_before", metric, f"{metric}_stderr", "loss_before", "loss", "dev_loss")
-    return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *OTHERS)
-
-
-ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
-OWN = ("compare.json", "compare.csv", "table.md", "curves.png")
+    cost = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
+    return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *cost)
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
     """From the command line's values: the comparison's own, and those of its runs."""
     options = Comparison(**given)
     path_of("--output", options.output)
-    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**{**base, "output": options.output}))
+    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**base))
 
 
 class _Interrupted(Exception):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import methods, options, values
+from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
 from zo_finetune.options import again, option
@@ -69,7 +70,7 @@ class Config:
         None,
         metavar="N",
         least=True,
-        usual="500, at most a fifth",
+        usual=f"{USUAL_DEV}, at most a fifth",
     )
     eval_examples: int | None = option(
         DATA,
@@ -77,7 +78,7 @@ class Config:
         None,
         metavar="N",
         least=True,
-        usual="1000, at most a fifth of a single file",
+        usual=f"{USUAL_EVAL}, at most a fifth of a single file",
     )
 
     method: str = option(METHOD, "one of those below", "mezo", metavar="METHOD", each=True)

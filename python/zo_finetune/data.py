@@ -22,6 +22,7 @@ from zo_finetune.tasks.base import ClassificationTask, Example, Form, RowError, 
 T = TypeVar("T")
 
 TRAIN_NAMES = ("train", "training")
+USUAL_DEV, USUAL_EVAL, MOST_HELD_OUT = 500, 1000, 5  # rows held out where no number is given; of one file at most one in so many
 EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")  # in order of preference; hub test splits often have no labels
 
 
@@ -236,7 +237,7 @@ def shuffled(n: int, seed: int) -> list[int]:
 
 def cut(order: list[int], wanted: int | None, usual: int) -> tuple[list[int], list[int]]:
     """(held out, left): `wanted` rows, or by default `usual` ones, but then no more than a fifth of what there is."""
-    n = min(usual, len(order) // 5) if wanted is None else wanted
+    n = min(usual, len(order) // MOST_HELD_OUT) if wanted is None else wanted
     return order[:n], order[n:]
 
 
@@ -245,7 +246,7 @@ def load_splits(
     task: Task,
     form: Form,
     *,
-    train_examples: int = 1000,
+    train_examples: int = 0,
     dev_examples: int | None = None,
     eval_examples: int | None = None,
     seed: int,
@@ -279,10 +280,10 @@ def load_splits(
     if eval_source is None:
         if eval_examples == 0:
             raise UserError(f"--eval-examples 0 means all validation rows; {spec} has none: give a number, or a validation file")
-        eval_indices, order = cut(order, eval_examples, 1000)
+        eval_indices, order = cut(order, eval_examples, USUAL_EVAL)
     else:
-        eval_indices = shuffled(len(eval_source.rows), seed)[: 1000 if eval_examples is None else eval_examples or None]
-    dev_indices, order = cut(order, dev_examples, 500)
+        eval_indices = shuffled(len(eval_source.rows), seed)[: USUAL_EVAL if eval_examples is None else eval_examples or None]
+    dev_indices, order = cut(order, dev_examples, USUAL_DEV)
     train_indices = order[: train_examples or None]
     held_out = eval_source or train_source
     if not train_indices or not eval_indices:
