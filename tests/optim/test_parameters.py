@@ -12,7 +12,9 @@ from torch import nn
 
 import zo_kernels as zk
 from tests.optim.models import make
-from zo_kernels import parameters
+from zo_kernels import ops, parameters
+from zo_kernels.parameters import Member, Weights
+from zo_kernels.plan import Pass
 
 
 @pytest.mark.parametrize(
@@ -294,3 +296,33 @@ def test_a_model_beside_a_module_is_refused() -> None:
 def test_truth_is_no_number(what: str) -> None:
     with pytest.raises(ValueError, match=f"{what}=True"):
         zk.MeZOStep(nn.Linear(4, 3), **{"lr": 0.1, what: True})
+
+
+def test_a_plan_knows_whose_its_entries_are() -> None:
+    """Two dtypes in turn, two tensors of one shape, one without elements: plans part them, and every entry is still its parameter's."""
+    kinds = [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    members = [Member(f"p{k}", torch.ones(0 if k == 2 else 4, dtype=kind), stream=10 + k) for k, kind in enumerate(kinds)]
+    weights = Weights(members)
+    assert [plan.members for plan in weights.plans] == [(0, 2, 4), (1, 3)]
+    for plan in weights.plans:
+        assert [e.stream for e in plan.entries] == [members[i].stream for i in plan.members]
+    assert [(m.name, e.stream) for m, e in weights.entries()] == [(m.name, m.stream) for m in members]
+    part = weights.part(["p4", "p1", "p0"])
+    assert [names for _, names in part] == [["p0", "p4"], ["p1"]]
+    assert [[e.stream for e in plan.entries] for plan, _ in part] == [[10, 14], [11]]
+    assert weights.part(["p0", "p1", "p4"])[0][0] is part[0][0], "the same plans for the same names"
+
+
+def test_a_member_that_is_a_part_of_a_tensor_has_the_noise_of_its_place() -> None:
+    whole = torch.linspace(-1, 1, 48)
+    parts = [whole[:16].clone(), whole[16:].clone()]
+    scale = torch.linspace(0.5, 2, 6)  # of 8 elements each
+    zk.perturb_([whole], [(3, 1e-2)], seed=5, streams=[7], masks=[zk.RandomMask(0.5, 2)], scales=[(scale, 8)])
+    weights = Weights(
+        [
+            Member("first", parts[0], 7, mask=zk.RandomMask(0.5, 2), scale=(scale[:2], 8)),
+            Member("second", parts[1], 7, offset=16, mask=zk.RandomMask(0.5, 2), scale=(scale[2:], 8)),
+        ]
+    )
+    ops.run(weights.plans, Pass(5, [3], [1e-2]))
+    assert torch.equal(torch.cat(parts), whole)
