@@ -5,6 +5,7 @@ Belongs here: what is asked of the system. Nothing here loads torch before it is
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import resource
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def versions() -> dict[str, str | None]:
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            return None
+@functools.cache
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return None
 
+
+def versions() -> dict[str, str | None]:
     names = ("zo_kernels", "torch", "transformers", "peft", "datasets", "gguf")
-    return {"python": platform.python_version(), **{name: of(name) for name in names}}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -11,11 +11,12 @@ default. A value that is None was not given.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -161,13 +162,19 @@ def again(kind: Any, name: str, default: Any = MISSING, **changes: Any) -> Any:
     return field(default=default, metadata={"option": replace(known.metadata["option"], **changes)})
 
 
-def options_of(kind: Any) -> Iterator[Option]:
+def options_of(kind: Any) -> tuple[Option, ...]:
     """The options of a set, in the order of its fields."""
-    hints = typing.get_type_hints(kind)
+    return _options_of(kind)
+
+
+@functools.cache
+def _options_of(kind: Any) -> tuple[Option, ...]:
+    hints, found = typing.get_type_hints(kind), []
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         known = {"required": True} if default is MISSING else {"default": default}
-        yield replace(f.metadata["option"], name=f.name, hint=hints[f.name], **known)
+        found.append(replace(f.metadata["option"], name=f.name, hint=hints[f.name], **known))
+    return tuple(found)
 
 
 def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
