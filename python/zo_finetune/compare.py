@@ -24,7 +24,7 @@ from typing import Any
 from zo_finetune import console, figures, files, methods, run_folder
 from zo_finetune.config import Comparison, Config
 from zo_finetune.errors import UserError, once, one_line, shortened
-from zo_finetune.files import check_plain, path_of
+from zo_finetune.files import JOURNAL, check_plain, path_of
 from zo_finetune.load import load
 from zo_finetune.methods import Method, Recipe
 from zo_finetune.options import check, difference
@@ -175,7 +175,7 @@ def earlier(config: Config) -> tuple[bool, dict[str, Any] | None]:
     if name := difference(config, asdict(saved), but=lambda option: option.place):
         raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
     task = get_task(config.task)
-    return (folder / run_folder.JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
+    return (folder / JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
 
 
 def run_one(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune.errors import UserError, did_you_mean, one_line, shortened
-from zo_finetune.run_folder import FOLDERS, JOURNAL
+from zo_finetune.files import FOLDERS, JOURNAL
 
 MAX_JSON = 1 << 26  # of an index: some 300,000 tensors; a config.json has a few thousand bytes
 MAX_SIZE, MAX_LAYERS = 1 << 24, 4096  # of a width, a vocabulary, a context, in elements; of a model

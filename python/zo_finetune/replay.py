@@ -12,7 +12,7 @@ import zo_kernels
 from zo_finetune import console, run_folder
 from zo_finetune.config import DTYPES, Config, Replay
 from zo_finetune.errors import UserError, one_line
-from zo_finetune.files import check_plain, path_of
+from zo_finetune.files import JOURNAL, check_plain, path_of
 from zo_finetune.load import load_model
 from zo_finetune.run import remedy
 from zo_kernels import journal
@@ -27,7 +27,7 @@ def replay(given: Replay) -> Path:
     path, target = path_of("RUN_DIR_OR_JOURNAL", given.source), path_of("--output", given.output)
     run_folder.check_run_dir(target, overwrite=False)
     if os.path.isdir(path):
-        path = path / run_folder.JOURNAL
+        path = path / JOURNAL
         check_plain(path)
     try:
         past = journal.read(path, strict=False)

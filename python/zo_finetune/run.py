@@ -25,11 +25,10 @@ from zo_finetune import console, files, methods, report, run_folder
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import describe, evaluate
-from zo_finetune.files import path_of
+from zo_finetune.files import JOURNAL, path_of
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
 from zo_finetune.report import Outcome
-from zo_finetune.run_folder import JOURNAL
 from zo_finetune.scoring import Encoded
 from zo_finetune.tasks import get_task
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train

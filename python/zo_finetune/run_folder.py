@@ -23,13 +23,17 @@ from zo_finetune import files
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line, shortened
 from zo_finetune.evaluate import is_evaluation
-from zo_finetune.files import PART, check_plain, open_plain, plain_json, read_json, remove_folder
+from zo_finetune.files import FOLDERS, JOURNAL, PART, check_plain, open_plain, plain_json, read_json, remove_folder
 from zo_finetune.tasks.base import Task
 from zo_kernels import journal
 
-JOURNAL = "run.zoj"
-FILES = ("result.json", "log.csv", "curve.png", "config.json", "evaluations.jsonl")  # what a run writes besides its journal
-FOLDERS = ("model", "adapter")  # and its weights
+FILES = (
+    "result.json",
+    "log.csv",
+    "curve.png",
+    "config.json",
+    "evaluations.jsonl",
+)  # what a run writes besides its journal and weights
 SAVING = "weights" + PART
 MOST_LOG_BYTES = 4 << 30
 LOG_FIELDS = ("step", "loss", "projected_gradient", "lr", "seconds")

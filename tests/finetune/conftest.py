@@ -159,14 +159,15 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_command(model_folder: Callable[[str], Path], data_folder: Path) -> Callable[..., list[str]]:
-    """The command line of a small run: `zo-finetune train` with these options, then `more` words. An option that is None is left out."""
+    """The command line of a small run, or of several: `zo-finetune train` with these options, then `more` words. An option that is None is left
+    out."""
 
-    def build(output: Path | str, *more: str, model: str = "llama", **options: Any) -> list[str]:
+    def build(output: Path | str, *more: str, command: str = "train", model: str = "llama", **options: Any) -> list[str]:
         source = model if "/" in model else str(model_folder(model))
         fixed = {"model": source, "task": "sst2", "data": data_folder, "output": output, "device": "cpu"}
         sizes = {"steps": 3, "batch_size": 4, "dev_examples": 8, "eval_examples": 12}
         given = {name: value for name, value in {**fixed, **sizes, **options}.items() if value is not None}
-        return ["train", *(word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))), *more]
+        return [command, *(word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))), *more]
 
     return build
 

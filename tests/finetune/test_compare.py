@@ -22,11 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def command(model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def command(train_command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
     def build(methods: str, *more: str, forwards: int = 12, seeds: str = "0,1") -> list[str]:
-        fixed = ["compare", "--model", str(model_folder("llama")), "--task", "sst2", "--data", str(data_folder), "--device", "cpu"]
-        sizes = ["--batch-size", "4", "--dev-examples", "6", "--eval-examples", "4", "--points", "2", "--seeds", seeds]
-        return [*fixed, *sizes, "--methods", methods, "--forwards", str(forwards), "--output", str(tmp_path / "out"), *more]
+        own = {"methods": methods, "forwards": forwards, "seeds": seeds, "points": 2, "steps": None}
+        return train_command(tmp_path / "out", *more, command="compare", dev_examples=6, eval_examples=4, **own)
 
     return build
 

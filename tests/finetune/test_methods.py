@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import methods, run_folder, values
+from zo_finetune import files, methods, values
 from zo_finetune.cli import main
 from zo_finetune.scoring import Scorer
 
@@ -73,19 +73,19 @@ def test_a_method_end_to_end(
     assert json.loads((run / "config.json").read_text())["config"]["options"] == given
     assert given.keys() <= result["hyperparameters"]["options"].keys()
     if method.no_journal:
-        assert not (run / run_folder.JOURNAL).exists()
+        assert not (run / files.JOURNAL).exists()
         said = capsys.readouterr().err
         assert f"--method {name} writes no journal and cannot be resumed: {method.no_journal}" in said
         assert main(["resume", str(run)]) == 2
         assert f"a run of --method {name} cannot be resumed: {method.no_journal}" in capsys.readouterr().err
         return
-    records = journal.read(run / run_folder.JOURNAL)
+    records = journal.read(run / files.JOURNAL)
     assert len(records.steps) == steps and records.header.hyperparameters["config"]["method"] == name
     # Ctrl-C in step 4. A pass that carries tangents is counted twice, and so is a backward pass, which is no call.
     before = method.forwards(result["hyperparameters"]["options"], 3) - (3 if name == "forward-grad" else backward)
     again, calls[0], stop[0] = tmp_path / "again", 0, before + 1
     assert main(command(name, options=options, steps=steps, output="again")) == 130
-    assert len(journal.read(again / run_folder.JOURNAL).steps) == 3
+    assert len(journal.read(again / files.JOURNAL).steps) == 3
     assert main(["resume", str(again)]) == 0
     (again / "result.json").write_text((again / "result.json").read_text().replace(str(again), str(run)))
     assert_same(again, run)
@@ -116,7 +116,7 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
         assert main(command("hybrid", "--lr", "0", "--overwrite", options=own)) == 0
         saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
         assert {name for name in base if not torch.equal(base[name], saved[name])} == {name for name in base if chosen in name}
-        assert not (tmp_path / "run" / run_folder.JOURNAL).exists()
+        assert not (tmp_path / "run" / files.JOURNAL).exists()
     for wanted, reason in (("nowhere", "matches no trained parameter"), ("(", "no regular expression")):
         assert main(command("hybrid", options=[f"first_order_params={wanted}"], output="no")) == 2
         assert reason in capsys.readouterr().err

@@ -72,7 +72,7 @@ def state(run: Path) -> tuple[dict[str, Any], list[list[str]], dict[str, torch.T
     with (run / "log.csv").open(newline="") as file:
         log = [row[:4] for row in csv.reader(file)]
     folder = run / ("model" if (run / "model").is_dir() else "adapter")
-    records = journal.read(run / run_folder.JOURNAL).records
+    records = journal.read(run / files.JOURNAL).records
     fields = ("tag", "flags", "loss", "gradient", "groups")
     return result, log, load_file(next(folder.glob("*.safetensors"))), b"".join(records[field].tobytes() for field in fields)
 
@@ -102,10 +102,10 @@ def test_a_killed_run_resumes_to_the_same_bits(
     run = tmp_path / "run"
     per_step = 2 * (2 if name == "lora" else 1)
     assert os.WTERMSIG(killed(arguments(name, run), 2 * per_step + 2)) == signal.SIGKILL  # in step 3
-    assert len(journal.read(run / run_folder.JOURNAL)) == 2
+    assert len(journal.read(run / files.JOURNAL)) == 2
     # killed once more, with a record that was being written and a log that lags and is torn
     assert os.WTERMSIG(killed(["resume", str(run)], 3 * per_step + 1)) == signal.SIGKILL
-    with (run / run_folder.JOURNAL).open("ab") as file:
+    with (run / files.JOURNAL).open("ab") as file:
         file.write(b"half a record")
     lines = (run / "log.csv").read_text().splitlines(keepends=True)
     assert len(lines) == 6
@@ -148,7 +148,7 @@ def test_a_journal_is_a_checkpoint(
     run, model = whole(name), str(model_folder("llama"))
     kind = "adapter" if name in ("lora", "prefix") else "model"
     saved = load_file(next((run / kind).glob("*.safetensors")))
-    alone = shutil.copy(run / run_folder.JOURNAL, tmp_path / "shared.zoj")
+    alone = shutil.copy(run / files.JOURNAL, tmp_path / "shared.zoj")
     for mode in ("sequential", "fused"):
         out = tmp_path / mode
         assert main(["replay", str(alone), "--model", model, "--output", str(out), "--mode", mode, "--device", "cpu"]) == 0
@@ -187,13 +187,13 @@ def test_what_cannot_be_resumed_is_said(arguments: Arguments, killed: Callable[.
         found = [run / name for name in run_folder.FILES if (run / name).exists()]
         return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
-    files = marks()
-    assert "evaluations.jsonl" in files
-    with journal.reopen(run / run_folder.JOURNAL)[0]:
+    before = marks()
+    assert "evaluations.jsonl" in before
+    with journal.reopen(run / files.JOURNAL)[0]:
         assert f"is in use by process {os.getpid()}" in refused("resume", str(run))
         assert "is in use by process" in refused(*arguments("scratch", run), "--overwrite")
-        assert files == marks()  # they are the other process's
-    assert len(journal.read(run / run_folder.JOURNAL)) == 2
+        assert before == marks()  # they are the other process's
+    assert len(journal.read(run / files.JOURNAL)) == 2
     good = json.loads((run / "config.json").read_text())
 
     def with_config(**changes: Any) -> str:
@@ -230,7 +230,7 @@ def test_what_cannot_be_resumed_is_said(arguments: Arguments, killed: Callable[.
     lines = (run / "evaluations.jsonl").read_text().splitlines()
     (run / "evaluations.jsonl").write_text(lines[0] + "\n")
     assert "lacks evaluations" in refused("resume", str(run))
-    assert len(journal.read(run / run_folder.JOURNAL)) == 2
+    assert len(journal.read(run / files.JOURNAL)) == 2
 
 
 def test_a_replay_says_what_the_journal_lacks(
@@ -242,8 +242,8 @@ def test_a_replay_says_what_the_journal_lacks(
     capsys.readouterr()
     assert main([*command, str(tmp_path / "whole")]) == 0
     assert "recorded for" not in capsys.readouterr().err
-    with (run / run_folder.JOURNAL).open("r+b") as file:
-        file.truncate((run / run_folder.JOURNAL).stat().st_size - 3)
+    with (run / files.JOURNAL).open("r+b") as file:
+        file.truncate((run / files.JOURNAL).stat().st_size - 3)
     assert main([*command, str(tmp_path / "torn")]) == 0
     said = capsys.readouterr().err
     assert f"the run was recorded for 6 of its {STEPS} steps" in said
@@ -292,7 +292,7 @@ def test_a_damaged_folder_is_said(name: str, tmp_path: Path, monkeypatch: pytest
         raise UserError("goes on without it")
 
     monkeypatch.setattr(running, "load", load)
-    (tmp_path / run_folder.JOURNAL).touch()
+    (tmp_path / files.JOURNAL).touch()
     files.write_json(tmp_path / "config.json", {"directory": "/", **saved, "config": {**config, **saved.get("config", {})}})
     if result is not None:
         files.write_json(tmp_path / "result.json", result)

@@ -79,7 +79,7 @@ def last_line(capsys: Any) -> str:
 
 # ---- files that are none ----------------------------------------------------------------------------------------------------
 
-NAMES = (*run_folder.FILES, run_folder.JOURNAL, "result.json.part", "log.csv.part")
+NAMES = (*run_folder.FILES, files.JOURNAL, "result.json.part", "log.csv.part")
 
 
 def put(kind: str, path: Path, victim: Path) -> None:
@@ -143,7 +143,7 @@ def test_sizes_are_bounded(run: Path, capsys: Any) -> None:
 
 
 def test_a_journal_with_a_second_name_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
-    os.link(run / run_folder.JOURNAL, tmp_path / "other.zoj")
+    os.link(run / files.JOURNAL, tmp_path / "other.zoj")
     before = (tmp_path / "other.zoj").read_bytes()
     assert main(["resume", str(run)]) == 2
     assert "has a second name elsewhere" in last_line(capsys)
@@ -172,8 +172,8 @@ def test_what_is_written_is_new(drawn: None, run: Path, victim: Path, tmp_path: 
 def test_replay_waits_for_nothing(where: str, tmp_path: Path, model_folder: Callable[[str], Path], capsys: Any) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    os.mkfifo(source / run_folder.JOURNAL)
-    spec = source if where == "in a folder" else source / run_folder.JOURNAL
+    os.mkfifo(source / files.JOURNAL)
+    spec = source if where == "in a folder" else source / files.JOURNAL
     assert main(["replay", str(spec), "--model", str(model_folder("llama")), "--output", str(tmp_path / "out")]) == 2
     assert "is a pipe" in (said := last_line(capsys)) or "a regular file, this is none" in said
     assert main(["replay", "/dev/zero", "--model", str(model_folder("llama")), "--output", str(tmp_path / "out")]) == 2
@@ -246,7 +246,7 @@ def test_a_full_disk_ends_with_what_to_do(
 def test_weights_that_could_not_be_saved(children: Children, arguments: Arguments, tmp_path: Path, begun: Path) -> None:
     """A limit of file sizes under which all fits but the weights: result.json is there and says so, and resume saves them."""
     out, most, heard = tmp_path / "run", 80_000, tmp_path / "heard"
-    assert (begun / "model" / "model.safetensors").stat().st_size > most > (begun / run_folder.JOURNAL).stat().st_size
+    assert (begun / "model" / "model.safetensors").stat().st_size > most > (begun / files.JOURNAL).stat().st_size
     assert os.WEXITSTATUS(children.run(arguments(out), heard, most=most)) == 2
     said = heard.read_text().splitlines()[-1]
     assert "the weights could not be saved in" in said and said.endswith(f"go on with: zo-finetune resume {out}")
