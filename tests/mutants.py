@@ -284,6 +284,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{M}::test_steps_equal_the_float64_reference[mezo-inplace-0.3]",)),
     ("zo_kernels/views/pieces.py", "masked rows that begin inside a byte are gathered", "(entry.mask is not None and table.shape[1] % 8)", "False",
      ("tests/optim/test_views.py::test_rows_are_gathered_a_few_at_a_time",)),
+    ("zo_kernels/views/held.py", "the look at a first step goes on when the step is over", "if self.over or self.forward.inside", "if self.forward.inside",
+     ("tests/optim/test_faults.py::test_a_time_limit_while_torch_has_the_look_at_a_first_step_off[scratch]",)),
     ("zo_kernels/views/held.py", "held weights are not put back", "                        shadow.param.copy_(copy)\n", "                        pass\n",
      ("tests/optim/test_views.py::test_a_penalty_on_the_parameters_sees_the_perturbation",
       "tests/optim/test_views.py::test_weights_past_the_attributes_are_held_and_said")),

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -1194,6 +1194,40 @@ def test_time_limits_at_random_moments(mode: str) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_time_limit_while_torch_has_the_look_at_a_first_step_off(mode: str) -> None:
+    """Torch takes a mode off while it serves a function, and puts it on again when the function's frame is freed, which is after the step here."""
+    model, other = Net(), Net()
+    other.load_state_dict(model.state_dict())
+    before, aliases = values(model), [p.detach().view(-1) for p in model.parameters()]
+    step, undisturbed = optimizer_of(model, mode), optimizer_of(other, mode)
+
+    def interrupt(frame: Any, event: str, argument: Any) -> None:
+        generator = getattr(frame.f_locals.get("self"), "gen", None) if frame.f_code.co_name == "__exit__" else None
+        if getattr(generator, "__name__", "") == "_pop_mode_temporarily":
+            sys.settrace(None)
+            raise TimeLimit
+
+    def traced() -> None:
+        sys.settrace(interrupt)
+        step.step(model)
+
+    old = sys.gettrace()
+    try:
+        with pytest.raises(TimeLimit):
+            traced()
+        gc.collect()
+        assert is_at(model, before, mode)
+        for _ in range(2):
+            assert all(t.sum().isfinite() for t in aliases)  # reads that the look would take for a forward's
+            assert step.step(model) == undisturbed.step(other)
+        assert is_at(model, values(other), mode)
+    finally:
+        sys.settrace(old)
+        while overrides._get_current_function_mode_stack():
+            overrides._pop_mode()
 
 
 # ---- random numbers, autocast, memory ----------------------------------------------------------------------------------------------------------

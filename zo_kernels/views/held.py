@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from zo_kernels import ops
 from zo_kernels.interrupts import uninterrupted
@@ -100,10 +100,18 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.forward, self.shown, self.read, self.written = forward, shown, read, written
         self.owners = Owners((s.clean, s.param) for s in shadows)
+        self.over = False
+
+    def __exit__(self, *raised: Any) -> None:
+        """Torch takes a mode off while it serves a function. A signal there leaves it off, and on again when the function's frame is freed: whenever that
+        is, the step is over."""
+        self.over = True
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*raised)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.forward.inside or func in QUIET or func in (Tensor.untyped_storage, Tensor.data_ptr):
+        if self.over or self.forward.inside or func in QUIET or func in (Tensor.untyped_storage, Tensor.data_ptr):
             return func(*args, **kwargs)
         leaves = list(walk((args, kwargs)))
         self.forward.serve(self.shown[id(t)] for t in leaves if id(t) in self.shown)
