@@ -240,10 +240,12 @@ def difference(config: Any, recorded: Mapping[str, Any], but: Callable[[Option],
 
 def table(kind: Any) -> str:
     """Markdown, a row for each option."""
-    lines = ["| option | part | what it takes | default | |", "|---|---|---|---|---|"]
+    lines = ["| option | part | what it takes | default | what it is |", "|---|---|---|---|---|"]
     for o in options_of(kind):
         takes = o.bounds if o.choices else ", ".join(filter(None, (KINDS.get(o.base, o.metavar or "text"), o.bounds)))
-        default = "required" if o.required else o.default_in_words
+        default = (
+            "required" if o.required else o.default_in_words or ("yes" if o.default is True else "no" if o.default is False else "")
+        )
         spelling = o.spelling or o.name
         lines.append(
             f"| `{spelling}` | {o.part} | {takes} | {default} | {o.help.replace('|', chr(92) + '|')}{'; repeatable' if o.several else ''} |"

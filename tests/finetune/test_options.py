@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from zo_finetune import config as configuration
 from zo_finetune import options, tasks, values
 from zo_finetune.cli import build_parser
@@ -21,6 +22,9 @@ from zo_finetune.options import again, option
 from zo_finetune.registry import discovered
 from zo_finetune.tasks import TASKS
 from zo_finetune.tasks.base import Task
+
+import zo_kernels as zk
+from zo_kernels import checks
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +113,14 @@ def test_every_option_of_a_set_is_its_commands() -> None:
         assert found == {f.name for f in fields(kind)} | ({o.name for o in configuration.shared()} if kind is Comparison else set())
     with pytest.raises(UserError, match="--form 'nonsense' must be one of auto, causal, masked"):
         Config(model="m", task="sst2", data="d", output="o", form="nonsense").check()
+
+
+def test_choices_are_the_librarys() -> None:
+    """Said again, since --help does not wait for torch."""
+    choices = {o.name: o.choices for o in options.options_of(Config)}
+    assert set(choices["backend"] or ()) == set(zk.backends())
+    assert choices["rounding"] == ("auto", *checks.ROUNDINGS)
+    assert all(hasattr(torch, name) for name in configuration.DTYPES)
 
 
 def test_the_page_of_options_is_current() -> None:
