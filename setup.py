@@ -3,7 +3,8 @@
 Belongs here: which sources are compiled with which flags. Does not belong here: names, versions, dependencies (pyproject.toml).
 
 ninja rather than setuptools' compiler, because every instruction set needs its own flags and nvcc compiles beside them; header
-changes are seen through the compilers' own dependency files.
+changes are seen through the compilers' own dependency files. CMake through scikit-build-core says the same in half the lines and builds as
+fast, but needs packages that machines without a network do not have, and can say nothing of its own when a compiler fails.
 
     ZO_KERNELS_CUDA   auto (default): compile CUDA if nvcc is found; 1: a missing nvcc is an error; 0: never
     CXX, CUDA_HOME, MAX_JOBS   compiler, CUDA toolkit, parallel compilations
@@ -16,6 +17,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -76,18 +78,13 @@ def pybind11_include() -> str:
     raise SystemExit("the headers of pybind11 are missing: pip install pybind11")
 
 
-def ninja_program() -> str:
-    spec = importlib.util.find_spec("ninja")
-    if spec is not None:
-        import ninja
-
-        packaged = Path(ninja.BIN_DIR) / "ninja"
-        if packaged.exists():
-            return str(packaged)
-    found = shutil.which("ninja")
-    if found is None:
+def ninja_program() -> list[str]:
+    """The command of the ninja package, or of the machine's ninja."""
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    if (found := shutil.which("ninja")) is None:
         raise SystemExit("ninja is missing: pip install ninja")
-    return found
+    return [found]
 
 
 def ninja_path(path: Path | str) -> str:
@@ -144,7 +141,7 @@ class NinjaBuild(build_ext):
         nvcc = pick_nvcc()
         print(f"CUDA: {'compiled with ' + nvcc if nvcc else 'not compiled (no nvcc, or ZO_KERNELS_CUDA=0)'}", flush=True)
         (objects / "build.ninja").write_text(ninja_file(objects, target, cxx, nvcc))
-        command = [ninja_program(), "-C", str(objects)]
+        command = [*ninja_program(), "-C", str(objects)]
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if self.verbose > 1:
