@@ -179,7 +179,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{S}::test_soft_prompts_do_not_shift_the_scored_positions",)),
     ("python/zo_finetune/scoring.py", "logits stay in 16 bits", "logits = logits.float()\n", "logits = logits\n",
      (f"{S}::test_a_16_bit_model_has_a_float32_loss",)),
-    ("python/zo_finetune/scoring.py", "the language-model loss is a mean over examples", "batch.present.sum()", "len(batch.labels)",
+    ("python/zo_finetune/objectives/language_model.py", "the language-model loss is a mean over examples", "batch.present.sum()", "len(batch.labels)",
      (f"{S}::test_losses",)),
     ("python/zo_finetune/scoring.py", "a masked model sees its padding", "mask.to(device) if form == \"masked\" else None",
      "torch.ones_like(mask) if form == \"masked\" else None",

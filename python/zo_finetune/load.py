@@ -17,6 +17,7 @@ from zo_finetune import model as models
 from zo_finetune.config import Config
 from zo_finetune.data import load_splits
 from zo_finetune.errors import UserError
+from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Task
@@ -97,7 +98,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     max_length = min(language_model.max_length, config.max_length or language_model.max_length)
     encoder = Encoder(language_model.tokenizer, form, max_length, language_model.vocabulary)
     with console.Phase("tokenizing"):
-        train_set = encoder.encode_all(splits.train, gold_only=task.objective == "language-model")
+        train_set = encoder.encode_all(splits.train, gold_only=OBJECTIVES[task.objective].gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *language_model.notes]
     if encoder.cut:

@@ -7,7 +7,7 @@ Cost of a batch: one row of the forward pass per distinct input, and the vocabul
 model needs the answer's tokens but the last as input, so all one-token answers to one prompt share one row; a masked model
 reads masks in place of the answer, so all answers of one length do.
 
-Belongs here: everything between an `Example` and its scores or its loss. Does not belong here: accuracy (evaluate.py), files,
+Belongs here: everything between an `Example` and its scores. Does not belong here: what is made of them (objectives/, metrics/), files,
 optimizers."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
-from zo_finetune.tasks.base import Candidate, Example, Form, Objective
+from zo_finetune.tasks.base import Candidate, Example, Form
 
 
 @dataclass(frozen=True)
@@ -289,10 +289,3 @@ class Scorer:
         """Mean log-probability of every candidate's answer, fp32 [B, C]; -inf where an example has fewer candidates."""
         counts = batch.present.sum(-1)
         return torch.where(counts > 0, self.token_log_probs(batch).sum(-1) / counts, -torch.inf)
-
-    def loss(self, batch: Batch, objective: Objective) -> Tensor:
-        """The training loss, a 0-d fp32 tensor: cross-entropy over the scores, or the mean -log p of the right answers' tokens
-        (then the examples must have been encoded with `gold_only`)."""
-        if objective == "classification":
-            return torch.nn.functional.cross_entropy(self.scores(batch), batch.labels)
-        return -self.token_log_probs(batch).sum() / batch.present.sum()

@@ -22,7 +22,8 @@ from zo_finetune.data import Batches
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.load import Loaded
 from zo_finetune.model import LanguageModel
-from zo_finetune.scoring import Batch, Scorer
+from zo_finetune.objectives import OBJECTIVES
+from zo_finetune.scoring import Scorer
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
@@ -189,13 +190,13 @@ def train(
     Raises:
         Whatever ends a step, KeyboardInterrupt too: the optimizer then stands behind the last step that was whole.
     """
-    config, every = loaded.config, eval_every(loaded)
+    config, every, objective = loaded.config, eval_every(loaded), OBJECTIVES[loaded.task.objective]
     scheduler = scheduled(optimizer, config)
     batches = Batches(loaded.train_set, config.batch_size * config.accumulate, config.seed)
     width = GRAPH_WIDTH if config.cuda_graph else 1
 
-    def closure(batch: Batch) -> Tensor:
-        return scorer.loss(batch, loaded.task.objective)
+    def closure(batch: Any) -> Tensor:
+        return objective.loss(scorer, batch)
 
     def watched(step: int) -> None:
         with clock:  # steps that are still in a GPU's queue are waited for here, and are not the evaluation's time
@@ -207,7 +208,7 @@ def train(
             watched(step)
         with clock:
             examples = batches[step]
-            micro = [scorer.collate(examples[k :: config.accumulate], width) for k in range(config.accumulate)]
+            micro = [objective.batch(scorer, examples[k :: config.accumulate], width) for k in range(config.accumulate)]
             loss, lr = optimizer.step(closure, micro), optimizer.param_groups[0]["lr"]
             scheduler.step()
             progress.add(step + 1, loss, optimizer.projected_gradient, lr, clock.seconds)

@@ -23,13 +23,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import zo_kernels
 from zo_finetune import compare, console, figures, run
 from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
+from zo_finetune.objectives.classification import Classification
 
 torch.set_num_threads(1)
 zo_kernels.MeZOStep(torch.nn.Linear(1, 1), 1e-3)  # torch imports its compiler for the first optimizer
 console.PATIENCE = 3600.0
 figures.draw_curve = lambda path, *_: path.write_bytes(b"")
-loss = Scorer.loss
+loss = Classification.loss
 
 def child(order):
     os.dup2(os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -44,7 +44,7 @@ def child(order):
             os.kill(os.getpid(), order["how"])
         return loss(*args)
 
-    Scorer.loss = counted
+    Classification.loss = counted
     if order["most"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], resource.RLIM_INFINITY))
     return main(order["command"])

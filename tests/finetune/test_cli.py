@@ -24,7 +24,7 @@ from zo_finetune.evaluate import evaluate
 from zo_finetune.load import load
 from zo_finetune.metrics.auc import auc
 from zo_finetune.metrics.base import standard_error
-from zo_finetune.scoring import Scorer
+from zo_finetune.objectives.classification import Classification
 
 from tests.finetune.conftest import SHARED, make_rows, write_jsonl
 
@@ -208,15 +208,15 @@ def test_the_schedule_ends_at_zero(command: Callable[..., list[str]], tmp_path: 
 def test_an_interrupt_saves_what_there_is(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    loss, calls = Scorer.loss, []
+    loss, calls = Classification.loss, []
 
-    def interrupted_in_step_three(self: Scorer, *args: Any) -> torch.Tensor:
+    def interrupted_in_step_three(*args: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 6:  # the second forward of the third step: the weights are perturbed, if ever they are
             raise KeyboardInterrupt
-        return loss(self, *args)
+        return loss(*args)
 
-    monkeypatch.setattr(Scorer, "loss", interrupted_in_step_three)
+    monkeypatch.setattr(Classification, "loss", interrupted_in_step_three)
     assert main(command("--steps", "9")) == 130
     lines = capsys.readouterr().err.splitlines()
     assert any(line == "interrupted after 2 of 9 steps; saving the weights, unless Ctrl-C comes again" for line in lines)
@@ -229,7 +229,7 @@ def test_an_interrupt_saves_what_there_is(
     log = (tmp_path / "run" / "log.csv").read_text()
     assert len(log.splitlines()) == 3
 
-    monkeypatch.setattr(Scorer, "loss", loss)
+    monkeypatch.setattr(Classification, "loss", loss)
     assert main(command("--steps", "2", output=tmp_path / "two")) == 0
     for name in ("run", "two"):
         assert (tmp_path / name / "model" / "model.safetensors").is_file()

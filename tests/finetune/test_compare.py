@@ -16,7 +16,7 @@ import pytest
 from zo_finetune import compare as comparing
 from zo_finetune import files
 from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
+from zo_finetune.objectives.classification import Classification
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_two_methods_and_two_seeds(
 ) -> None:
     """Ctrl-C in the third run keeps two; the same command goes on, and ends as if nothing had been."""
     arguments = command("mezo,fzoo:queries=3", "--lr", "mezo=1e-3")
-    calls, stop, loss = [0], [12 + 12 + 5], Scorer.loss
+    calls, stop, loss = [0], [12 + 12 + 5], Classification.loss
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
@@ -48,7 +48,7 @@ def test_two_methods_and_two_seeds(
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(Scorer, "loss", counted)
+    monkeypatch.setattr(Classification, "loss", counted)
     assert main(arguments) == 130
     out = tmp_path / "out"
     assert [(row["method"], row["seed"]) for row in rows_of(out)] == [("mezo", "0"), ("fzoo:queries=3", "0")]
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Classification, "loss", lambda *_: pytest.fail("a step was taken"))
     assert main(command(methods, *more)) == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
@@ -218,7 +218,7 @@ def test_what_the_parser_refuses(option: list[str], command: Callable[..., list[
 def test_an_unfinished_run_without_a_journal_begins_anew(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, loss = [0], Scorer.loss
+    calls, loss = [0], Classification.loss
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
@@ -226,7 +226,7 @@ def test_an_unfinished_run_without_a_journal_begins_anew(
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(Scorer, "loss", counted)
+    monkeypatch.setattr(Classification, "loss", counted)
     arguments = command("hybrid", forwards=10, seeds="0")
     assert main(arguments) == 130
     assert not (tmp_path / "out" / "compare.csv").exists()
@@ -246,7 +246,7 @@ def test_finished_runs_that_were_changed_are_refused_before_the_first_step(
     compared: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     good = {name: (compared / name).read_bytes() for name in ("result.json", "log.csv")}
-    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Classification, "loss", lambda *_: pytest.fail("a step was taken"))
     result = json.loads(good["result.json"])
     damaged = [
         (("result.json", json.dumps({k: v for k, v in result.items() if k != name}).encode()))
@@ -275,7 +275,7 @@ def test_finished_runs_that_were_changed_are_refused_before_the_first_step(
 def test_what_a_comparison_did_not_write_is_kept(
     name: str, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Scorer, "loss", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Classification, "loss", lambda *_: pytest.fail("a step was taken"))
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("{}")

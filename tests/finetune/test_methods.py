@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from zo_finetune import files, methods, values
 from zo_finetune.cli import main
-from zo_finetune.scoring import Scorer
+from zo_finetune.objectives.classification import Classification
 
 import zo_kernels as zk
 from tests.finetune.test_resume import assert_same
@@ -51,7 +51,7 @@ def test_a_method_end_to_end(
 ) -> None:
     """A run and its record; the forward passes are those that were made; an interrupted run goes on to the same bits."""
     method, steps = methods.METHODS[name], 5
-    calls, stop, loss = [0], [0], Scorer.loss
+    calls, stop, loss = [0], [0], Classification.loss
 
     def counted(*args: Any) -> Any:
         calls[0] += 1
@@ -59,7 +59,7 @@ def test_a_method_end_to_end(
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(Scorer, "loss", counted)
+    monkeypatch.setattr(Classification, "loss", counted)
     assert main(command(name, options=options, steps=steps)) == 0
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())

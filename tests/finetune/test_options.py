@@ -18,6 +18,7 @@ from zo_finetune.config import COMMANDS, Comparison, Config
 from zo_finetune.decoding import DECODINGS
 from zo_finetune.errors import UserError
 from zo_finetune.metrics import METRICS
+from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.options import again, option
 from zo_finetune.registry import discovered
 from zo_finetune.tasks import TASKS
@@ -145,7 +146,7 @@ class Mood(ClassificationTask):
 
 def test_a_task_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(TASKS) == {"sst2"}
-    assert all(task.decoding in DECODINGS and set(task.metrics) <= set(METRICS) for task in TASKS.values())
+    assert all(t.decoding in DECODINGS and t.objective in OBJECTIVES and set(t.metrics) <= set(METRICS) for t in TASKS.values())
     (tmp_path / "mood.py").write_text(NEW)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     found = discovered(tasks.__name__, tasks.__path__, Task)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from zo_finetune import figures, files, run_folder
 from zo_finetune import model as models
 from zo_finetune.cli import main
+from zo_finetune.objectives.classification import Classification
 from zo_finetune.scoring import Scorer
 from zo_finetune.tasks import get_task
 
@@ -38,7 +39,7 @@ def arguments(train_command: Callable[..., list[str]]) -> Arguments:
 @pytest.fixture(scope="session")
 def begun(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) -> Path:
     """A run that Ctrl-C ended in its third step."""
-    folder, loss, calls = tmp_path_factory.mktemp("begun") / "run", Scorer.loss, []
+    folder, loss, calls = tmp_path_factory.mktemp("begun") / "run", Classification.loss, []
 
     def counted(*args: Any) -> torch.Tensor:
         calls.append(1)
@@ -47,7 +48,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) -> Pat
         return loss(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scorer, "loss", counted)
+        patch.setattr(Classification, "loss", counted)
         assert main(arguments(folder)) == 130
     return folder
 
@@ -304,10 +305,10 @@ def test_an_interrupt_says_how_to_go_on(
         if place == "scores":  # an evaluation is one batch here, whose scores are counted; a step's are not
             scores = Scorer.scores
 
-            def loss(self: Scorer, batch: Any, objective: Any) -> torch.Tensor:
-                return torch.nn.functional.cross_entropy(scores(self, batch), batch.labels)
+            def loss(self: Any, scorer: Scorer, batch: Any) -> torch.Tensor:
+                return torch.nn.functional.cross_entropy(scores(scorer, batch), batch.labels)
 
-            patch.setattr(Scorer, "loss", loss)
+            patch.setattr(Classification, "loss", loss)
         patch.setattr(owner, name, at_call(number, interrupt, getattr(owner, name)))
         assert main(arguments(out)) == 130
     assert last_line(capsys) == said.format(out=out)
@@ -325,7 +326,7 @@ def test_signals_end_a_run_as_ctrl_c_does(
     number: signal.Signals, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     before = [signal.getsignal(n) for n in (number, signal.SIGINT)]
-    monkeypatch.setattr(Scorer, "loss", at_call(3, lambda: signal.raise_signal(number), Scorer.loss))
+    monkeypatch.setattr(Classification, "loss", at_call(3, lambda: signal.raise_signal(number), Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save")) == 128 + number
     assert last_line(capsys) == f"interrupted after 1 of 4 steps; go on with: zo-finetune resume {tmp_path / 'run'}"
     assert [signal.getsignal(n) for n in (number, signal.SIGINT)] == before
@@ -334,7 +335,7 @@ def test_signals_end_a_run_as_ctrl_c_does(
 def test_a_run_without_a_journal_cannot_go_on(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Scorer, "loss", at_call(4, interrupt, Scorer.loss))
+    monkeypatch.setattr(Classification, "loss", at_call(4, interrupt, Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save", "--method", "hybrid")) == 130
     assert last_line(capsys).endswith(
         "give the same command again with --overwrite (a run of --method hybrid has no journal to go on from)"
@@ -345,7 +346,7 @@ def test_too_little_memory_is_said(arguments: Arguments, tmp_path: Path, monkeyp
     def exhausted() -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(Scorer, "loss", at_call(4, exhausted, Scorer.loss))
+    monkeypatch.setattr(Classification, "loss", at_call(4, exhausted, Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save")) == 2
     said = last_line(capsys)
     assert f"go on with: zo-finetune resume {tmp_path / 'run'}; or begin anew with a smaller --batch-size" in said
@@ -394,7 +395,7 @@ def test_a_run_is_resumed_from_anywhere(
         command[at] = name
     monkeypatch.chdir(home)
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "loss", at_call(6, interrupt, Scorer.loss))
+        patch.setattr(Classification, "loss", at_call(6, interrupt, Classification.loss))
         assert main(command) == 130
     config = json.loads((home / "out" / "config.json").read_text())
     assert [config["config"][name] for name in ("model", "data", "output")] == [str(home / name) for name in ("m", "d", "out")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from zo_finetune import model as models
 from zo_finetune.errors import UserError
+from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.scoring import Encoder, Scorer
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Candidate, Example
@@ -146,8 +147,8 @@ def test_losses(model_folder: ModelFolder) -> None:
         language = -sum(mean * n for mean, n in gold) / sum(n for _, n in gold)
         batch = scorer.collate([encoder.encode(e) for e in chosen])
         gold_batch = scorer.collate([encoder.encode(e, gold_only=True) for e in chosen])
-        torch.testing.assert_close(scorer.loss(batch, "classification"), classification, **CLOSE)
-        torch.testing.assert_close(scorer.loss(gold_batch, "language-model"), language, **CLOSE)
+        torch.testing.assert_close(OBJECTIVES["classification"].loss(scorer, batch), classification, **CLOSE)
+        torch.testing.assert_close(OBJECTIVES["language-model"].loss(scorer, gold_batch), language, **CLOSE)
 
 
 def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
@@ -159,7 +160,7 @@ def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
     with Scorer(lm.model, lm.form, lm.pad_id) as scorer, torch.no_grad():
         batch = scorer.collate([encoder.encode(e) for e in examples("causal")])
         found = scorer.token_log_probs(batch)
-        loss = scorer.loss(batch, "classification")
+        loss = OBJECTIVES["classification"].loss(scorer, batch)
     assert logits[0].dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     wanted = logits[0].double().log_softmax(-1)[batch.points, batch.targets]

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Literal
 
 Row = Mapping[str, Any]
 Form = Literal["causal", "masked"]
-Objective = Literal["classification", "language-model"]
 
 MAX_TEXT = 1_000_000  # characters of a text: beyond any context, and some tokenizers take quadratic time
 
@@ -71,7 +70,7 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for `--help`
     fields: ClassVar[tuple[str, ...]]  # the columns a row must have
-    objective: ClassVar[Objective] = "classification"
+    objective: ClassVar[str] = "classification"  # what is trained: a file of objectives/, by its name
     forms: ClassVar[tuple[Form, ...]] = ("causal",)
     decoding: ClassVar[str] = "scores"  # how an answer comes about: a file of decoding/
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # files of metrics/; the first is what curves and tables show

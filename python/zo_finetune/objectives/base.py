@@ -1,0 +1,30 @@
+"""What an objective is: how training examples become a micro-batch, and a micro-batch a number to lower.
+
+Belongs here: the base class. Does not belong here: a particular objective (one file each, beside this one), scores and log-probabilities (scoring.py),
+what an answer is worth (metrics/).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from zo_finetune.scoring import Encoded, Scorer
+
+
+class Objective(ABC):
+    """One instance serves every task that names it."""
+
+    name: ClassVar[str]
+    gold_only: ClassVar[bool] = False  # training examples are encoded with the right candidate alone
+
+    def batch(self, scorer: Scorer, examples: Sequence[Encoded], multiple: int = 1) -> Any:
+        """What `loss` takes; once a step, whatever the number of forward passes. `multiple`: of tokens that widths are padded to."""
+        return scorer.collate(examples, multiple)
+
+    @abstractmethod
+    def loss(self, scorer: Scorer, batch: Any) -> Tensor:
+        """A 0-d tensor, fp32 or wider whatever the model's type: a step divides a difference of two by 2 eps."""
