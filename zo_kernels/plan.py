@@ -44,6 +44,8 @@ class RandomMask:
         return 0 if (t := round(self.keep * 2**32)) >= 2**32 else t
 
 
+RandomMask.__module__ = "zo_kernels.ops"  # its name in saved states: a group's mask is pickled with them
+
 Mask = Tensor | RandomMask | None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -289,3 +291,13 @@ def test_sequences_and_neighbours_in_memory() -> None:
     zk.perturb_([w[:32], w[32:]], [(1, 1.0)], seed=1, streams=[1, 2], scales=[(shared, 1), (shared, 1)])
     zk.perturb_([w], [(1, 1.0)], seed=1, streams=[1], scales=[(w, 1)], out=[torch.empty(64)])
     zk.perturb_([w[:0], w], [(1, 1.0)], seed=1, streams=[1, 2], scales=[(w[:0], 1), None])
+
+
+def test_a_random_mask_has_the_name_that_saved_states_know() -> None:
+    """A group's mask is pickled with its optimizer's state, and torch compares the name with those that a user says are safe."""
+    mask, file = zk.RandomMask(0.5, 3), io.BytesIO()
+    assert b"zo_kernels.ops\nRandomMask" in pickle.dumps(mask, protocol=0)
+    torch.save({"mask": mask}, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([zk.RandomMask]):
+        assert torch.load(file) == {"mask": mask}
