@@ -325,6 +325,11 @@ class Weights:
     def params(self) -> list[Tensor]:
         return [m.tensor for m in self.members]
 
+    @functools.cached_property
+    def sources(self) -> list[Tensor]:
+        """Every member's memory as the plans have it, which stays while their masks change."""
+        return [e.src for _, e in self.entries()]
+
     def entries(self) -> list[tuple[Member, Entry]]:
         """Every member beside its entry in `plans`, in the group's order."""
         at = {i: e for plan in self.plans for i, e in zip(plan.members, plan.entries, strict=True)}
@@ -384,9 +389,9 @@ class Weights:
         else:
             active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
-            len(active) == len(self.members)
-            and all(a is m.tensor for a, m in zip(active, self.members, strict=True))
-            and all(e.src.dtype == m.tensor.dtype and e.src.data_ptr() == m.tensor.data_ptr() for m, e in self.entries())
+            len(active) == len(self.params)
+            and all(a is b for a, b in zip(active, self.params, strict=True))
+            and all(s.dtype == p.dtype and s.data_ptr() == p.data_ptr() for s, p in zip(self.sources, self.params, strict=True))
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )
