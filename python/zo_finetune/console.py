@@ -1,6 +1,6 @@
 """What a run says while it goes, and how it is stopped: lines on stderr, a bar where stderr is a terminal, signals.
 
-Belongs here: everything that meets a terminal. Does not belong here: what is said (train.py, compare.py, cli.py). Nothing here imports torch:
+Belongs here: everything that meets a terminal. Does not belong here: what is said (run.py, train.py, compare.py, cli.py). Nothing here imports torch:
 the first word is said before that.
 """
 

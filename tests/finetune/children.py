@@ -1,7 +1,7 @@
-"""Commands of the application in processes of their own, for what only a process shows: a kill, a limit of its resources.
+"""Commands of the application in processes of their own, for what only a process shows: a kill.
 
-Belongs here: how such a process is made, in a tenth of the time that an interpreter takes to import torch and transformers: one that has imported
-them forks. It has run nothing before, so that no thread pool of torch's is there to be lost. Does not belong here: assertions.
+Belongs here: how such a process is made, without the seconds that an interpreter takes to import torch and transformers: one that has
+imported them forks. It has run nothing before, so that no thread pool of torch's is there to be lost. Does not belong here: assertions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 PARENT = """
-import json, os, resource, signal, sys
+import json, os, signal, sys
 
 import peft, torch, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -45,8 +45,6 @@ def child(order):
         return loss(*args)
 
     Classification.loss = counted
-    if order["most"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], resource.RLIM_INFINITY))
     return main(order["command"])
 
 for line in sys.stdin:
@@ -68,13 +66,12 @@ class Children:
     def __init__(self) -> None:
         self._parent: subprocess.Popen[str] | None = None
 
-    def run(self, command: list[str], stderr: Path, calls: int = 0, how: int = signal.SIGKILL, most: int = 0) -> int:
+    def run(self, command: list[str], stderr: Path, calls: int, how: int = signal.SIGKILL) -> int:
         """Run a command to its end; returns its wait status.
 
         Args:
             stderr: a file for what it says.
-            calls, how: it gets this signal in its so-manyth loss; 0: none.
-            most: bytes that a file of its may have; 0: any number.
+            calls, how: it gets this signal in its so-manyth loss.
         """
         if self._parent is None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -82,7 +79,7 @@ class Children:
                 [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
         assert self._parent.stdin is not None and self._parent.stdout is not None
-        order: dict[str, Any] = {"command": command, "stderr": str(stderr), "calls": calls, "how": int(how), "most": most}
+        order: dict[str, Any] = {"command": command, "stderr": str(stderr), "calls": calls, "how": int(how)}
         self._parent.stdin.write(json.dumps(order) + "\n")
         self._parent.stdin.flush()
         return int(self._parent.stdout.readline())
