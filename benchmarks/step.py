@@ -276,7 +276,7 @@ def passes_of(mode: str, task: Task, device: torch.device, backend: str | None, 
 
     def counting() -> bool:
         """Outside of passes, which count themselves; in a forward only what scratch mode does for the model."""
-        return not inside_pass and (not inside_forward or getattr(getattr(optimizer._view, "forward", None), "inside", False))
+        return not inside_pass and (not inside_forward or getattr(getattr(optimizer._views.now, "forward", None), "inside", False))
 
     traffic = harness.Traffic(counting)
 

@@ -1,7 +1,6 @@
 """Fine-tune large language models with forward passes only, with noise regenerated from a seed. The public names, nothing else."""
 
 from zo_kernels._backends import _extension, backends
-from zo_kernels._replay import replay
 from zo_kernels._version import __version__ as __version__
 from zo_kernels.linear import perturbed_linear
 from zo_kernels.ops import normal, perturb_, perturb_sequence_
@@ -47,6 +46,7 @@ from zo_kernels.optim import (
 )
 from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
+from zo_kernels.replay import replay
 from zo_kernels.update import update_
 
 _extension.extension()  # one of another version is refused here, before it computes anything

@@ -44,9 +44,8 @@ from zo_kernels.optim import (
     QuantileClip,
     RandomSparse,
     ThreePoint,
-    record,
 )  # fmt: skip
-from zo_kernels.optim.parts import of_header
+from zo_kernels.optim.method import describe, parts_of
 from zo_kernels.plan import make_plans
 
 INTERESTING = (
@@ -202,17 +201,17 @@ def reseal(data: bytes, records: bool) -> bytes:
 
 
 METHODS = [
-    {"rule": record.described(Momentum()), "estimator": record.described(OneSided(3)), "clip": record.described(QuantileClip())},
+    {"rule": describe(Momentum()), "estimator": describe(OneSided(3)), "clip": describe(QuantileClip())},
     {
-        "rule": record.described(Adam()),
-        "direction": record.described(RandomSparse()),
-        "blocks": record.described(Blocks(["a", "b+"])),
+        "rule": describe(Adam()),
+        "direction": describe(RandomSparse()),
+        "blocks": describe(Blocks(["a", "b+"])),
     },
-    {"direction": record.described(LowRank()), "projection": record.described(Projection())},
+    {"direction": describe(LowRank()), "projection": describe(Projection())},
     {
-        "estimator": record.described(ThreePoint()),
-        "rule": record.described(HessianDiagonal()),
-        "direction": record.described(InverseRoot()),
+        "estimator": describe(ThreePoint()),
+        "rule": describe(HessianDiagonal()),
+        "direction": describe(InverseRoot()),
     },
 ]
 
@@ -295,7 +294,7 @@ class Journal(Target):
         passes = [x for row in rows for x in row[4:]]  # loss and gradient are for people, and may be anything
         assert all(map(math.isfinite, passes))
         try:
-            of_header(got.header)
+            parts_of(got.header)
         except ValueError as error:
             assert "journal's method" in str(error)
         if got.tail is None:

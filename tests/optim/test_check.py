@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zo_kernels as zk
 from tests.optim import emulated_graph, models
 from zo_kernels import journal
-from zo_kernels.optim import findings, step
+from zo_kernels.optim import decide, findings
 
 IDS = models.tokens()
 cross_entropy = nn.functional.cross_entropy
@@ -339,11 +339,11 @@ class Restless(nn.Module):
 
 def everything(model: nn.Module, optimizer: zk.ZOStep) -> list[Any]:
     """But for the buffers of a model that the optimizer does not know."""
-    kept = copy.deepcopy({k: v for k, v in optimizer.__dict__.items() if k in ("_kept", "_tag", "_skipped", "_past")})
+    run = copy.deepcopy(optimizer._run)
     return [
         {n: t.clone() for n, t in (*model.named_parameters(), *(model.named_buffers() if optimizer._model is not None else ()))},
         torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(),
-        kept["_tag"], kept["_skipped"], kept["_past"], kept["_kept"].tensors, [p.grad for p in model.parameters()],
+        run.tag, run.skipped, list(run.past), run.rule.tensors, [p.grad for p in model.parameters()],
     ]  # fmt: skip
 
 
@@ -601,7 +601,7 @@ def test_skipped_steps_in_a_row_are_told() -> None:
 
 def test_later_steps_on_a_device_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, the numbers stay tensors; reading one is `_local_scalar_dense`."""
-    monkeypatch.setattr(step, "_on_host", lambda device: False)
+    monkeypatch.setattr(decide, "on_host", lambda device: False)
     model = models.make("llama")
     optimizer = zk.MeZOStep(model, lr=1e-3)
 

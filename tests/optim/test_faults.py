@@ -1331,11 +1331,11 @@ def test_an_update_that_fails_behind_its_record_is_said(mode: str, tmp_path: Any
     step = optimizer_of(model, mode, journal=tmp_path / "run.zoj")
     step.step(model)
 
-    def failing(*_: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise NoMemory
 
     with monkeypatch.context() as patch:
-        patch.setattr(views.View, "update", failing)
+        patch.setattr(views.View, "execute", failing)
         with pytest.raises(NoMemory):
             step.step(model)
     with pytest.raises(RuntimeError, match=r"failed in its update, after its record was written.*Load the base weights and resume"):

@@ -195,7 +195,7 @@ def test_a_matrix_in_parts_stays_in_parts_when_it_is_held() -> None:
         step.step(closure)
     step.load_state_dict(state)  # the same direction again, by a new view
     other = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch", scratch_bytes=50_000)
-    other._view.forward.held = {id(model.head.weight): other._view.shadows[id(model.head.weight)]}  # type: ignore[union-attr]
+    other._views.now.forward.held = {id(model.head.weight): other._views.now.shadows[id(model.head.weight)]}  # type: ignore[union-attr]
     other.step(closure)
     assert all(same_bits(a, b) for a, b in zip([t for s in seen[:2] for t in s], [t for s in seen[2:] for t in s], strict=True))
 
@@ -323,7 +323,7 @@ def test_an_alias_kept_from_a_step_counts_in_later_ones() -> None:
     step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
     step.step(lambda: model(torch.ones(1, 12)).sum())
     del kept[:]
-    assert not step._view.reads.aliases  # type: ignore[union-attr]
+    assert not step._views.now.reads.aliases  # type: ignore[union-attr]
 
 
 def test_what_reads_no_value_holds_nothing(recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_what_reads_no_value_holds_nothing(recwarn: pytest.WarningsRecorder, tmp
     step = zk.MeZOStep(model, lr=0.0, eps=1e-2, perturbation="scratch")
     for _ in range(3):
         step.step(closure)
-    assert not step._view.forward.held  # type: ignore[union-attr]
+    assert not step._views.now.forward.held  # type: ignore[union-attr]
     assert not recwarn.list
 
 
@@ -378,7 +378,7 @@ def test_a_failed_read_leaves_classes_and_weights(later: int, failure: type[Base
     with pytest.raises(failure):
         step.step(closure)
     assert all(type(p) is nn.Parameter and same_bits(p.detach(), b) for p, b in zip(weights(model), before, strict=True))
-    assert not step._view.forward.held  # type: ignore[union-attr]
+    assert not step._views.now.forward.held  # type: ignore[union-attr]
     assert not reads._under_way
 
 
@@ -443,5 +443,5 @@ def test_parameters_of_classes_of_their_own() -> None:
     for _ in range(3):
         step.step(closure)
     assert [type(p) for p in model.parameters()] == [Mine, *[nn.Parameter] * 3]
-    assert len(step._view.forward.held) == 4  # type: ignore[union-attr]
+    assert len(step._views.now.forward.held) == 4  # type: ignore[union-attr]
     assert len(set(seen)) == 6

@@ -125,7 +125,7 @@ def test_scratch_memory_over_inference() -> None:
     for _ in range(3):
         step.step(lambda: loss_of(model, ids))
     extra = torch.cuda.max_memory_allocated() - inference
-    assert extra <= step._view.limit + 16 * 2**20
+    assert extra <= step._views.now.limit + 16 * 2**20
 
 
 def test_the_generators_of_the_device_are_kept() -> None:
@@ -163,7 +163,7 @@ def test_graphs_give_the_same_bits(family: str, options: dict[str, object], back
                 losses.append(step.step(lambda b: loss_of(m, b), [batch]))  # noqa: B023
                 schedule.step()
         if graph:
-            assert len(step._graphs.captured) == 2
+            assert len(step._schedule.graphs.captured) == 2
         found.append([loss.item() for loss in losses])
     assert found[0] == found[1]
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

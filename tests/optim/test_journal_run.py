@@ -30,6 +30,7 @@ from tests.optim import emulated_graph
 from tests.optim.models import loss_of, make, tokens
 from zo_kernels import journal
 from zo_kernels.optim import record
+from zo_kernels.optim.decision import Decision
 
 MODES: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
@@ -490,7 +491,7 @@ def test_records_wait_for_the_device_and_the_host_does_not(tmp_path: Path) -> No
         LateEvent.now = k
         queue.check()
         assert len(journal.read(path)) == max(0, k - 2)
-        queue.put({"tag": k, "decay": [0.5]}, torch.tensor([1.0, 2.0, k != 1, k == 2, 0.25 * (k != 1)], dtype=torch.float64))
+        queue.put(Decision(k, [0.5]), torch.tensor([1.0, 2.0, k != 1, k == 2, 0.25 * (k != 1)], dtype=torch.float64))
         entry, summary, _ = queue._queue.pop()
         queue._queue.append((entry, summary, LateEvent()))
     queue.drain(wait=True)

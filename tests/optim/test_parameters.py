@@ -174,10 +174,10 @@ GROUPS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("make_group", "error", "match"), GROUPS, ids=range(len(GROUPS)))
 def test_a_group_that_no_step_could_take_is_not_added(make_group: Callable[[], Any], error: Any, match: str) -> None:
     step = zk.MeZOStep([("w", W)], lr=0.5, perturbation="inplace")
-    before, streams = [dict(g) for g in step.param_groups], dict(step._streams)
+    before, streams = [dict(g) for g in step.param_groups], dict(step._run.streams)
     with pytest.raises(error, match=match):
         step.add_param_group(make_group())
-    assert step.param_groups == before and step._streams == streams
+    assert step.param_groups == before and step._run.streams == streams
     step.step(lambda: 0.0)
 
 
@@ -240,7 +240,7 @@ def test_a_mask_or_scale_edited_between_steps_counts(what: str, how: str, pertur
             step.step(lambda: model(x).square().sum())
             with torch.no_grad():
                 model.load_state_dict(start)
-            step._tag = 0  # the same direction again
+            step._run.tag = 0  # the same direction again
             if how == "another":
                 step.param_groups[0][what] = {"weight": values(False)}
             elif how == "entry":

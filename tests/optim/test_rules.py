@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
+from zo_kernels.optim.projection import Projector
 
 NAN, INF = math.nan, math.inf
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensors"])
-def test_the_sign_of_equal_losses_is_no_step(there: bool) -> None:
-    gs = [3.0, -2.0, 0.0, -0.0]
-    found = zk.Sign().decide([torch.tensor(g, dtype=torch.float64) for g in gs] if there else gs, 0.5, None)
-    assert [float(c) for c in found] == [0.125, -0.125, 0.0, 0.0]
+def float64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["numbers", "tensors"])
+def test_the_sign_of_equal_losses_is_no_step() -> None:
+    found = zk.Sign().decide(float64([[3.0, -2.0, 0.0, -0.0]]), float64([[0.5]]), None)
+    assert found.tolist() == [[0.125, -0.125, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("stay", "ahead", "back", "factor"),
     [
@@ -41,12 +44,10 @@ def test_the_sign_of_equal_losses_is_no_step(there: bool) -> None:
         (NAN, NAN, NAN, 0),
     ],
 )
-def test_a_conservative_step_is_the_best_of_three(stay: float, ahead: float, back: float, factor: int, there: bool) -> None:
+def test_a_conservative_step_is_the_best_of_three(stay: float, ahead: float, back: float, factor: int) -> None:
     """At equal losses theta stays; of two that are better by the same, the one downhill is taken; what is no number never wins."""
-    losses = [torch.tensor(x, dtype=torch.float64) for x in (stay, ahead, back)]
-    tried: list[float] | list[Tensor] = [0.25, -3.0]
-    found = zk.Conservative().choose(losses, [torch.tensor(t, dtype=torch.float64) for t in tried] if there else tried)
-    assert [float(c) for c in found] == [factor * t for t in tried]
+    found = zk.Conservative().choose(float64([stay, ahead, back]), float64([[0.0, 0.25], [0.0, -3.0]]))
+    assert found.tolist() == [[factor * t, t] for t in (0.25, -3.0)]
 
 
 def test_a_skipped_step_has_no_share_in_a_recomputed_adam() -> None:
@@ -74,5 +75,5 @@ def test_the_turns_of_random_blocks(seed: int) -> None:
 
 
 def test_a_projection_is_clipped_on_both_sides() -> None:
-    projector = zk.Projection(tau=0.25, layers=["w"]).of(0, ["w"])
+    projector = Projector(zk.Projection(tau=0.25, layers=["w"]), 0, 1)
     assert [projector._clip(r) for r in (-3.0, 0.75, 0.9, 1.25, 7.0)] == [0.75, 0.75, 0.9, 1.25, 1.25]

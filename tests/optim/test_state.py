@@ -148,7 +148,7 @@ def test_what_moves_to_another_group_takes_its_past_along(rule: str) -> None:
         for twin in twins.values():
             twin.step(float(step.projected_gradient or 0) / 2, step.tags_of(k)[0])
     check(step, twins)
-    assert len(step._kept.cohorts) == (2 if "recomputed" in rule else 1), "one launch for what has seen as many steps"
+    assert len(step._run.rule.cohorts) == (2 if "recomputed" in rule else 1), "one launch for what has seen as many steps"
 
 
 def test_a_parameter_added_late_moves_by_lr_in_its_first_step() -> None:
@@ -168,11 +168,11 @@ def test_after_a_whole_history_two_cohorts_are_one(rule: str) -> None:
     run(step, {}, 3, lambda k: set())
     step.add_param_group({"params": [("b", param())]})
     run(step, {}, 3, lambda k: set())
-    assert len(step._kept.cohorts) == 2  # of other groups
+    assert len(step._run.rule.cohorts) == 2  # of other groups
     step.param_groups[0]["params"].append(step.param_groups[1]["params"].pop())
     step.param_groups[0]["param_names"].append(step.param_groups[1]["param_names"].pop())
     run(step, {}, 5, lambda k: set())
-    assert len(step._kept.cohorts) == 1
+    assert len(step._run.rule.cohorts) == 1
 
 
 @pytest.mark.parametrize("mode", ["scratch", "inplace"])
@@ -208,7 +208,7 @@ def test_a_journal_of_blocks_of_an_earlier_version_replays_as_it_ran(tmp_path: P
     make = CASES["adam-blocks"].make
     live, base = Tiny(), Tiny()
     step = make(live)
-    step._kept.together = True
+    step._run.rule.together = True
     step.open_journal(tmp_path / "old.zoj")
     go_on(live, step, 9)
     step.close_journal()
@@ -309,13 +309,14 @@ def unchanged(step: zk.ZOStep, model: nn.Module) -> Callable[[], bool]:
         step.state_dict(),
         values(model),
     )
-    inside = (step._kept, step._held, step._projection, step._past, dict(step._streams), step.state)
+    inside = (step._run.rule, step._run.direction, step._run.projector, step._run.past, dict(step._run.streams), step.state)
 
     def check() -> bool:
         now = step.state_dict()
         return (
             groups == [{k: v for k, v in g.items() if k != "params"} for g in step.param_groups]
-            and (step._kept, step._held, step._projection, step._past, dict(step._streams), step.state) == inside
+            and (step._run.rule, step._run.direction, step._run.projector, step._run.past, dict(step._run.streams), step.state)
+            == inside
             and str(now) == str(state)
             and all(same_bits(p.detach(), before[n]) for n, p in model.named_parameters())
         )
@@ -455,11 +456,14 @@ def as_before(step: zk.ZOStep) -> dict[str, Any]:
             else:
                 parts[content["tensors"][what]].setdefault(what, {})[names[k]] = t
     history = {}
-    if isinstance(step._rule, (zk.Momentum, zk.Adam)) and step._rule.state == "recomputed":
+    if isinstance(step._run.method.rule, (zk.Momentum, zk.Adam)) and step._run.method.rule.state == "recomputed":
         past, counts = parts["rule"]["past"], itertools.accumulate(p[2] for p in parts["rule"]["past"])
         history = {0: [(tags, coefs, float(c), float(live)) for (tags, coefs, live), c in zip(past, counts, strict=True)]}
     old = {k: content[k] for k in ("seed", "tag", "first_tag", "skipped", "streams")}
-    old |= {"kind": step._kind, "parts": {**parts, "rule": {"tensors": tensors, "history": history}, "past": past_gradients}}
+    old |= {
+        "kind": step._run.method.kind,
+        "parts": {**parts, "rule": {"tensors": tensors, "history": history}, "past": past_gradients},
+    }
     groups = [{k: v for k, v in g.items() if k not in ("zo", "maximize")} for g in new["param_groups"]]
     return {"state": {}, "param_groups": groups, "zo": old}
 

@@ -146,7 +146,7 @@ def test_batches_of_every_length_do_not_pile_up() -> None:
     step = zk.MeZOStep(model, lr=0.0, perturbation="scratch")
     for n in range(1, 150):
         step.step(lambda n=n: model(torch.arange(n)).square().mean())
-        assert len(step._view.pieces.gathers) <= 64
+        assert len(step._views.now.pieces.gathers) <= 64
 
 
 def test_a_head_over_the_last_position_is_one_matrix_product() -> None:
@@ -304,8 +304,8 @@ def test_a_matrix_in_parts_has_the_weights_of_the_whole(option: str, dtype: torc
         step = zk.MeZOStep([group], lr=0.0, eps=1e-2, perturbation=mode, model=model, **options)
         step.step(closure)
         if mode == "scratch":
-            assert sum(b.numel() for b in step._view.buffer.memory.values()) <= size
-            assert len(step._view.pieces.parts) == 1
+            assert sum(b.numel() for b in step._views.now.buffer.memory.values()) <= size
+            assert len(step._views.now.pieces.parts) == 1
     assert results["scratch"][0].shape == (4, 6, 1001)
     assert same_bits(results["scratch"][0], results["inplace"][0])
     assert not torch.equal(results["scratch"][0], results["scratch"][1])
@@ -329,7 +329,7 @@ def test_rows_are_gathered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
             step = zk.MeZOStep([group], lr=0.0, eps=1e-2, perturbation=mode, model=model)
             step.step(closure)
             if mode == "scratch":
-                assert len(step._view.pieces.gathers) == (2 if width == 16 else 0)
+                assert len(step._views.now.pieces.gathers) == (2 if width == 16 else 0)
         assert same_bits(results["scratch"][0], results["inplace"][0])
 
 
@@ -339,7 +339,7 @@ def test_scratch_memory_is_bounded(size: int) -> None:
     step = zk.MeZOStep(model, lr=0.0, perturbation="scratch", scratch_bytes=size)
     for _ in range(2):
         step.step(lambda: loss_of(model, tokens()))
-    view = step._view
+    view = step._views.now
     resident = sum(t.nbytes for t in view.fronts.resident.written) if view.fronts.resident else 0
     largest = max(p.nbytes for p in model.parameters())
     assert bool(resident) == (size == SIZES[-1])

@@ -2,7 +2,7 @@
 
     preamble | header (JSON) | crc | record 0 | record 1 | ...          docs/journal.md has every byte
 
-The public names, nothing else. What a step decides belongs to optim/, applying a record to weights to _replay.py.
+The public names, nothing else. What a step decides belongs to optim/, applying a record to weights to optim/run.py.
 """
 
 from zo_kernels.journal.header import Frozen, Header, Parameter, described, digest, find, fingerprint, verify_base

@@ -2,6 +2,7 @@
 
 from zo_kernels.optim.blocks import Blocks
 from zo_kernels.optim.check import Finding, Report, check
+from zo_kernels.optim.clip import QuantileClip
 from zo_kernels.optim.directions import Dense, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
 from zo_kernels.optim.estimators import ForwardGradient, OneSided, ThreePoint, TwoSided
 from zo_kernels.optim.findings import ZOWarning
@@ -21,7 +22,7 @@ from zo_kernels.optim.methods import (
     ZOSignSGD,
 )  # fmt: skip
 from zo_kernels.optim.projection import Projection
-from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, QuantileClip, Sign
+from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, Sign
 from zo_kernels.optim.step import ZOStep
 
 METHODS = (

@@ -1,7 +1,7 @@
 """`check`: evaluate a closure as a step would, change nothing, and report what would make the steps' numbers wrong.
 
 Belongs here: the evaluations, what they must leave as it was, and the report. Does not belong here: what a finding is and its words
-(findings.py), how a model sees a perturbation (views/).
+(findings.py), how a model sees a perturbation (views.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import interrupts, views
-from zo_kernels.optim import directions, findings, generators
+from zo_kernels.optim import directions, evaluate, findings, generators
 from zo_kernels.optim import step as steps
 from zo_kernels.views import tangents
 
@@ -110,9 +110,9 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
     Raises:
         Whatever the closure raises, and what a step would refuse: TypeError if it returns no loss, RuntimeError if it writes to the weights.
     """
-    steps._check_call(closure, batches)
+    evaluate.check_call(closure, batches)
     if not step._busy.acquire(blocking=False):
-        raise steps._inside("zk.check()")
+        raise steps.under_way("zk.check()")
     try:
         with torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
             try:
@@ -130,7 +130,7 @@ def _unchanged(step: steps.ZOStep, view: views.View) -> Iterator[None]:
     """What the evaluations touch is, afterwards, what it was."""
     rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
     states = rng.get()
-    copies = [(p, p.detach().clone()) for p in view.params.values()] if isinstance(view, views.InPlace) else []
+    copies = [(p, p.detach().clone()) for p in view.params.values()] if view.mode != "scratch" else []
     every = list(step._model.parameters()) if step._model is not None else list(view.params.values())
     grads = [(p, p.grad) for p in every]
     step._inside = True
@@ -141,7 +141,7 @@ def _unchanged(step: steps.ZOStep, view: views.View) -> Iterator[None]:
     finally:
         with interrupts.uninterrupted():
             step._inside = False
-            step._held.undo()
+            step._run.direction.undo()
             with torch.inference_mode():  # writes to parameters that were made in it, too
                 for p, clean in copies:
                     p.copy_(clean)
@@ -155,7 +155,7 @@ class _Check:
         self.step, self.view, self.closure, self.batches = step, view, closure, batches
         self.model: nn.Module | None = step._model
         self.trained = step._trained()
-        self.dual = isinstance(view, tangents.Tangents)
+        self.dual = step._run.method.estimator.dual
         self.eps = float(step.param_groups[0]["eps"])
         self.rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
         self.before = self.rng.get()
@@ -168,7 +168,7 @@ class _Check:
 
     def evaluate(self, dual: bool = False) -> list[float]:
         """The loss of each micro-batch (with `dual`, its tangent), from the same state of everything."""
-        convert = tangents.as_loss if dual else steps._as_loss
+        convert = tangents.as_loss if dual else evaluate.as_loss
         found = []
         try:
             for batch in [None] if self.batches is None else self.batches:
@@ -189,10 +189,9 @@ class _Check:
 
     def findings(self) -> Iterator[Finding]:
         """All of them, the evaluations first."""
-        self.step._prepare(self.view)
-        mine = self.own_view()
-        if isinstance(mine, views.InPlace):
-            mine.restore()  # of a lazy run, whose weights are ahead
+        self.step._run.prepare(self.view)
+        mine = self.view.another()
+        mine.restore()  # of a lazy run, whose weights are ahead
         # At theta: what is read and written, then twice alike.
         mine.expect()
         reads = findings.Reads(self.trained, self.buffers)
@@ -206,7 +205,7 @@ class _Check:
             start = time.perf_counter()
             theta.append(self.evaluate())
             times.append(time.perf_counter() - start)
-            views.View.check(mine)  # nothing stands before the weights yet, as a scratch view would have it
+            mine.check_weights()  # nothing stands before the weights yet, as a scratch view would have it
         sides = self.differences(mine) if reads.read or not self.dual else [([0.0], [0.0])]  # a loss without a tangent is no slope
 
         yield self.of_membership()
@@ -225,29 +224,12 @@ class _Check:
         yield self.of_speed(min(times))
         yield self.of_bytes()
 
-    def own_view(self) -> views.View:
-        """As the optimizer's, which keeps what it has learned of the forwards."""
-        step, view = self.step, self.view
-        options: dict[str, Any] = {"seed": step._seed, "kind": step._kind, "backend": step._backend}
-        mine: views.View
-        if isinstance(view, views.Scratch):
-            assert self.model is not None
-            mine = type(view)(view.groups, self.model, step._scratch_bytes, **options)
-        else:
-            assert isinstance(view, views.InPlace)
-            mine = views.InPlace(view.groups, self.model, **options)
-            mine.at = list(view.at)
-        if view.mask_tag is not None:
-            mine.mask_tag = view.mask_tag
-            mine.retag(view.mask_tag)
-        return mine
-
     def differences(self, mine: views.View) -> list[tuple[list[float], list[float]]]:
         """Losses on both sides along DIRECTIONS directions; of forward gradients the slopes, twice."""
         step = self.step
         # Low-rank factors are those of one step.
-        count = 1 if isinstance(step._direction, directions.LowRank) else DIRECTIONS
-        tags = [t for t in range(step._tag, step._tag + count) if t < 1 << 32]
+        count = 1 if isinstance(step._run.method.direction, directions.LowRank) else DIRECTIONS
+        tags = [t for t in range(step._run.tag, step._run.tag + count) if t < 1 << 32]
         found = []
         with mine.step():
             for tag in tags:
@@ -260,8 +242,7 @@ class _Check:
                         pair.append(pair[0])
                         break
                 found.append((pair[0], pair[1]))
-            if isinstance(mine, views.InPlace):
-                mine.restore()
+            mine.restore()
         return found
 
     # -- the findings --
@@ -269,7 +250,7 @@ class _Check:
     def of_membership(self) -> Finding:
         if not self.trained:
             return Finding.of("model", "mistake", findings.FROZEN)
-        if self.step._whole and self.model is not None:
+        if self.step._warner.whole and self.model is not None:
             names = findings.unowned(self.model, self.step.param_groups, self.step._first_order)
             if names:
                 return Finding.of("model", "warning", findings.nobodys(names), tensors=tuple(names))
@@ -367,7 +348,7 @@ class _Check:
         return Finding("grain", "ok", text, numbers=numbers)
 
     def of_weights(self) -> Finding:
-        shares = findings.moved(findings.deviations(self.step, self.view), self.step._kind)
+        shares = findings.moved(findings.deviations(self.step.param_groups, self.view), self.step._run.method.kind)
         params = self.view.params
         total = sum(params[n].numel() for n in shares)
         everything = sum(share * params[n].numel() for n, share in shares.items()) / max(1, total)
@@ -402,10 +383,9 @@ class _Check:
     def of_bytes(self) -> Finding:
         every = [*self.model.parameters(), *self.model.buffers()] if self.model is not None else []
         weights = sum(t.nbytes for t in {id(t): t for t in (*every, *self.trained.values())}.values())
-        state = sum(t.nbytes for kept in self.step._kept.tensors.values() for t in kept.values())
-        state += sum(t.nbytes for made in self.step._held.made.values() for t in directions._tensors(made))
+        state = self.step.state_bytes()
         trained = sum(p.nbytes for p in self.trained.values())
-        room = self.view.limit if isinstance(self.view, views.Scratch) and not self.dual else 0
+        room = self.view.room
         text = f"{weights:,} of weights and buffers ({trained:,} trained), {state:,} of state, a buffer of at most {room:,}"
         return Finding("bytes", "ok", text, numbers={"weights": weights, "trained": trained, "state": state, "scratch": room})
 

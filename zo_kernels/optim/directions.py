@@ -10,7 +10,7 @@ Everything that a direction holds is a function of the seed, the step and the we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks, lowrank, ops
+from zo_kernels.optim.points import Losses, Point
 from zo_kernels.parameters import canonical_name
 from zo_kernels.plan import Mask, RandomMask, pack_mask
 
@@ -44,9 +45,9 @@ class Direction:
         """Numbers of a step's record that are the direction's own."""
         return 0
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         """What holds the tensors of one optimizer, whose noise is of this seed and kind, made by this backend."""
-        return Held(self, seed, kind, backend)
+        return DirectionState(self, seed, kind, backend)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Dense(Direction):
     name: ClassVar[str] = "dense"
 
 
-class Held:
+class DirectionState:
     """The tensors of one optimizer's direction, by parameter name."""
 
     def __init__(self, config: Any, seed: int, kind: str = "gaussian", backend: str | None = None) -> None:
@@ -87,14 +88,7 @@ class Held:
         """The step that was prepared last did not take place: what `state` gives is as before."""
 
     def learn(
-        self,
-        step: int,
-        tag: int,
-        params: Mapping[str, Tensor],
-        masks: Mapping[str, Mask],
-        eps: float,
-        evaluate: Callable[[], Tensor],
-        between: Callable[[], None],
+        self, step: int, tag: int, params: Mapping[str, Tensor], masks: Mapping[str, Mask], eps: float, losses: Losses
     ) -> list[float]:
         """Before the forwards of a step: forwards of the direction's own, the weights afterwards as before. Returns `size` numbers to record."""
         return []
@@ -105,6 +99,25 @@ class Held:
     def memory(self) -> list[Tensor]:
         """Every tensor that is held now."""
         return [t for limits in self.made.values() for t in _tensors(limits)]
+
+    def factored(self, name: str) -> bool:
+        """Whether the parameter's z is a product of factors."""
+        return name in self.made and self.made[name].factors is not None
+
+    def v_tag(self, name: str) -> int:
+        """The tag of the V that a parameter's factors have now."""
+        raise TypeError(f"{self.config.name} directions have no factors")
+
+    def diagonal(self, name: str) -> Tensor:
+        """H of a parameter, fp32 [numel], which a rule updates."""
+        raise TypeError(f"{self.config.name} directions have no diagonal")
+
+    def written(self) -> dict[str, Any]:
+        """A copy of what a rule's pass writes to; `restore` takes it back."""
+        return {}
+
+    def restore(self, written: Mapping[str, Any]) -> None:
+        """See `written`."""
 
     def state(self) -> dict[str, Any]:
         """What is no function of the present weights; for state_dict."""
@@ -139,11 +152,11 @@ class RandomSparse(Direction):
         RandomMask(self.keep)
         _check_every(self.every)
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _Random(self, seed, kind, backend)
 
 
-class _Random(Held):
+class _Random(DirectionState):
     config: RandomSparse
     mask_tag: int
 
@@ -174,11 +187,11 @@ class MagnitudeSparse(Direction):
         if not (isinstance(self.quantile, (int, float)) and 0 < self.quantile <= 1):
             raise ValueError(f"quantile={self.quantile!r} must be in (0, 1]: the share of the smallest weights that take part")
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _Magnitude(self, seed, kind, backend)
 
 
-class _Magnitude(Held):
+class _Magnitude(DirectionState):
     """One bit a weight and one threshold a tensor."""
 
     def __init__(self, config: MagnitudeSparse, *of: Any) -> None:
@@ -251,11 +264,11 @@ class LayerScale(Direction):
     def size(self) -> int:
         return 1 if self.by == "gradient" else 0
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _LayerScale(self, seed, kind, backend)
 
 
-class _LayerScale(Held):
+class _LayerScale(DirectionState):
     def __init__(self, config: LayerScale, *of: Any) -> None:
         super().__init__(config, *of)
         self.squares: dict[str, tuple[float, float]] = {}  # of gradients: the weighted sum of g^2, and of the weights
@@ -302,30 +315,27 @@ class _LayerScale(Held):
         return math.sqrt(square / max(1, p.numel()))
 
     def learn(
-        self,
-        step: int,
-        tag: int,
-        params: Mapping[str, Tensor],
-        masks: Mapping[str, Mask],
-        eps: float,
-        evaluate: Callable[[], Tensor],
-        between: Callable[[], None],
+        self, step: int, tag: int, params: Mapping[str, Tensor], masks: Mapping[str, Mask], eps: float, losses: Losses
     ) -> list[float]:
         name = self._turn(step, params)
-        p, losses = params[name], []
+        p = params[name]
         clean = p.detach().clone()
-        try:
-            for side in (eps, -eps):
+
+        def at(side: float) -> Point:
+            def see() -> None:
                 ops.perturb_(
                     [clean], [(tag, side)], seed=self.seed, streams=[self.streams[name]], masks=[masks.get(name)], out=[p.detach()],
                     kind=self.kind, backend=self.backend,
                 )  # fmt: skip
                 torch.clear_autocast_cache()
-                losses.append(float(evaluate()))
-                between()
+
+            return Point(see)
+
+        try:
+            plus, minus = losses([at(eps), at(-eps)]).tolist()
         finally:
             p.copy_(clean)
-        g = float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float32))
+        g = float(torch.tensor((plus - minus) / (2 * eps), dtype=torch.float32))
         return [g if math.isfinite(g) else 0.0]
 
     def learned(self, step: int, numbers: Sequence[float], params: Mapping[str, Tensor]) -> None:
@@ -351,16 +361,16 @@ class _LayerScale(Held):
 
 @dataclass(frozen=True)
 class InverseRoot(Direction):
-    """z / sqrt(H), H a diagonal that a rule keeps (HiZOO). `Held.made` has it as the rule's state, fp32, ones at the start."""
+    """z / sqrt(H), H a diagonal that a rule keeps (HiZOO). `DirectionState.made` has it as the rule's state, fp32, ones at the start."""
 
     name: ClassVar[str] = "inverse-root"
     update_differs: ClassVar[bool] = True  # the rule applies H itself
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _InverseRoot(self, seed, kind, backend)
 
 
-class _InverseRoot(Held):
+class _InverseRoot(DirectionState):
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
         if (old := self.made.get(name)) is not None and old.scale[0].numel() == p.numel():
             return Limits(scale=(old.scale[0].to(p.device), 1, "rsqrt"))
@@ -369,8 +379,18 @@ class _InverseRoot(Held):
     def fits(self, limits: Limits, p: Tensor) -> bool:
         return super().fits(limits, p) and limits.scale[0].numel() == p.numel()
 
+    def diagonal(self, name: str) -> Tensor:
+        found: Tensor = self.made[name].scale[0]
+        return found
+
     def state(self) -> dict[str, Any]:
         return {"diagonal": {n: m.scale[0].clone() for n, m in self.made.items()}}
+
+    def written(self) -> dict[str, Any]:
+        return self.state()
+
+    def restore(self, written: Mapping[str, Any]) -> None:
+        self.load(written)
 
     def load(self, state: Mapping[str, Any]) -> None:
         for name, values in state["diagonal"].items():
@@ -399,11 +419,11 @@ class LowRank(Direction):
             raise ValueError(f"rank={self.rank} must be in 1 .. {checks.MAX_RANK}")
         _check_every(self.every)
 
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> Held:
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _LowRank(self, seed, kind, backend)
 
 
-class _LowRank(Held):
+class _LowRank(DirectionState):
     """Factors, made for all matrices of a view at once, so that one launch fills them."""
 
     def __init__(self, config: LowRank, *of: Any) -> None:
@@ -426,6 +446,9 @@ class _LowRank(Held):
             self.v_tags.append(None)
             for (name, _, _), pair in zip(members, factors.pairs, strict=True):
                 self.made[name] = Limits(factors=pair, update_scale=1.0 / self.config.rank)
+
+    def v_tag(self, name: str) -> int:
+        return self.v_of[name]
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.made, self.tables, self.v_tags, self.v_of = {}, [], [], {}  # made anew, of the loaded run's seed

@@ -11,32 +11,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from zo_kernels import checks
 
-Point = Sequence[tuple[int, float]]
-Number = float | Tensor  # a float, or a 0-d float64 tensor that stays on its device
+Offsets = Sequence[tuple[int, float]]
 
 
-class Estimator(Protocol):
-    """`directions`: how many the estimate uses. `points`: where the loss is evaluated, in this order."""
+class Estimator:
+    """What all estimators have. Losses are float64 [points], in the order of `points` (with tangents, where `dual`: [points, 2]); eps is float64
+    [groups, 1]. Everything stays on the losses' device."""
+
+    name: ClassVar[str]
+    dual: ClassVar[bool] = False  # losses come with their tangents, of forwards that carry them
 
     @property
-    def directions(self) -> int: ...
+    def directions(self) -> int:
+        """How many the estimate uses."""
+        return 1
 
-    def points(self) -> list[Point]: ...
+    def points(self) -> list[Offsets]:
+        """Where the loss is evaluated, in this order."""
+        raise NotImplementedError
 
-    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        """g_i for each direction, of which the estimate is the mean of g_i z_i: float64 tensors (0-d) on the losses' device."""
-        ...
+    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+        """g_i for each direction, of which the estimate is the mean of g_i z_i: float64 [groups, directions]."""
+        raise NotImplementedError
 
-    def loss(self, losses: Sequence[Tensor]) -> Tensor:
-        """What a step returns: the best that these losses tell about the loss at theta."""
-        ...
+    def loss(self, losses: Tensor) -> Tensor:
+        """What a step returns, 0-d: the best that these losses tell about the loss at theta."""
+        return losses[0]
+
+    def curvature(self, losses: Tensor, eps: Tensor) -> Tensor | None:
+        """Along the direction, float64 [groups, 1]; None where the points do not tell."""
+        return None
 
 
 def check_queries(queries: int) -> None:
@@ -45,7 +55,7 @@ def check_queries(queries: int) -> None:
 
 
 @dataclass(frozen=True)
-class TwoSided:
+class TwoSided(Estimator):
     """n-SPSA (Spall 1992; MeZO, definition 1): g_i = (L(theta + eps z_i) - L(theta - eps z_i)) / (2 eps), averaged over the queries. 2 q forwards.
 
     There is no gradient buffer, whatever q: the update is one pass with q terms.
@@ -61,18 +71,18 @@ class TwoSided:
     def directions(self) -> int:
         return self.queries
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[Offsets]:
         return [[(i, sign)] for i in range(self.queries) for sign in (1.0, -1.0)]
 
-    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        return [(losses[2 * i] - losses[2 * i + 1]) / (2 * eps) for i in range(self.queries)]
+    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+        return (losses[0::2] - losses[1::2]) / (2 * eps)
 
-    def loss(self, losses: Sequence[Tensor]) -> Tensor:
-        return (losses[0] + losses[1]) / 2 if self.queries == 1 else torch.stack(list(losses)).mean()
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses.mean()
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(Estimator):
     """g_i = (L(theta + eps z_i) - L(theta)) / eps, averaged over the queries. 1 + q forwards.
 
     Args:
@@ -96,60 +106,48 @@ class OneSided:
     def directions(self) -> int:
         return self.queries
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[Offsets]:
         return [[], *([(i, 1.0)] for i in range(self.queries))]
 
-    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        clean, *shifted = losses
+    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+        g = (losses[1:] - losses[0]) / eps
         # Equal losses: 0 / 0, which no step survives as a number, and which the optimizer skips.
-        spread = torch.stack(shifted).std() if self.normalize else 1.0
-        return [(shift - clean) / eps / spread for shift in shifted]
-
-    def loss(self, losses: Sequence[Tensor]) -> Tensor:
-        return losses[0]
+        return g / losses[1:].std() if self.normalize else g
 
 
 @dataclass(frozen=True)
-class ThreePoint:
+class ThreePoint(Estimator):
     """L(theta), L(theta + eps z), L(theta - eps z): the two-sided g, and |L+ + L- - 2 L0| / (2 eps^2), the curvature along z that HiZOO
     (arXiv 2402.15173) feeds its diagonal. 3 forwards."""
 
     name: ClassVar[str] = "three-point"
 
-    @property
-    def directions(self) -> int:
-        return 1
-
-    def points(self) -> list[Point]:
+    def points(self) -> list[Offsets]:
         return [[], [(0, 1.0)], [(0, -1.0)]]
 
-    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        return [(losses[1] - losses[2]) / (2 * eps)]
+    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+        return (losses[1] - losses[2]) / (2 * eps)
 
-    def loss(self, losses: Sequence[Tensor]) -> Tensor:
-        return losses[0]
-
-    def curvature(self, losses: Sequence[Tensor], eps: Number) -> Number:
-        """For `HessianDiagonal`."""
+    def curvature(self, losses: Tensor, eps: Tensor) -> Tensor:
         return (losses[1] + losses[2] - 2 * losses[0]).abs() / (2 * eps * eps)
 
 
 @dataclass(frozen=True)
-class ForwardGradient:
+class ForwardGradient(Estimator):
     """g = z . grad L(theta), exact, by forward-mode differentiation (Baydin et al. 2022, arXiv 2202.08587): one forward that carries tangents, and
     no eps. The tangent of a weight is generated where the weight is used (views/tangents.py), never for the whole model."""
 
     name: ClassVar[str] = "forward-gradient"
+    dual: ClassVar[bool] = True
 
-    @property
-    def directions(self) -> int:
-        return 1
-
-    def points(self) -> list[Point]:
+    def points(self) -> list[Offsets]:
         return [[(0, 1.0)]]
 
-    def gradients(self, losses: Sequence[Tensor], eps: Number) -> list[Number]:
-        return [losses[0][1] + 0 * losses[0][0]]  # no number where the loss is none, whatever its slope
+    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+        return (losses[0, 1] + 0 * losses[0, 0]).expand_as(eps)  # no number where the loss is none, whatever its slope
 
-    def loss(self, losses: Sequence[Tensor]) -> Tensor:
-        return losses[0][0]
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses[0, 0]
+
+
+ESTIMATORS: Sequence[type[Estimator]] = (TwoSided, OneSided, ThreePoint, ForwardGradient)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_kernels import views
+from zo_kernels.optim.refresh import Groups, active
 from zo_kernels.views.reads import walk
 
 FIRST = 4  # steps that are looked at closely
@@ -237,9 +238,15 @@ UNREAD = Words(
 
 
 class Warner:
-    """Looks at the steps of one optimizer, and has words for the user, each once. Costs no evaluation; raises nothing."""
+    """Looks at the steps of one optimizer, and has words for the user, each once. Costs no evaluation; raises nothing.
 
-    def __init__(self) -> None:
+    Args:
+        model: whose forwards the closure runs; None: not known. first_order: trains other parameters of it. kind: of the directions.
+        whole: every parameter of the model was the optimizer's to take.
+    """
+
+    def __init__(self, model: nn.Module | None, first_order: torch.optim.Optimizer | None, kind: str, whole: bool) -> None:
+        self.model, self.first_order, self.kind, self.whole = model, first_order, kind, whole
         self.steps = 0  # that it was told of
         self.equal = self.skipped = 0  # in a row
         self.good = False  # a step had a gradient that is finite and not 0
@@ -247,7 +254,7 @@ class Warner:
         self.suspicious = False  # the next step's forwards are to be watched
         self.said: set[str] = set()
         self.words: list[str] = []
-        self.noted: tuple[Sequence[Tensor], Any, Any] | None = None  # of this step: its losses, g, and whether all is finite
+        self.noted: tuple[Any, Any, Any] | None = None  # of this step: its losses, g, and whether all is finite
         self.heard: list[tuple[Tensor, Any]] = []  # this step's losses, and what they came as
         self.losses: list[float] = []
         self.kinds: list[Any] = []
@@ -263,10 +270,10 @@ class Warner:
         """A copy's weights lie elsewhere."""
         return {**self.__dict__, "heard": [], "noted": None, "reads": contextlib.nullcontext()}
 
-    def begin(self, step: Any) -> None:
-        """A step's forwards come now."""
+    def begin(self, params: Mapping[str, Tensor]) -> None:
+        """The forwards of a step of these parameters come now."""
         self.heard, self.noted = [], None
-        self.reads = Reads(step._trained()) if self.suspicious else contextlib.nullcontext()
+        self.reads = Reads(params) if self.suspicious else contextlib.nullcontext()
 
     def hearing(self, as_loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """`as_loss`, and a note of what it is given while the steps are looked at closely."""
@@ -280,12 +287,13 @@ class Warner:
 
         return heard
 
-    def note(self, losses: Sequence[Tensor], gradient: Any, finite: Any) -> None:
-        """What a step has found. On a device: tensors, which nobody waits for here. `finite`: None if g alone tells."""
+    def note(self, losses: Sequence[Tensor] | Tensor, gradient: Any, finite: Any) -> None:
+        """What a step has found: its losses, one a point, g, and whether all is finite (None: g alone tells). On a device: tensors, which nobody waits
+        for here."""
         self.noted = losses, gradient, finite
 
-    def look(self, step: Any, view: views.View) -> list[str]:
-        """When the step is done; what is to be said now."""
+    def look(self, groups: Groups, view: views.View) -> list[str]:
+        """When the step of these parameter groups is done; what is to be said now."""
         if self.noted is None:
             return []
         (losses, gradient, finite), self.noted = self.noted, None
@@ -303,14 +311,14 @@ class Warner:
         else:
             self._count(losses, go)
         if self.membership:
-            self._members(step)
+            self._members(groups)
         if number < FIRST:
-            self._closely(number, step, view, len(losses))
+            self._closely(number, groups, view, len(losses))
         if isinstance(self.reads, Reads):
             if not self.reads.read and not self.good:
                 self.say("unread", UNREAD)
             self.reads, self.suspicious = contextlib.nullcontext(), False
-        elif self.equal == 2 and not self.good and view.served is None and step._active():
+        elif self.equal == 2 and not self.good and view.served is None and active(groups):
             # The losses alone do not tell a loss that depends on nothing from a coarse one: see what the next step's forwards read.
             self.suspicious = True
         words, self.words = self.words, []
@@ -341,14 +349,14 @@ class Warner:
                 ),
             )
 
-    def _members(self, step: Any) -> None:
+    def _members(self, groups: Groups) -> None:
         self.membership = False
-        if not step._active():
+        if not active(groups):
             self.say("frozen", FROZEN)
-        if step._whole and (names := unowned(step._model, step.param_groups, step._first_order)):
+        if self.whole and self.model is not None and (names := unowned(self.model, groups, self.first_order)):
             self.say("unowned", nobodys(names))
 
-    def _closely(self, number: int, step: Any, view: views.View, points: int) -> None:
+    def _closely(self, number: int, groups: Groups, view: views.View, points: int) -> None:
         heard = [(float(loss), kind) for loss, kind in self.heard]
         self.heard = []
         self.losses += [v for v, _ in heard if math.isfinite(v)]
@@ -356,25 +364,25 @@ class Warner:
         calls = len(heard) // points
         columns = [[v for v, _ in heard[k::calls]] for k in range(calls)] if points > 1 and calls else []
         self.spreads += [max(c) - min(c) for c in columns if all(map(math.isfinite, c))]
-        eps = float(step.param_groups[0]["eps"])
+        eps = float(groups[0]["eps"])
         if self.spreads and "coarse" not in self.said:
-            dtype = sixteen_bits(self.losses, self.kinds, holds_sixteen(step._model, view.params.values()))
+            dtype = sixteen_bits(self.losses, self.kinds, holds_sixteen(self.model, view.params.values()))
             if dtype and (words := coarse(dtype, self.losses, self.spreads, eps)):
                 self.say("coarse", words)
         if number == 0:
-            if view.served is not None and not view.served and step._active():
+            if view.served is not None and not view.served and active(groups):
                 self.say("unread", UNREAD)
             if points > 1:
-                self._stiffness(step, view)
+                self._stiffness(groups, view)
         if number == FIRST - 1:
             self.losses, self.kinds, self.spreads = [], [], []
 
-    def _stiffness(self, step: Any, view: views.View) -> None:
-        sixteen = {n: pc for n, pc in deviations(step, view).items() if pc[0].dtype.itemsize == 2 or pc[1] < 1e-6}
-        shares = moved(sixteen, step._kind)
+    def _stiffness(self, groups: Groups, view: views.View) -> None:
+        sixteen = {n: pc for n, pc in deviations(groups, view).items() if pc[0].dtype.itemsize == 2 or pc[1] < 1e-6}
+        shares = moved(sixteen, self.kind)
         still, part = swallowed(shares, view.params)
         if still and part > MATTERS:
-            self.say("stiff", stiff(still, shares, view.params, float(step.param_groups[0]["eps"])))
+            self.say("stiff", stiff(still, shares, view.params, float(groups[0]["eps"])))
 
 
 def holds_sixteen(model: nn.Module | None, trained: Iterable[Tensor]) -> bool:
@@ -384,10 +392,10 @@ def holds_sixteen(model: nn.Module | None, trained: Iterable[Tensor]) -> bool:
     return any(p.dtype.itemsize == 2 for p in (*trained, *(model.parameters() if model is not None else ())))
 
 
-def deviations(step: Any, view: views.View) -> dict[str, tuple[Tensor, float]]:
+def deviations(groups: Groups, view: views.View) -> dict[str, tuple[Tensor, float]]:
     """(weight, standard deviation of its perturbation) by name, of the parameters of a view; a scale with many values counts as 1."""
     found = {}
-    for weights, group in zip(view.groups, step.param_groups, strict=True):
+    for weights, group in zip(view.groups, groups, strict=True):
         for m in weights.members:
             value = m.scale if isinstance(m.scale, (int, float)) else 1.0
             if isinstance(m.scale, Tensor) and m.scale.numel() == 1:

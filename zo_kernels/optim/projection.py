@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks, ops
+from zo_kernels.optim.points import Losses, Point
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns, check_patterns
 
@@ -75,18 +76,20 @@ class Projection:
             )
         return sorted(chosen, key=canonical_name)
 
-    def of(self, seed: int, names: Iterable[str], backend: str | None = None) -> Projector:
-        """For one run, which trains the parameters of these names. Raises ValueError if none of them is projected."""
-        return Projector(self, seed, len(self.matching(names)), backend)
+    def size(self, layers: int) -> int:
+        """Numbers, and tags, of a step's record: the inner projected gradients, or r of each of so many layers."""
+        return self.inner if self.learn == "forward" else layers
+
+    def due(self, step: int) -> bool:
+        """Whether the step of this number (0: the first) ends with a projection."""
+        return (step + 1) % self.every == 0
 
 
 class Projector:
     """The anchors of one run, by the name of the parameter."""
 
     def __init__(self, config: Projection, seed: int, layers: int, backend: str | None = None) -> None:
-        self.config, self.seed, self.backend = config, seed, backend
-        # Numbers, and tags, of a step's record: the inner projected gradients, or r of each layer.
-        self.size = config.inner if config.learn == "forward" else layers
+        self.config, self.seed, self.backend, self.size = config, seed, backend, config.size(layers)
         self.anchors: dict[str, Tensor] = {}
         self.matched: tuple[tuple[str, ...], list[str]] = (
             (),
@@ -98,10 +101,6 @@ class Projector:
         if self.matched[0] != (names := tuple(params)):
             self.matched = names, self.config.matching(names)
         return {n: params[n] for n in self.matched[1]}
-
-    def due(self, step: int) -> bool:
-        """Whether the step of this number (0: the first) ends with a projection."""
-        return (step + 1) % self.config.every == 0
 
     def hold(self, params: Mapping[str, Tensor]) -> list[str]:
         """Before a step: anchors of the projected layers that have none. Returns their names, for `drop`.
@@ -155,14 +154,17 @@ class Projector:
         tag: int,
         params: Mapping[str, Tensor],
         streams: Mapping[str, int],
-        evaluate: Callable[[], Tensor],
-        backpropagate: Callable[[], None],
+        losses: Losses,
+        backward: Losses,
+        point: Callable[[Callable[[], None]], Point],
         sign: float = 1.0,
     ) -> list[float]:
         """Project `params`, which stand where the step has left them. Returns the numbers to record.
 
-        `evaluate`: a forward; `backpropagate`: one with its backward, which leaves the gradients of `params` alone that require one in
-        `grad`. `sign`: -1 to ascend.
+        Args:
+            losses: the forwards. backward: the same with their backward passes, which leave gradients in the `grad` of those of `params` alone that
+                require one. point: the point that a function brings the weights to, guarded against forwards that write to them.
+            sign: -1 to ascend.
 
         Raises:
             Whatever a forward raises; the projected layers are then anywhere.
@@ -172,18 +174,20 @@ class Projector:
         r, eps = dict.fromkeys(chosen, 1.0), self.config.eps
         if self.config.learn == "backpropagation":
             for _ in range(self.config.inner):
-                slopes = self._slopes(chosen, far, params, backpropagate)
+                slopes = self._slopes(chosen, far, params, lambda: backward([point(_stay)]))
                 r = {n: self._clip(x - self.config.lr * sign * slopes[n]) if math.isfinite(slopes[n]) else x for n, x in r.items()}
                 r = {n: _fp32(x) for n, x in r.items()}  # as recorded
                 self._place(chosen, far, r)
             return list(r.values())
         inner = []
         for j in range(self.config.inner):
-            z, losses = self._directions(chosen, streams, tag + j), []
-            for side in (eps, -eps):
-                self._place(chosen, far, {n: x + side * z[n] for n, x in r.items()})
-                losses.append(float(evaluate()))
-            g = _fp32(sign * (losses[0] - losses[1]) / (2 * eps))
+            z = self._directions(chosen, streams, tag + j)
+
+            def at(side: float, r: dict[str, float] = r, z: dict[str, float] = z) -> Point:
+                return point(lambda: self._place(chosen, far, {n: x + side * z[n] for n, x in r.items()}))
+
+            plus, minus = losses([at(eps), at(-eps)]).tolist()
+            g = _fp32(sign * (plus - minus) / (2 * eps))
             inner.append(g if math.isfinite(g) else 0.0)
             r = self._advance(r, inner[-1], z)
         self._place(chosen, far, r)
@@ -194,7 +198,7 @@ class Projector:
         chosen: Mapping[str, Tensor],
         far: Mapping[str, Tensor],
         params: Mapping[str, Tensor],
-        backpropagate: Callable[[], None],
+        backpropagate: Callable[[], Any],
     ) -> dict[str, float]:
         """dL/dr of each layer. Its gradient is reduced to that one number, and freed, before backpropagation goes on to the next layer."""
         slopes = dict.fromkeys(chosen, 0.0)
@@ -244,6 +248,10 @@ class Projector:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.anchors = {n: a.clone() for n, a in state["anchors"].items()}
+
+
+def _stay() -> None:
+    """The weights are there already."""
 
 
 def _fp32(x: float) -> float:

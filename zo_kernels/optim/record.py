@@ -1,7 +1,7 @@
 """What an optimizer writes to its journal, and when.
 
-Belongs here: the queue between steps and the file, and the header of an optimizer. Does not belong here: the file (journal/), what a
-step decides (step.py), how records become weights again (_replay.py).
+Belongs here: the queue between steps and the file, the header of a run, and whether a journal is that of a run. Does not belong here: the file (journal), what
+a record says (decision.py), how it becomes weights again (run.py).
 
 On the host a step's numbers are known before the weights change, and the record is written first. On a GPU nobody waits for them: the
 step's few numbers are copied to pinned host memory behind its kernels, and a later step, or `flush`, appends those that have arrived. What
@@ -10,36 +10,22 @@ a killed process had queued is lost with the weights that it had changed: the fi
 
 from __future__ import annotations
 
-import json
 import os
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zo_kernels import interrupts, journal
+from zo_kernels import interrupts, journal, parameters
+from zo_kernels.optim import method
+from zo_kernels.optim.decide import Numbers
+from zo_kernels.optim.decision import Decision
 from zo_kernels.parameters import Weights, canonical_name
-
-
-class Summary(NamedTuple):
-    """What only the losses tell. On the host: numbers; on a device: 0-d tensors, queued as one."""
-
-    loss: Any
-    gradient: Any
-    finite: Any
-    clipped: Any
-    coefs: Sequence[Sequence[Any]]  # [groups][terms]
-
-    def values(self) -> list[Any]:
-        return [self.loss, self.gradient, self.finite, self.clipped, *(c for group in self.coefs for c in group)]
-
-    def queued(self) -> Tensor:
-        """float64 [4 + groups * terms]."""
-        device, values = self.gradient.device, self.values()
-        return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
+from zo_kernels.views import View
 
 
 class Recorder:
@@ -48,7 +34,7 @@ class Recorder:
     def __init__(self, writer: journal.Writer) -> None:
         self.writer = writer
         self.broken = ""  # why the weights are no longer what the records say
-        self._queue: deque[tuple[dict[str, Any], Tensor | None, Any]] = deque()
+        self._queue: deque[tuple[Decision, Tensor | None, Any]] = deque()
         self._pid = os.getpid()
 
     def check(self) -> None:
@@ -69,8 +55,8 @@ class Recorder:
             )
         self.drain()
 
-    def put(self, entry: dict[str, Any], summary: Tensor | None = None) -> None:
-        """Queue one record; `summary`: what `Summary.queued` gives, to be added to it once it has arrived."""
+    def put(self, decision: Decision, summary: Tensor | None = None) -> None:
+        """Queue one record; `summary`: what the decision is told (`Decision.told`) once it has arrived."""
         event = None
         if summary is not None and summary.is_cuda:
             host = torch.empty(summary.shape, dtype=summary.dtype, pin_memory=True)
@@ -78,23 +64,23 @@ class Recorder:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(summary.device))
             summary = host
-        self._queue.append((entry, summary, event))
+        self._queue.append((decision, summary, event))
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, decision: Decision) -> None:
         """Write a record now, behind those that are queued. If it fails, it is not recorded and not queued."""
         self.drain(wait=True)
-        self.writer.append(**entry)
+        self.writer.append(**decision.entry())
 
     def drain(self, wait: bool = False) -> None:
         """Append the queued records whose numbers have arrived; `wait`: all of them."""
         while self._queue:
-            entry, summary, event = self._queue[0]
+            decision, summary, event = self._queue[0]
             if event is not None:
                 if not wait and not event.query():
                     return
                 event.synchronize()
             with interrupts.uninterrupted():  # in the file or in the queue, not in both
-                self.writer.append(**(entry if summary is None else complete(entry, summary.tolist())))
+                self.writer.append(**(decision if summary is None else decision.told(summary.tolist())).entry())
                 self._queue.popleft()
 
     def reopen(self) -> None:
@@ -124,43 +110,100 @@ class Recorder:
             self.writer.close()
 
 
-def described(part: Any) -> dict[str, Any]:
-    """A part of an optimizer (a frozen dataclass with a name) as JSON."""
-    content: dict[str, Any] = json.loads(json.dumps({"name": part.name, **{f.name: getattr(part, f.name) for f in fields(part)}}))
-    return content
+class Recording:
+    """Whether and where the steps of one optimizer are recorded.
 
-
-def part_of(what: str, content: Any, known: Sequence[type[Any]]) -> Any:
-    """The part that `described` wrote.
-
-    Raises:
-        ValueError: it is none that this version knows; says which.
+    Attributes:
+        mode: the journal's word for how its passes go: "scratch", "inplace", "lazy". recorder: None while no journal is open.
+        flushed: weights that stood ahead were brought back since the last record.
     """
-    wrong = f"the journal's method has {what}={content!r:.120}"
-    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        raise ValueError(f"{wrong}, which is no part of an optimizer")
-    cls = next((k for k in known if k.name == content["name"]), None)
-    if cls is None or set(content) != {"name", *(f.name for f in fields(cls))}:
-        raise ValueError(f"{wrong}, which this version of zo_kernels does not know")
-    try:
-        return cls(**{name: value for name, value in content.items() if name != "name"})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{wrong}: {error}") from None
+
+    def __init__(self, mode: str) -> None:
+        self.mode, self.flushed = mode, False
+        self.recorder: Recorder | None = None
+        self._closes: weakref.finalize[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not record."""
+        return {**self.__dict__, "recorder": None, "_closes": None}
+
+    @property
+    def path(self) -> str:
+        """Of the journal; empty without one."""
+        return self.recorder.writer.path if self.recorder is not None else ""
+
+    def begin(self, recorder: Recorder, owner: Any) -> None:
+        """Record from now on, until `close`, or until `owner` goes away."""
+        with interrupts.uninterrupted():
+            self.recorder = recorder
+            self._closes = weakref.finalize(owner, recorder.close)
+
+    def close(self) -> None:
+        """Write what is queued, make it durable, release the lock."""
+        with interrupts.uninterrupted():
+            recorder, self.recorder = self.recorder, None
+            if recorder is not None and self._closes is not None:
+                self._closes.detach()
+                recorder.close()
+
+    def check(self) -> None:
+        """See `Recorder.check`."""
+        if self.recorder is not None:
+            self.recorder.check()
+
+    def drain(self) -> None:
+        """Append everything that is queued."""
+        if self.recorder is not None:
+            self.recorder.drain(wait=True)
+
+    # -- the records of a step --
+
+    def planned(self, tag: Any, numbers: Numbers, rounding: str) -> Decision:
+        """The next record but for what the losses tell."""
+        eps = None if self.mode == "scratch" else list(numbers.eps)
+        return Decision(tag, numbers.decay, eps=eps, rounding=rounding, flushed=self.flushed)
+
+    def before(self, decision: Decision) -> None:
+        """Write the record of a step whose numbers the host knows, before it changes anything."""
+        if self.recorder is not None and not isinstance(decision.go, Tensor):
+            self.recorder.append(decision)
+            self.flushed = False
+
+    def behind(self, decision: Decision) -> None:
+        """Queue the record of one whose numbers the host does not know, behind its kernels."""
+        if self.recorder is not None and isinstance(decision.go, Tensor):
+            self.queue(decision, decision.unknown())
+
+    def queue(self, decision: Decision, summary: Tensor | None = None) -> None:
+        """See `Recorder.put`."""
+        if self.recorder is not None:
+            self.recorder.put(decision, summary)
+            self.flushed = False
+
+    def cut_short(self, why: str) -> None:
+        """The weights are no longer what the records say."""
+        if self.recorder is not None:
+            self.recorder.broken = self.recorder.broken or why
+
+    def failed(self, view: View, done: bool, ahead: bool, attempt: Callable[[], Decision]) -> None:
+        """After a step that failed: one in place has rounded the weights without an update; scratch mode has nothing to tell.
+
+        Args:
+            done: the step was done when it failed. ahead: a lazy run's weights stood ahead when it began. attempt: the record of the attempt.
+        """
+        if self.recorder is None or self.mode == "scratch" or self.recorder.broken:
+            return
+        if not view.whole:
+            self.cut_short("a pass over the weights was cut short")
+        elif self.recorder.writer.header.method is not None and view.seen:
+            self.cut_short("a step failed, and its passes in place rounded the weights")
+        elif view.seen and not done:
+            self.queue(attempt())
+        else:  # it was done, or not begun; the weights may have been restored from ahead
+            self.flushed |= self.mode == "lazy" and (ahead or done) and not any(view.standing())
 
 
-def complete(entry: dict[str, Any], numbers: Sequence[float]) -> dict[str, Any]:
-    """The record with what the losses told: `numbers` as `Summary.values` has them."""
-    loss, gradient, finite, clipped, *flat = numbers
-    groups = len(entry["decay"])
-    terms = len(flat) // groups
-    coefs = [flat[k * terms : (k + 1) * terms] for k in range(groups)]
-    entry = {**entry, "loss": loss, "gradient": gradient, "clipped": bool(clipped), "coefs": coefs}
-    if not finite:
-        entry |= {"skipped": True, "decay": [1.0] * groups}
-    return entry
-
-
-def table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
+def _table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
     """The header's table of the weights as they are now."""
     return tuple(
         journal.Parameter.of(m.name, m.tensor, m.stream, number, m.mask, m.scale)
@@ -169,7 +212,7 @@ def table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
     )
 
 
-def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequence[Weights]) -> None:
+def _check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequence[Weights]) -> None:
     """Refuse a journal of a run that this optimizer cannot go on with.
 
     Raises:
@@ -194,7 +237,7 @@ def check_header(header: journal.Header, mine: Mapping[str, Any], groups: Sequen
                     raise ValueError(f"{wrong}: parameter {m.name!r} has the {what} {a!r:.120} there, {b!r:.120} here")
 
 
-def differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) -> list[str]:
+def _differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) -> list[str]:
     """The numbers of this optimizer that are not those that the run began with, in words. What the header does not have as such is not compared:
     it holds whatever its user put there."""
     found = []
@@ -216,3 +259,99 @@ def differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) -
         if before != rounding and any(p.dtype != "float32" for p in past.header.parameters):
             found.append(f"rounding was {before!r}, is {rounding!r}")
     return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a journal says of a run before its first record.
+
+    Attributes:
+        fixed: seed, kind, perturbation, terms and method: a run with others cannot go on. about: numbers that no record depends on.
+        groups: the weights, with the masks and scales that stay. model: whose other parameters and buffers are to be the same; None: none.
+    """
+
+    fixed: Mapping[str, Any]
+    about: Mapping[str, Any]
+    groups: Sequence[Weights]
+    model: nn.Module | None
+    rounding: str
+
+    def _frozen(self) -> list[tuple[str, Tensor]]:
+        ids = {id(p) for w in self.groups for p in w.params}
+        return [(n, p) for n, p in (self.model.named_parameters() if self.model is not None else ()) if id(p) not in ids]
+
+    def header(self, hyperparameters: Mapping[str, Any] | None, notes: Any) -> journal.Header:
+        """Of the run that begins now. Every weight is read, for its digest."""
+        buffers = parameters.persistent_buffers(self.model) if self.model is not None else ()
+        return journal.Header(
+            parameters=_table(self.groups),
+            groups=len(self.groups),
+            frozen=tuple(journal.Frozen.of(n, p) for n, p in self._frozen()),
+            buffers=tuple(journal.Frozen.of(n, b) for n, b in buffers),
+            hyperparameters={**self.about, **(hyperparameters or {})},
+            notes=notes,
+            **self.fixed,
+        )
+
+    def check(self, past: journal.Journal) -> list[str]:
+        """That the run of a journal can go on here. Returns the numbers that are others than it began with, in words.
+
+        Raises:
+            ValueError: it is another run, or its weights were others; says what differs.
+        """
+        method.parts_of(past.header)  # what this version cannot go on with is named as such
+        _check_header(past.header, self.fixed, self.groups)
+        buffers = self.model.named_buffers(remove_duplicate=False) if self.model is not None else None
+        trained = [(m.name, m.tensor) for w in self.groups for m in w.members]
+        journal.verify_base(past.header, [*trained, *self._frozen()], buffers)
+        return _differences(past, self.about, self.rounding)
+
+
+def open_(
+    path: str | os.PathLike[str], start: Start, *, resume: bool, replace: bool, fsync_every: int, begin: Callable[[], journal.Header],
+    go_on: Callable[[journal.Journal, list[str]], None],
+) -> tuple[Recorder, journal.Journal | None]:  # fmt: skip
+    """A journal to record a run in, and what was there if it is resumed.
+
+    Args:
+        begin: the header of a new one. go_on: takes the records that are there into the run, and is told which numbers are others.
+
+    Raises:
+        What `journal.create`, `journal.reopen`, `Start.check` and the two functions raise.
+    """
+    if resume and os.path.lexists(path):
+        try:
+            writer, past = journal.reopen(path, fsync_every=fsync_every, after_steps=True)
+        except journal.UnbegunError:
+            replace = True
+        else:
+            try:
+                go_on(past, start.check(past))
+            except BaseException:
+                writer.close()
+                raise
+            return Recorder(writer), past
+    return Recorder(journal.create(path, begin(), fsync_every=fsync_every, replace=replace)), None
+
+
+def check_recorded(recorder: Recorder, groups: Sequence[Weights]) -> None:
+    """The journal's table of parameters is that of the whole run.
+
+    Raises:
+        RuntimeError: names what came, went or changed.
+    """
+    path, table = recorder.writer.path, recorder.writer.header.parameters
+    recorded, now = {(p.name, p.group) for p in table}, {(n, k) for k, w in enumerate(groups) for n in w.names}
+    if recorded != now:
+        raise RuntimeError(
+            f"parameter {min(recorded ^ now)[0]!r} was frozen, unfrozen, added or moved to another group, and the journal "
+            f"{path} has one table for the run: close_journal(), and open_journal() another one"
+        )
+    known = {p.name: (p.mask, p.scale) for p in table}
+    for w in groups:
+        for m in w.members if w.own else ():
+            if journal.described(m.name, m.tensor, m.mask, m.scale) != known[m.name]:
+                raise RuntimeError(
+                    f"parameter {m.name!r} has another mask or scale than when {path} was opened, and the journal has one for "
+                    "the run: put it back, or close_journal(), and open_journal() another one"
+                )

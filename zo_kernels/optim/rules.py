@@ -1,62 +1,41 @@
-"""What is done with projected gradients: terms over the weights, or one fused pass over weights and state.
+"""What is done with projected gradients: the update rules, what each records of a step, and which work on the weights a record stands for.
 
-Belongs here: the update rules, what each records of a step, and how a record becomes a pass. Does not belong here: how g was estimated
-(estimators.py), arithmetic on weights (zo_kernels.ops and zo_kernels.update).
+Belongs here: the rules, and what they keep between steps. Does not belong here: how g was estimated (estimators.py), how work is done (views/), arithmetic
+on weights (zo_kernels.ops and zo_kernels.update).
 
-A rule works in two halves, so that a run can be replayed. `decide` turns the estimate into a few fp32 numbers, those of the step's record;
-`apply` changes weights and state as a function of these numbers alone. A live step and a replay call the same `apply`.
+A rule works in two halves, so that a run can be replayed. `decide` turns the estimates of all groups into the few numbers of the step's record; `work`
+says, as a function of those numbers and of the rule's state alone, what is to be done to the weights of one group.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zo_kernels import checks, lowrank, ops, update, views
-from zo_kernels.optim.estimators import Number
+from zo_kernels import checks, lowrank, update
+from zo_kernels.optim.decision import Share
+from zo_kernels.optim.directions import DirectionState
+from zo_kernels.optim.states import FactorState, RuleState
 from zo_kernels.parameters import Weights
-from zo_kernels.plan import Entry, Pass, move
+from zo_kernels.plan import Entry, move
+from zo_kernels.views import Coefficient, RuleWork, Tag, Terms, Work
 
-Part = tuple[Collection[str] | None, Sequence[tuple[views.Tag, Number]]]  # (names, terms)
 STATES = ("stored", "recomputed")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Applied:
-    """One recorded step of one parameter group, as `apply` gets it. Numbers are floats, or 0-d float64 tensors with fp32 values.
-
-    `tags`: of the step's directions. `coefs`: what `decide` gave. `go`: False (or a 0-d bool tensor): the step is skipped, and changes neither
-    weights nor state.
-    """
-
-    group: int
-    tags: Sequence[views.Tag]
-    coefs: Sequence[Number]
-    decay: Number
-    rounding: str
-    go: Any
-
-    def live(self, c: Number) -> Number:
-        """c, or 0 in a step that is skipped."""
-        return torch.where(self.go, c, 0.0) if isinstance(self.go, Tensor) else c
-
-
-def sign_of(g: Number) -> Number:
-    """-1, 0 or 1; NaN stays."""
-    return g.sign() if isinstance(g, Tensor) else (g > 0) - (g < 0) if g == g else g
-
-
 class Rule:
-    """What all rules have. Rules are configurations; what they keep between steps is in `Kept`."""
+    """What all rules have. Rules are configurations; what they keep between steps is in a `RuleState`."""
 
     name: ClassVar[str]
-    stateful: ClassVar[bool] = False  # the update is a rule pass over weights and state, not a list of terms
+    stateful: ClassVar[bool] = False  # its work begins at the clean weights: it reads a state, or changes what perturbs
+    tries: ClassVar[int] = 0  # candidates that are evaluated before the step is decided
+    one_way: ClassVar[bool] = False  # one choice is made for all groups: they descend together, or ascend
+    scheduled: ClassVar[bool] = False  # a record's numbers are not the coefficients of the update
 
     @property
     def keeps(self) -> Mapping[str, torch.dtype]:
@@ -72,134 +51,37 @@ class Rule:
         """How many numbers a step records in each group."""
         return directions
 
-    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
-        """The numbers of the record, before they are rounded to fp32. `gs` have the sign of the descent: theta + lr mean(g_i z_i) goes downhill."""
-        return [lr * g / len(gs) for g in gs]
+    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
+        """The numbers of the record, float64 [groups, size], before they are rounded to fp32.
 
-    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
-        """The update as terms, for each part of the group's parameters whose terms are the same; `names` None: all of them."""
-        return [(None, list(zip(step.tags, step.coefs, strict=False)))]
+        Args:
+            gs: float64 [groups, directions], with the sign of the descent: theta + lr mean(g_i z_i) goes downhill. lr: float64 [groups, 1].
+            curvature: float64 [groups, 1], where the estimator measures it.
+        """
+        return lr * gs / gs.shape[1]
 
-    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        """The update as a pass over weights and state, for rules with `stateful`."""
-        raise TypeError(f"the rule {self.name!r} is a list of terms")
+    def trials(self, tag: Tag, coefs: Sequence[Coefficient]) -> list[list[tuple[Tag, Coefficient]]]:
+        """Where the candidates are evaluated: `tries` shifts of one group."""
+        return []
 
-    def reserve(self, kept: Kept, weights: Weights) -> None:
+    def choose(self, losses: Tensor, coefs: Tensor) -> Tensor:
+        """The numbers of the record, float64 [groups, size], once the candidates' losses [tries] are known."""
+        return coefs
+
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        """What the update does to one group's weights and the rule's state: here terms, the same for all of the group. Changes nothing but `state`."""
+        return [Terms(share.group, list(zip(share.tags, share.coefs, strict=False)), share.decay, share.rounding)]
+
+    def reserve(self, state: RuleState, weights: Weights) -> None:
         """Make the memory of `keeps`: before a step is recorded, so that one that does not fit fails undone."""
         if wanted := self.keeps:
-            kept.of(weights, weights.names, wanted)
+            state.of(weights, weights.names, wanted)
 
     def check(self, directions: int, direction: str) -> None:
         """ValueError where the rule makes no sense with so many directions, or this kind of them."""
 
-    def of(self) -> Kept:
-        return Kept(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Past:
-    """An earlier step as a recomputed state sees it. If it was skipped, `live` and the coefficients are 0."""
-
-    tags: Sequence[views.Tag]
-    coefs: Sequence[Number]
-    live: Number
-
-
-@dataclass(frozen=True, eq=False)
-class Cohort:
-    """Parameters that took part in the same steps. `count`: of those that updated them; `past`: the last of them."""
-
-    names: frozenset[str]
-    count: Number = 0
-    past: tuple[Past, ...] = ()
-
-    def ages(self) -> list[tuple[Past, Number]]:
-        """Each past step with its age, in steps that updated these parameters; the last one first."""
-        age: Number = 0
-        found = []
-        for p in reversed(self.past):
-            found.append((p, age))
-            age = age + p.live
-        return found
-
-
-class Kept:
-    """What a rule keeps between the steps of one optimizer: tensors by parameter name, and which steps updated which parameters. Blocks, and
-    parameters that are added, frozen or unfrozen, see different steps: a state is a function of a parameter's own."""
-
-    def __init__(self, rule: Any) -> None:
-        self.rule = rule
-        self.tensors: dict[str, dict[str, Tensor]] = {}
-        self.cohorts: tuple[Cohort, ...] = ()
-        self.together = False  # all parameters count all steps, as in runs of blocks that were recorded before cohorts were kept
-
-    def of(self, weights: Weights, names: Collection[str], wanted: Mapping[str, torch.dtype]) -> list[list[list[Tensor]]]:
-        """For each plan of a part, for each of its entries, the tensors called `wanted`, zeros at the start."""
-        params = dict(zip(weights.names, weights.params, strict=True))
-        states: list[list[list[Tensor]]] = []
-        for _, members in weights.part(names):
-            states.append([])
-            for name in members:
-                p, mine = params[name], self.tensors.setdefault(name, {})
-                for what, dtype in wanted.items():
-                    if what not in mine:
-                        mine[what] = torch.zeros(p.numel(), dtype=dtype, device=p.device)
-                    elif mine[what].device != p.device:
-                        mine[what] = mine[what].to(p.device)
-                states[-1].append([mine[what] for what in wanted])
-        return states
-
-    def advance(self, step: Applied, weights: Weights, gs: Sequence[Number] = (), most: int = 0) -> list[Cohort]:
-        """The group's parameters, by what they have seen, this step included; `most` past steps with `gs` are kept. A skipped step takes a place
-        among them too, since on a device nobody knows."""
-        present = frozenset([str(step.group)] if self.together else weights.names)
-        rest, moved, new = [], [], present
-        for cohort in self.cohorts:
-            inside = cohort.names & present
-            if inside:
-                moved.append(cohort if len(inside) == len(cohort.names) else replace(cohort, names=inside))
-                new -= inside
-            if len(inside) < len(cohort.names):
-                rest.append(replace(cohort, names=cohort.names - inside) if inside else cohort)
-        if new:
-            moved.append(Cohort(new))
-        live = step.go.double() if isinstance(step.go, Tensor) else int(step.go)
-        now = (Past(list(step.tags[: len(gs)]), list(gs), live),) if most else ()
-        advanced: dict[Any, Cohort] = {}
-        for cohort in moved:
-            after = Cohort(cohort.names, cohort.count + live, (*cohort.past, *now)[-most:] if most else ())
-            # One pass for all that are in the same state: of the same last steps, or after the same number of them.
-            count = ("at", after.count) if isinstance(after.count, int) else ("on a device", id(cohort.count))
-            key = tuple(map(id, after.past)) if most else count
-            advanced[key] = replace(after, names=after.names | advanced[key].names) if key in advanced else after
-        self.cohorts = (*rest, *advanced.values())
-        found = list(advanced.values())
-        return [replace(c, names=frozenset(weights.names)) for c in found] if self.together else found
-
-    def memory(self) -> list[Tensor]:
-        """Every tensor that is held now."""
-        return [t for own in self.tensors.values() for t in own.values()]
-
-    def state(self) -> dict[str, Any]:
-        """Tensors by what they are and parameter name, and the cohorts. A past step that several cohorts share is the same one after `load`."""
-        cohorts = sorted(self.cohorts, key=lambda c: min(c.names, default=""))  # a skipped step moves their order, and nothing else
-        past = list({id(p): p for c in cohorts for p in c.past}.values())
-        place = {id(p): k for k, p in enumerate(past)}
-        return {
-            **{what: {n: own[what].clone() for n, own in self.tensors.items() if what in own} for what in self.rule.keeps},
-            "past": [([int(t) for t in p.tags], [float(c) for c in p.coefs], int(p.live)) for p in past],
-            "cohorts": [(sorted(c.names), int(c.count), [place[id(p)] for p in c.past]) for c in cohorts],
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.tensors = {}
-        for what in self.rule.keeps:
-            for name, t in state[what].items():
-                self.tensors.setdefault(name, {})[what] = t.clone()
-        past = [Past([int(t) for t in tags], [float(c) for c in coefs], int(live)) for tags, coefs, live in state["past"]]
-        self.cohorts = tuple(
-            Cohort(frozenset(names), int(count), tuple(past[k] for k in places)) for names, count, places in state["cohorts"]
-        )
+    def of(self) -> RuleState:
+        return RuleState(self)
 
 
 def _numbers(values: Sequence[Any]) -> Any:
@@ -207,10 +89,10 @@ def _numbers(values: Sequence[Any]) -> Any:
     device = next((v.device for v in values if isinstance(v, Tensor)), None)
     if device is None:
         return [float(v) for v in values]
-    return torch.stack([on_device(v, device) for v in values]).float()
+    return torch.stack([_on_device(v, device) for v in values]).float()
 
 
-def on_device(value: Any, device: torch.device) -> Tensor:
+def _on_device(value: Any, device: torch.device) -> Tensor:
     """A number as a 0-d float64 tensor, by a fill, which unlike a copy from the host does not wait."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float64).reshape(())
@@ -218,46 +100,14 @@ def on_device(value: Any, device: torch.device) -> Tensor:
 
 
 def _pass(
-    step: Applied, rule: str, coefs: Sequence[Number], numbers: Sequence[Any], options: Mapping[str, Any], **more: Any
+    share: Share, rule: str, coefs: Sequence[Coefficient], numbers: Sequence[Any], direction: DirectionState, **more: Any
 ) -> update.RulePass:
-    tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in step.tags[: len(coefs)]]
+    tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in share.tags[: len(coefs)]]
     values = _numbers(coefs)
     if isinstance(values, Tensor):
         tags = move(torch.tensor(tags, dtype=torch.int64), values.device)
-    return update.RulePass(
-        options["seed"], tags, values, options["kind"], step.rounding, rule, _numbers([step.go, step.decay, *numbers]), **more
-    )
-
-
-# ---- clipping ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class QuantileClip:
-    """|g| is clipped to the `q` quantile of its last `window` values; not before there are `least`."""
-
-    q: float = 0.95
-    window: int = 100
-    least: int = 10
-    name: ClassVar[str] = "quantile"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.q, (int, float)) and 0 < self.q <= 1):
-            raise ValueError(f"q={self.q!r} must be in (0, 1]")
-        if not 1 <= checks.check_word("least", self.least) <= checks.check_word("window", self.window):
-            raise ValueError(f"least={self.least} must be in 1 .. window={self.window}")
-
-    def limit(self, past: Sequence[Number]) -> Number | None:
-        """The clip for the next step; None: there are too few values yet. Those that are not finite do not count."""
-        if len(past) < self.least:
-            return None
-        if any(isinstance(g, Tensor) for g in past):
-            device = next(g.device for g in past if isinstance(g, Tensor))
-            values = torch.stack([torch.as_tensor(g, dtype=torch.float64, device=device) for g in past])
-            finite = values.isfinite()  # how many there are nobody knows here; infinity limits nothing
-            return torch.where(finite.sum() >= self.least, torch.where(finite, values, torch.nan).nanquantile(self.q), torch.inf)
-        finite = torch.tensor([g for g in past if math.isfinite(float(g))], dtype=torch.float64)
-        return float(finite.quantile(self.q)) if len(finite) >= self.least else None
+    given = _numbers([share.go, share.decay, *numbers])
+    return update.RulePass(direction.seed, tags, values, direction.kind, share.rounding, rule, given, **more)
 
 
 # ---- rules that are lists of terms --------------------------------------------------------------------------------------
@@ -276,8 +126,8 @@ class Sign(Rule):
 
     name: ClassVar[str] = "sign"
 
-    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
-        return [lr * sign_of(g) / len(gs) for g in gs]
+    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
+        return lr * gs.sign() / gs.shape[1]
 
 
 @dataclass(frozen=True)
@@ -287,6 +137,10 @@ class Conservative(Rule):
 
     name: ClassVar[str] = "conservative"
 
+    tries: ClassVar[int] = 3
+    one_way: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = True
+
     def size(self, directions: int) -> int:
         return 2
 
@@ -294,24 +148,21 @@ class Conservative(Rule):
         if directions != 1:
             raise ValueError(f"rule=Conservative() with {directions} queries: it tries one direction; give queries=1")
 
-    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
-        return [0.0, lr * gs[0]]  # nothing taken yet
+    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
+        return torch.cat([torch.zeros_like(gs), lr * gs], 1)  # nothing taken yet
 
-    def trials(self, tag: views.Tag, tried: Number) -> list[list[tuple[views.Tag, Number]]]:
-        """Where the candidates are evaluated."""
-        return [[], [(tag, tried)], [(tag, -tried)]]
+    def trials(self, tag: Tag, coefs: Sequence[Coefficient]) -> list[list[tuple[Tag, Coefficient]]]:
+        return [[], [(tag, coefs[1])], [(tag, -coefs[1])]]
 
-    def choose(self, losses: Sequence[Tensor], tried: Sequence[Number]) -> list[Number]:
-        """Of each group the coefficient of the candidate with the lowest loss; one that is not finite never wins."""
-        stay, ahead, back = (torch.where(loss.isfinite(), loss, torch.inf) for loss in losses)
+    def choose(self, losses: Tensor, coefs: Tensor) -> Tensor:
+        """The candidate with the lowest loss; one that is not finite never wins."""
+        stay, ahead, back = torch.where(losses.isfinite(), losses, torch.inf)
         forward, backward = (ahead < stay) & (ahead <= back), (back < stay) & (back < ahead)
-        if all(not isinstance(t, Tensor) for t in tried):
-            factor = 1.0 if bool(forward) else -1.0 if bool(backward) else 0.0
-            return [factor * t for t in tried]
-        return [torch.where(forward, t, torch.where(backward, -t, 0.0)) for t in tried]
+        tried = coefs[:, 1:]
+        return torch.cat([(forward.double() - backward.double()) * tried, tried], 1)
 
-    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
-        return [(None, [(step.tags[0], step.coefs[0])])]
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        return [Terms(share.group, [(share.tags[0], share.coefs[0])], share.decay, share.rounding)]
 
 
 # ---- momentum -----------------------------------------------------------------------------------------------------------
@@ -320,13 +171,14 @@ class Conservative(Rule):
 class _Rated(Rule):
     """The record: the estimate's coefficients g_i, and the learning rate."""
 
+    scheduled: ClassVar[bool] = True
     history: int
 
     def size(self, directions: int) -> int:
         return directions + 1
 
-    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
-        return [*(-g / len(gs) for g in gs), lr]  # the gradient itself, whose sign a rule takes
+    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
+        return torch.cat([-gs / gs.shape[1], lr], 1)  # the gradient itself, whose sign a rule takes
 
 
 def _check_state(rule: Any) -> None:
@@ -384,26 +236,28 @@ class Momentum(_Rated):
                 f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
             )
 
-    def terms(self, kept: Kept, step: Applied, weights: Weights) -> list[Part]:
-        *gs, lr = step.coefs
-        parts: list[Part] = []
-        for cohort in kept.advance(step, weights, gs, self.history):
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        *gs, lr = share.coefs
+        if self.state == "stored":
+            state.advance(share, weights)
+            if share.go is False:
+                return []
+            states = state.of(weights, weights.names, self.keeps)
+            return [RuleWork(share.group, _pass(share, "momentum", gs, [lr, self.beta], direction), states)]
+        found: list[Terms] = []
+        for cohort in state.advance(share, weights, gs, self.history):
             # The step's own direction first: it names the draw of stochastic rounding.
             terms = [
-                (tag, step.live(-lr * c * self.beta**age))
+                (tag, share.live(-lr * c * self.beta**age))
                 for p, age in cohort.ages()
                 for tag, c in zip(p.tags, p.coefs, strict=True)
             ]
-            parts.append((cohort.names, terms))
-        return parts if step.go is not False and parts else [(None, [(step.tags[0], 0.0)])]
-
-    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        *gs, lr = step.coefs
-        kept.advance(step, weights)
-        if step.go is False:
-            return
-        states = kept.of(weights, weights.names, self.keeps)
-        update.run_rule(weights.update_plans, states, _pass(step, "momentum", gs, [lr, self.beta], options), options["backend"])
+            found.append(Terms(share.group, terms, share.decay, share.rounding, cohort.names))
+        if len(found) == 1:
+            found = [replace(found[0], names=None)]
+        if share.go is False or not found:  # a step that is skipped still brings the weights back from where they were perturbed
+            return [Terms(share.group, [(share.tags[0], 0.0)], share.decay, share.rounding)]
+        return list(found)
 
 
 @dataclass(frozen=True)
@@ -457,35 +311,36 @@ class Adam(_Rated):
                 f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
             )
 
-    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        *gs, lr = step.coefs
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
         if self.state == "recomputed":
-            self._from_history(kept, step, weights, options)
-            return
+            return self._from_history(state, share, weights, direction)
+        *gs, lr = share.coefs
         b1, b2 = self.beta1, self.beta2
-        for cohort in kept.advance(step, weights):
-            if step.go is False:
+        found: list[Work] = []
+        for cohort in state.advance(share, weights):
+            if share.go is False:
                 continue
             t = cohort.count
             numbers = [lr / (1 - b1**t), b1, 1 - b1, b2, 1 - b2, 1 / (1 - b2**t), self.eps]
-            states = kept.of(weights, cohort.names, self.keeps)
-            plans = [plan for plan, _ in weights.part(cohort.names)]
-            update.run_rule(plans, states, _pass(step, "adam", gs, numbers, options), options["backend"])
+            states = state.of(weights, cohort.names, self.keeps)
+            found.append(RuleWork(share.group, _pass(share, "adam", gs, numbers, direction), states, cohort.names))
+        return list(found)
 
-    def _from_history(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        g, lr = step.coefs
-        for cohort in kept.advance(step, weights, [g], self.history):
-            if step.go is False:
+    def _from_history(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        g, lr = share.coefs
+        found: list[Work] = []
+        for cohort in state.advance(share, weights, [g], self.history):
+            if share.go is False:
                 continue
             past = cohort.ages()
             # Of the oldest first, as the weights beta^age always were added.
             sums = [sum(p.live * b**age for p, age in reversed(past)) for b in (self.beta1, self.beta2)]
             first = [p.coefs[0] * (self.beta1**age / sums[0]) for p, age in past]
             second = [p.coefs[0] * p.coefs[0] * (self.beta2**age / sums[1]) for p, age in past]
-            own = replace(step, tags=[p.tags[0] for p, _ in past])
-            p = _pass(own, "adam_history", first, [lr, self.eps], options, squares=_numbers(second))
-            plans = [plan for plan, _ in weights.part(cohort.names)]
-            update.run_rule(plans, [[[] for _ in plan.entries] for plan in plans], p, options["backend"])
+            own = replace(share, tags=[p.tags[0] for p, _ in past])
+            p = _pass(own, "adam_history", first, [lr, self.eps], direction, squares=_numbers(second))
+            found.append(RuleWork(share.group, p, None, cohort.names))
+        return found
 
 
 @dataclass(frozen=True)
@@ -511,38 +366,18 @@ class HessianDiagonal(Rule):
     def size(self, directions: int) -> int:
         return 2
 
-    def decide(self, gs: Sequence[Number], lr: Number, curvature: Number | None) -> list[Number]:
+    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
         assert curvature is not None
-        return [-lr * gs[0], curvature]
+        return torch.cat([-lr * gs, curvature], 1)
 
-    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        lrg, kappa = step.coefs
-        kept.advance(step, weights)
-        if step.go is False:
-            return
-        held = options["held"]
-        states = [[[held.made[name].scale[0]] for name in members] for _, members in weights.part(weights.names)]
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        lrg, kappa = share.coefs
+        state.advance(share, weights)
+        if share.go is False:
+            return []
+        states = [[[direction.diagonal(name)] for name in members] for _, members in weights.part(weights.names)]
         numbers = [lrg, self.alpha, kappa, self.low, self.high]
-        update.run_rule(weights.update_plans, states, _pass(step, "hizoo", [1.0], numbers, options), options["backend"])
-
-
-class _Factors(Kept):
-    """N of the matrices with the tag of the V that each belongs to, and b of the other parameters."""
-
-    def __init__(self, rule: Any) -> None:
-        super().__init__(rule)
-        self.v: dict[str, int] = {}
-
-    def state(self) -> dict[str, Any]:
-        held = {what: {n: own[what].clone() for n, own in self.tensors.items() if what in own} for what in ("factor", "momentum")}
-        return {**super().state(), **held, "v": dict(self.v)}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        super().load(state)
-        for what in ("factor", "momentum"):
-            for name, t in state[what].items():
-                self.tensors.setdefault(name, {})[what] = t.clone()
-        self.v = {n: int(tag) for n, tag in state["v"].items()}
+        return [RuleWork(share.group, _pass(share, "hizoo", [1.0], numbers, direction), states)]
 
 
 @dataclass(frozen=True)
@@ -566,8 +401,8 @@ class LowRankMomentum(_Rated):
     def __post_init__(self) -> None:
         _check_beta("beta", self.beta)
 
-    def of(self) -> Kept:
-        return _Factors(self)
+    def of(self) -> RuleState:
+        return FactorState(self)
 
     def check(self, directions: int, direction: str) -> None:
         if direction != "low-rank":
@@ -575,49 +410,41 @@ class LowRankMomentum(_Rated):
                 f"rule=LowRankMomentum() with {direction} directions: it keeps momentum in a factor of LowRank(); take Momentum()"
             )
 
-    def run(self, kept: Kept, step: Applied, weights: Weights, options: Mapping[str, Any]) -> None:
-        assert isinstance(kept, _Factors)
-        g, lr = step.coefs
-        if step.go is False:
-            return
+    def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
+        assert isinstance(state, FactorState)
+        g, lr = share.coefs
+        if share.go is False:
+            return []
         kick = g * (1 - self.beta)
-        matrices = {n for n in weights.names if options["held"].made[n].factors is not None}
-        for plan, names in weights.part(set(weights.names) - matrices):
-            states = [
-                [self._state(kept, n, "momentum", e.src.numel(), plan.device)] for e, n in zip(plan.entries, names, strict=True)
-            ]
-            update.run_rule([plan], [states], _pass(step, "momentum", [kick], [lr, self.beta], options), options["backend"])
-        for plan, names in weights.part(matrices):
-            for entry, name in zip(plan.entries, names, strict=True):
-                self._advance(kept, step, name, entry, kick, options)
-            tags, coefs = [int(t) for t in step.tags[:1]], _numbers([step.live(-lr)])
-            decay: Any = (
-                step.decay.float().reshape(1) if isinstance(step.decay, Tensor) else None if step.decay == 1 else step.decay
-            )
-            if isinstance(coefs, Tensor):
-                tags = move(torch.tensor(tags, dtype=torch.int64), coefs.device)  # type: ignore[assignment]
-            ops.run([plan], Pass(options["seed"], tags, coefs, decay, options["kind"], step.rounding), options["backend"])
+        matrices = frozenset(n for n in weights.names if direction.factored(n))
+        others = frozenset(weights.names) - matrices
+        states = [
+            [[state.tensor(n, "momentum", e.src.numel(), plan.device)] for e, n in zip(plan.entries, names, strict=True)]
+            for plan, names in weights.part(others)
+        ]
+        momentum = _pass(share, "momentum", [kick], [lr, self.beta], direction)
+        for one, names in weights.part(matrices):
+            for entry, name in zip(one.entries, names, strict=True):
+                self._advance(state, share, name, entry, kick, direction)
+        return [
+            RuleWork(share.group, momentum, states, others),
+            Terms(share.group, [(share.tags[0], share.live(-lr))], share.decay, share.rounding, matrices),
+        ]
 
-    def _state(self, kept: Kept, name: str, what: str, size: int, device: torch.device) -> Tensor:
-        mine = kept.tensors.setdefault(name, {})
-        if what not in mine:
-            mine[what] = torch.zeros(size, dtype=torch.float32, device=device)
-        elif mine[what].device != device:
-            mine[what] = mine[what].to(device)
-        return mine[what]
-
-    def _advance(self, kept: _Factors, step: Applied, name: str, entry: Entry, kick: Number, options: Mapping[str, Any]) -> None:
+    def _advance(
+        self, state: FactorState, share: Share, name: str, entry: Entry, kick: Coefficient, direction: DirectionState
+    ) -> None:
         """N of a matrix for this step, in the state and, rounded, in the place of U, which is made anew before the next forward."""
         assert entry.left is not None and entry.right is not None
-        n = self._state(kept, name, "factor", entry.left.numel(), entry.left.device).view_as(entry.left)
-        now = options["held"].v_of[name]
-        at = kept.v.setdefault(name, now)
+        n = state.tensor(name, "factor", entry.left.numel(), entry.left.device).view_as(entry.left)
+        now = direction.v_tag(name)
+        at = state.v.setdefault(name, now)
         new = n
         if at != now:
-            if isinstance(step.go, Tensor) and not bool(step.go):
+            if isinstance(share.go, Tensor) and not bool(share.go):
                 return  # once for each V the host waits, so that a step that is skipped leaves N as it is
             old = lowrank.factors(
-                options["seed"], entry.stream, now, at, 1, entry.cols, entry.rank, device=n.device, backend=options["backend"]
+                direction.seed, entry.stream, now, at, 1, entry.cols, entry.rank, device=n.device, backend=direction.backend
             )[1]
             onto = lowrank.round_to_12_bits_((old.double().t() @ entry.right.double() / entry.cols).float()).double()
             # Term by term: the order of a matrix product's sum is the device's.
@@ -625,16 +452,16 @@ class LowRankMomentum(_Rated):
             for k in range(entry.rank):
                 total += n[:, k : k + 1].double() * onto[k]
             new = total.float()
-            kept.v[name] = now
-        share = entry.left * (_fp32_on(kick, n.device))
+            state.v[name] = now
+        share_of_u = entry.left * (_fp32_on(kick, n.device))
         new = new * self.beta
-        new += share
-        n.copy_(torch.where(step.go, new, n) if isinstance(step.go, Tensor) else new)
+        new += share_of_u
+        n.copy_(torch.where(share.go, new, n) if isinstance(share.go, Tensor) else new)
         entry.left.copy_(torch.where(n.abs() < 2.0**-60, 0.0, n))
         lowrank.round_to_12_bits_(entry.left)
 
 
-def _fp32_on(value: Number, device: torch.device) -> Any:
+def _fp32_on(value: Coefficient, device: torch.device) -> Any:
     """A factor of fp32 tensors: rounded to fp32 once."""
     return value.to(device, torch.float32) if isinstance(value, Tensor) else value
 

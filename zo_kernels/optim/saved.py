@@ -1,7 +1,7 @@
 """A run as an optimizer's `state_dict`, and back: what it holds, and whether it fits.
 
 Belongs here: the form of a saved state, its checks, and the forms of earlier versions. Does not belong here: what a part keeps (rules.py,
-directions.py, projection.py), the record of a run (journal/).
+directions.py, projection.py), the record of a run (journal.py).
 
 The form is torch's, so that what saves and moves the state of any optimizer (torch.distributed.checkpoint, which takes `state` and `param_groups` and
 leaves the rest) has all of ours: tensors of a parameter are in `state`, by its number; everything else is in the first group, under `KEY`. What the
@@ -13,87 +13,91 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_kernels import parameters
-from zo_kernels.optim import directions, projection, record, rules
-
-if TYPE_CHECKING:
-    from zo_kernels.optim.step import ZOStep
+from zo_kernels.optim import directions
+from zo_kernels.optim.groups import check_group
+from zo_kernels.optim.method import describe
+from zo_kernels.optim.refresh import trained
+from zo_kernels.optim.run import Run
 
 KEY = "zo"
 PARTS = ("rule", "direction", "projection")  # that keep something
 
 
+Groups = list[dict[str, Any]]  # torch's parameter groups
+
+
 @dataclass
 class Loaded:
-    """What a state holds, as parts of the optimizer that it was read for, which are its own from then on."""
+    """What a state holds: a run of its own, and what belongs to the groups and to others."""
 
-    groups: list[dict[str, Any]]
+    groups: Groups
     state: dict[Tensor, dict[str, Any]]  # of others, who keep theirs beside ours
-    numbers: dict[str, int]  # seed, tag, first_tag, skipped
-    streams: dict[str, int]
-    kept: rules.Kept
-    held: directions.Held
-    projector: projection.Projector | None
-    past: list[float]
+    run: Run
 
 
-def memory(optimizer: ZOStep) -> int:
+def method(run: Run) -> dict[str, Any]:
+    """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run."""
+    return {
+        **{what: None if part is None else describe(part) for what, part in run.method.configured().items()},
+        "kind": run.method.kind,
+        "terms": run.method.terms,
+    }
+
+
+def _keepers(run: Run) -> dict[str, Any]:
+    mine = {"rule": run.rule, "direction": run.direction, "projection": run.projector}
+    return {what: part for what, part in mine.items() if part is not None}
+
+
+def _fresh(run: Run) -> dict[str, set[str]]:
+    """What each part keeps, by name."""
+    return {what: set(keeper.state()) for what, keeper in _keepers(_empty(run)).items()}
+
+
+def _empty(run: Run, seed: int = 0, streams: Mapping[str, int] | None = None) -> Run:
+    """A run of the same method that has not begun."""
+    return Run(run.method, seed, streams or {}, run.backend)
+
+
+def memory(run: Run, first_order: torch.optim.Optimizer | None) -> int:
     """See `ZOStep.state_bytes`."""
-    held = [t for part in _parts(optimizer).values() for t in part.memory()]
-    if optimizer._first_order is not None:
-        held += [t for own in optimizer._first_order.state.values() for t in own.values() if isinstance(t, Tensor) and t.ndim]
+    held = [t for keeper in _keepers(run).values() for t in keeper.memory()]
+    if first_order is not None:
+        held += [t for own in first_order.state.values() for t in own.values() if isinstance(t, Tensor) and t.ndim]
     pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(pieces.values())
 
 
-def method(optimizer: ZOStep) -> dict[str, Any]:
-    """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run."""
-    return {
-        **{what: None if part is None else record.described(part) for what, part in optimizer._configured().items()},
-        "kind": optimizer._kind,
-        "terms": optimizer._terms,
-    }
+def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bool) -> dict[str, Any]:
+    """The state of a run whose weights are clean.
 
-
-def _parts(optimizer: ZOStep) -> dict[str, Any]:
-    mine = {"rule": optimizer._kept, "direction": optimizer._held, "projection": optimizer._projection}
-    return {what: part for what, part in mine.items() if part is not None}
-
-
-def _fresh(optimizer: ZOStep) -> dict[str, set[str]]:
-    """What each part keeps, by name."""
-    found = {"rule": set(optimizer._rule.of().state()), "direction": set(optimizer._direction.of(0).state())}
-    if optimizer._projection is not None:
-        found["projection"] = set(optimizer._projection.state())
-    return found
-
-
-def pack(optimizer: ZOStep) -> dict[str, Any]:
-    """The state of a run whose weights are clean."""
+    Args:
+        others: what an optimizer's `state` holds beside ours. complete: with a place for every tensor that there will be.
+    """
     numbers: dict[int, int] = {}
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
+    groups: Groups = []
+    for group in param_groups:
         for p in group["params"]:
             numbers.setdefault(id(p), len(numbers))
         groups.append({**group, "params": [numbers[id(p)] for p in group["params"]]})
     state: dict[Any, Any] = {
-        numbers.get(id(k), k) if isinstance(k, Tensor) else k: dict(v) if isinstance(v, dict) else v
-        for k, v in optimizer.state.items()
+        numbers.get(id(k), k) if isinstance(k, Tensor) else k: dict(v) if isinstance(v, dict) else v for k, v in others.items()
     }
-    places = {n: numbers[id(p)] for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
+    places = {n: numbers[id(p)] for g in param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, str] = {}
-    for part, keeper in _parts(optimizer).items():
+    for part, keeper in _keepers(run).items():
         content = keeper.state()
-        if optimizer._complete:
-            _complete(optimizer, part, content)
+        if complete:
+            _complete(run, trained(param_groups), part, content)
         parts[part] = {}
         for what, value in content.items():
             if not (isinstance(value, dict) and value and all(isinstance(t, Tensor) for t in value.values())):
@@ -107,31 +111,30 @@ def pack(optimizer: ZOStep) -> dict[str, Any]:
         for k in numbers.values():
             state.setdefault(k, {})
     groups[0][KEY] = {
-        "seed": optimizer._seed,
-        "tag": optimizer._tag,
-        "first_tag": optimizer._first_tag,
-        "skipped": optimizer.skipped,
-        "method": method(optimizer),
-        "streams": dict(optimizer._streams),
-        "parts": json.dumps({**parts, "past": [float(g) for g in optimizer._past]}),
+        "seed": run.seed,
+        "tag": run.tag,
+        "first_tag": run.first_tag,
+        "skipped": int(run.skipped),
+        "method": method(run),
+        "streams": dict(run.streams),
+        "parts": json.dumps({**parts, "past": [float(g) for g in run.past]}),
         "tensors": tensors,
     }
     return {"state": state, "param_groups": groups}
 
 
-def _complete(optimizer: ZOStep, part: str, content: dict[str, Any]) -> None:
+def _complete(run: Run, trained: Mapping[str, Tensor], part: str, content: dict[str, Any]) -> None:
     """Add the tensors that parameters will have and do not yet, with the values that they begin with: what loads into the memory of a state (as
     torch.distributed.checkpoint does) finds a place for each."""
-    trained = optimizer._trained()
     if part == "rule":
-        for what, dtype in optimizer._rule.keeps.items():
+        for what, dtype in run.method.rule.keeps.items():
             for n, p in trained.items():
                 content[what].setdefault(n, torch.zeros(p.numel(), dtype=dtype, device=p.device))
-    elif part == "direction" and isinstance(optimizer._direction, directions.InverseRoot):
+    elif part == "direction" and isinstance(run.method.direction, directions.InverseRoot):
         for n, p in trained.items():
             content["diagonal"].setdefault(n, torch.ones(p.numel(), dtype=torch.float32, device=p.device))
-    elif part == "projection" and optimizer._projection is not None:
-        for n, p in optimizer._projection.chosen(trained).items():
+    elif part == "projection" and run.projector is not None:
+        for n, p in run.projector.chosen(trained).items():
             content["anchors"].setdefault(n, p.detach().clone())
 
 
@@ -146,8 +149,8 @@ def _refuse(why: str) -> _Refused:
     return _Refused(f"state_dict {why}")
 
 
-def read(optimizer: ZOStep, state_dict: Any, check_group: Callable[[str, dict[str, Any]], None]) -> Loaded:
-    """A saved state for this optimizer, which is not changed.
+def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
+    """A saved state for an optimizer with this run and these groups, which are not changed.
 
     Raises:
         TypeError, ValueError: it is no state of a zo_kernels optimizer, is damaged, or belongs to another method or other parameters; says which.
@@ -167,31 +170,31 @@ def read(optimizer: ZOStep, state_dict: Any, check_group: Callable[[str, dict[st
             f"has no entry {KEY!r}: it was not saved by zo_kernels (or went through a form that keeps a part of it, such as flatten_optimizer_state_dict); "
             "give the state_dict of one of its optimizers"
         )
-    _check_method(optimizer, zo)
-    numbers = _numbers(optimizer, zo)
-    renamed, streams = _streams(optimizer, zo)
-    groups, order = _groups(optimizer, saved_groups, renamed, check_group)
+    _check_method(run, zo)
+    numbers = _numbers(run, zo)
+    renamed, streams = _streams(run, param_groups, zo)
+    groups, order = _groups(param_groups, saved_groups, renamed)
     try:
-        contents, others = _contents(optimizer, zo, state, order, renamed, numbers)
-        kept, held = optimizer._rule.of(), optimizer._direction.of(numbers["seed"], optimizer._kind, optimizer._backend)
-        projector = None
-        if optimizer._projection is not None:
-            projector = optimizer._projection.config.of(numbers["seed"], optimizer._trained(), optimizer._backend)
-        kept.load(contents["rule"])
-        held.load(contents["direction"])
-        if projector is not None and numbers["tag"] > numbers["first_tag"]:  # a run's anchors are the weights at its first step
-            projector.load(contents["projection"])
-        past = [float(g) for g in contents["past"]]
+        contents, others = _contents(run, param_groups, zo, state, order, renamed, numbers)
+        found = _empty(run, numbers["seed"], streams)
+        found.rule.load(contents["rule"])
+        found.direction.load(contents["direction"])
+        if (
+            found.projector is not None and numbers["tag"] > numbers["first_tag"]
+        ):  # a run's anchors are the weights at its first step
+            found.projector.load(contents["projection"])
+        found.past.extend(torch.tensor(float(g), dtype=torch.float64, device="cpu") for g in contents["past"])
     except _Refused:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         raise _refuse(f"is damaged, or of a version that this one does not know: {type(error).__name__}: {error}") from error
-    return Loaded(groups, others, numbers, streams, kept, held, projector, past)
+    found.tag, found.first_tag, found.skipped = numbers["tag"], numbers["first_tag"], numbers["skipped"]
+    return Loaded(groups, others, found)
 
 
-def _check_method(optimizer: ZOStep, zo: Mapping[str, Any]) -> None:
+def _check_method(run: Run, zo: Mapping[str, Any]) -> None:
     """The parts of the run are those of the optimizer. A state of an earlier version does not name them: `_upgraded` looks at what it holds."""
-    mine, saved = method(optimizer), zo.get("method", {"kind": zo.get("kind")})
+    mine, saved = method(run), zo.get("method", {"kind": zo.get("kind")})
     if not isinstance(saved, Mapping):
         raise _refuse(f"has method={saved!r:.80}: it is damaged")
     for what in [what for what in mine if what in saved or "method" in zo]:
@@ -202,22 +205,22 @@ def _check_method(optimizer: ZOStep, zo: Mapping[str, Any]) -> None:
             )
 
 
-def _numbers(optimizer: ZOStep, zo: Mapping[str, Any]) -> dict[str, int]:
+def _numbers(run: Run, zo: Mapping[str, Any]) -> dict[str, int]:
     found = {"first_tag": 0, **{k: zo[k] for k in ("seed", "tag", "first_tag", "skipped") if k in zo}}
     for what, bits in (("seed", 64), ("tag", 33), ("first_tag", 32), ("skipped", 32)):
         value = found.get(what)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise _refuse(f"has {what}={value!r:.80}: give an integer of 0 .. 2^{bits} - 1")
-    steps, rest = divmod(found["tag"] - found["first_tag"], optimizer._terms)
+    steps, rest = divmod(found["tag"] - found["first_tag"], run.method.terms)
     if rest or steps < found["skipped"] or found["tag"] > 1 << 32:
         raise _refuse(
             f"belongs to another method, or is damaged: tags {found['first_tag']} .. {found['tag']} with {found['skipped']} steps skipped are no steps of "
-            f"{optimizer._terms} tags each"
+            f"{run.method.terms} tags each"
         )
     return found
 
 
-def _streams(optimizer: ZOStep, zo: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
+def _streams(run: Run, param_groups: Groups, zo: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
     """The names here by those of the state, which may have been saved within other wrappers; and the run's streams, by the names here."""
     saved = zo.get("streams")
     if not isinstance(saved, Mapping):
@@ -227,33 +230,27 @@ def _streams(optimizer: ZOStep, zo: Mapping[str, Any]) -> tuple[dict[str, str], 
             raise _refuse(f"has the stream {stream!r:.80} for parameter {name!r:.80}: give an integer of 0 .. 2^32 - 1")
     bare = {parameters.canonical_name(name): name for name in saved}
     renamed: dict[str, str] = {}
-    for name in optimizer._streams:
+    for name in run.streams:
         if name in saved:
             renamed[name] = name
         elif (bare_name := parameters.canonical_name(name)) in bare:
             renamed[bare[bare_name]] = name
     here = set(renamed.values())
-    if absent := [name for g in optimizer.param_groups for name in g["param_names"] if name not in here]:
+    if absent := [name for g in param_groups for name in g["param_names"] if name not in here]:
         raise _refuse(f"has no stream for parameter {absent[0]!r} ({len(absent)} in all): it belongs to another model")
     streams: dict[str, int] = {}
     for theirs, stream in saved.items():
         streams[str(renamed.get(theirs, theirs))] = stream
     if len(set(streams.values())) != len(streams):
         raise _refuse("has one stream for two parameters: it is damaged")
-    return renamed, parameters.streams_of(optimizer._streams, streams)
+    return renamed, parameters.streams_of(run.streams, streams)
 
 
-def _groups(
-    optimizer: ZOStep,
-    saved: Sequence[Mapping[str, Any]],
-    renamed: Mapping[str, str],
-    check_group: Callable[[str, dict[str, Any]], None],
-) -> tuple[list[dict[str, Any]], dict[Any, str]]:
+def _groups(mine: Groups, saved: Sequence[Mapping[str, Any]], renamed: Mapping[str, str]) -> tuple[Groups, dict[Any, str]]:
     """The groups with the saved numbers and our parameters; and the name here of each of the state's numbers for a parameter."""
-    mine = optimizer.param_groups
     if len(saved) != len(mine):
         raise _refuse(f"has {len(saved)} parameter groups, this optimizer {len(mine)}: make the same groups")
-    groups: list[dict[str, Any]] = []
+    groups: Groups = []
     order: dict[Any, str] = {}
     for k, (theirs, own) in enumerate(zip(saved, mine, strict=True)):
         where = f"state_dict['param_groups'][{k}]: "
@@ -273,7 +270,8 @@ def _groups(
 
 
 def _contents(
-    optimizer: ZOStep,
+    run: Run,
+    param_groups: Groups,
     zo: Mapping[str, Any],
     state: Mapping[Any, Any],
     order: Mapping[Any, str],
@@ -281,11 +279,11 @@ def _contents(
     numbers: Mapping[str, int],
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
     """What each part loads, by the names here; and the entries of `state` that are not ours."""
-    params = {n: p for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-    steps = (numbers["tag"] - numbers["first_tag"]) // optimizer._terms
+    params = {n: p for g in param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+    steps = (numbers["tag"] - numbers["first_tag"]) // run.method.terms
     others: dict[Tensor, dict[str, Any]] = {}
     if "method" not in zo:
-        contents = _upgraded(optimizer, zo, steps - numbers["skipped"])
+        contents = _upgraded(run, param_groups, zo, steps - numbers["skipped"])
         ours: Mapping[str, str] = {}
     else:
         contents = {**{part: {} for part in PARTS}, **json.loads(zo["parts"])}
@@ -301,7 +299,7 @@ def _contents(
                 contents[ours[what]][what][name] = value
             else:
                 others.setdefault(params[name], {})[what] = copy.deepcopy(value)
-    for part, keys in _fresh(optimizer).items():
+    for part, keys in _fresh(run).items():
         if missing := keys - set(contents[part]):
             raise _refuse(f"has no {min(missing)!r} of the {part}: it is damaged, or belongs to another method")
         for what, value in contents[part].items():
@@ -310,16 +308,16 @@ def _contents(
     contents["rule"]["cohorts"] = [
         ([renamed.get(n, n) for n in names], count, places) for names, count, places in contents["rule"]["cohorts"]
     ]
-    _check_tensors(optimizer, contents, params, steps - numbers["skipped"])
+    _check_tensors(run, contents, params, steps - numbers["skipped"])
     return contents, others
 
 
-def _check_tensors(optimizer: ZOStep, contents: Mapping[str, Any], params: Mapping[str, Tensor], updates: int) -> None:
+def _check_tensors(run: Run, contents: Mapping[str, Any], params: Mapping[str, Tensor], updates: int) -> None:
     """Each has the form of its parameter's, and none is missing that an update must have made."""
-    wanted: list[tuple[str, str, torch.dtype | None]] = [("rule", what, dtype) for what, dtype in optimizer._rule.keeps.items()]
-    if isinstance(optimizer._direction, directions.InverseRoot):
+    wanted: list[tuple[str, str, torch.dtype | None]] = [("rule", what, dtype) for what, dtype in run.method.rule.keeps.items()]
+    if isinstance(run.method.direction, directions.InverseRoot):
         wanted.append(("direction", "diagonal", torch.float32))
-    if optimizer._projection is not None:
+    if run.projector is not None:
         wanted.append(("projection", "anchors", None))
     counts = {n: count for names, count, _ in contents["rule"]["cohorts"] for n in names}
     for part, what, dtype in wanted:
@@ -342,11 +340,11 @@ def _check_tensors(optimizer: ZOStep, contents: Mapping[str, Any], params: Mappi
             raise _refuse(f"has no {what!r} of parameter {lost[0]!r} after {updates} updates: a part of it was lost")
 
 
-def _upgraded(optimizer: ZOStep, zo: Mapping[str, Any], updates: int) -> dict[str, Any]:
+def _upgraded(run: Run, param_groups: Groups, zo: Mapping[str, Any], updates: int) -> dict[str, Any]:
     """The contents of a state that an earlier version saved, which named no method: it fits if it holds what this optimizer's parts keep, no more and
     no less. Without blocks every parameter that has a state counted all updates of the run."""
-    rule, saved = optimizer._rule, zo.get("parts", {})
-    if optimizer._blocks is not None and rule.counts:
+    rule, saved = run.method.rule, zo.get("parts", {})
+    if run.method.blocks is not None and rule.counts:
         raise _refuse(
             f"was saved by a version whose {rule.name!r} counted the steps of all blocks; this one counts a block's own: begin a new run"
         )
@@ -360,8 +358,8 @@ def _upgraded(optimizer: ZOStep, zo: Mapping[str, Any], updates: int) -> dict[st
     if bool(history) != (recomputed and bool(history or updates)):
         raise _refuse(f"belongs to another method: it has {len(history)} histories of past steps, the rule is {rule!r}")
     for part, mine in (
-        ("direction", set(optimizer._held.state())),
-        ("projection", {"anchors"} if optimizer._projection else set()),
+        ("direction", set(run.direction.state())),
+        ("projection", {"anchors"} if run.projector else set()),
     ):
         if (theirs := set(saved.get(part, {}))) != mine:
             raise _refuse(f"belongs to another method: it has {sorted(theirs)} of a {part}, this optimizer's has {sorted(mine)}")
@@ -370,7 +368,7 @@ def _upgraded(optimizer: ZOStep, zo: Mapping[str, Any], updates: int) -> dict[st
     for k, steps in history.items():
         places = list(range(len(past), len(past) + len(steps)))
         past += [(tags, coefs, int(live)) for tags, coefs, _, live in steps]
-        cohorts.append((list(optimizer.param_groups[k]["param_names"]), updates, places))
+        cohorts.append((list(param_groups[k]["param_names"]), updates, places))
     content = {what: {n: own[what] for n, own in tensors.items()} for what in rule.keeps}
     return {
         "rule": {**content, "past": past, "cohorts": cohorts},

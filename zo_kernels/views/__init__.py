@@ -7,33 +7,29 @@ rounding does not come back. **Scratch** (scratch.py) leaves the weights alone: 
 **Tangents** (tangents.py) are a scratch view whose weights carry z as their tangent.
 """
 
-from zo_kernels.views.base import (
-    Coefficient,
-    Shift,
-    Tag,
-    Update,
-    View,
-    attention_as_in_training,
-    changed,
-)
+from zo_kernels.views.base import View, attention_as_in_training, changed
 from zo_kernels.views.inplace import InPlace
 from zo_kernels.views.memory import overlap, written
-from zo_kernels.views.scratch import Scratch
-from zo_kernels.views.shadow import compiled
+from zo_kernels.views.queued import Queued
+from zo_kernels.views.scratch import Scratch, can_serve
 from zo_kernels.views.tangents import Tangents
+from zo_kernels.views.work import Coefficient, RuleWork, Shift, Tag, Terms, Work
 
 __all__ = [
     "Coefficient",
     "InPlace",
+    "Queued",
+    "RuleWork",
     "Scratch",
     "Shift",
     "Tag",
     "Tangents",
-    "Update",
+    "Terms",
     "View",
+    "Work",
     "attention_as_in_training",
+    "can_serve",
     "changed",
-    "compiled",
     "overlap",
     "written",
 ]

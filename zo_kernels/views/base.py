@@ -1,6 +1,6 @@
 """What the ways to see theta + c z share: the terms, the update of clean weights, and the guard of forwards.
 
-Belongs here: `View`, what a caller may ask of any way, and the types of what it is told. Does not belong here: a way of its own (inplace.py,
+Belongs here: `View`, what a caller may ask of any way. Does not belong here: a way of its own (inplace.py,
 scratch.py, tangents.py), which c and z (optim/), the arithmetic (ops.py).
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,7 @@ from zo_kernels import ops
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Pass, Plan
-
-Tag = int | Tensor  # a tensor: 0-d int64
-Coefficient = float | Tensor  # a tensor: 0-d float64, on any device; nothing is read back from it
-Shift = Sequence[tuple[Tag, Coefficient]]  # theta + sum c z(tag), as (tag, c)
-
-
-@dataclass(frozen=True)
-class Update:
-    """theta <- round(decay theta + sum c z(tag)) for the clean weights of one group."""
-
-    terms: Sequence[tuple[Tag, Coefficient]]
-    decay: Coefficient = 1.0
-    rounding: str = "nearest"
+from zo_kernels.views.work import Coefficient, Shift, Tag, Work
 
 
 def changed(name: str, how: str) -> RuntimeError:
@@ -45,7 +32,7 @@ def changed(name: str, how: str) -> RuntimeError:
 class View(abc.ABC):
     """What both ways share: the parameter groups, and the update of the clean weights.
 
-    `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `update` is the step itself, after
+    `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `execute` is the step itself, after
     which the weights are clean. Around both, `step()` guards the forwards, and after each forward `check()` refuses one that changed
     the weights.
     """
@@ -83,6 +70,10 @@ class View(abc.ABC):
         self.versions = [p._version for p in self.counted]
 
     def check(self) -> None:
+        """After a forward. Raises what `check_weights` does, and what else a view's way does not allow."""
+        self.check_weights()
+
+    def check_weights(self) -> None:
         """After a forward.
 
         Raises:
@@ -143,35 +134,92 @@ class View(abc.ABC):
             return Pass(self.seed, [], [], shift, self.kind, rounding)
         return Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
 
+    def update_plans(self, group: int, names: Collection[str] | None) -> list[Plan]:
+        """The plans of an update of a group, or of these parameters of it."""
+        weights = self.groups[group]
+        return weights.update_plans if names is None else [plan for plan, _ in weights.part(names)]
+
     def run(
-        self, group: int, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str, update: bool = False
+        self,
+        group: int,
+        terms: Shift,
+        decay: Coefficient,
+        rounding: str,
+        names: Collection[str] | None = None,
+        update: bool = False,
     ) -> None:
-        """theta <- round(decay theta + sum c z) over one group, with the scales of an update or a perturbation; nothing to do is not done."""
+        """theta <- round(decay theta + sum c z) over one group, or these parameters of it, with the scales of an update or a perturbation; nothing to
+        do is not done."""
         p = self._pass(terms, decay, rounding)
         if p is not None:
-            weights = self.groups[group]
-            ops.run(weights.update_plans if update else weights.plans, p, self.backend)
+            ops.run(self.update_plans(group, names) if update else self.groups[group].plans, p, self.backend)
 
-    def update(self, updates: Sequence[Update]) -> None:
-        """The step itself, one update for each group; an interrupt waits until all are done."""
+    def execute(self, works: Iterable[Work], *, from_clean: bool = False, ahead: Sequence[Shift] | None = None) -> None:
+        """The step itself: work on the clean weights, one after another; an interrupt waits until all is done. `works` are asked for one by one, each when
+        those before it are done.
+
+        Args:
+            from_clean: the weights are to be clean before the first is asked for. ahead: of a lazy view, see `ahead`.
+        """
         with uninterrupted():
             torch.clear_autocast_cache()  # for who evaluates under the same autocast
-            for k, u in enumerate(updates):
-                self.run(k, u.terms, u.decay, u.rounding, update=True)
+            for work in works:
+                work.do(self)
 
-    def update_parts(self, parts: Sequence[Sequence[tuple[Collection[str] | None, Update]]]) -> None:
-        """`update`, where parameters of one group differ: for each group the updates of its parts, by names (None: all of the group)."""
-        with self.clean():
-            for weights, updates in zip(self.groups, parts, strict=True):
-                for names, u in updates:
-                    if (p := self._pass(u.terms, u.decay, u.rounding)) is not None:
-                        ops.run([plan for plan, _ in weights.part(weights.names if names is None else names)], p, self.backend)
+    # -- where the weights are --
 
-    @contextlib.contextmanager
-    def clean(self) -> Iterator[None]:
-        """For a pass of the caller's own over the clean weights, in place of `update`; an interrupt waits until it is done."""
-        with uninterrupted():
-            yield
+    mode: ClassVar[str] = "scratch"  # the journal's word
+    rehearses = 0  # rehearsals that a graph of the next step needs; 0: there can be none without a trace in the weights
+    seen = 0  # perturbations of this step that are whole in the weights themselves
+    whole = True  # every pass that began has ended
+
+    def begin(self) -> bool:
+        """A step begins. Returns whether the weights stand ahead."""
+        return False
+
+    def restore(self) -> bool:
+        """Bring the weights back to theta, if they stand elsewhere; whether they did."""
+        return False
+
+    def standing(self) -> list[Shift]:
+        """Where the weights of each group stand; nothing where they are always theta."""
+        return []
+
+    def stand(self, at: Sequence[Shift]) -> None:
+        """The weights stand there, by what somebody else has done. Nothing to note where they are always theta."""
+        return
+
+    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
+        """Where the update of the step of `tag` goes on to; None: it ends at the clean weights."""
+        return None
+
+    def snapshot(self, from_clean: bool) -> Callable[[], None]:
+        """A copy of the trained weights in host memory, and what takes them back to it. `from_clean`: not from where they are perturbed."""
+        copies = [(p, p.detach().to("cpu", copy=True)) for w in self.groups for p in w.params]
+
+        def back() -> None:
+            self._undo()
+            for p, values in copies:
+                p.copy_(values)
+
+        return back
+
+    def another(self) -> View:
+        """A view of the same weights, which stand where they are, that has learned nothing."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int:
+        """Bytes of a buffer, at most."""
+        return 0
+
+    def release(self) -> None:
+        """Give memory back that the next step can make anew; here there is none."""
+        return
+
+    def news(self) -> str | None:
+        """Something to tell the user of how the weights are perturbed; None if there is nothing new."""
+        return None
 
     def plans(self) -> Iterator[Plan]:
         """Every plan of the view's passes."""

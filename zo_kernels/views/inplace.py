@@ -6,7 +6,7 @@ Belongs here: the order of passes over the weights, where they stand between the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
-from zo_kernels.views.base import Coefficient, Shift, Tag, Update, View
+from zo_kernels.views.base import View
+from zo_kernels.views.work import Coefficient, Shift, Tag, Work
 
 
 def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
@@ -30,14 +31,24 @@ def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficie
 
 class InPlace(View):
     """theta + c z in the weights' own memory; `at` is where each group stands, which between two steps is (), or the next step's
-    first perturbation if `update` was told to go ahead to it."""
+    first perturbation if `execute` was told to go ahead to it."""
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, lazy: bool = False, **options: Any) -> None:
         super().__init__(groups, model, **options)
-        self.lazy = lazy
+        self.lazy, self.model = lazy, model
         self.at: list[Shift] = [()] * len(groups)
         self.seen = 0  # shifts of this step that are whole in the weights
         self.whole = True  # every pass that began has ended: `at` is where the weights are
+
+    rehearses = 0
+
+    @property
+    def mode(self) -> str:  # type: ignore[override]
+        return "lazy" if self.lazy else "inplace"
+
+    def begin(self) -> bool:
+        self.seen = 0
+        return any(self.at)
 
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
@@ -66,40 +77,66 @@ class InPlace(View):
         self.expect()
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
         """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
-        if any(self.at):
+        if ahead := any(self.at):
             if any(p.data_ptr() != address for p, _, address in self.memories):
                 # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
                 self.groups = [replace(w) for w in self.groups]
                 self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in self.groups for m, e in w.entries()]
             with torch.no_grad():
                 self.see([()] * len(self.groups))
+        return ahead
 
-    def update(self, updates: Sequence[Update], ahead: Sequence[Shift] | None = None) -> None:
-        """Restore, update, and go on to theta + ahead, in one pass: with theta' = theta + shift the weights as they are,
+    def standing(self) -> list[Shift]:
+        return list(self.at)
+
+    def stand(self, at: Sequence[Shift]) -> None:
+        self.at = list(at)
+
+    def execute(self, works: Iterable[Work], *, from_clean: bool = False, ahead: Sequence[Shift] | None = None) -> None:
+        """Terms over whole groups are one pass with the way back and the way ahead: with theta' = theta + shift the weights as they are,
         decay (theta' - shift) + terms + ahead = decay theta' + (terms - decay shift + ahead)."""
-        if any(w.update_plans is not w.plans for w in self.groups):
+        if from_clean or any(w.update_plans is not w.plans for w in self.groups):
             self.restore()  # with the scales of the perturbation
+        works = list(works)
+        terms = [work.whole for work in works if work.whole is not None]
+        merged = len(terms) == len(works) and [one.group for one in terms] == list(range(len(self.groups)))
+        if not merged:
+            self.restore()
         with uninterrupted():
             torch.clear_autocast_cache()
             self.whole = False
-            for k, u in enumerate(updates):
-                target = ahead[k] if ahead else ()
-                self.run(k, _add(u.terms, [(tag, -c * u.decay) for tag, c in self.at[k]], target), u.decay, u.rounding, update=True)
-                self.at[k] = target
+            if merged:
+                for k, one in enumerate(terms):
+                    target = ahead[k] if ahead else ()
+                    back = [(tag, -c * one.decay) for tag, c in self.at[k]]
+                    self.run(k, _add(one.terms, back, target), one.decay, one.rounding, update=True)
+                    self.at[k] = target
+            else:
+                for work in works:
+                    work.do(self)
             self.whole = True
 
-    @contextlib.contextmanager
-    def clean(self) -> Iterator[None]:
-        self.restore()
-        with uninterrupted():
-            self.whole = False
-            yield
-            self.whole = True
+    def snapshot(self, from_clean: bool) -> Callable[[], None]:
+        if from_clean:
+            self.restore()
+        at, copied = list(self.at), super().snapshot(from_clean)
+
+        def back() -> None:
+            copied()
+            self.at = at
+            self.restore()
+
+        return back
+
+    def another(self) -> InPlace:
+        mine = InPlace(self.groups, self.model, seed=self.seed, kind=self.kind, backend=self.backend)
+        mine.stand(self.at)
+        mine.mask_tag = self.mask_tag
+        return mine
 
     def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
-        """Where `update` goes on to behind the step of `tag`; None: it ends at the clean weights."""
         if not self.lazy or not isinstance(tag, int) or tag + 1 >= 1 << 32:
             return None
         return [[(tag + 1, e)] for e in eps]

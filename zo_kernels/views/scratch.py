@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Plan
-from zo_kernels.views.base import Shift, Update, View, changed
+from zo_kernels.views.base import View, changed
 from zo_kernels.views.buffer import Buffer, Forward
 from zo_kernels.views.fronts import Fronts
 from zo_kernels.views.held import Held, Watch, uncompiled
@@ -29,10 +29,11 @@ from zo_kernels.views.memory import default_scratch_bytes
 from zo_kernels.views.pieces import Pieces
 from zo_kernels.views.reads import Reads, walk
 from zo_kernels.views.shadow import FRESH, QUIET, SETTERS, PerturbedWeight, swap_in
+from zo_kernels.views.work import Shift, Work
 
 
 class Scratch(View):
-    """theta + c z in one reusable buffer a device; the weights themselves change in `update` alone.
+    """theta + c z in one reusable buffer a device; the weights themselves change in `execute` alone.
 
     `scratch_bytes`: of the buffer; None: as default_scratch_bytes says. It grows beyond that only to a single weight that is larger and
     cannot be handled in parts: one that a function other than `F.linear` or `F.embedding` takes.
@@ -157,14 +158,29 @@ class Scratch(View):
 
     # -- the clean weights --
 
-    def update(self, updates: Sequence[Update]) -> None:
+    def execute(self, works: Iterable[Work], *, from_clean: bool = False, ahead: Sequence[Shift] | None = None) -> None:
         with self._untouched():
-            super().update(updates)
+            super().execute(works, from_clean=from_clean, ahead=ahead)
 
-    @contextlib.contextmanager
-    def clean(self) -> Iterator[None]:
-        with self._untouched(), super().clean():
-            yield
+    def snapshot(self, from_clean: bool) -> Callable[[], None]:
+        with self._untouched():
+            return super().snapshot(from_clean)
+
+    def another(self) -> Scratch:
+        mine = type(self)(self.groups, self.model, self.limit, seed=self.seed, kind=self.kind, backend=self.backend)
+        if self.mask_tag is not None:  # the plans have this draw already, the shadows not yet
+            mine.mask_tag = self.mask_tag
+            mine.retag(self.mask_tag)
+        return mine
+
+    @property
+    def room(self) -> int:
+        return self.limit
+
+    @property
+    def rehearses(self) -> int:  # type: ignore[override]
+        """The first step of all finds out how the forwards go."""
+        return 1 if self.watched_mode is not None else 2
 
     @contextlib.contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -279,3 +295,23 @@ class Scratch(View):
     def news(self) -> str | None:
         """Which parameters are perturbed in place and the memory that this costs, in one line; None if nothing is new."""
         return self.held.news()
+
+
+def can_serve(model: nn.Module | None, perturbation: str) -> bool:
+    """Whether a model's forwards go through a scratch buffer where a user asks for this perturbation: "auto", "scratch" or "inplace".
+
+    Raises:
+        ValueError: "scratch" was asked for, and cannot be; says why.
+    """
+    # Part of the model that runs as a graph of torch.compile has the weights built in and would not see a shadow.
+    compiled = model is not None and any(
+        type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()
+    )
+    if perturbation == "scratch" and model is None:
+        raise ValueError(
+            "perturbation='scratch' needs the module whose forwards it serves: give the module as the first argument, or model=...; "
+            "or take perturbation='inplace'"
+        )
+    if perturbation == "scratch" and compiled:
+        raise ValueError("perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'")
+    return model is not None and perturbation != "inplace" and not compiled

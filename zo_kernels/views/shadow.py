@@ -56,11 +56,6 @@ FRESH = {
 }
 
 
-def compiled(model: nn.Module) -> bool:
-    """Whether part of the model runs as a graph of torch.compile, which has the weights built in and would not see a shadow."""
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
-
-
 class Placed(dict[str, Any]):
     """A module's `_parameters` while other values stand before it, in the module's `__dict__`.
 

@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_kernels import interrupts, ops
 from zo_kernels.plan import Plan
-from zo_kernels.views.base import Shift, changed
+from zo_kernels.views.base import changed
 from zo_kernels.views.scratch import Scratch
 from zo_kernels.views.shadow import SETTERS, PerturbedWeight, swap_in
+from zo_kernels.views.work import Shift
 
 
 class Tangents(Scratch):
@@ -46,6 +47,10 @@ class Tangents(Scratch):
         # Fused attention has no forward-mode derivative; its plain form has.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().step(recorded):
             yield
+
+    @property
+    def room(self) -> int:
+        return 0
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self.forward.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]

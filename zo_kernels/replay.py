@@ -1,15 +1,14 @@
-"""From a journal back to weights: every pass of the run again, or their sum at once.
+"""From a journal back to weights: every step of the run again, or their sum at once.
 
-Belongs here: which passes a record stands for, and their order. Does not belong here: the file (journal/), the arithmetic (ops.py), the
-schedule of a step in place, which is `views.InPlace`'s: `Replayer` is one that notes passes where another runs them at once.
+Belongs here: which weights a journal's run is repeated on, and in which order. Does not belong here: the file (journal), what a step does (optim/run.py), the
+arithmetic (ops.py).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace as changed
 from typing import Any
 
@@ -19,97 +18,76 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks, journal, ops, views
+from zo_kernels.optim.method import Method
+from zo_kernels.optim.refresh import Groups, Views, trained
+from zo_kernels.optim.repeat import queue, repeat
+from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Member, Weights
-from zo_kernels.plan import Pass, Passes, Plan, RandomMask
+from zo_kernels.plan import Pass, Plan, RandomMask
 
 MODES = ("sequential", "fused")
-PASSES = 4096  # that are gathered before they are applied
 TERMS = 1024  # of a fused replay in one pass over an fp32 sum
 
 
-def _apply(plans: Sequence[Plan], passes: Sequence[Pass], backend: str | None) -> None:
-    """The passes one after another, in one read and write of the weights."""
-    if not passes:
+# ---- every step ---------------------------------------------------------------------------------------------------------
+
+
+class _Recorded:
+    """The owner of a recorded run's views: every pass in place, at once."""
+
+    def __init__(self, header: journal.Header, backend: str | None) -> None:
+        self.header, self.backend = header, backend
+
+    def view_of(self, groups: list[Weights]) -> views.View:
+        return views.InPlace(groups, None, seed=self.header.seed, kind=self.header.kind, backend=self.backend)
+
+    def flush(self) -> None:
+        """Between two steps the weights are clean."""
+
+    def found(self, view: views.View) -> None:
+        """A journal's table was compared with the weights before."""
+
+
+def _sequential(header: journal.Header, records: np.ndarray, weights: list[Weights], backend: str | None) -> None:
+    """Every pass of the run in its order."""
+    names = [n for w in weights for n in w.names]
+    projection = (header.method or {}).get("projection")
+    method = Method.of_header(header)
+    if projection is not None and method.projection is not None:
+        method = changed(method, layers=len(method.projection.matching(names)))
+    if method.terms != header.terms:
+        raise ValueError(
+            f"the journal has {header.terms} numbers a record, its method needs {method.terms}: it was not written by zo_kernels"
+        )
+    run = Run(method, header.seed, {m.name: m.stream for w in weights for m in w.members}, backend)
+    params = {m.name: m.tensor for w in weights for m in w.members}
+    if header.method is None:
+        queued = queue(_Recorded(header, backend).view_of(weights), header)
+        repeat(run, header, records, lambda: queued, lambda: params)
+        queued.restore()  # from where a lazy run had gone ahead to
+        queued.apply()
         return
-    tags, coefs, decays = [t for p in passes for t in p.tags], [c for p in passes for c in p.coefs], [p.decay for p in passes]
-    joined = Passes(
-        passes[0].seed,
-        torch.tensor(tags, dtype=torch.int64),
-        torch.tensor(coefs, dtype=torch.float32),
-        torch.tensor([0, *itertools.accumulate(len(p.tags) for p in passes)], dtype=torch.int64),
-        torch.tensor([1.0 if d is None else d for d in decays], dtype=torch.float32),
-        torch.tensor([checks.ROUNDINGS[p.rounding] for p in passes], dtype=torch.uint8),
-        passes[0].kind,
-    )
-    ops.run_sequence(plans, joined, backend)
+    groups: Groups = [
+        {
+            "params": w.params,
+            "param_names": w.names,
+            "mask": {m.name: m.mask for m in w.members},
+            "scale": {m.name: m.scale for m in w.members},
+        }
+        for w in weights
+    ]
+    made, owner = Views(run), _Recorded(header, backend)
+    frozen = [p for w in weights for p in w.params if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        repeat(run, header, records, lambda: made.refresh(groups, owner), lambda: trained(groups))
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
-class Replayer(views.InPlace):
-    """The passes of recorded steps over `groups`; `at` is where they leave the weights. Passes wait until `apply`, or until there are many."""
-
-    def __init__(self, groups: Sequence[Weights], header: journal.Header, backend: str | None) -> None:
-        if header.terms != 1 and header.perturbation != "scratch":
-            raise ValueError(
-                f"the journal has {header.terms} terms in {header.perturbation} mode, which this version cannot replay"
-            )
-        super().__init__(groups, None, lazy=header.perturbation == "lazy", seed=header.seed, kind=header.kind, backend=backend)
-        self.header = header
-        self.waiting: list[list[Pass]] = [[] for _ in groups]
-
-    def expect(self, params: Iterable[Tensor] | None = None) -> None:
-        """No closure runs that could write."""
-
-    def run(
-        self,
-        group: int,
-        terms: Sequence[tuple[views.Tag, views.Coefficient]],
-        decay: views.Coefficient,
-        rounding: str,
-        update: bool = False,
-    ) -> None:
-        if (p := self._pass(terms, decay, rounding)) is not None:
-            self.waiting[group].append(p)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        for weights, passes in zip(self.groups, self.waiting, strict=True):
-            _apply(weights.plans, passes, self.backend)
-            passes.clear()
-
-    def records(self, records: np.ndarray) -> None:
-        """Every pass of these records, applied."""
-        for tag, flags, decays, epses, coefs in rows(self.header, records):
-            rounding = "stochastic" if flags & journal.FLAGS["stochastic"] else "nearest"
-            updates = [
-                views.Update([(tag + k, c) for k, c in enumerate(cs)], d, rounding) for d, cs in zip(decays, coefs, strict=True)
-            ]
-            if epses is None:
-                self.update(updates)
-            else:
-                if flags & journal.FLAGS["flushed"]:
-                    self.restore()
-                self.see([[(tag, e)] for e in epses])
-                if not flags & journal.FLAGS["failed_plus"]:
-                    self.see([[(tag, -e)] for e in epses])
-                if flags & (journal.FLAGS["failed_plus"] | journal.FLAGS["failed_minus"]):
-                    self.restore()
-                else:
-                    self.update(updates, self.ahead(tag, epses))
-            if max(map(len, self.waiting)) >= PASSES:
-                self.apply()
-        self.apply()
-
-
-def rows(
-    header: journal.Header, records: np.ndarray
-) -> Iterator[tuple[int, int, list[float], list[float] | None, list[list[float]]]]:
-    """(tag, flags, decay [G], eps [G] or None, coefs [G][T]) of each record."""
-    groups = records["groups"]
-    epses = itertools.repeat(None) if header.perturbation == "scratch" else groups["eps"].tolist()
-    coefs = groups["coef"].reshape(len(records), header.groups, header.terms)
-    yield from zip(
-        records["tag"].tolist(), records["flags"].tolist(), groups["decay"].tolist(), epses, coefs.tolist(), strict=False
-    )
+# ---- their sum --------------------------------------------------------------------------------------------------------
 
 
 def _fuse(weights: Weights, header: journal.Header, records: np.ndarray, group: int, backend: str | None) -> None:
@@ -123,14 +101,17 @@ def _fuse(weights: Weights, header: journal.Header, records: np.ndarray, group: 
     c, t = coefs[live].tolist(), tags[live].tolist()
     for m, entry in weights.entries():
         total = entry.src if entry.src.dtype == torch.float32 else entry.src.float()
-        plan = Plan((changed(entry, src=total, dst=total),), m.tensor.device, torch.float32)
+        one = Plan((changed(entry, src=total, dst=total),), m.tensor.device, torch.float32)
         for start in range(0, max(1, len(t)), TERMS):
             factor = float(after[0]) if start == 0 and after[0] != 1 else None
             terms = slice(start, start + TERMS)
             if t[terms] or factor is not None:
-                ops.run([plan], Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
+                ops.run([one], Pass(header.seed, t[terms], c[terms], factor, header.kind), backend)
         if total is not entry.src:
             m.tensor.copy_(total)
+
+
+# ---- a user's model ----------------------------------------------------------------------------------------------------
 
 
 def weights_of(
@@ -230,25 +211,11 @@ def replay(
         buffers = model.named_buffers(remove_duplicate=False) if isinstance(model, nn.Module) else None
         journal.verify_base(past.header, named.items(), buffers)
     groups = weights_of(past.header, named, masks or {}, scales or {})
-    for plan in (plan for w in groups for plan in w.plans):
-        backends.pick(plan.device, backend)
-    if past.header.method is not None:
-        from zo_kernels.optim import step  # which imports this module
-
-        frozen = [p for w in groups for p in w.params if not p.requires_grad]
-        for p in frozen:
-            p.requires_grad_(True)
-        try:
-            step.replayer(past.header, groups, backend).apply_records(past.header, records)
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
-    elif mode == "fused":
+    for one in (one for w in groups for one in w.plans):
+        backends.pick(one.device, backend)
+    if mode == "fused":
         for k, w in enumerate(groups):
             _fuse(w, past.header, records, k, backend)
     else:
-        replayer = Replayer(groups, past.header, backend)
-        replayer.records(records)
-        replayer.restore()  # from where a lazy run had gone ahead to
-        replayer.apply()
+        _sequential(past.header, records, groups, backend)
     return past

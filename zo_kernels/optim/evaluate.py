@@ -1,0 +1,159 @@
+"""From points to losses: every forward of a step is made here.
+
+Belongs here: the calls of a closure, the random state and the micro-batches that they share, backward passes of a hybrid and of a learned projection.
+Does not belong here: which points (estimators.py, rules.py, directions.py, projection.py), how a model sees one (views/), what the losses tell (decide.py).
+
+Every loss of a step comes out of one function, `Evaluation.losses`: its points, candidates, a projection's and a layer scale's own forwards. Workers that
+share a step share it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels import interrupts
+from zo_kernels.optim import findings, generators
+from zo_kernels.optim.points import Losses, Point
+from zo_kernels.views import tangents
+
+Loss = Tensor | float
+
+
+def check_call(closure: Any, batches: Any) -> None:
+    """Refuse what no step can be made with. Micro-batches are read once for each forward, in order: nothing that is used up, nor one batch alone.
+
+    Raises:
+        TypeError, ValueError: says what is wrong, and what to give.
+    """
+    if not callable(closure):
+        raise TypeError(f"closure={closure!r}: step needs a function that evaluates the model and returns the loss")
+    if batches is None:
+        return
+    kind = type(batches).__name__
+    if isinstance(batches, Mapping) or hasattr(batches, "_fields"):
+        raise TypeError(f"batches is a {kind}, which is one batch: give a list of micro-batches, batches=[batch]")
+    if isinstance(batches, (Tensor, str, bytes, bytearray)) or hasattr(batches, "__array__"):
+        raise TypeError(
+            f"batches is a {kind}: give a list of micro-batches, each as the closure takes it, for example batches=[batch]"
+        )
+    if not hasattr(batches, "__len__") or not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"batches is a {kind}, which has no length or no order, and may be used up by the first forward: give a list of micro-batches, batches=list(...)"
+        )
+    if not len(batches):
+        raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
+
+
+def as_loss(value: Any) -> Tensor:
+    """A closure's result as a 0-d float64 tensor on its own device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"closure returned a tensor of shape {tuple(value.shape)}: return one number, for example its mean()")
+        if value.is_complex() or value.is_meta:
+            raise TypeError(f"closure returned a {value.dtype} tensor on {value.device}: return a real number that has a value")
+        return value.detach().reshape(()).double()
+    if value is None:
+        raise TypeError("closure returned None: return the loss (a missing `return`?)")
+    try:
+        if isinstance(value, (str, bytes, bytearray)):
+            raise TypeError
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
+
+
+def _in_backward(error: BaseException) -> bool:
+    """Whether it came out of torch's backward pass."""
+    backward = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code in backward:
+            return True
+        frame = frame.tb_next
+    return False
+
+
+class Evaluation:
+    """The forwards of one step: of one closure on the same micro-batches, each from the same random state.
+
+    Args:
+        warner: is told what the closure returns, and watches what it reads.
+        devices: of the weights, whose generators count; None: no generator is touched (a graph is being captured).
+    """
+
+    def __init__(
+        self,
+        closure: Callable[..., Loss],
+        batches: Sequence[Any] | None,
+        warner: findings.Warner,
+        devices: Iterable[torch.device] | None,
+    ) -> None:
+        self.closure, self.warner = closure, warner
+        self.calls: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
+        self.rng = generators.Generators(devices) if devices is not None else None
+        self.before: list[Any] = self.rng.get() if self.rng is not None else []
+        self.after: list[Any] = []  # of the first forward
+
+    def losses(self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
+        """The mean loss over the micro-batches at each point, float64 [points, ...]. `one`: makes one forward, with the closure's arguments."""
+        found = []
+        for point in points:
+            point.see()
+            rows = [one(arguments) for arguments in self.calls]
+            found.append(rows[0] if len(rows) == 1 else torch.stack(rows).mean(0))
+            point.check()
+            if self.rng is not None:
+                self.after = self.after or self.rng.get()
+                self.rng.set(self.before)
+        return torch.stack(found)
+
+    def finish(self, keep: bool) -> None:
+        """The random state after the step: as after one forward, or, `keep`, as before it."""
+        if self.rng is not None:
+            self.rng.set(self.before if keep else self.after or self.rng.get())
+
+    def draws(self) -> bool:
+        """Whether a forward draws random numbers."""
+        return self.rng is not None and bool(self.after) and not self.rng.same(self.before, self.after)
+
+    # -- the kinds of forwards --
+
+    def forward(self, points: Sequence[Point]) -> Tensor:
+        """`Losses` of plain forwards."""
+        return self.losses(points, self._one(self.warner.hearing(as_loss)))
+
+    def dual(self, points: Sequence[Point]) -> Tensor:
+        """`Losses` with their tangents: float64 [points, 2]."""
+        return self.losses(points, self._one(self.warner.hearing(tangents.as_loss)))
+
+    def backward(self, refusal: str) -> Losses:
+        """`Losses` of forwards that backpropagate the mean over the micro-batches. `refusal`: of a loss without a graph, a TypeError."""
+
+        def run(arguments: tuple[Any, ...]) -> Tensor:
+            with torch.enable_grad():
+                loss = self.closure(*arguments)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise TypeError(refusal)
+                (loss / len(self.calls)).backward()
+            return loss.detach().double().reshape(())
+
+        return lambda points: self.losses(points, lambda arguments: interrupts.outside(run, arguments))
+
+    def _one(self, convert: Callable[[Any], Tensor]) -> Callable[[tuple[Any, ...]], Tensor]:
+        def one(arguments: tuple[Any, ...]) -> Tensor:
+            try:
+                with self.warner.reads:
+                    return convert(interrupts.outside(self.closure, *arguments))
+            except RuntimeError as error:
+                if not _in_backward(error):
+                    raise
+                raise RuntimeError(
+                    f"the closure calls backward(), and a step needs no gradients ({str(error).splitlines()[0]}): nothing was updated. Leave it out; "
+                    "for parameters that are trained by backpropagation there is first_order"
+                ) from error
+
+        return one

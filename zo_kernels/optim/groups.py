@@ -1,0 +1,59 @@
+"""Parameter groups: their numbers, and whether a step can take them.
+
+Belongs here: checks of lr, eps, weight_decay and maximize. Does not belong here: which parameters a group has (parameters.py), what a step makes of the
+numbers (decide.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels.optim.decide import fp32
+from zo_kernels.optim.method import Method
+
+
+def check_group(where: str, group: Mapping[str, Any]) -> None:
+    """One group's numbers.
+
+    Raises:
+        ValueError: names the first that is wrong, behind `where`.
+    """
+    for key in ("lr", "eps", "weight_decay", "maximize"):
+        if key not in group:
+            raise ValueError(f"{where}the group has no {key!r}: put it back")
+    for key in ("lr", "eps", "weight_decay"):
+        if isinstance(group[key], Tensor) and group[key].numel() != 1:
+            raise ValueError(f"{where}{key} is a tensor of shape {tuple(group[key].shape)}: give one number")
+    lr, eps, decay = (group[k].item() if isinstance(group[k], Tensor) else group[k] for k in ("lr", "eps", "weight_decay"))
+    if not (isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 <= lr < math.inf):
+        raise ValueError(f"{where}lr={lr!r} must be a finite number >= 0 (to ascend, use maximize=True)")
+    if not (isinstance(eps, (int, float)) and not isinstance(eps, bool) and 0 < fp32(eps) < math.inf):
+        raise ValueError(f"{where}eps={eps!r} must be a finite number > 0, in fp32 too")
+    if not (isinstance(decay, (int, float)) and not isinstance(decay, bool) and 0 <= decay < math.inf):
+        raise ValueError(f"{where}weight_decay={decay!r} must be a finite number >= 0")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"{where}maximize={group['maximize']!r} must be True or False")
+
+
+def check_signs(groups: Sequence[Mapping[str, Any]], method: Method, first_order: torch.optim.Optimizer | None) -> None:
+    """Whether groups may go in opposite directions: not where one choice is made for all of them.
+
+    Raises:
+        ValueError: they do, and may not.
+    """
+    signs = {bool(g["maximize"]) for g in groups}
+    if len(signs) > 1 and (method.projection is not None or first_order is not None or method.rule.one_way):
+        raise ValueError(
+            "maximize differs between groups, and a projection, a first_order optimizer or the rule Conservative() goes one way for all: "
+            "give all groups the same"
+        )
+    theirs = {bool(g.get("maximize")) for g in first_order.param_groups} if first_order is not None else signs
+    if theirs != signs:
+        raise ValueError(
+            f"maximize={sorted(signs)} and a first_order optimizer that does the opposite: give both the same maximize"
+        )

@@ -1,0 +1,109 @@
+"""Which view serves the next step: made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted, and one for each block.
+
+Belongs here: from parameter groups to a view, and whether it is still true. Does not belong here: how a view works (views/), what is done with it (step.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zo_kernels import checks, parameters
+from zo_kernels.optim.run import Run
+from zo_kernels.parameters import Weights
+from zo_kernels.views import View
+
+Groups = Sequence[Mapping[str, Any]]  # torch's parameter groups, with 'param_names'
+
+
+def active(groups: Groups) -> list[tuple[int, str, Tensor]]:
+    """(group, name, parameter) of all that are not frozen. A group whose list was edited is refused where its weights are made."""
+    return [(k, n, p) for k, g in enumerate(groups) for n, p in zip(g["param_names"], g["params"], strict=False) if p.requires_grad]
+
+
+def trained(groups: Groups) -> dict[str, Tensor]:
+    """The parameters that are not frozen, by name."""
+    return {n: p for _, n, p in active(groups)}
+
+
+class Owner(Protocol):
+    """Whose weights the views are of."""
+
+    def view_of(self, groups: list[Weights]) -> View:
+        """A view of these weights."""
+        ...
+
+    def flush(self) -> None:
+        """Is called before the weights are looked at anew."""
+
+    def found(self, view: View) -> None:
+        """Is called with a new view, and may refuse it."""
+
+
+class Views:
+    """The views of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.now: View | None = None
+        self.made: dict[int | None, View] = {}  # by block
+        self.blocks: list[list[str]] = []  # their parameters
+
+    def _block(self) -> int | None:
+        """Of the next step."""
+        blocks = self.run.method.blocks
+        return blocks.at(self.run.steps, len(self.blocks), self.run.seed) if blocks is not None and self.blocks else None
+
+    def _among(self, block: int | None) -> set[str] | None:
+        return None if block is None else set(self.blocks[block])
+
+    def _current(self, view: View, groups: Groups, block: int | None) -> bool:
+        among = self._among(block)
+        return (
+            len(view.groups) == len(groups)
+            and all(w.current(g, among) for w, g in zip(view.groups, groups, strict=True))
+            and not view.moved()
+        )
+
+    @torch.inference_mode(False)
+    def refresh(self, groups: Groups, owner: Owner) -> View:
+        """The view of the next step's weights. Nothing is kept of the owner: an optimizer that is let go is gone.
+
+        Raises:
+            ValueError: a step could not take the groups as they are; says why. Whatever `owner.found` raises.
+        """
+        run, block = self.run, self._block()
+        view = self.made.get(block)
+        if self.now is not None and view is not self.now:
+            self.now.release()  # another block's: one buffer is enough
+        if view is not None and self._current(view, groups, block):
+            self.now = view
+            return view
+        owner.flush()
+        if view is not None:
+            self.made.clear()
+        present = active(groups)
+        if run.method.blocks is not None:
+            self.blocks = run.method.blocks.split([n for _, n, _ in present])
+            block = self._block()
+        among = self._among(block)
+        run.direction.expect([(n, p, run.streams[n]) for _, n, p in present if among is None or n in among])
+        weights = [
+            Weights.of_group(
+                g, run.streams, among, lambda n, p: run.direction.limits(n, p, run.streams[n]), run.method.direction.update_differs
+            )
+            for g in groups
+        ]
+        checks.check_overlap(
+            [(f"parameter {m.name}", m.tensor) for w in weights for m in w.members],
+            "a step updates each weight once",
+        )
+        parameters.check_apart(weights, [(n, p) for _, n, p in present])
+        view = owner.view_of(weights)
+        view.mask_tag = run.direction.mask_tag
+        owner.found(view)
+        self.now = self.made[block] = view
+        return view

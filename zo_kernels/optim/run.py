@@ -1,0 +1,139 @@
+"""A run: where it is, what its method remembers, and the one place where a step changes weights and state.
+
+Belongs here: `Run.apply`, through which a live, a resumed and a replayed step go, and what counts a step. Does not belong here: how a decision is reached
+(evaluate.py, decide.py), where records lie (record.py, journal), which view serves a step (refresh.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels import interrupts
+from zo_kernels.optim.decision import Decision
+from zo_kernels.optim.method import Method
+from zo_kernels.optim.projection import Projector
+from zo_kernels.views import Shift, Tag, View, Work
+
+Params = Callable[[], Mapping[str, Tensor]]  # the parameters that are not frozen, by name; asked for where they are needed
+
+
+class Run:
+    """Attributes:
+    seed: of the noise. streams: of all parameters of the model, by name. backend: see `perturb_`.
+    tag: of the next step's first direction. first_tag: of the run's. skipped: steps whose numbers were not finite; a 0-d tensor on a GPU.
+    rule, direction, projector: what the method's parts keep between steps. past: |g| of the last steps, 0-d float64 tensors with fp32 values, as many
+        as the method's clip looks at.
+    """
+
+    def __init__(self, method: Method, seed: int, streams: Mapping[str, int], backend: str | None) -> None:
+        self.method, self.seed, self.streams, self.backend = method, seed, dict(streams), backend
+        self.tag = self.first_tag = 0
+        self.skipped: Tensor | int = 0
+        self.rule = method.rule.of()
+        self.direction = method.direction.of(seed, method.kind, backend)
+        self.projector = Projector(method.projection, seed, method.layers, backend) if method.projection is not None else None
+        self.past: deque[Any] = deque(maxlen=method.clip.window)
+
+    @property
+    def steps(self) -> int:
+        """That were done."""
+        return (self.tag - self.first_tag) // self.method.terms
+
+    def prepare(self, view: View) -> None:
+        """Masks, scales and factors of the next step, from the clean weights."""
+        self.direction.prepare(self.steps, self.tag, view.params)
+        if (tag := self.direction.mask_tag) is not None and view.mask_tag != tag:
+            view.retag(tag)
+            view.mask_tag = tag
+
+    def apply(self, decision: Decision, tags: Sequence[Tag], view: View, ahead: list[Shift] | None = None) -> None:
+        """Weights and state as a function of the step's numbers.
+
+        Args:
+            tags: of its directions, as `Method.shifts` had them. ahead: where a lazy view goes on to (`View.ahead`).
+        """
+        rule, before = self.method.rule, self.rule.cohorts
+        own = self.method.own
+
+        def works() -> Iterator[Work]:
+            for k, weights in enumerate(view.groups):
+                yield from rule.work(self.rule, decision.share(k, tags, own), weights, self.direction)
+
+        try:
+            view.execute(works(), from_clean=rule.stateful, ahead=ahead)
+        except BaseException:
+            self.rule.cohorts = before
+            raise
+
+    def commit(self, decision: Decision, trained: Params) -> None:
+        """The step is done, and counts.
+
+        Args:
+            trained: gives the parameters that are not frozen, by name.
+        """
+        method = self.method
+        if method.direction.size:
+            self.direction.learned(self.steps, [float(c) for c in decision.coefs[0][method.measured :]], trained())
+        if method.clip.window:
+            g = decision.gradient
+            g = g if isinstance(g, Tensor) else torch.tensor(g, dtype=torch.float64, device="cpu")
+            self.past.append(g.abs().float().double())
+        self.count(decision)
+        self.tag += method.terms
+
+    def count(self, decision: Decision) -> None:
+        """Whether the step was skipped; where a graph records it, in the same memory each time."""
+        if isinstance(decision.go, Tensor):
+            if isinstance(self.skipped, Tensor):
+                self.skipped += ~decision.go
+            else:
+                self.skipped = self.skipped + (~decision.go).long()
+        else:
+            self.skipped = self.skipped + (not decision.go)
+
+    def projects(self, decision: Decision) -> bool:
+        """Whether the step ends with a projection; on a device the host waits."""
+        return self.projector is not None and self.projector.config.due(self.steps) and bool(decision.go)
+
+    def snapshot(self, view: View) -> Callable[[], None]:
+        """What takes an update, and what follows it, back: to weights and state as they stand now, which are copied to host memory."""
+        weights = view.snapshot(self.method.rule.stateful)
+        rule, direction = self.rule.state(), self.direction.written()
+
+        def back() -> None:
+            with interrupts.uninterrupted(), torch.no_grad():
+                self.rule.load(rule)
+                self.direction.restore(direction)
+                weights()
+
+        return back
+
+    def repeat(self, decision: Decision, view: View, trained: Params) -> None:
+        """A recorded step, or the passes of a failed one, again: without a forward."""
+        method, tags = self.method, self.method.tags(decision.tag)
+        self.prepare(view)
+        if self.projector is not None:
+            self.projector.hold(trained())
+        if decision.eps is not None:
+            points = method.shifts(tags, decision.eps)
+            if decision.flushed:
+                view.restore()
+            if decision.failed:
+                points = points[: 1 if decision.failed == "plus" else 2]
+            elif method.rule.tries and decision.go:
+                points += method.trials(decision.tag, decision.coefs)
+            for shifts in points:
+                view.see(shifts)
+        if decision.failed:
+            view.restore()
+            return
+        self.apply(decision, tags, view, view.ahead(decision.tag, decision.eps or []))
+        if self.projector is not None and self.projects(decision):
+            inner = [float(c) for c in decision.coefs[0][method.own : method.measured]]
+            self.projector.repeat(int(decision.tag) + method.own, trained(), self.streams, inner)
+        self.commit(decision, trained)
