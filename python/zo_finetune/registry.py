@@ -1,6 +1,6 @@
 """The members of a package by name: one file each, and no list beside them that could lack one.
 
-Belongs here: how tasks, metrics and ways to decode are found. Does not belong here: any of them.
+Belongs here: how tasks, objectives, ways to decode and metrics are found. Does not belong here: any of them.
 """
 
 from __future__ import annotations

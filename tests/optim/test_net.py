@@ -12,6 +12,7 @@ import pytest
 
 import zo_kernels as zk
 from tests.optim import net
+from zo_kernels.optim.method import PARTS
 
 PINNED = net.pinned()
 
@@ -29,6 +30,8 @@ def test_every_pinned_run_is_a_case() -> None:
     assert set(PINNED) == set(net.CASES)
 
 
-def test_every_method_is_in_the_net() -> None:
-    made = {type(case.optimizer(case.model())) for case in net.CASES.values()}
-    assert set(zk.optim.METHODS) <= made
+def test_every_method_and_part_is_in_the_net() -> None:
+    made = [case.optimizer(case.model()) for case in net.CASES.values()]
+    assert set(zk.optim.METHODS) <= set(map(type, made))
+    for what, parts in PARTS.items():
+        assert set(parts) <= {type(getattr(step._run.method, what)) for step in made}

@@ -1,7 +1,7 @@
 """The Triton backend: what is launched, with what, and where it can run.
 
-Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launch of
-`_triton_linear.linear_kernel`, the launch constants. Does not belong here: device code (_triton_kernels.py, _triton_linear.py), checks of
+Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launches of
+`_triton_update` and `_triton_linear`, the launch constants. Does not belong here: device code (the files with these names), checks of
 a user's arguments (checks.py, plan.py, linear.py).
 
 `triton` is imported lazily. With TRITON_INTERPRET=1 set before that, its interpreter serves CPU tensors, on explicit request only:

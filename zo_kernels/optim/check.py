@@ -1,7 +1,7 @@
 """`check`: evaluate a closure as a step would, change nothing, and report what would make the steps' numbers wrong.
 
 Belongs here: the evaluations, what they must leave as it was, and the report. Does not belong here: what a finding is and its words
-(findings.py), how a model sees a perturbation (views.py).
+(findings.py), how a model sees a perturbation (views/).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from zo_kernels.optim import directions, evaluate, findings, generators
 from zo_kernels.optim import step as steps
 from zo_kernels.views import tangents
 
-STATUSES = ("ok", "warning", "mistake")
 DIRECTIONS = 3  # along which differences are measured
 
 

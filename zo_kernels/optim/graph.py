@@ -1,7 +1,7 @@
 """A whole step as a CUDA graph: two forwards, their passes, the projected gradient and the update in one launch.
 
 Belongs here: when a step can be captured, what is held still for it, and its replay. Does not belong here: what a step computes
-(the optimizer hands over a function), how weights are perturbed (views/).
+(schedule.py hands over a function), how weights are perturbed (views/).
 
 A graph repeats the same kernels on the same addresses. So what changes from step to step lies in device memory: the tag, the numbers of
 the parameter groups (`Inputs`), and the batch, which is copied over that of the captured step. What must not change is part of a

@@ -1,6 +1,6 @@
 """The literature's methods: each a thin constructor of a `ZOStep` from its parts, with its paper's defaults.
 
-Belongs here: names, papers, equations and defaults. Does not belong here: what a step does (step.py) or what a part computes (estimators.py,
+Belongs here: names, papers, equations and defaults. Does not belong here: what a step does (schedule.py) or what a part computes (estimators.py,
 rules.py, directions.py, blocks.py, projection.py).
 
 Every constructor takes what `ZOStep` takes besides its own arguments (seed, weight_decay, perturbation, rounding, clip, journal, ...), and parts that

@@ -1,6 +1,7 @@
 """Which view serves the next step: made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted, and one for each block.
 
-Belongs here: from parameter groups to a view, and whether it is still true. Does not belong here: how a view works (views/), what is done with it (step.py).
+Belongs here: from parameter groups to a view, and whether it is still true. Does not belong here: how a view works (views/), what is done with it
+(schedule.py).
 """
 
 from __future__ import annotations

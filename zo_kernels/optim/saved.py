@@ -1,7 +1,7 @@
 """A run as an optimizer's `state_dict`, and back: what it holds, and whether it fits.
 
 Belongs here: the form of a saved state, its checks, and the forms of earlier versions. Does not belong here: what a part keeps (rules.py,
-directions.py, projection.py), the record of a run (journal.py).
+directions.py, projection.py), the record of a run (journal/).
 
 The form is torch's, so that what saves and moves the state of any optimizer (torch.distributed.checkpoint, which takes `state` and `param_groups` and
 leaves the rest) has all of ours: tensors of a parameter are in `state`, by its number; everything else is in the first group, under `KEY`. What the
