@@ -3,7 +3,7 @@
 Tan et al. 2025, "Harmony in Divergence: Towards Fast, Accurate, and Memory-efficient Zeroth-order LLM Fine-tuning" (arXiv 2502.03304).
 
 Belongs here: the anchors, the inner steps, and their repetition from a record. Does not belong here: the step that a projection ends, and
-what takes both back (schedule.py).
+what takes both back (schedule.py, run.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A zeroth-order step: estimator x direction x update rule, as a `torch.optim.Optimizer`.
 
-Belongs here: what a user calls, its arguments, when it may be called. Does not belong here: what a method is (method.py), the order of a step and what
-takes a failed one back (schedule.py), what a step does (run.py), the journal's queue (record.py), a saved state (saved.py), the papers' names for
-methods (methods.py).
+Belongs here: what a user calls, the arguments and their checks, and what an optimizer refuses while a step is under way. Does not belong here: what a method
+is (method.py), the order of a step and what takes a failed one back (schedule.py), the journal's queue (record.py), a saved state (saved.py), the
+papers' names for methods (methods.py).
 """
 
 from __future__ import annotations
