@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import interrupts, views
-from zo_kernels.optim import directions, evaluate, findings, generators
+from zo_kernels.optim import evaluate, findings, generators
 from zo_kernels.optim import step as steps
 from zo_kernels.views import tangents
 
@@ -226,8 +226,7 @@ class _Check:
     def differences(self, mine: views.View) -> list[tuple[list[float], list[float]]]:
         """Losses on both sides along DIRECTIONS directions; of forward gradients the slopes, twice."""
         step = self.step
-        # Low-rank factors are those of one step.
-        count = 1 if isinstance(step._run.method.direction, directions.LowRank) else DIRECTIONS
+        count = 1 if step._run.method.direction.alone else DIRECTIONS
         tags = [t for t in range(step._run.tag, step._run.tag + count) if t < 1 << 32]
         found = []
         with mine.step():

@@ -39,11 +39,15 @@ class Direction:
 
     name: ClassVar[str]
     update_differs: ClassVar[bool] = False  # perturbation and update use different scales
+    alone: ClassVar[bool] = False  # a step has one direction: what is held is that one's
 
     @property
     def size(self) -> int:
         """Numbers of a step's record that are the direction's own."""
         return 0
+
+    def check(self, directions: int, kind: str, blocks: bool) -> None:
+        """ValueError where it makes no sense with so many directions a step, this kind of noise, or steps of blocks."""
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         """What holds the tensors of one optimizer, whose noise is of this seed and kind, made by this backend."""
@@ -59,6 +63,8 @@ class Dense(Direction):
 
 class DirectionState:
     """The tensors of one optimizer's direction, by parameter name."""
+
+    keeps: ClassVar[Mapping[str, torch.dtype | None]] = {}  # see `RuleState.keeps`
 
     def __init__(self, config: Any, seed: int, kind: str = "gaussian", backend: str | None = None) -> None:
         self.config, self.seed, self.kind, self.backend = config, seed, kind, backend
@@ -95,6 +101,10 @@ class DirectionState:
 
     def learned(self, step: int, numbers: Sequence[float], params: Mapping[str, Tensor]) -> None:
         """The step with these numbers is done."""
+
+    def begin(self, params: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `RuleState.begin`."""
+        return {}
 
     def memory(self) -> list[Tensor]:
         """Every tensor that is held now."""
@@ -260,6 +270,12 @@ class LayerScale(Direction):
         if not 0 < checks.check_fp32("least", self.least) <= 1:
             raise ValueError(f"least={self.least!r} must be in (0, 1]")
 
+    def check(self, directions: int, kind: str, blocks: bool) -> None:
+        if blocks:
+            raise ValueError(
+                "direction=LayerScale() with blocks: scales are relative to all parameters, of which a block is a part; leave one out"
+            )
+
     @property
     def size(self) -> int:
         return 1 if self.by == "gradient" else 0
@@ -371,6 +387,8 @@ class InverseRoot(Direction):
 
 
 class _InverseRoot(DirectionState):
+    keeps: ClassVar[Mapping[str, torch.dtype | None]] = {"diagonal": torch.float32}
+
     def make(self, name: str, p: Tensor, stream: int) -> Limits:
         if (old := self.made.get(name)) is not None and old.scale[0].numel() == p.numel():
             return Limits(scale=(old.scale[0].to(p.device), 1, "rsqrt"))
@@ -382,6 +400,9 @@ class _InverseRoot(DirectionState):
     def diagonal(self, name: str) -> Tensor:
         found: Tensor = self.made[name].scale[0]
         return found
+
+    def begin(self, params: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
+        return {"diagonal": {n: torch.ones(p.numel(), dtype=torch.float32, device=p.device) for n, p in params.items()}}
 
     def state(self) -> dict[str, Any]:
         return {"diagonal": {n: m.scale[0].clone() for n, m in self.made.items()}}
@@ -413,11 +434,16 @@ class LowRank(Direction):
     every: int = 50
     name: ClassVar[str] = "low-rank"
     update_differs: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= checks.check_word("rank", self.rank) <= checks.MAX_RANK:
             raise ValueError(f"rank={self.rank} must be in 1 .. {checks.MAX_RANK}")
         _check_every(self.every)
+
+    def check(self, directions: int, kind: str, blocks: bool) -> None:
+        if directions != 1 or kind != "gaussian":
+            raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _LowRank(self, seed, kind, backend)

@@ -233,28 +233,23 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         raise ValueError(
             f"kind={method.kind!r} with HessianDiagonal: z^2 = 1 everywhere tells nothing about single weights; take 'gaussian'"
         )
-    if isinstance(direction, directions.LowRank) and (estimator.directions != 1 or method.kind != "gaussian"):
-        raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
-    if isinstance(direction, directions.LayerScale) and blocks is not None:
+    direction.check(estimator.directions, method.kind, blocks is not None)
+    if rule.tries and direction.update_differs:
         raise ValueError(
-            "direction=LayerScale() with blocks: scales are relative to all parameters, of which a block is a part; leave one out"
-        )
-    if isinstance(rule, rules.Conservative) and direction.update_differs:
-        raise ValueError(
-            f"rule=Conservative() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
+            f"rule={type(rule).__name__}() with direction={type(direction).__name__}(): it tries the update by perturbing, and the two have other scales here"
         )
     if estimator.dual:
         if not scratch:
             raise ValueError(
                 "estimator=ForwardGradient() differentiates the model: give a plain (not compiled) module, and perturbation='auto' or 'scratch'"
             )
-        if isinstance(rule, rules.Conservative):
-            raise ValueError("rule=Conservative() with ForwardGradient(): its trials perturb weights; take TwoSided()")
+        if rule.tries:
+            raise ValueError(f"rule={type(rule).__name__}() with ForwardGradient(): its trials perturb weights; take TwoSided()")
     if projection is not None and first_order is not None:
         raise ValueError(
             "projection with first_order: a projection that fails takes its step back, which a first-order optimizer cannot; leave one out"
         )
-    if projection is not None and (blocks is not None or isinstance(rule, rules.Conservative)):
+    if projection is not None and (blocks is not None or rule.tries):
         raise ValueError(
             "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
         )

@@ -88,6 +88,8 @@ class Projection:
 class Projector:
     """The anchors of one run, by the name of the parameter."""
 
+    keeps: ClassVar[Mapping[str, torch.dtype | None]] = {"anchors": None}  # see `RuleState.keeps`; None: of the parameter's shape
+
     def __init__(self, config: Projection, seed: int, layers: int, backend: str | None = None) -> None:
         self.config, self.seed, self.backend, self.size = config, seed, backend, config.size(layers)
         self.anchors: dict[str, Tensor] = {}
@@ -238,6 +240,10 @@ class Projector:
             for j, g in enumerate(numbers):
                 r = self._advance(r, g, self._directions(chosen, streams, tag + j))
         self._place(chosen, {n: p.detach().clone() for n, p in chosen.items()}, r)
+
+    def begin(self, params: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `RuleState.begin`."""
+        return {"anchors": {n: p.detach().clone() for n, p in self.chosen(params).items()}}
 
     def memory(self) -> list[Tensor]:
         """Every tensor that is held now."""

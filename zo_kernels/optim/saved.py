@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from zo_kernels import parameters
-from zo_kernels.optim import directions
 from zo_kernels.optim.groups import check_group
 from zo_kernels.optim.method import describe
 from zo_kernels.optim.refresh import trained
@@ -80,7 +79,8 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
     """The state of a run whose weights are clean.
 
     Args:
-        others: what an optimizer's `state` holds beside ours. complete: with a place for every tensor that there will be.
+        others: what an optimizer's `state` holds beside ours. complete: with a place for every tensor that there will be, and the value that it begins
+            with: what loads into the memory of a state (as torch.distributed.checkpoint does) finds a place for each.
     """
     numbers: dict[int, int] = {}
     groups: Groups = []
@@ -97,7 +97,9 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
     for part, keeper in _keepers(run).items():
         content = keeper.state()
         if complete:
-            _complete(run, trained(param_groups), part, content)
+            for what, first in keeper.begin(trained(param_groups)).items():
+                for name, t in first.items():
+                    content[what].setdefault(name, t)
         parts[part] = {}
         for what, value in content.items():
             if not (isinstance(value, dict) and value and all(isinstance(t, Tensor) for t in value.values())):
@@ -121,21 +123,6 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
         "tensors": tensors,
     }
     return {"state": state, "param_groups": groups}
-
-
-def _complete(run: Run, trained: Mapping[str, Tensor], part: str, content: dict[str, Any]) -> None:
-    """Add the tensors that parameters will have and do not yet, with the values that they begin with: what loads into the memory of a state (as
-    torch.distributed.checkpoint does) finds a place for each."""
-    if part == "rule":
-        for what, dtype in run.method.rule.keeps.items():
-            for n, p in trained.items():
-                content[what].setdefault(n, torch.zeros(p.numel(), dtype=dtype, device=p.device))
-    elif part == "direction" and isinstance(run.method.direction, directions.InverseRoot):
-        for n, p in trained.items():
-            content["diagonal"].setdefault(n, torch.ones(p.numel(), dtype=torch.float32, device=p.device))
-    elif part == "projection" and run.projector is not None:
-        for n, p in run.projector.chosen(trained).items():
-            content["anchors"].setdefault(n, p.detach().clone())
 
 
 # ---- back -------------------------------------------------------------------------------------------------------------
@@ -314,12 +301,8 @@ def _contents(
 
 def _check_tensors(run: Run, contents: Mapping[str, Any], params: Mapping[str, Tensor], updates: int) -> None:
     """Each has the form of its parameter's, and none is missing that an update must have made."""
-    wanted: list[tuple[str, str, torch.dtype | None]] = [("rule", what, dtype) for what, dtype in run.method.rule.keeps.items()]
-    if isinstance(run.method.direction, directions.InverseRoot):
-        wanted.append(("direction", "diagonal", torch.float32))
-    if run.projector is not None:
-        wanted.append(("projection", "anchors", None))
     counts = {n: count for names, count, _ in contents["rule"]["cohorts"] for n in names}
+    wanted = [(part, what, dtype) for part, keeper in _keepers(run).items() for what, dtype in keeper.keeps.items()]
     for part, what, dtype in wanted:
         found = contents[part][what]
         for name, t in found.items():

@@ -98,6 +98,19 @@ class RuleState:
         found = list(advanced.values())
         return [replace(c, names=frozenset(weights.names)) for c in found] if self.together else found
 
+    @property
+    def keeps(self) -> Mapping[str, torch.dtype | None]:
+        """See `Rule.keeps`: of a saved state these tensors are checked."""
+        found: Mapping[str, torch.dtype] = self.rule.keeps
+        return found
+
+    def begin(self, params: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
+        """The tensors of `keeps` as they are before a first step."""
+        return {
+            what: {n: torch.zeros(p.numel(), dtype=dtype, device=p.device) for n, p in params.items()}
+            for what, dtype in self.keeps.items()
+        }
+
     def memory(self) -> list[Tensor]:
         """Every tensor that is held now."""
         return [t for own in self.tensors.values() for t in own.values()]

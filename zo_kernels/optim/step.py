@@ -87,9 +87,9 @@ class ZOStep(torch.optim.Optimizer):
         journal: path of a journal that records the run (docs/journal.md), one record a step; None: none. `open_journal` takes more options.
         resume: go on with the run in `journal`, if there is one: the weights given must be those that it started from, its steps are
             replayed onto them, and `steps` tells how many there were.
-        estimator: `TwoSided`, `OneSided`, `ThreePoint` or `ForwardGradient`. Default: TwoSided().
-        rule: `SGD`, `Sign`, `Conservative`, `Momentum`, `Adam` or `HessianDiagonal`. Default: SGD().
-        direction: `Dense`, `RandomSparse`, `MagnitudeSparse`, `LayerScale`, `LowRank` or `InverseRoot`. Default: Dense().
+        estimator: where the loss is evaluated, and g from the losses. Default: `TwoSided`. docs/algorithms.md, "Parts", lists what there is.
+        rule: what is made of the g. Default: `SGD`.
+        direction: what limits, scales or replaces z. Default: `Dense`.
         blocks: `Blocks`: only a part of the parameters takes part in a step; None: all.
         projection: `Projection` (DiZO); None: none.
         first_order: a torch optimizer of other parameters of the model, which get gradients by backpropagation on the same batches and are stepped
