@@ -145,12 +145,12 @@ class Mood(ClassificationTask):
 
 
 def test_a_task_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(TASKS) == {"sst2"}
+    assert "sst2" in TASKS
     assert all(t.decoding in DECODINGS and t.objective in OBJECTIVES and set(t.metrics) <= set(METRICS) for t in TASKS.values())
     (tmp_path / "mood.py").write_text(NEW)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     found = discovered(tasks.__name__, tasks.__path__, Task)
-    assert set(found) == {"mood", "sst2"}
+    assert set(found) == {"mood", *TASKS}
     example = found["mood"].example({"text": "so", "label": 1}, "causal")
     assert [c.answer for c in example.candidates] == [" low", " high"] and example.label == 1
     (tmp_path / "again.py").write_text(NEW)
