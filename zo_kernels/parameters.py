@@ -272,7 +272,7 @@ class Member:
     update_scale: Any = None
 
     def limited(self, limits: Any, update_differs: bool) -> Member:
-        """With what a direction says of it (directions.Limits).
+        """With what a direction says of it (limits.Limits).
 
         Raises:
             ValueError: it has a mask or scale where the direction has one.
@@ -352,7 +352,7 @@ class Weights:
         limits: Callable[[str, Tensor], Any] | None = None,
         update_differs: bool = False,
     ) -> Weights:
-        """The weights of a torch parameter group: those with a name in `among` (None: all), with what `limits` says of each (directions.Limits), if
+        """The weights of a torch parameter group: those with a name in `among` (None: all), with what `limits` says of each (limits.Limits), if
         anything; a group's own masks and scales otherwise. `update_differs`: the update takes the limits' update_scale.
 
         Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zo_kernels import checks, lowrank, update
 from zo_kernels.optim.decision import Share
-from zo_kernels.optim.directions import DirectionState
+from zo_kernels.optim.limits import DirectionState
 from zo_kernels.optim.states import FactorState, RuleState
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Entry, move
