@@ -4,7 +4,7 @@
  *
  * Cost: memory traffic of 2 * sizeof(weight) + 8 bytes per element and fp32 state (bf16: 4), so 12 for momentum and 20
  * for Adam on 16-bit weights. Instructions per element: those of a pass (perturb.cuh) and 4 to 40 for the rule, whose
- * quotients and roots are IEEE's. "adam_history" mixes and squares each term by itself: 13 or so for each.
+ * quotients and roots are IEEE's. "adam_history" mixes and squares each term by itself: about 14 for each (docs/benchmarks.md has the counts).
  *
  * Belongs here: device code only, which also compiles as host C++, as perturb.cuh, whose geometry, noise, masks and
  * memory accesses it has. Does not belong here: launches (update.cu), the rules (rules.h).

@@ -1,0 +1,137 @@
+"""What a step costs on two trees of this repository, in turn: this one, and one of an earlier commit.
+
+    git worktree add ../before COMMIT && (cd ../before && python setup.py -q build_ext --inplace)
+    python benchmarks/against.py --before ../before --out against.csv [--rounds N]
+
+Belongs here: a comparison of two versions, which no other script can make since it imports one. Does not belong here: what a step costs beside forwards
+(step.py), where its time goes (scaling.py).
+
+Each tree runs in a process of its own; a round is some steps of one and as many of the other, the first one first in every other round, in the process's CPU
+time with one thread. Contenders: a model of hidden size 64 with its forwards, and the shapes of GPT-2 small (148 tensors, each with a hundredth of its
+elements, so that the passes over them do not hide the rest) with a closure that computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+
+COLUMNS = ("case", "dtype", "mode", "steps", "before", *harness.TIMING_COLUMNS, "before_median_s", "ratio", "ratio_min", "ratio_max")
+WORKER = """
+import json, sys, time
+import torch
+from torch import nn
+import zo_kernels as zk
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+def gpt2():
+    shapes = [(50257, 768), (1024, 768)]
+    for _ in range(12):
+        shapes += [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
+    shapes += [(768,), (768,)]
+    model = nn.Module()
+    for k, shape in enumerate(shapes):
+        small = (max(1, shape[0] // 100), *shape[1:]) if len(shape) == 2 else (max(1, shape[0] // 100),)
+        model.register_parameter(f"w{k}", nn.Parameter(torch.randn(small) * 0.02))
+    return model, lambda: 1.0
+
+def hidden64():
+    layers = [nn.Embedding(512, 64)]
+    for _ in range(4):
+        layers += [nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)]
+    model = nn.Sequential(*layers, nn.LayerNorm(64), nn.Linear(64, 512))
+    ids = torch.randint(0, 512, (8, 16))
+    return model, lambda: nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
+
+cases = {}
+for line in sys.stdin:
+    case, dtype, mode, steps = json.loads(line)
+    key = case, dtype, mode
+    if key not in cases:
+        model, closure = {"hidden 64": hidden64, "GPT-2 shapes": gpt2}[case]()
+        model = model.to(getattr(torch, dtype))
+        cases[key] = zk.MeZOStep(model, lr=1e-6, eps=1e-3, perturbation=mode, seed=1), closure
+        for _ in range(20):
+            cases[key][0].step(closure)
+    optimizer, closure = cases[key]
+    start = time.process_time()
+    for _ in range(steps):
+        optimizer.step(closure)
+    print(json.dumps((time.process_time() - start) / steps), flush=True)
+"""
+
+
+class Tree:
+    """A process that makes steps with the code of one tree."""
+
+    def __init__(self, root: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
+        )
+
+    def seconds(self, *request: Any) -> float:
+        """CPU seconds a step."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return float(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a tree, short."""
+    return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="CSV file")
+    parser.add_argument("--before", required=True, type=Path, help="the tree of an earlier commit, with its extension built")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    args = parser.parse_args(arguments)
+    before, now = Tree(args.before.resolve()), Tree(Path(__file__).parents[1])
+    rows: list[dict[str, Any]] = []
+    for case in ("hidden 64", "GPT-2 shapes"):
+        for dtype in ("float32", "bfloat16"):
+            for mode in ("scratch", "inplace"):
+                pairs = []
+                for number in range(args.rounds + 1):
+                    turn = (before, now) if number % 2 else (now, before)
+                    taken = {tree: tree.seconds(case, dtype, mode, args.steps) for tree in turn}
+                    if number:
+                        pairs.append((taken[before], taken[now]))
+                timing = harness.Timing(tuple(b for _, b in pairs))
+                ratios = sorted(b / a for a, b in pairs)
+                rows.append({
+                    "case": case,
+                    "dtype": dtype,
+                    "mode": mode,
+                    "steps": args.steps,
+                    "before": commit_of(args.before),
+                    **timing.columns(),
+                    "before_median_s": harness.significant(statistics.median(a for a, _ in pairs), 4),
+                    "ratio": harness.significant(statistics.median(ratios), 4),
+                    "ratio_min": harness.significant(ratios[0], 4),
+                    "ratio_max": harness.significant(ratios[-1], 4),
+                })  # fmt: skip
+                print(f"{case} {dtype} {mode}: {1e6 * timing.median:.0f} µs a step, {rows[-1]['ratio']} of before", flush=True)
+    for tree in (before, now):
+        tree.close()
+    harness.write_csv(args.out, COLUMNS, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
