@@ -24,7 +24,18 @@ from typing import Any
 
 import harness
 
-COLUMNS = ("case", "dtype", "mode", "steps", "before", *harness.TIMING_COLUMNS, "before_median_s", "ratio", "ratio_min", "ratio_max")
+COLUMNS = (
+    "case",
+    "dtype",
+    "mode",
+    "steps",
+    "before",
+    *harness.TIMING_COLUMNS,
+    "before_median_s",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+)
 WORKER = """
 import json, sys, time
 import torch
@@ -91,7 +102,9 @@ class Tree:
 
 def commit_of(root: Path) -> str:
     """The commit of a tree, short."""
-    return subprocess.run(["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> int:

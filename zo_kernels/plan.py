@@ -193,11 +193,11 @@ class Pass:
     rounding: str = "nearest"
 
     def on(self, device: torch.device) -> Pass:
-        """The same, with what is a tensor on `device`; without waiting for either device."""
+        """The same, with what is a tensor on `device`. The host waits only for numbers of another device that it reads itself."""
         values: list[Any] = [self.tags, self.coefs, self.decay]
         if all(not isinstance(v, Tensor) or v.device == device for v in values):
             return self
-        tags, coefs, decay = (v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values)
+        tags, coefs, decay = (_sent(v, device) if isinstance(v, Tensor) else v for v in values)
         return replace(self, tags=tags, coefs=coefs, decay=decay)
 
     def terms_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -269,7 +269,12 @@ def move(t: Tensor, device: torch.device) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("numbers in host memory cannot be captured in a CUDA graph: run this pass or sequence outside of it")
         t = t.pin_memory()
-    return t.to(device, non_blocking=True)
+    return _sent(t, device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`; in host memory only once it has arrived, since kernels of the CPU read it at once."""
+    return t.to(device, non_blocking=device.type != "cpu")
 
 
 # ---- builders ---------------------------------------------------------------------------------------------------------

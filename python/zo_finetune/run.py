@@ -51,11 +51,15 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     with explained(config):
         loaded = load(config)
         optimizer = make_optimizer(loaded.language_model, config)
-    if (batch := config.batch_size * config.accumulate) > len(loaded.train_set):
-        times = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        raise UserError(
-            f"--batch-size {config.batch_size}{times}: a step would take {batch} examples, and there are {len(loaded.train_set)} to train on: give less"
-        )
+    rows = len(loaded.train_set)
+    if (batch := config.batch_size * config.accumulate) > rows:
+        if config.accumulate > 1:
+            raise UserError(
+                f"--batch-size {config.batch_size} with --accumulate {config.accumulate}: a step would take {batch} examples, and there are {rows} to "
+                "train on: give less"
+            )
+        note = f"--batch-size {config.batch_size}: there are {rows} examples to train on, and each step takes all of them"
+        loaded = replace(loaded, config=replace(config, batch_size=rows), notes=[*loaded.notes, note])
     return complete(loaded, optimizer, command)
 
 

@@ -254,6 +254,15 @@ def test_an_earlier_run_is_kept_unless_told(command: Callable[..., list[str]], t
     assert (run / "model").is_dir()
 
 
+def test_a_batch_of_more_than_there_is_takes_all_and_says_so(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: Any
+) -> None:
+    assert main(command("--batch-size", "500", steps=1)) == 0
+    written = result_of(tmp_path)["hyperparameters"]
+    assert f"--batch-size 500: there are {written['batch_size']} examples to train on" in capsys.readouterr().err
+    assert 0 < written["batch_size"] < 500
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [

@@ -46,6 +46,17 @@ def command(train_command: Callable[..., list[str]], tmp_path: Path) -> Callable
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY, ids=[" ".join([name, *options]) for name, options in EVERY])
+def test_the_price_of_a_method_is_what_the_library_says(name: str, options: list[str]) -> None:
+    """Known here before there is a model, there once there is an optimizer."""
+    recipe = methods.METHODS[name].recipe("none", dict(o.split("=") for o in options))
+    torch.manual_seed(0)
+    layer = {"q_proj": torch.nn.Linear(4, 4), "v_proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)}
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict(layer), torch.nn.Linear(4, 4)])})
+    optimizer = recipe.method.function()(model, recipe.lr, **recipe.options)
+    assert sum(optimizer.forwards(k) for k in range(5)) == recipe.method.forwards(recipe.options, 5)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY, ids=[" ".join([name, *options]) for name, options in EVERY])
 def test_a_method_end_to_end(
     name: str, options: list[str], command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

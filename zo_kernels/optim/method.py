@@ -83,11 +83,12 @@ class Method:
         return [list(shifts) for shifts in zip(*(self.rule.trials(tag, c) for c in coefs), strict=True)]
 
     def forwards(self, step: int) -> int:
-        """Forwards of the step of this number (0: the first), for each micro-batch; backward passes count too."""
+        """Forwards of the step of this number (0: the first), for each micro-batch. One that carries tangents counts as two, a backward pass as two."""
+        points = len(self.estimator.points()) * (2 if self.estimator.dual else 1)
         inner = 0
         if self.projection is not None and self.projection.due(step):
-            inner = self.projection.inner * 2
-        return len(self.estimator.points()) + self.rule.tries + 2 * self.direction.size + inner
+            inner = self.projection.inner * (2 if self.projection.learn == "forward" else 3)
+        return points + self.rule.tries + 2 * self.direction.size + inner
 
     # -- what it is --
 

@@ -361,9 +361,10 @@ class ZOStep(torch.optim.Optimizer):
         )
 
     def forwards(self, step: int | None = None) -> int:
-        """Forwards that a step costs for each micro-batch, candidates, projections and backward passes included. `step`: its number in the run (0: the
-        first); None: the next one."""
-        return self._run.method.forwards(self.steps if step is None else step)
+        """What a step costs in forwards for each micro-batch, candidates and projections included. One that carries tangents counts as two, a backward
+        pass as two. `step`: its number in the run (0: the first); None: the next one."""
+        hybrid = 3 if self._first_order is not None else 0
+        return self._run.method.forwards(self.steps if step is None else step) + hybrid
 
     def method(self) -> dict[str, Any] | None:
         """What the numbers of a record mean, for a journal's header: JSON; None where they are the coefficients of an update along directions
