@@ -15,6 +15,8 @@ import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.interrupts import interrupted
 from tests.optim.models import FAMILIES, VOCABULARY, Awkward, Captured, loss_of, make, tokens
+from zo_kernels import views
+from zo_kernels.parameters import Weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = ("inplace", "scratch")
@@ -350,6 +352,68 @@ def test_scratch_memory_is_bounded(size: int) -> None:
 def test_scratch_bytes_is_checked() -> None:
     with pytest.raises(ValueError, match="scratch_bytes=0 must be a positive number"):
         zk.MeZOStep(make("llama"), lr=0.0, scratch_bytes=0)
+
+
+def test_what_may_be_asked_of_any_view() -> None:
+    """Callers need not know which view they have."""
+    options = {"seed": 0, "kind": "gaussian", "backend": None}
+    for mode, make_view in {
+        "inplace": lambda groups, model: views.InPlace(groups, model, **options),
+        "lazy": lambda groups, model: views.InPlace(groups, model, True, **options),
+        "scratch": lambda groups, model: views.Scratch(groups, model, 1 << 10, **options),
+        "dual": lambda groups, model: views.Tangents(groups, model, 1 << 10, **options),
+    }.items():
+        model = nn.Linear(3, 2)
+        before = snapshot(model)
+        named = list(model.named_parameters())
+        group = {"params": [p for _, p in named], "param_names": [n for n, _ in named], "mask": None, "scale": None}
+        groups = [Weights.of_group(group, {n: k for k, (n, _) in enumerate(named)})]
+        view: Any = make_view(groups, model)
+        in_place = mode in ("inplace", "lazy")
+        assert view.mode == ("scratch" if mode == "dual" else mode)
+        assert view.limit == (1 << 10 if mode == "scratch" else 0)
+        assert bool(view.rehearses) == (not in_place)
+        assert view.ahead(6, [0.5]) == ([[(7, 0.5)]] if mode == "lazy" else None)
+        assert view.news() is None
+        assert not view.begin() and view.standing() == [()] and not view.restore()
+        with torch.no_grad(), view.step():
+            view.see([[(0, 0.5)]])
+            model(torch.ones(1, 3))
+            view.check()
+            assert (view.seen, view.standing()) == ((1, [[(0, 0.5)]]) if in_place else (0, [()]))
+            assert view.restore() == in_place
+        view.check_weights()
+        assert not view.begin() and view.seen == 0
+        if in_place:
+            view.see([[(0, 0.5)]])
+        twin = view.another()
+        assert type(twin) is type(view) and twin.standing() == view.standing()
+        assert twin.restore() == in_place
+        view.stand(twin.standing())
+        assert not view.begin() and view.whole
+        view.release()
+        assert all(torch.allclose(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_another_view_draws_the_same_masks() -> None:
+    """Masks that change from step to step have the draw of the view that it was asked of, shadows included."""
+    model = nn.Linear(64, 8)
+    named = list(model.named_parameters())
+    group = {"params": [p for _, p in named], "param_names": [n for n, _ in named], "mask": zk.RandomMask(0.5, 3), "scale": None}
+    groups = [Weights.of_group(group, {n: k for k, (n, _) in enumerate(named)})]
+    view: Any = views.Scratch(groups, model, 1, seed=0, kind="gaussian", backend=None)
+
+    def seen(mine: Any) -> Tensor:
+        with torch.no_grad(), mine.step():
+            mine.see([[(0, 0.5)]])
+            return model(torch.eye(64)).clone()
+
+    before = seen(view)
+    view.mask_tag = 4
+    view.retag(4)
+    after = seen(view)
+    assert not torch.equal(before, after)
+    assert same_bits(seen(view.another()), after)
 
 
 class Boom(Exception):

@@ -189,11 +189,11 @@ class _Check:
     def findings(self) -> Iterator[Finding]:
         """All of them, the evaluations first."""
         self.step._run.prepare(self.view)
-        mine = self.view.another()
+        mine = self.view.another()  # the optimizer's keeps what it has learned of the forwards
         mine.restore()  # of a lazy run, whose weights are ahead
         # At theta: what is read and written, then twice alike.
         mine.expect()
-        reads = findings.Reads(self.trained, self.buffers)
+        reads = findings.ClosureReads(self.trained, self.buffers)
         self.copies = reads.copies  # filled while the forward runs, in time for what it restores
         with reads:
             first = self.evaluate()
@@ -383,7 +383,7 @@ class _Check:
         weights = sum(t.nbytes for t in {id(t): t for t in (*every, *self.trained.values())}.values())
         state = self.step.state_bytes()
         trained = sum(p.nbytes for p in self.trained.values())
-        room = self.view.room
+        room = self.view.limit
         text = f"{weights:,} of weights and buffers ({trained:,} trained), {state:,} of state, a buffer of at most {room:,}"
         return Finding("bytes", "ok", text, numbers={"weights": weights, "trained": trained, "state": state, "scratch": room})
 

@@ -171,7 +171,7 @@ def stiff(still: Sequence[str], shares: Mapping[str, float], params: Mapping[str
 # ---- what a closure reads ---------------------------------------------------------------------------------------------
 
 
-class Reads(TorchDispatchMode):
+class ClosureReads(TorchDispatchMode):
     """Notes which parameters the operations inside it read, as they stand. A write to one is refused before it happens.
 
     `buffers`: those of at most SMALL bytes that an operation receives, and any that one says to write to, are copied first.
@@ -183,21 +183,16 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.read: set[str] = set()
         self.copies: dict[str, Tensor] = {}
-        self.at: dict[int, list[tuple[str, Tensor, bool]]] = {}
-        for named, buffer in ((params, False), (buffers or {}, True)):
-            for name, t in named.items():
-                if t.numel() and not t.is_meta and t.layout == torch.strided:
-                    self.at.setdefault(t.untyped_storage().data_ptr(), []).append((name, t, buffer))
+        known = [(n, t, False) for n, t in params.items()] + [(n, t, True) for n, t in (buffers or {}).items()]
+        self.owners = views.Owners((t, (name, t, buffer)) for name, t, buffer in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not func.is_view:
             changed = {id(t) for t in views.written(func, args, kwargs)}
             for t in walk((args, kwargs)):
-                if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta:
-                    for name, known, buffer in self.at.get(t.untyped_storage().data_ptr(), ()):
-                        if views.overlap(t, known):
-                            self._note(name, known, buffer, id(t) in changed)
+                for name, known, buffer in self.owners.of(t):
+                    self._note(name, known, buffer, id(t) in changed)
         return func(*args, **kwargs)
 
     def _note(self, name: str, t: Tensor, buffer: bool, written: bool) -> None:
@@ -273,7 +268,7 @@ class Warner:
     def begin(self, params: Mapping[str, Tensor]) -> None:
         """The forwards of a step of these parameters come now."""
         self.heard, self.noted = [], None
-        self.reads = Reads(params) if self.suspicious else contextlib.nullcontext()
+        self.reads = ClosureReads(params) if self.suspicious else contextlib.nullcontext()
 
     def hearing(self, as_loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """`as_loss`, and a note of what it is given while the steps are looked at closely."""
@@ -314,7 +309,7 @@ class Warner:
             self._members(groups)
         if number < FIRST:
             self._closely(number, groups, view, len(losses))
-        if isinstance(self.reads, Reads):
+        if isinstance(self.reads, ClosureReads):
             if not self.reads.read and not self.good:
                 self.say("unread", UNREAD)
             self.reads, self.suspicious = contextlib.nullcontext(), False

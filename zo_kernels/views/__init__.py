@@ -9,7 +9,7 @@ rounding does not come back. **Scratch** (scratch.py) leaves the weights alone: 
 
 from zo_kernels.views.base import View, attention_as_in_training, changed
 from zo_kernels.views.inplace import InPlace
-from zo_kernels.views.memory import overlap, written
+from zo_kernels.views.memory import Owners, written
 from zo_kernels.views.queued import Queued
 from zo_kernels.views.scratch import Scratch, can_serve
 from zo_kernels.views.tangents import Tangents
@@ -18,6 +18,7 @@ from zo_kernels.views.work import Coefficient, RuleWork, Shift, Tag, Terms, Work
 __all__ = [
     "Coefficient",
     "InPlace",
+    "Owners",
     "Queued",
     "RuleWork",
     "Scratch",
@@ -30,6 +31,5 @@ __all__ = [
     "attention_as_in_training",
     "can_serve",
     "changed",
-    "overlap",
     "written",
 ]

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,18 @@ def changed(name: str, how: str) -> RuntimeError:
 
 
 class View(abc.ABC):
-    """What both ways share: the parameter groups, and the update of the clean weights.
+    """What all ways share: the parameter groups, and the update of the clean weights.
 
     `see(shifts)` makes the next forward run at theta + shift, one list of (tag, c) for each group; `execute` is the step itself, after
     which the weights are clean. Around both, `step()` guards the forwards, and after each forward `check()` refuses one that changed
     the weights.
     """
 
+    mode: str  # the journal's word: "scratch", "inplace", "lazy"; in the last two a forward leaves a trace in the weights, their rounding
+    limit = 0  # bytes of the buffer
+
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
-        self.groups, self.seed, self.kind, self.backend = groups, seed, kind, backend
+        self.groups, self.model, self.seed, self.kind, self.backend = groups, model, seed, kind, backend
         self.params = {m.name: m.tensor for w in groups for m in w.members}
         self.names = {id(p): name for name, p in self.params.items()}
         # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
@@ -62,6 +65,54 @@ class View(abc.ABC):
         self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
         self.versions: list[int] = []
         self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
+        self.seen = 0  # shifts of this step that are whole in the weights themselves
+        self.whole = True  # every pass over the weights that began has ended
+
+    def another(self) -> View:
+        """A view of the same weights, which stand where they are, that has learned nothing of the forwards."""
+        made = self._anew(seed=self.seed, kind=self.kind, backend=self.backend)
+        made.stand(self.standing())
+        if self.mask_tag is not None:
+            made.mask_tag = self.mask_tag
+            made.retag(self.mask_tag)
+        return made
+
+    @abc.abstractmethod
+    def _anew(self, **options: Any) -> View: ...
+
+    # -- where the weights stand between two steps --
+
+    def standing(self) -> list[Shift]:
+        """The shift of each group that is in the weights' own memory: of a lazy run the next step's first perturbation."""
+        return [()] * len(self.groups)
+
+    def stand(self, at: Sequence[Shift]) -> None:
+        """The weights stand there, by whatever brought them."""
+        assert not any(at), "perturbations lie outside of the weights"
+
+    def begin(self) -> bool:
+        """A step begins; whether its weights stand ahead."""
+        self.seen = 0
+        return any(self.standing())
+
+    def restore(self) -> bool:
+        """Back to theta, to within the rounding of a pass. Whether the weights were elsewhere."""
+        return False
+
+    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
+        """Where the update of the step of `tag` goes on to; None: it ends at the clean weights."""
+        return None
+
+    def snapshot(self, from_clean: bool) -> Callable[[], None]:
+        """A copy of the trained weights in host memory, and what takes them back to it. `from_clean`: not from where they are perturbed."""
+        copies = [(p, p.detach().to("cpu", copy=True)) for w in self.groups for p in w.params]
+
+        def back() -> None:
+            self._undo()
+            for p, values in copies:
+                p.copy_(values)
+
+        return back
 
     # -- forwards that change weights --
 
@@ -70,11 +121,11 @@ class View(abc.ABC):
         self.versions = [p._version for p in self.counted]
 
     def check(self) -> None:
-        """After a forward. Raises what `check_weights` does, and what else a view's way does not allow."""
+        """After a forward that `see` was called for. Raises what `check_weights` does, and where a value that stands for a weight was changed."""
         self.check_weights()
 
     def check_weights(self) -> None:
-        """After a forward.
+        """After any forward, of the modules' own parameters.
 
         Raises:
             RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
@@ -112,9 +163,26 @@ class View(abc.ABC):
     def see(self, shifts: Sequence[Shift]) -> None:
         """The next forward runs at theta + shift."""
 
+    @property
+    def rehearses(self) -> int:
+        """Steps without an update that must have run before one is recorded: they leave no trace. 0: they would, in the weights."""
+        return 0
+
+    def news(self) -> str | None:
+        """What the user is to know of the forwards so far, in one line; None if nothing is new."""
+        return None
+
+    # -- memory --
+
     def memory(self) -> Any:
         """What passes and forwards read and write by address, besides the weights: a graph keeps it alive."""
         return self.groups
+
+    def release(self) -> None:
+        """Give back the memory that the next forward makes anew, if there is any."""
+        return
+
+    # -- the clean weights --
 
     def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
         """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
@@ -166,60 +234,7 @@ class View(abc.ABC):
             for work in works:
                 work.do(self)
 
-    # -- where the weights are --
-
-    mode: ClassVar[str] = "scratch"  # the journal's word
-    rehearses = 0  # rehearsals that a graph of the next step needs; 0: there can be none without a trace in the weights
-    seen = 0  # perturbations of this step that are whole in the weights themselves
-    whole = True  # every pass that began has ended
-
-    def begin(self) -> bool:
-        """A step begins. Returns whether the weights stand ahead."""
-        return False
-
-    def restore(self) -> bool:
-        """Bring the weights back to theta, if they stand elsewhere; whether they did."""
-        return False
-
-    def standing(self) -> list[Shift]:
-        """Where the weights of each group stand; nothing where they are always theta."""
-        return []
-
-    def stand(self, at: Sequence[Shift]) -> None:
-        """The weights stand there, by what somebody else has done. Nothing to note where they are always theta."""
-        return
-
-    def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
-        """Where the update of the step of `tag` goes on to; None: it ends at the clean weights."""
-        return None
-
-    def snapshot(self, from_clean: bool) -> Callable[[], None]:
-        """A copy of the trained weights in host memory, and what takes them back to it. `from_clean`: not from where they are perturbed."""
-        copies = [(p, p.detach().to("cpu", copy=True)) for w in self.groups for p in w.params]
-
-        def back() -> None:
-            self._undo()
-            for p, values in copies:
-                p.copy_(values)
-
-        return back
-
-    def another(self) -> View:
-        """A view of the same weights, which stand where they are, that has learned nothing."""
-        raise NotImplementedError
-
-    @property
-    def room(self) -> int:
-        """Bytes of a buffer, at most."""
-        return 0
-
-    def release(self) -> None:
-        """Give memory back that the next step can make anew; here there is none."""
-        return
-
-    def news(self) -> str | None:
-        """Something to tell the user of how the weights are perturbed; None if there is nothing new."""
-        return None
+    # -- plans --
 
     def plans(self) -> Iterator[Plan]:
         """Every plan of the view's passes."""

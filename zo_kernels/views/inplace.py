@@ -35,20 +35,11 @@ class InPlace(View):
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, lazy: bool = False, **options: Any) -> None:
         super().__init__(groups, model, **options)
-        self.lazy, self.model = lazy, model
-        self.at: list[Shift] = [()] * len(groups)
-        self.seen = 0  # shifts of this step that are whole in the weights
-        self.whole = True  # every pass that began has ended: `at` is where the weights are
+        self.lazy, self.mode = lazy, "lazy" if lazy else "inplace"
+        self.at: list[Shift] = [()] * len(groups)  # true while `whole`
 
-    rehearses = 0
-
-    @property
-    def mode(self) -> str:  # type: ignore[override]
-        return "lazy" if self.lazy else "inplace"
-
-    def begin(self) -> bool:
-        self.seen = 0
-        return any(self.at)
+    def _anew(self, **options: Any) -> InPlace:
+        return InPlace(self.groups, self.model, **options)
 
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
@@ -78,15 +69,15 @@ class InPlace(View):
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, not by its version
 
     def restore(self) -> bool:
-        """Back to theta, to within the rounding of a pass; nothing where the weights are there already."""
-        if ahead := any(self.at):
-            if any(p.data_ptr() != address for p, _, address in self.memories):
-                # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
-                self.groups = [replace(w) for w in self.groups]
-                self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in self.groups for m, e in w.entries()]
-            with torch.no_grad():
-                self.see([()] * len(self.groups))
-        return ahead
+        if not any(self.at):
+            return False
+        if any(p.data_ptr() != address for p, _, address in self.memories):
+            # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
+            self.groups = [replace(w) for w in self.groups]
+            self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in self.groups for m, e in w.entries()]
+        with torch.no_grad():
+            self.see([()] * len(self.groups))
+        return True
 
     def standing(self) -> list[Shift]:
         return list(self.at)
@@ -129,12 +120,6 @@ class InPlace(View):
             self.restore()
 
         return back
-
-    def another(self) -> InPlace:
-        mine = InPlace(self.groups, self.model, seed=self.seed, kind=self.kind, backend=self.backend)
-        mine.stand(self.at)
-        mine.mask_tag = self.mask_tag
-        return mine
 
     def ahead(self, tag: Tag, eps: Sequence[Coefficient]) -> list[Shift] | None:
         if not self.lazy or not isinstance(tag, int) or tag + 1 >= 1 << 32:

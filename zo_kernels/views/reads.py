@@ -3,11 +3,15 @@
 Belongs here: how such a read is noticed. Does not belong here: what is done about it (scratch.py).
 
 For the time of a forward the class of every trained parameter is a subclass of its own class, whose `__torch_function__` asks before a function
-takes the parameter. That costs a forward two assignments a parameter, and nothing where no parameter is read. A mode of torch functions sees
-every operation, and costs microseconds for each; a mode of the dispatcher makes operators take other kernels.
+takes the parameter. That costs a forward two assignments a parameter, and nothing where no parameter is read.
 
-Not noticed: code that takes a tensor without asking (scripted functions, `torch.func.grad`, `jvp` and `vmap` over the parameters themselves, `torch.tensor(p)`,
-`p.as_subclass`, `torch.utils.dlpack.to_dlpack(p)`), and tensors that shared a parameter's memory before the forward.
+It is one look of three, since none sees what the others do. A mode of torch functions (`Watch` of held.py) sees tensors that shared a parameter's
+memory before the forward, too, but costs microseconds for each operation: it looks at a first step. A mode of the dispatcher (`ClosureReads` of
+optim/findings.py) sees scripted code, too, but makes operators take other kernels: it looks at forwards that no run's numbers come from, and
+at steps that have changed nothing so far. All that the modes have in common, whose memory a tensor shares, is `Owners` of memory.py.
+
+Not noticed here: code that takes a tensor without asking (scripted functions, `torch.func.grad`, `jvp` and `vmap` over the parameters themselves,
+`torch.tensor(p)`, `p.as_subclass`, `torch.utils.dlpack.to_dlpack(p)`), and tensors that shared a parameter's memory before the forward.
 """
 
 from __future__ import annotations

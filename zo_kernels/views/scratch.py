@@ -39,11 +39,12 @@ class Scratch(View):
     cannot be handled in parts: one that a function other than `F.linear` or `F.embedding` takes.
     """
 
+    mode = "scratch"
     holds_values = True  # modules may be given values, where all fit
+    model: nn.Module
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
         super().__init__(groups, model, **options)
-        self.model: nn.Module = model
         self.shadows: dict[int, PerturbedWeight] = {}
         for k, weights in enumerate(groups):
             for m, entry in weights.entries():
@@ -66,6 +67,9 @@ class Scratch(View):
         self.recorded = False  # this step's passes are recorded and not executed
         self.bare = False  # this forward runs at theta itself
         self.watched_mode: bool | None = None  # model.training of the step that was watched
+
+    def _anew(self, **options: Any) -> Scratch:
+        return type(self)(self.groups, self.model, self.limit, **options)
 
     def _fitting(self) -> list[PerturbedWeight]:
         """The shadows whose values modules are given: all of them, but for tables whose rows are gathered, where these fit into the buffer's size."""
@@ -148,6 +152,10 @@ class Scratch(View):
                 "(MeZO needs none), or take perturbation='inplace'"
             )
 
+    @property
+    def rehearses(self) -> int:
+        return 1 if self.watched_mode is not None else 2  # the first forwards of all show how they go
+
     def _drop_gradients(self) -> bool:
         """Those of the buffer's tensors; whether there were any."""
         fills = (self.fronts.resident, *self.buffer.fills.values())
@@ -165,22 +173,6 @@ class Scratch(View):
     def snapshot(self, from_clean: bool) -> Callable[[], None]:
         with self._untouched():
             return super().snapshot(from_clean)
-
-    def another(self) -> Scratch:
-        mine = type(self)(self.groups, self.model, self.limit, seed=self.seed, kind=self.kind, backend=self.backend)
-        if self.mask_tag is not None:  # the plans have this draw already, the shadows not yet
-            mine.mask_tag = self.mask_tag
-            mine.retag(self.mask_tag)
-        return mine
-
-    @property
-    def room(self) -> int:
-        return self.limit
-
-    @property
-    def rehearses(self) -> int:  # type: ignore[override]
-        """The first step of all finds out how the forwards go."""
-        return 1 if self.watched_mode is not None else 2
 
     @contextlib.contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -208,7 +200,6 @@ class Scratch(View):
         self.buffer.live = {}
 
     def release(self) -> None:
-        """Give the memory of buffers back; the next forward makes them anew."""
         self.fronts.release()
         self.buffer.release()
         self.pieces.release()
@@ -293,7 +284,6 @@ class Scratch(View):
             self.versions[self.counts[key]] = shadow.clean._version
 
     def news(self) -> str | None:
-        """Which parameters are perturbed in place and the memory that this costs, in one line; None if nothing is new."""
         return self.held.news()
 
 

@@ -33,6 +33,7 @@ class Tangents(Scratch):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.limit = 0  # nothing is written into the buffer
         if held := self.forward.held:
             raise RuntimeError(
                 f"parameter {self.names[next(iter(held))]} is no module's attribute in plain Python (a scripted module's? another model's?), and "
@@ -47,10 +48,6 @@ class Tangents(Scratch):
         # Fused attention has no forward-mode derivative; its plain form has.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), super().step(recorded):
             yield
-
-    @property
-    def room(self) -> int:
-        return 0
 
     def see(self, shifts: Sequence[Shift]) -> None:
         self.forward.passes = [self._pass([(tag, 1.0) for tag, _ in shift], 1.0, "nearest") if shift else None for shift in shifts]
