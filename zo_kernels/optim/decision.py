@@ -34,8 +34,12 @@ class Share:
     go: Any
 
     def live(self, c: Coefficient) -> Coefficient:
-        """c, or 0 in a step that is skipped."""
+        """c, or on a device 0 in a step that is skipped; the host does not do its work."""
         return torch.where(self.go, c, 0.0) if isinstance(self.go, Tensor) else c
+
+    def either(self, new: Tensor, old: Tensor) -> Tensor:
+        """`new`, or on a device `old` in a step that is skipped."""
+        return torch.where(self.go, new, old) if isinstance(self.go, Tensor) else new
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Decision:
     go: Any = True
     clipped: Any = False
     failed: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether the host knows the numbers; otherwise they are tensors on a device."""
+        return not isinstance(self.go, Tensor)
 
     def share(self, group: int, tags: Sequence[Tag], own: int) -> Share:
         """`own`: how many numbers are the rule's."""

@@ -30,6 +30,9 @@ class Direction:
     """A configuration; `of` makes what holds its tensors in one optimizer."""
 
     name: ClassVar[str]
+    plain: ClassVar[bool] = False  # z is the noise itself, which is known at any later time by its tag
+    factored: ClassVar[bool] = False  # z of a matrix is a product of factors
+    diagonal: ClassVar[bool] = False  # z is scaled by an H that a rule updates
     update_differs: ClassVar[bool] = False  # perturbation and update use different scales
     alone: ClassVar[bool] = False  # a step has one direction: what is held is that one's
 
@@ -51,6 +54,7 @@ class Dense(Direction):
     """Gaussian or Rademacher in every element (`kind` of the optimizer)."""
 
     name: ClassVar[str] = "dense"
+    plain: ClassVar[bool] = True
 
 
 # ---- sparse -----------------------------------------------------------------------------------------------------------
@@ -287,6 +291,7 @@ class InverseRoot(Direction):
     """z / sqrt(H), H a diagonal that a rule keeps (HiZOO). `DirectionState.made` has it as the rule's state, fp32, ones at the start."""
 
     name: ClassVar[str] = "inverse-root"
+    diagonal: ClassVar[bool] = True
     update_differs: ClassVar[bool] = True  # the rule applies H itself
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
@@ -340,6 +345,7 @@ class LowRank(Direction):
     rank: int = 2
     every: int = 50
     name: ClassVar[str] = "low-rank"
+    factored: ClassVar[bool] = True
     update_differs: ClassVar[bool] = True
     alone: ClassVar[bool] = True
 

@@ -26,6 +26,7 @@ class Estimator:
 
     name: ClassVar[str]
     dual: ClassVar[bool] = False  # losses come with their tangents, of forwards that carry them
+    curved: ClassVar[bool] = False  # its points tell the `curvature`
 
     @property
     def directions(self) -> int:
@@ -45,7 +46,7 @@ class Estimator:
         return losses[0]
 
     def curvature(self, losses: Tensor, eps: Tensor) -> Tensor | None:
-        """Along the direction, float64 [groups, 1]; None where the points do not tell."""
+        """Along the direction, float64 [groups, 1]; None where the points do not tell (`curved`)."""
         return None
 
 
@@ -121,6 +122,7 @@ class ThreePoint(Estimator):
     (arXiv 2402.15173) feeds its diagonal. 3 forwards."""
 
     name: ClassVar[str] = "three-point"
+    curved: ClassVar[bool] = True
 
     def points(self) -> list[Offsets]:
         return [[], [(0, 1.0)], [(0, -1.0)]]

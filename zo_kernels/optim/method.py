@@ -95,7 +95,7 @@ class Method:
     @property
     def plain(self) -> bool:
         """Whether every step is the same list of terms, with coefficients of its own losses alone."""
-        steady = self.direction == directions.Dense() and self.blocks is None and self.projection is None
+        steady = self.direction.plain and self.blocks is None and self.projection is None
         return steady and not self.rule.scheduled and not self.rule.stateful and self.clip.window == 0
 
     def configured(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
     estimator, rule, direction, blocks, projection = (
         method.estimator, method.rule, method.direction, method.blocks, method.projection,
     )  # fmt: skip
-    rule.check(estimator.directions, direction.name)
+    rule.check(estimator.directions, direction)
     simple = method.plain and first_order is None
     if lazy and not (simple and estimator == estimators.TwoSided()):
         raise ValueError(
@@ -227,10 +227,9 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         raise ValueError(
             "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions"
         )
-    three, inverse = isinstance(estimator, estimators.ThreePoint), isinstance(direction, directions.InverseRoot)
-    if isinstance(rule, rules.HessianDiagonal) != inverse or (inverse and not three):
+    if rule.diagonal != direction.diagonal or (rule.diagonal and not estimator.curved):
         raise ValueError("HessianDiagonal, InverseRoot and ThreePoint are the parts of one method, HiZOO: give all three")
-    if inverse and method.kind != "gaussian":
+    if rule.diagonal and method.kind != "gaussian":
         raise ValueError(
             f"kind={method.kind!r} with HessianDiagonal: z^2 = 1 everywhere tells nothing about single weights; take 'gaussian'"
         )

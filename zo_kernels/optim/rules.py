@@ -1,7 +1,7 @@
 """What is done with projected gradients: the update rules, what each records of a step, and which work on the weights a record stands for.
 
-Belongs here: the rules, and what they keep between steps. Does not belong here: how g was estimated (estimators.py), how work is done (views/), arithmetic
-on weights (zo_kernels.ops and zo_kernels.update).
+Belongs here: the rules. Does not belong here: how g was estimated (estimators.py), the memory of what a rule keeps between steps (states.py), how work is
+done (views/), arithmetic on weights (zo_kernels.ops and zo_kernels.update).
 
 A rule works in two halves, so that a run can be replayed. `decide` turns the estimates of all groups into the few numbers of the step's record; `work`
 says, as a function of those numbers and of the rule's state alone, what is to be done to the weights of one group.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zo_kernels import checks, lowrank, update
 from zo_kernels.optim.decision import Share
+from zo_kernels.optim.directions import Direction
 from zo_kernels.optim.limits import DirectionState
 from zo_kernels.optim.states import FactorState, RuleState
 from zo_kernels.parameters import Weights
@@ -32,10 +33,15 @@ class Rule:
     """What all rules have. Rules are configurations; what they keep between steps is in a `RuleState`."""
 
     name: ClassVar[str]
-    stateful: ClassVar[bool] = False  # its work begins at the clean weights: it reads a state, or changes what perturbs
     tries: ClassVar[int] = 0  # candidates that are evaluated before the step is decided
+    diagonal: ClassVar[bool] = False  # it updates the H of a direction that is scaled by it, from the estimator's curvature
     one_way: ClassVar[bool] = False  # one choice is made for all groups: they descend together, or ascend
     scheduled: ClassVar[bool] = False  # a record's numbers are not the coefficients of the update
+
+    @property
+    def stateful(self) -> bool:
+        """Whether its work begins at the clean weights: it reads a state, or changes what perturbs."""
+        return False
 
     @property
     def keeps(self) -> Mapping[str, torch.dtype]:
@@ -77,7 +83,7 @@ class Rule:
         if wanted := self.keeps:
             state.of(weights, weights.names, wanted)
 
-    def check(self, directions: int, direction: str) -> None:
+    def check(self, directions: int, direction: Direction) -> None:
         """ValueError where the rule makes no sense with so many directions, or this kind of them."""
 
     def of(self) -> RuleState:
@@ -144,7 +150,7 @@ class Conservative(Rule):
     def size(self, directions: int) -> int:
         return 2
 
-    def check(self, directions: int, direction: str) -> None:
+    def check(self, directions: int, direction: Direction) -> None:
         if directions != 1:
             raise ValueError(f"rule=Conservative() with {directions} queries: it tries one direction; give queries=1")
 
@@ -188,6 +194,14 @@ def _check_state(rule: Any) -> None:
         raise ValueError("history=0: give the number of steps to remember, at least 1")
 
 
+def _check_past(direction: Direction) -> None:
+    """Of a rule that forms its state anew from past steps."""
+    if not direction.plain:
+        raise ValueError(
+            f"state='recomputed' with {direction.name} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
+        )
+
+
 def _check_beta(name: str, beta: Any) -> None:
     if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
         raise ValueError(f"{name}={beta!r} must be in [0, 1)")
@@ -215,7 +229,7 @@ class Momentum(_Rated):
         _check_state(self)
 
     @property
-    def stateful(self) -> bool:  # type: ignore[override]
+    def stateful(self) -> bool:
         return self.state == "stored"
 
     @property
@@ -226,15 +240,13 @@ class Momentum(_Rated):
     def counts(self) -> bool:
         return self.state == "recomputed"
 
-    def check(self, directions: int, direction: str) -> None:
-        if direction == "low-rank":
+    def check(self, directions: int, direction: Direction) -> None:
+        if direction.factored:
             raise ValueError(
                 "rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take LowRankMomentum()"
             )
-        if self.state == "recomputed" and direction not in ("dense",):
-            raise ValueError(
-                f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
-            )
+        if self.state == "recomputed":
+            _check_past(direction)
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
         *gs, lr = share.coefs
@@ -280,7 +292,6 @@ class Adam(_Rated):
     history: int = 32
     dtype: str = "float32"
     name: ClassVar[str] = "adam"
-    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta("beta1", self.beta1)
@@ -290,6 +301,10 @@ class Adam(_Rated):
             raise ValueError(f"eps={self.eps!r} must be a positive normal number in fp32: it keeps 0 / 0 away")
 
     @property
+    def stateful(self) -> bool:
+        return True
+
+    @property
     def keeps(self) -> Mapping[str, torch.dtype]:
         return {"m": STATE_DTYPES[self.dtype], "v": torch.float32} if self.state == "stored" else {}
 
@@ -297,8 +312,8 @@ class Adam(_Rated):
     def counts(self) -> bool:
         return True
 
-    def check(self, directions: int, direction: str) -> None:
-        if direction == "low-rank":
+    def check(self, directions: int, direction: Direction) -> None:
+        if direction.factored:
             raise ValueError(
                 "rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD() or LowRankMomentum()"
             )
@@ -306,10 +321,8 @@ class Adam(_Rated):
             raise ValueError(
                 f"state='recomputed' with {directions} queries: the square of their sum is no sum of squares; give queries=1 or state='stored'"
             )
-        if self.state == "recomputed" and direction not in ("dense",):
-            raise ValueError(
-                f"state='recomputed' with {direction} directions: past masks and scales are gone; give state='stored' or direction=Dense()"
-            )
+        if self.state == "recomputed":
+            _check_past(direction)
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
         if self.state == "recomputed":
@@ -355,13 +368,17 @@ class HessianDiagonal(Rule):
     low: float = 1e-4
     high: float = 1e4
     name: ClassVar[str] = "hessian-diagonal"
-    stateful: ClassVar[bool] = True
+    diagonal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 1):
             raise ValueError(f"alpha={self.alpha!r} must be in [0, 1)")
         if not 0 < checks.check_fp32("low", self.low) <= 1 <= checks.check_fp32("high", self.high):
             raise ValueError(f"low={self.low!r} and high={self.high!r} must hold 1, where H starts, between them, low > 0")
+
+    @property
+    def stateful(self) -> bool:
+        return True
 
     def size(self, directions: int) -> int:
         return 2
@@ -396,18 +413,21 @@ class LowRankMomentum(_Rated):
 
     beta: float = 0.9
     name: ClassVar[str] = "low-rank-momentum"
-    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta("beta", self.beta)
 
+    @property
+    def stateful(self) -> bool:
+        return True
+
     def of(self) -> RuleState:
         return FactorState(self)
 
-    def check(self, directions: int, direction: str) -> None:
-        if direction != "low-rank":
+    def check(self, directions: int, direction: Direction) -> None:
+        if not direction.factored:
             raise ValueError(
-                f"rule=LowRankMomentum() with {direction} directions: it keeps momentum in a factor of LowRank(); take Momentum()"
+                f"rule=LowRankMomentum() with {direction.name} directions: it keeps momentum in a factor of LowRank(); take Momentum()"
             )
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
@@ -441,7 +461,7 @@ class LowRankMomentum(_Rated):
         at = state.v.setdefault(name, now)
         new = n
         if at != now:
-            if isinstance(share.go, Tensor) and not bool(share.go):
+            if not share.go:
                 return  # once for each V the host waits, so that a step that is skipped leaves N as it is
             old = lowrank.factors(
                 direction.seed, entry.stream, now, at, 1, entry.cols, entry.rank, device=n.device, backend=direction.backend
@@ -456,7 +476,7 @@ class LowRankMomentum(_Rated):
         share_of_u = entry.left * (_fp32_on(kick, n.device))
         new = new * self.beta
         new += share_of_u
-        n.copy_(torch.where(share.go, new, n) if isinstance(share.go, Tensor) else new)
+        n.copy_(share.either(new, n))
         entry.left.copy_(torch.where(n.abs() < 2.0**-60, 0.0, n))
         lowrank.round_to_12_bits_(entry.left)
 
