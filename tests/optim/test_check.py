@@ -22,6 +22,7 @@ import zo_kernels as zk
 from tests.optim import emulated_graph, models
 from zo_kernels import journal
 from zo_kernels.optim import decide, findings
+from zo_kernels.optim.refresh import trained
 
 IDS = models.tokens()
 cross_entropy = nn.functional.cross_entropy
@@ -216,7 +217,7 @@ def test_check_names_the_tensors() -> None:
     assert report["reads"].status == "warning"
     assert len(report["reads"].tensors) == 4 and all("other" in n for n in report["reads"].tensors)
     case = norms_in_16_bits()
-    assert set(zk.check(*case)["weights"].tensors) == set(case.step._trained())
+    assert set(zk.check(*case)["weights"].tensors) == set(trained(case.step.param_groups))
 
 
 # ---- sound set-ups ----------------------------------------------------------------------------------------------------
@@ -535,11 +536,11 @@ def test_a_step_tells_that_another_adapter_is_active() -> None:
 @pytest.mark.parametrize("build", [a_merged_adapter, a_replaced_head])
 def test_a_step_refuses_a_model_that_lost_parameters(build: Callable[[], Case]) -> None:
     case = build()
-    weights = [p.detach().clone() for p in case.step._trained().values()]
+    weights = [p.detach().clone() for p in trained(case.step.param_groups).values()]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no longer in the model"):
             case.step.step(case.closure)
-    assert all(map(torch.equal, weights, case.step._trained().values()))
+    assert all(map(torch.equal, weights, trained(case.step.param_groups).values()))
 
 
 def test_a_step_tells_of_parameters_that_came_later() -> None:

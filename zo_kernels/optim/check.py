@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import interrupts, views
-from zo_kernels.optim import evaluate, findings, generators
-from zo_kernels.optim import step as steps
+from zo_kernels.optim import evaluate, findings, generators, refresh
+from zo_kernels.optim.schedule import Paused
+from zo_kernels.optim.step import ZOStep
 from zo_kernels.views import tangents
 
 DIRECTIONS = 3  # along which differences are measured
@@ -91,7 +92,7 @@ class Report:
     __repr__ = __str__
 
 
-def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any] | None = None) -> Report:
+def check(step: ZOStep, closure: Callable[..., Any], batches: Sequence[Any] | None = None) -> Report:
     """What is wrong with a step before it is made: some ten evaluations of the closure at theta and at theta ± eps z, for the z of the next steps.
 
     Nothing is changed: weights (to the bit; in place, for the time of the check, for a copy of the trained ones), gradients, buffers of the model,
@@ -110,37 +111,32 @@ def check(step: steps.ZOStep, closure: Callable[..., Any], batches: Sequence[Any
         Whatever the closure raises, and what a step would refuse: TypeError if it returns no loss, RuntimeError if it writes to the weights.
     """
     evaluate.check_call(closure, batches)
-    if not step._busy.acquire(blocking=False):
-        raise steps.under_way("zk.check()")
-    try:
-        with torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
-            try:
-                view = step._refresh()
-            except RuntimeError as error:  # parameters that the model has lost
-                return Report((Finding("model", "mistake", str(error)),))
-            with _unchanged(step, view):
-                return Report(tuple(_Check(step, view, closure, batches).findings()))
-    finally:
-        step._busy.release()
+    with step.paused("zk.check()") as paused, torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
+        try:
+            view = paused.view()
+        except RuntimeError as error:  # parameters that the model has lost
+            return Report((Finding("model", "mistake", str(error)),))
+        with _unchanged(paused, view):
+            return Report(tuple(_Check(step, paused, view, closure, batches).findings()))
 
 
 @contextlib.contextmanager
-def _unchanged(step: steps.ZOStep, view: views.View) -> Iterator[None]:
-    """What the evaluations touch is, afterwards, what it was."""
+def _unchanged(paused: Paused, view: views.View) -> Iterator[None]:
+    """The next step is prepared; what that and the evaluations touch is, afterwards, what it was."""
     rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
     states = rng.get()
     copies = [(p, p.detach().clone()) for p in view.params.values()] if view.mode != "scratch" else []
-    every = list(step._model.parameters()) if step._model is not None else list(view.params.values())
+    model = paused.warner.model
+    every = list(model.parameters()) if model is not None else list(view.params.values())
     grads = [(p, p.grad) for p in every]
-    step._inside = True
     try:
+        paused.run.prepare(view)
         for p in every:
             p.grad = None
         yield
     finally:
         with interrupts.uninterrupted():
-            step._inside = False
-            step._run.direction.undo()
+            paused.run.direction.undo()
             with torch.inference_mode():  # writes to parameters that were made in it, too
                 for p, clean in copies:
                     p.copy_(clean)
@@ -150,11 +146,14 @@ def _unchanged(step: steps.ZOStep, view: views.View) -> Iterator[None]:
 
 
 class _Check:
-    def __init__(self, step: steps.ZOStep, view: views.View, closure: Callable[..., Any], batches: Sequence[Any] | None) -> None:
-        self.step, self.view, self.closure, self.batches = step, view, closure, batches
-        self.model: nn.Module | None = step._model
-        self.trained = step._trained()
-        self.dual = step._run.method.estimator.dual
+    def __init__(
+        self, step: ZOStep, paused: Paused, view: views.View, closure: Callable[..., Any], batches: Sequence[Any] | None
+    ) -> None:
+        self.step, self.run, self.warner = step, paused.run, paused.warner
+        self.view, self.closure, self.batches = view, closure, batches
+        self.model: nn.Module | None = paused.warner.model
+        self.trained = refresh.trained(step.param_groups)
+        self.dual = self.run.method.estimator.dual
         self.eps = float(step.param_groups[0]["eps"])
         self.rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
         self.before = self.rng.get()
@@ -188,7 +187,6 @@ class _Check:
 
     def findings(self) -> Iterator[Finding]:
         """All of them, the evaluations first."""
-        self.step._run.prepare(self.view)
         mine = self.view.another()  # the optimizer's keeps what it has learned of the forwards
         mine.restore()  # of a lazy run, whose weights are ahead
         # At theta: what is read and written, then twice alike.
@@ -225,15 +223,14 @@ class _Check:
 
     def differences(self, mine: views.View) -> list[tuple[list[float], list[float]]]:
         """Losses on both sides along DIRECTIONS directions; of forward gradients the slopes, twice."""
-        step = self.step
-        count = 1 if step._run.method.direction.alone else DIRECTIONS
-        tags = [t for t in range(step._run.tag, step._run.tag + count) if t < 1 << 32]
+        count = 1 if self.run.method.direction.alone else DIRECTIONS
+        tags = [t for t in range(self.run.tag, self.run.tag + count) if t < 1 << 32]
         found = []
         with mine.step():
             for tag in tags:
                 pair = []
                 for side in (1.0, -1.0):
-                    mine.see([[(tag, side * float(g["eps"]))] for g in step.param_groups])
+                    mine.see([[(tag, side * float(g["eps"]))] for g in self.step.param_groups])
                     pair.append(self.evaluate(self.dual))
                     mine.check()
                     if self.dual:
@@ -248,10 +245,8 @@ class _Check:
     def of_membership(self) -> Finding:
         if not self.trained:
             return Finding.of("model", "mistake", findings.FROZEN)
-        if self.step._warner.whole and self.model is not None:
-            names = findings.unowned(self.model, self.step.param_groups, self.step._first_order)
-            if names:
-                return Finding.of("model", "warning", findings.nobodys(names), tensors=tuple(names))
+        if names := self.warner.unowned(self.step.param_groups):
+            return Finding.of("model", "warning", findings.nobodys(names), tensors=tuple(names))
         elements = sum(p.numel() for p in self.trained.values())
         text = f"{len(self.trained)} tensors with {elements:,} weights are trained"
         return Finding("model", "ok", text, numbers={"tensors": len(self.trained), "weights": elements})
@@ -346,7 +341,7 @@ class _Check:
         return Finding("grain", "ok", text, numbers=numbers)
 
     def of_weights(self) -> Finding:
-        shares = findings.moved(findings.deviations(self.step.param_groups, self.view), self.step._run.method.kind)
+        shares = findings.moved(findings.deviations(self.step.param_groups, self.view), self.run.method.kind)
         params = self.view.params
         total = sum(params[n].numel() for n in shares)
         everything = sum(share * params[n].numel() for n, share in shares.items()) / max(1, total)

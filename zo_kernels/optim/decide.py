@@ -122,6 +122,5 @@ def decide(
 def choose(method: Method, decided: Decided, losses: Tensor) -> Decided:
     """The decision once a rule's candidates are evaluated: `losses` float64 [candidates], of which the lowest is the best."""
     coefs = method.rule.choose(losses.to(decided.coefs.device), decided.coefs)
-    unread = isinstance(decided.decision.go, Tensor)
-    groups = [list(row.unbind()) for row in coefs] if unread else coefs.tolist()
+    groups = coefs.tolist() if decided.decision.known else [list(row.unbind()) for row in coefs]
     return replace(decided, decision=replace(decided.decision, coefs=groups), coefs=coefs)

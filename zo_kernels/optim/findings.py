@@ -78,8 +78,8 @@ def sixteen_bits(values: Sequence[float], kinds: Sequence[Any], model_has: bool)
         values: finite losses, one an evaluation. kinds: the dtype of each if it was a tensor, otherwise its Python type.
     """
     for kind in kinds:
-        if kind in (torch.bfloat16, torch.float16):
-            return kind  # type: ignore[no-any-return]
+        if isinstance(kind, torch.dtype) and kind in (torch.bfloat16, torch.float16):
+            return kind
         if kind in (bool, int) or (isinstance(kind, torch.dtype) and not kind.is_floating_point):
             return None
     if len(values) < 4:
@@ -202,12 +202,6 @@ class ClosureReads(TorchDispatchMode):
             self.read.add(name)
         elif name not in self.copies and (written or t.nbytes <= self.SMALL):
             self.copies[name] = t.detach().clone()
-
-
-def unowned(model: nn.Module, groups: Sequence[Mapping[str, Any]], first_order: torch.optim.Optimizer | None) -> list[str]:
-    """The model's trainable parameters that neither optimizer has."""
-    owned = {id(p) for g in (*groups, *(first_order.param_groups if first_order is not None else ())) for p in g["params"]}
-    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
 
 
 def nobodys(names: Sequence[str]) -> Words:
@@ -348,8 +342,16 @@ class Warner:
         self.membership = False
         if not active(groups):
             self.say("frozen", FROZEN)
-        if self.whole and self.model is not None and (names := unowned(self.model, groups, self.first_order)):
+        if names := self.unowned(groups):
             self.say("unowned", nobodys(names))
+
+    def unowned(self, groups: Groups) -> list[str]:
+        """The model's trainable parameters that neither optimizer has, where all were ours to take."""
+        if self.model is None or not self.whole:
+            return []
+        theirs = self.first_order.param_groups if self.first_order is not None else ()
+        owned = {id(p) for g in (*groups, *theirs) for p in g["params"]}
+        return [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in owned]
 
     def _closely(self, number: int, groups: Groups, view: views.View, points: int) -> None:
         heard = [(float(loss), kind) for loss, kind in self.heard]

@@ -148,10 +148,11 @@ def _copy(node: Any) -> Any:
     if members is None:
         return node.clone() if isinstance(node, Tensor) else node
     copies = {name: _copy(member) for name, member in members.items()}
+    kind: Any = type(node)
     if isinstance(node, Mapping):
-        return type(node)(copies)  # type: ignore[call-arg]
+        return kind(copies)
     if isinstance(node, (list, tuple)):
-        return type(node)(*copies.values()) if hasattr(node, "_fields") else type(node)(copies.values())
+        return kind(*copies.values()) if hasattr(node, "_fields") else kind(copies.values())
     return replace(node, **copies)
 
 

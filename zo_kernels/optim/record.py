@@ -24,6 +24,7 @@ from zo_kernels import interrupts, journal, parameters
 from zo_kernels.optim import method
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
+from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Weights, canonical_name
 from zo_kernels.views import View
 
@@ -165,13 +166,13 @@ class Recording:
 
     def before(self, decision: Decision) -> None:
         """Write the record of a step whose numbers the host knows, before it changes anything."""
-        if self.recorder is not None and not isinstance(decision.go, Tensor):
+        if self.recorder is not None and decision.known:
             self.recorder.append(decision)
             self.flushed = False
 
     def behind(self, decision: Decision) -> None:
         """Queue the record of one whose numbers the host does not know, behind its kernels."""
-        if self.recorder is not None and isinstance(decision.go, Tensor):
+        if self.recorder is not None and not decision.known:
             self.queue(decision, decision.unknown())
 
     def queue(self, decision: Decision, summary: Tensor | None = None) -> None:
@@ -259,6 +260,18 @@ def _differences(past: journal.Journal, mine: Mapping[str, Any], rounding: str) 
         if before != rounding and any(p.dtype != "float32" for p in past.header.parameters):
             found.append(f"rounding was {before!r}, is {rounding!r}")
     return found
+
+
+def about(run: Run, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of a header that no record depends on, of torch's parameter groups; lr before any scheduler."""
+    signs = [g["maximize"] for g in groups]
+    return {
+        "lr": [float(g.get("initial_lr", g["lr"])) for g in groups],
+        "weight_decay": [float(g["weight_decay"]) for g in groups],
+        "eps": [float(g["eps"]) for g in groups],
+        "clip": run.method.clip.number,
+        "maximize": signs[0] if len(set(signs)) == 1 else signs,
+    }
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,17 @@ class Outcome(NamedTuple):
     gradient: Tensor
 
 
+class Paused(NamedTuple):
+    """A run that takes no step for now, as `check` sees it.
+
+    view: makes the view of the next step's weights, which nobody flushes from then on. Raises what a step would.
+    """
+
+    run: Run
+    warner: findings.Warner
+    view: Callable[[], views.View]
+
+
 class Schedule:
     """The steps of one run.
 
@@ -145,8 +156,8 @@ class Schedule:
             for weights in view.groups:
                 method.rule.reserve(run.rule, weights)
             back = run.snapshot(view) if commit is not None and run.projects(decision) else None
-            counts = commit is not None and back is None
-            if counts:
+            done = commit if back is None else None
+            if done is not None:
                 self.recording.before(decision)
             try:
                 run.apply(decision, tags, view, view.ahead(tag, numbers.eps))
@@ -158,9 +169,9 @@ class Schedule:
                 if bool(decision.go):  # on a device the host waits; a backward pass has kept it busy
                     self.first_order.step()
                 self.first_order.zero_grad()
-            if counts:
+            if done is not None:
                 self.recording.behind(decision)
-                commit(decision)  # type: ignore[misc]
+                done(decision)
         return Outcome(method.estimator.loss(losses), decided.gradient), decision, back
 
     def _losses(self, view: views.View, forwards: Evaluation, shifts: Sequence[Any]) -> Tensor:

@@ -7,13 +7,14 @@ papers' names for methods (methods.py).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +44,7 @@ from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Loss
 from zo_kernels.optim.groups import check_group, check_signs
 from zo_kernels.optim.run import Run
-from zo_kernels.optim.schedule import Outcome, Schedule
+from zo_kernels.optim.schedule import Outcome, Paused, Schedule
 
 
 class ZOStep(torch.optim.Optimizer):
@@ -245,8 +246,26 @@ class ZOStep(torch.optim.Optimizer):
     def _refresh(self) -> views.View:
         return self._views.refresh(self.param_groups, self)
 
-    def _trained(self) -> dict[str, Tensor]:
-        return refresh.trained(self.param_groups)
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[Paused]:
+        """For `check`: meanwhile no step of this optimizer begins, and no copy is made.
+
+        Raises:
+            RuntimeError: a step is under way; `what` is called between two steps.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise under_way(what)
+
+        def view() -> views.View:
+            found = self._refresh()
+            self._inside = True
+            return found
+
+        try:
+            yield Paused(self._run, self._warner, view)
+        finally:
+            self._inside = False
+            self._busy.release()
 
     def flush(self) -> None:
         """Bring weights that a lazy step left at theta + eps z back to theta. The next step then begins with a pass of its own."""
@@ -415,7 +434,7 @@ class ZOStep(torch.optim.Optimizer):
             "terms": run.method.terms,
         }
         fixed |= {"method": self.method()}
-        start = record.Start(fixed, self._about(), self._weights(), self._model, self._rounding)
+        start = record.Start(fixed, record.about(run, self.param_groups), self._weights(), self._model, self._rounding)
         if resume and os.path.lexists(path) and run.tag:
             raise RuntimeError(f"resume=True after {run.tag} steps: only an optimizer that has not stepped can resume a journal")
 
@@ -435,7 +454,7 @@ class ZOStep(torch.optim.Optimizer):
                     findings.ZOWarning,
                     stacklevel=4,
                 )
-            repeat.resume(run, past, view, self._refresh, self._trained)
+            repeat.resume(run, past, view, self._refresh, lambda: refresh.trained(self.param_groups))
             if len(past.steps):
                 self.projected_gradient = torch.tensor(float(past.steps["gradient"][-1]), dtype=torch.float64, device="cpu")
 
@@ -444,17 +463,6 @@ class ZOStep(torch.optim.Optimizer):
         )
         self._recording.begin(recorder, self)
         return past
-
-    def _about(self) -> dict[str, Any]:
-        """The numbers of a header that no record depends on; lr before any scheduler."""
-        signs = [g["maximize"] for g in self.param_groups]
-        return {
-            "lr": [float(g.get("initial_lr", g["lr"])) for g in self.param_groups],
-            "weight_decay": [float(g["weight_decay"]) for g in self.param_groups],
-            "eps": [float(g["eps"]) for g in self.param_groups],
-            "clip": self._run.method.clip.number,
-            "maximize": signs[0] if len(set(signs)) == 1 else signs,
-        }
 
     def close_journal(self) -> None:
         """Write what is queued, make it durable, release the lock; later steps are not recorded."""

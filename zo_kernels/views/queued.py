@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zo_kernels import checks, ops
 from zo_kernels.plan import Pass, Passes, Plan
@@ -27,7 +26,7 @@ class Queued(InPlace):
         super().__init__(*args, **options)
         self.waiting: list[list[Pass]] = [[] for _ in self.groups]
 
-    def expect(self, params: Iterable[Tensor] | None = None) -> None:
+    def expect(self) -> None:
         """No closure runs that could write."""
 
     def run(
