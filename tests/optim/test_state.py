@@ -692,3 +692,16 @@ def test_bytes_of_state_are_those_that_are_held() -> None:
     step = zk.HybridZO(model, 1e-3, EPS, first_order=theirs)
     go_on(model, step, 1)
     assert step.state_bytes() == 2 * 4 * (model.norm.weight.numel() + model.norm.bias.numel())
+
+
+def test_a_lost_factor_of_lozos_momentum_is_refused() -> None:
+    model = Tiny()
+    step = zk.LOZO(model, 1e-3, EPS, momentum=0.9)
+    go_on(model, step, 2)
+    state = step.state_dict()
+    for own in state["state"].values():
+        own.pop("factor", None)
+    other = zk.LOZO(Tiny(), 1e-3, EPS, momentum=0.9)
+    with pytest.raises(ValueError, match="'factor' of parameter .* was lost"):
+        other.load_state_dict(state)
+    assert other.steps == 0

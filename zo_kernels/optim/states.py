@@ -158,6 +158,8 @@ class FactorState(RuleState):
         return {**super().state(), **held, "v": dict(self.v)}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        if lost := sorted(set(state["v"]) - set(state["factor"])):
+            raise ValueError(f"the 'factor' of parameter {lost[0]!r} was lost ({len(lost)} in all)")
         super().load(state)
         for what in ("factor", "momentum"):
             for name, t in state[what].items():
