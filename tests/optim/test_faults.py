@@ -800,33 +800,31 @@ torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 from tests.optim.test_faults import MODES, Net, optimizer_of, values
 from tests.kernels.cases import same_bits
-model = Net()
-{share}
-step = optimizer_of(model, {mode!r})
-for _ in range(2): step.step(model)
-stood = values(model)
-child = os.fork()
-if child == 0:
-    if {train}:
-        for _ in range(3): step.step(model)
-        assert not same_bits(model.hidden.weight, stood["hidden.weight"])
-    sys.exit(0)  # with Python's exit handlers
-assert os.waitpid(child, 0)[1] == 0
-assert all(same_bits(p, stood[n]) for n, p in model.named_parameters())
-other = Net()
-twin = optimizer_of(other, {mode!r})
-for _ in range(2): twin.step(other)
-assert step.step(model) == twin.step(other)
+for mode, share in {cases!r}:
+    model = Net()
+    if share: model.share_memory()
+    step = optimizer_of(model, mode)
+    for _ in range(2): step.step(model)
+    stood = values(model)
+    child = os.fork()
+    if child == 0:
+        if not share:
+            for _ in range(3): step.step(model)
+            assert not same_bits(model.hidden.weight, stood["hidden.weight"])
+        sys.exit(0)  # with Python's exit handlers
+    assert os.waitpid(child, 0)[1] == 0, (mode, share)
+    assert all(same_bits(p, stood[n]) for n, p in model.named_parameters()), (mode, share)
+    other = Net()
+    twin = optimizer_of(other, mode)
+    for _ in range(2): twin.step(other)
+    assert step.step(model) == twin.step(other), (mode, share)
 """
 
 
-@pytest.mark.parametrize("mode", ["lazy", "resident"])
-@pytest.mark.parametrize("kind", ["trains", "shared memory"])
-def test_a_forked_child_works_on_its_own_memory(mode: str, kind: str) -> None:
-    """And where weights are shared, its exit leaves them as the parent needs them."""
+def test_a_forked_child_works_on_its_own_memory() -> None:
+    """And where weights are shared, its exit leaves them as the parent needs them. One process for all: torch takes seconds to import."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    share = "model.share_memory()" if kind == "shared memory" else ""
-    script = FORK.format(root=root, mode=mode, share=share, train=kind == "trains")
+    script = FORK.format(root=root, cases=[(mode, share) for mode in ("lazy", "resident") for share in (False, True)])
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=root)
 
 

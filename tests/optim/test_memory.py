@@ -73,9 +73,9 @@ HELD: dict[str, tuple[Make, Callable[[int], float]]] = {
 STATELESS = [name for name, (_, held) in HELD.items() if not held(2)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def frozen() -> Iterator[None]:
-    """What was there before the test is no object of the collector's, which then is quick."""
+    """What was there before these tests is no object of the collector's, which then is quick; each test tells its own tensors from earlier ones."""
     gc.collect()
     gc.freeze()
     yield

@@ -103,8 +103,12 @@ def check_run(make: Callable[..., zk.ZOStep], dtype: torch.dtype, path: Path, **
     assert half.read_bytes() == path.read_bytes()
 
 
+# test_net.py replays, resumes, loads and copies every method in both modes; these are the settings that it lacks.
+BEYOND_THE_NET = ("one-sided", "momentum-2", "blockwise-patterns", "momentum-blocks")
+
+
 @each_dtype
-@each_run
+@pytest.mark.parametrize(("name", "mode"), [run for run in JOURNALED if run[0] in BEYOND_THE_NET])
 def test_replay_and_resume_give_the_bits_of_the_run(tmp_path: Path, name: str, mode: str, dtype: torch.dtype) -> None:
     check_run(CASES[name].make, dtype, tmp_path / "run.zoj", perturbation=mode, weight_decay=0.1)
 
@@ -216,10 +220,11 @@ ALL: dict[str, Callable[..., zk.ZOStep]] = {**{n: c.make for n, c in CASES.items
 ALL_MODES = [*EVERY, *((n, m) for n in COMBINED for m in ("scratch", "inplace"))]
 
 
-@pytest.mark.parametrize("order", ["model first", "optimizer first"])
 @pytest.mark.parametrize(("name", "mode"), ALL_MODES)
-def test_a_saved_run_goes_on_bit_for_bit(name: str, mode: str, order: str) -> None:
-    """Into an optimizer that was made with another seed, on weights that were loaded before or after it was made; and into one that has run."""
+def test_a_saved_run_goes_on_bit_for_bit(name: str, mode: str) -> None:
+    """Into an optimizer that was made with another seed, on weights that were loaded before (scratch) or after (in place) it was made; and into one
+    that has run."""
+    order = "model first" if mode == "scratch" else "optimizer first"
     model = Tiny(torch.bfloat16)
     step = ALL[name](model, perturbation=mode)
     used = Tiny(torch.bfloat16)
@@ -244,7 +249,7 @@ def test_a_saved_run_goes_on_bit_for_bit(name: str, mode: str, order: str) -> No
     assert same(model, fresh) and same(model, used)
 
 
-@pytest.mark.parametrize(("name", "mode"), ALL_MODES)
+@pytest.mark.parametrize(("name", "mode"), [run for run in ALL_MODES if run[0] in COMBINED or run[0] in BEYOND_THE_NET])
 def test_a_copied_run_goes_on_bit_for_bit(name: str, mode: str) -> None:
     model = Tiny(torch.bfloat16)
     step = ALL[name](model, perturbation=mode)
