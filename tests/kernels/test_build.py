@@ -112,7 +112,9 @@ def test_wheel(tmp_path: Path) -> None:
     tree = tmp_path / "a copy"
     skip = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "*.so", "*.egg-info", "tests", "benchmarks")
     shutil.copytree(ROOT, tree, ignore=skip)
-    quick = script(tmp_path / "c++", f'exec {os.environ.get("CXX", "c++")} "$@" -O0\n')  # optimizing would be most of the test's time
+    quick = script(
+        tmp_path / "c++", f'exec {os.environ.get("CXX", "c++")} "$@" -O0\n'
+    )  # optimizing would be most of the test's time
     env = os.environ | {"ZO_KERNELS_CUDA": "0", "CXX": quick}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index", "--no-build-isolation", "--no-deps"]
     subprocess.run([*pip, "-w", str(tmp_path), str(tree)], env=env, check=True, capture_output=True)

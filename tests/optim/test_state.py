@@ -702,6 +702,6 @@ def test_a_lost_factor_of_lozos_momentum_is_refused() -> None:
     for own in state["state"].values():
         own.pop("factor", None)
     other = zk.LOZO(Tiny(), 1e-3, EPS, momentum=0.9)
-    with pytest.raises(ValueError, match="'factor' of parameter .* was lost"):
+    with pytest.raises(ValueError, match=r"'factor' of parameter .* was lost"):
         other.load_state_dict(state)
     assert other.steps == 0
