@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -62,19 +60,6 @@ class CUpdate(ctypes.Structure):
         ("numbers", ctypes.c_float * 9),
         ("inline_squares", ctypes.c_float * INLINE),
     ]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernel's body, compiled for this machine."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
-    flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    source = ROOT / "tests" / "kernels" / "cuda_host.cpp"
-    subprocess.run([compiler, *flags, "-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)], check=True)
-    return ctypes.CDLL(str(target))
 
 
 def perturb(library: ctypes.CDLL, plan: Plan, p: Pass, spans: int = 1, device_terms: bool = False) -> None:

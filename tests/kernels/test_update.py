@@ -33,8 +33,6 @@ from zo_kernels import _C, checks, reference, update
 from zo_kernels._backends import cpu
 from zo_kernels.plan import Entry, Plan, make_plans
 
-library = cuda_host.library  # a fixture
-
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> uc.Run:
