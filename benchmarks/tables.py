@@ -346,6 +346,31 @@ def host(rows: list[Row]) -> str:
     return markdown(header, body) if body else "Not yet measured."
 
 
+def told(rows: list[Row]) -> str:
+    body = [
+        [row["dtype"], row["mode"], row["step"], short(1e3 * float(row["median_s"])), row["told_us"], row["percent"]]
+        for row in rows
+        if row["contender"] == "told"
+    ]
+    one = rows[0]
+    note = f"{one['model']}, {one['batch']}x{one['sequence']} tokens, {one['threads']} threads, CPU time."
+    return f"{note}\n\n" + markdown(["dtype", "mode", "step", "ms a step", "µs of telling", "percent"], body)
+
+
+def against(rows: list[Row]) -> str:
+    body = [
+        [
+            *(row[what] for what in ("case", "dtype", "mode")),
+            short(1e6 * float(row["before_median_s"])),
+            short(1e6 * float(row["median_s"])),
+            f"{float(row['ratio']):.3f} ({float(row['ratio_min']):.2f} to {float(row['ratio_max']):.2f})",
+        ]
+        for row in rows
+    ]
+    note = f"CPU time, one thread; before: commit {rows[0]['before']}; ratio: median of {rows[0]['rounds']} rounds of {rows[0]['steps']} steps in turn."
+    return f"{note}\n\n" + markdown(["case", "dtype", "mode", "µs a step before", "µs now", "ratio (all rounds)"], body)
+
+
 # table -> (CSV file, function of its rows, figure that shows them too)
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "drift": ("drift", drift, ""),
@@ -353,6 +378,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "fidelity_closed": ("fidelity", lambda rows: fidelity(rows, "closed"), ""),
     "cpu_pass": ("cpu_pass", cpu_pass, ""),
     "step": ("step", step, "step.png"),
+    "told": ("told", told, ""),
+    "against": ("against", against, ""),
     "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
     "gpu_linear": ("gpu_linear", gpu_linear, ""),

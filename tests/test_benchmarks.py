@@ -301,6 +301,21 @@ def test_told(tmp_path: Path) -> None:
     assert all(bool(r["told_us"]) == bool(r["percent"]) == (r["contender"] == "told") for r in table)
 
 
+def test_against(tmp_path: Path) -> None:
+    """This tree against itself."""
+    path = tmp_path / "against.csv"
+    done = run(str(BENCHMARKS / "against.py"), "--before", str(BENCHMARKS.parent), "--out", str(path), "--rounds=1", "--steps=1")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [(r["case"], r["dtype"], r["mode"]) for r in table] == [
+        (case, dtype, mode)
+        for case in ("hidden 64", "GPT-2 shapes")
+        for dtype in ("float32", "bfloat16")
+        for mode in ("scratch", "inplace")
+    ]
+    assert all(float(r["ratio"]) > 0 and float(r["median_s"]) > 0 for r in table)
+
+
 def test_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     done = run(
