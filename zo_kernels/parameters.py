@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from operator import is_not
 from typing import Any
 
 import torch
@@ -326,9 +327,10 @@ class Weights:
         return [m.tensor for m in self.members]
 
     @functools.cached_property
-    def sources(self) -> list[Tensor]:
-        """Every member's memory as the plans have it, which stays while their masks change."""
-        return [e.src for _, e in self.entries()]
+    def lie_at(self) -> tuple[list[torch.dtype], list[int]]:
+        """Type and address of every member's memory as the plans have it, which stay while their masks change."""
+        sources = [e.src for _, e in self.entries()]
+        return [s.dtype for s in sources], [s.data_ptr() for s in sources]
 
     def entries(self) -> list[tuple[Member, Entry]]:
         """Every member beside its entry in `plans`, in the group's order."""
@@ -390,8 +392,8 @@ class Weights:
             active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
             len(active) == len(self.params)
-            and all(a is b for a, b in zip(active, self.params, strict=True))
-            and all(s.dtype == p.dtype and s.data_ptr() == p.data_ptr() for s, p in zip(self.sources, self.params, strict=True))
+            and not any(map(is_not, active, self.params))
+            and ([p.dtype for p in active], [p.data_ptr() for p in active]) == self.lie_at
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )

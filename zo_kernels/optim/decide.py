@@ -9,6 +9,7 @@ On a CPU the host reads the result, once. On a GPU nobody reads: what follows fr
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,12 +72,22 @@ class Numbers:
     def on(self, device: torch.device) -> Sequence[Tensor]:
         """lr, eps, decay and signs, float64 [groups, 1]; the host does not wait for the device."""
         if self.table is None:
-            rows = torch.tensor([self.lr, self.eps, self.decay, self.signs], dtype=torch.float64, device="cpu")
-            return move(rows, device).unsqueeze(-1).unbind()
+            given = tuple(map(tuple, (self.lr, self.eps, self.decay, self.signs)))
+            return _columns(given) if device.type == "cpu" else move(_host(given), device).unbind()
         if device != self.table.device:
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
         signs = torch.stack([torch.full((), s, dtype=torch.float64, device=device) for s in self.signs])
         return [*self.table.split(1, 1), signs.unsqueeze(-1)]
+
+
+def _host(rows: tuple[tuple[Any, ...], ...]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").unsqueeze(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(rows: tuple[tuple[Any, ...], ...]) -> tuple[Tensor, ...]:
+    """Numbers seldom change from step to step, and to make tensors of them costs as much as the rest of a decision. Nobody writes to these."""
+    return _host(rows).unbind()
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,16 @@ def decide(
     gs = raw if limit is None else raw.clamp(-limit, limit)
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
     coefs = method.rule.decide(signs * gs, lr, curvature).float().double()
-    go = raw.isfinite().all() & coefs.isfinite().all()
-    coefs = torch.where(go, coefs, 0.0)
-    clipped = torch.zeros_like(go) if limit is None else (raw.abs() > limit).any()
-    summary = torch.stack((method.estimator.loss(losses), raw[0, 0], go.double(), clipped.double()))
-    values = torch.cat((summary, coefs.reshape(-1)))
+    go = (torch.cat((raw, coefs), 1) * 0).sum() == 0  # 0 times what is not finite is no number, and no sum with it is
+    first = raw.reshape(-1)[0]
+    clipped = first.new_zeros(()) if limit is None else (raw.abs() > limit).any()
+    summary = torch.stack((method.estimator.loss(losses), first, go, clipped))
     if read:
-        return Decided(planned.told(values.tolist(), behind), coefs, raw[0, 0])
+        values = torch.cat((summary, coefs.reshape(-1)))
+        return Decided(planned.told(values.tolist(), behind), coefs, first)
+    coefs = torch.where(go, coefs, 0.0)
     kept = [torch.where(go, d, 1.0) if there else 1.0 for d, there in zip(decay[:, 0].unbind(), numbers.decays, strict=True)]
-    return Decided(planned.unread(values, kept), coefs, raw[0, 0])
+    return Decided(planned.unread(torch.cat((summary, coefs.reshape(-1))), kept), coefs, first)
 
 
 def choose(method: Method, decided: Decided, losses: Tensor) -> Decided:

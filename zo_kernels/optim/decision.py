@@ -88,6 +88,7 @@ class Decision:
         groups = len(self.decay)
         n = len(flat) // groups
         rest = [list(behind) if go else [0.0] * len(behind), *([[0.0] * len(behind)] * (groups - 1))]
+        flat = flat if go else [0.0] * len(flat)
         coefs = [[*flat[k * n : (k + 1) * n], *rest[k]] for k in range(groups)]
         decay = self.decay if go else [1.0] * groups
         return replace(self, loss=loss, gradient=gradient, go=bool(go), clipped=bool(clipped), coefs=coefs, decay=decay)

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class View(abc.ABC):
         # Parameters beside their memory as the plans have it.
         self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in groups for m, e in w.entries()]
         self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
+        self.placed = [p for _, _, p in self.places]
+        self.held_by = [child for _, _, child in self.children]
         self.versions: list[int] = []
         self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
         self.seen = 0  # shifts of this step that are whole in the weights themselves
@@ -136,15 +139,18 @@ class View(abc.ABC):
         for p, _, address in self.memories:
             if p.data_ptr() != address:
                 raise changed(self.names[id(p)], "moved or converted")
-        for module, attribute, p in self.places:
-            if module._parameters.get(attribute) is not p:
-                raise changed(self.names[id(p)], "replaced")
+        if self._replaced():
+            p = next(p for module, attribute, p in self.places if module._parameters.get(attribute) is not p)
+            raise changed(self.names[id(p)], "replaced")
+
+    def _replaced(self) -> bool:
+        """Whether an attribute of the model holds another tensor than when the view was made. Hundreds of looks at each forward: no loop of Python's that
+        C can make."""
+        return any(map(is_not, [m._parameters.get(attribute) for m, attribute, _ in self.places], self.placed))
 
     def moved(self) -> bool:
-        """Whether an attribute of the model holds another tensor, or another module, than when the view was made."""
-        return any(module._parameters.get(attribute) is not p for module, attribute, p in self.places) or any(
-            module._modules.get(name) is not child for module, name, child in self.children
-        )
+        """`_replaced`, or one holds another module."""
+        return self._replaced() or any(map(is_not, [m._modules.get(name) for m, name, _ in self.children], self.held_by))
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
