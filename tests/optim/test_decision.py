@@ -92,5 +92,6 @@ def test_numbers_that_nobody_has_read_say_the_same_later(coefs: Any, go: bool, c
 def test_numbers_behind_the_rules_are_the_first_groups(go: bool) -> None:
     told = Decision(0, [0.5, 0.25]).told([1.0, 2.0, float(go), 0.0, 3.0, 4.0], [5.0, 6.0])
     rest = [5.0, 6.0] if go else [0.0, 0.0]
-    assert told.coefs == [[3.0, *rest], [4.0, 0.0, 0.0]] and told.decay == ([0.5, 0.25] if go else [1.0, 1.0])
-    assert told.share(1, [0], 1).coefs == [4.0] and math.isnan(replace(told, loss=math.nan).loss)
+    own = (3.0, 4.0) if go else (0.0, 0.0)
+    assert told.coefs == [[own[0], *rest], [own[1], 0.0, 0.0]] and told.decay == ([0.5, 0.25] if go else [1.0, 1.0])
+    assert told.share(1, [0], 1).coefs == [own[1]] and math.isnan(replace(told, loss=math.nan).loss)

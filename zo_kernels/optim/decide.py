@@ -3,17 +3,17 @@
 Belongs here: the one path of numbers from losses to the record, in float64 over [groups, numbers], on the losses' device; and where the host reads it. Does
 not belong here: what the losses tell of the gradient (estimators.py), what a rule makes of it (rules.py).
 
-On a CPU the host reads the result, once. On a GPU nobody reads: what follows from it stays on the device. A graph's recording has the same operations.
+On a CPU the host reads the losses, once. On a GPU nobody reads: what follows from it stays on the device. A graph's recording has the same operations.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,32 +72,36 @@ class Numbers:
     def on(self, device: torch.device) -> Sequence[Tensor]:
         """lr, eps, decay and signs, float64 [groups, 1]; the host does not wait for the device."""
         if self.table is None:
-            given = tuple(map(tuple, (self.lr, self.eps, self.decay, self.signs)))
-            return _columns(given) if device.type == "cpu" else move(_host(given), device).unbind()
+            rows = torch.tensor([self.lr, self.eps, self.decay, self.signs], dtype=torch.float64, device="cpu")
+            return move(rows, device).unsqueeze(-1).unbind()
         if device != self.table.device:
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
         signs = torch.stack([torch.full((), s, dtype=torch.float64, device=device) for s in self.signs])
         return [*self.table.split(1, 1), signs.unsqueeze(-1)]
 
-
-def _host(rows: tuple[tuple[Any, ...], ...]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").unsqueeze(-1)
-
-
-@functools.lru_cache(maxsize=64)
-def _columns(rows: tuple[tuple[Any, ...], ...]) -> tuple[Tensor, ...]:
-    """Numbers seldom change from step to step, and to make tensors of them costs as much as the rest of a decision. Nobody writes to these."""
-    return _host(rows).unbind()
+    def here(self) -> Sequence[Any]:
+        """The same as numpy arrays."""
+        return [np.array(row, dtype=np.float64).reshape(-1, 1) for row in (self.lr, self.eps, self.decay, self.signs)]
 
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision, and what a later part of the step needs of its way: the numbers as float64 [groups, own] on the losses' device, and the projected
-    gradient of the first group and query before clipping, 0-d."""
+    """A decision, and what a later part of the step needs of its way: the rule's numbers, float64 [groups, own], what the step returns, and the
+    projected gradient of the first group and query before clipping, both 0-d on the losses' device."""
 
     decision: Decision
-    coefs: Tensor
+    coefs: Any
+    loss: Tensor
     gradient: Tensor
+
+
+def _estimate(method: Method, numbers: Sequence[Any], losses: Any, limit: Any, clip: Any) -> tuple[Any, list[Any]]:
+    """Projected gradients [groups, queries], and the rule's numbers in columns, before they are rounded. Arithmetic alone, so that it is the same for numpy
+    arrays, with which a dozen operations cost a CPU what two of torch's do, and for tensors that stay on their device."""
+    lr, eps, _, signs = numbers
+    raw = method.estimator.gradients(losses, eps)
+    gs = raw if limit is None else clip(raw, -limit, limit)
+    return raw, method.rule.decide(signs * gs, lr, method.estimator.curvature(losses, eps))
 
 
 def decide(
@@ -109,30 +113,31 @@ def decide(
         losses: float64 [points] (with tangents [points, 2]). planned: the decision without what the losses tell. past: |g| before, for a clip.
         behind: the numbers of the first group's record behind the rule's; the host has waited for what they come from, and waits for these losses too.
     """
-    read = (on_host(losses.device) or bool(behind)) and numbers.table is None
-    if read:
-        losses = losses.cpu()
-    lr, eps, decay, signs = numbers.on(losses.device)
-    raw = method.estimator.gradients(losses, eps)
-    curvature = method.estimator.curvature(losses, eps)
-    limit: Any = method.clip.limit(past)
-    gs = raw if limit is None else raw.clamp(-limit, limit)
+    loss, limit = method.estimator.loss(losses), method.clip.limit(past)
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
-    coefs = method.rule.decide(signs * gs, lr, curvature).float().double()
-    go = (torch.cat((raw, coefs), 1) * 0).sum() == 0  # 0 times what is not finite is no number, and no sum with it is
-    first = raw.reshape(-1)[0]
-    clipped = first.new_zeros(()) if limit is None else (raw.abs() > limit).any()
-    summary = torch.stack((method.estimator.loss(losses), first, go, clipped))
-    if read:
-        values = torch.cat((summary, coefs.reshape(-1)))
-        return Decided(planned.told(values.tolist(), behind), coefs, first)
+    if (on_host(losses.device) or behind) and numbers.table is None:
+        limit = None if limit is None else float(limit)
+        with np.errstate(all="ignore"):
+            raw, columns = _estimate(method, numbers.here(), losses.cpu().numpy(), limit, np.clip)
+            coefs = np.concatenate(columns, 1).astype(np.float32).astype(np.float64)
+            go = bool(np.isfinite(raw).all() and np.isfinite(coefs).all())
+            clipped = limit is not None and bool((abs(raw) > limit).any())
+        first = float(raw[0, 0])
+        values = [float(loss), first, go, clipped, *coefs.reshape(-1).tolist()]
+        return Decided(planned.told(values, behind), coefs, loss, torch.tensor(first, dtype=torch.float64, device=losses.device))
+    table = numbers.on(losses.device)
+    raw, columns = _estimate(method, table, losses, limit, torch.clip)
+    coefs = torch.cat(columns, 1).float().double()
+    go = raw.isfinite().all() & coefs.isfinite().all()
     coefs = torch.where(go, coefs, 0.0)
-    kept = [torch.where(go, d, 1.0) if there else 1.0 for d, there in zip(decay[:, 0].unbind(), numbers.decays, strict=True)]
-    return Decided(planned.unread(torch.cat((summary, coefs.reshape(-1))), kept), coefs, first)
+    clipped = torch.zeros_like(go) if limit is None else (abs(raw) > limit).any()
+    values = torch.cat((torch.stack((loss, raw[0, 0], go, clipped)), coefs.reshape(-1)))
+    kept = [torch.where(go, d, 1.0) if there else 1.0 for d, there in zip(table[2][:, 0].unbind(), numbers.decays, strict=True)]
+    return Decided(planned.unread(values, kept), coefs, loss, raw[0, 0])
 
 
 def choose(method: Method, decided: Decided, losses: Tensor) -> Decided:
     """The decision once a rule's candidates are evaluated: `losses` float64 [candidates], of which the lowest is the best."""
-    coefs = method.rule.choose(losses.to(decided.coefs.device), decided.coefs)
+    coefs = method.rule.choose(losses, torch.as_tensor(decided.coefs, device=losses.device))
     groups = coefs.tolist() if decided.decision.known else [list(row.unbind()) for row in coefs]
     return replace(decided, decision=replace(decided.decision, coefs=groups), coefs=coefs)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from zo_kernels import checks
@@ -22,7 +23,8 @@ Offsets = Sequence[tuple[int, float]]
 
 class Estimator:
     """What all estimators have. Losses are float64 [points], in the order of `points` (with tangents, where `dual`: [points, 2]); eps is float64
-    [groups, 1]. Everything stays on the losses' device."""
+    [groups, 1]. `gradients` and `curvature` are given tensors, or numpy arrays of the same shapes, and use what both have. Everything stays on the losses'
+    device."""
 
     name: ClassVar[str]
     dual: ClassVar[bool] = False  # losses come with their tangents, of forwards that carry them
@@ -37,7 +39,7 @@ class Estimator:
         """Where the loss is evaluated, in this order."""
         raise NotImplementedError
 
-    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+    def gradients(self, losses: Any, eps: Any) -> Any:
         """g_i for each direction, of which the estimate is the mean of g_i z_i: float64 [groups, directions]."""
         raise NotImplementedError
 
@@ -45,7 +47,7 @@ class Estimator:
         """What a step returns, 0-d: the best that these losses tell about the loss at theta."""
         return losses[0]
 
-    def curvature(self, losses: Tensor, eps: Tensor) -> Tensor | None:
+    def curvature(self, losses: Any, eps: Any) -> Any:
         """Along the direction, float64 [groups, 1]; None where the points do not tell (`curved`)."""
         return None
 
@@ -75,9 +77,8 @@ class TwoSided(Estimator):
     def points(self) -> list[Offsets]:
         return [[(i, sign)] for i in range(self.queries) for sign in (1.0, -1.0)]
 
-    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
-        plus, minus = losses.view(-1, 2).unbind(1)
-        return (plus - minus) / (2 * eps)
+    def gradients(self, losses: Any, eps: Any) -> Any:
+        return (losses[0::2] - losses[1::2]) / (2 * eps)
 
     def loss(self, losses: Tensor) -> Tensor:
         return losses.mean()
@@ -111,10 +112,13 @@ class OneSided(Estimator):
     def points(self) -> list[Offsets]:
         return [[], *([(i, 1.0)] for i in range(self.queries))]
 
-    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+    def gradients(self, losses: Any, eps: Any) -> Any:
         g = (losses[1:] - losses[0]) / eps
-        # Equal losses: 0 / 0, which no step survives as a number, and which the optimizer skips.
-        return g / losses[1:].std() if self.normalize else g
+        if not self.normalize:
+            return g
+        # Equal losses: 0 / 0, which no step survives as a number, and which the optimizer skips. The deviation is torch's, whose sum has an order of its own.
+        spread = torch.as_tensor(losses)[1:].std()
+        return g / (spread if isinstance(losses, Tensor) else float(spread))
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,11 @@ class ThreePoint(Estimator):
     def points(self) -> list[Offsets]:
         return [[], [(0, 1.0)], [(0, -1.0)]]
 
-    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
+    def gradients(self, losses: Any, eps: Any) -> Any:
         return (losses[1] - losses[2]) / (2 * eps)
 
-    def curvature(self, losses: Tensor, eps: Tensor) -> Tensor:
-        return (losses[1] + losses[2] - 2 * losses[0]).abs() / (2 * eps * eps)
+    def curvature(self, losses: Any, eps: Any) -> Any:
+        return abs(losses[1] + losses[2] - 2 * losses[0]) / (2 * eps * eps)
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,8 @@ class ForwardGradient(Estimator):
     def points(self) -> list[Offsets]:
         return [[(0, 1.0)]]
 
-    def gradients(self, losses: Tensor, eps: Tensor) -> Tensor:
-        return (losses[0, 1] + 0 * losses[0, 0]).expand_as(eps)  # no number where the loss is none, whatever its slope
+    def gradients(self, losses: Any, eps: Any) -> Any:
+        return (losses[0, 1] + 0 * losses[0, 0]) * (eps / eps)  # no number where the loss is none, whatever its slope
 
     def loss(self, losses: Tensor) -> Tensor:
         return losses[0, 0]

@@ -57,14 +57,15 @@ class Rule:
         """How many numbers a step records in each group."""
         return directions
 
-    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
-        """The numbers of the record, float64 [groups, size], before they are rounded to fp32.
+    def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
+        """The numbers of the record before they are rounded to fp32, float64, in columns [groups, ...] that come to `size`. Given are tensors or numpy
+        arrays; used is what both have.
 
         Args:
             gs: float64 [groups, directions], with the sign of the descent: theta + lr mean(g_i z_i) goes downhill. lr: float64 [groups, 1].
             curvature: float64 [groups, 1], where the estimator measures it.
         """
-        return lr * gs / gs.shape[1]
+        return [lr * gs / gs.shape[1]]
 
     def trials(self, tag: Tag, coefs: Sequence[Coefficient]) -> list[list[tuple[Tag, Coefficient]]]:
         """Where the candidates are evaluated: `tries` shifts of one group."""
@@ -132,8 +133,8 @@ class Sign(Rule):
 
     name: ClassVar[str] = "sign"
 
-    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
-        return lr * gs.sign() / gs.shape[1]
+    def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
+        return [lr * ((gs > 0) * 1.0 - (gs < 0) * 1.0) / gs.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ class Conservative(Rule):
         if directions != 1:
             raise ValueError(f"rule=Conservative() with {directions} queries: it tries one direction; give queries=1")
 
-    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
-        return torch.cat([torch.zeros_like(gs), lr * gs], 1)  # nothing taken yet
+    def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
+        return [0.0 * gs, lr * gs]  # nothing taken yet
 
     def trials(self, tag: Tag, coefs: Sequence[Coefficient]) -> list[list[tuple[Tag, Coefficient]]]:
         return [[], [(tag, coefs[1])], [(tag, -coefs[1])]]
@@ -183,8 +184,8 @@ class _Rated(Rule):
     def size(self, directions: int) -> int:
         return directions + 1
 
-    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
-        return torch.cat([-gs / gs.shape[1], lr], 1)  # the gradient itself, whose sign a rule takes
+    def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
+        return [-gs / gs.shape[1], lr]  # the gradient itself, whose sign a rule takes
 
 
 def _check_state(rule: Any) -> None:
@@ -383,9 +384,8 @@ class HessianDiagonal(Rule):
     def size(self, directions: int) -> int:
         return 2
 
-    def decide(self, gs: Tensor, lr: Tensor, curvature: Tensor | None) -> Tensor:
-        assert curvature is not None
-        return torch.cat([-lr * gs, curvature], 1)
+    def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
+        return [-lr * gs, curvature]
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
         lrg, kappa = share.coefs

@@ -172,7 +172,7 @@ class Schedule:
             if done is not None:
                 self.recording.behind(decision)
                 done(decision)
-        return Outcome(method.estimator.loss(losses), decided.gradient), decision, back
+        return Outcome(decided.loss, decided.gradient), decision, back
 
     def _losses(self, view: views.View, forwards: Evaluation, shifts: Sequence[Any]) -> Tensor:
         """The losses at theta + each of these shifts of the groups."""
