@@ -305,15 +305,16 @@ class Traffic(TorchDispatchMode):
 
 
 GATHERS = ("embedding", "index_select")
+NUMBERS = 16  # float64 numbers that are no weights
 OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The plain floating-point tensors of at least one dimension in an argument or a result."""
+    """The plain floating-point tensors in an argument or a result, but for numbers of a step: its losses, what follows from them."""
     if isinstance(tree, (tuple, list)):
         return [t for node in tree for t in _tensors(node)]
-    plain = type(tree) in (Tensor, torch.nn.Parameter) and tree.is_floating_point() and tree.dim()
-    return [tree] if plain else []
+    plain = type(tree) in (Tensor, torch.nn.Parameter) and tree.is_floating_point()
+    return [tree] if plain and (tree.dtype != torch.float64 or tree.numel() > NUMBERS) and tree.dim() else []
 
 
 # ---- results ----------------------------------------------------------------------------------------------------------
