@@ -19,7 +19,6 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.kernels.cases import same_bits, weights
-from tests.kernels.test_cuda_host import library as library  # the CUDA body on the host
 from tests.kernels.test_cuda_host import sequence as on_the_host
 from zo_kernels import _backends, checks, ops, reference
 from zo_kernels._backends import cpu
