@@ -113,7 +113,12 @@ def decide(
         losses: float64 [points] (with tangents [points, 2]). planned: the decision without what the losses tell. past: |g| before, for a clip.
         behind: the numbers of the first group's record behind the rule's; the host has waited for what they come from, and waits for these losses too.
     """
-    loss, limit = method.estimator.loss(losses), method.clip.limit(past)
+    loss = method.estimator.loss(losses)
+    limit: Any = method.clip.limit(past)
+    coefs: Any
+    go: Any
+    clipped: Any
+    values: Any
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
     if (on_host(losses.device) or behind) and numbers.table is None:
         limit = None if limit is None else float(limit)
