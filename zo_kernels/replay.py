@@ -50,11 +50,7 @@ class _Recorded:
 
 def _sequential(header: journal.Header, records: np.ndarray, weights: list[Weights], backend: str | None) -> None:
     """Every pass of the run in its order."""
-    names = [n for w in weights for n in w.names]
-    projection = (header.method or {}).get("projection")
     method = Method.of_header(header)
-    if projection is not None and method.projection is not None:
-        method = changed(method, layers=len(method.projection.matching(names)))
     if method.terms != header.terms:
         raise ValueError(
             f"the journal has {header.terms} numbers a record, its method needs {method.terms}: it was not written by zo_kernels"
@@ -62,7 +58,7 @@ def _sequential(header: journal.Header, records: np.ndarray, weights: list[Weigh
     run = Run(method, header.seed, {m.name: m.stream for w in weights for m in w.members}, backend)
     params = {m.name: m.tensor for w in weights for m in w.members}
     if header.method is None:
-        queued = queue(_Recorded(header, backend).view_of(weights), header)
+        queued = queue(weights, header, backend)
         repeat(run, header, records, lambda: queued, lambda: params)
         queued.restore()  # from where a lazy run had gone ahead to
         queued.apply()

@@ -72,16 +72,15 @@ class Numbers:
     def on(self, device: torch.device) -> Sequence[Tensor]:
         """lr, eps, decay and signs, float64 [groups, 1]; the host does not wait for the device."""
         if self.table is None:
-            rows = torch.tensor([self.lr, self.eps, self.decay, self.signs], dtype=torch.float64, device="cpu")
-            return move(rows, device).unsqueeze(-1).unbind()
+            return move(torch.from_numpy(self.here()), device).unbind()
         if device != self.table.device:
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
         signs = torch.stack([torch.full((), s, dtype=torch.float64, device=device) for s in self.signs])
         return [*self.table.split(1, 1), signs.unsqueeze(-1)]
 
-    def here(self) -> Sequence[Any]:
-        """The same as numpy arrays."""
-        return [np.array(row, dtype=np.float64).reshape(-1, 1) for row in (self.lr, self.eps, self.decay, self.signs)]
+    def here(self) -> np.ndarray:
+        """The same as numpy has it, float64 [4, groups, 1]."""
+        return np.array((self.lr, self.eps, self.decay, self.signs), dtype=np.float64)[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Decided:
     gradient: Tensor
 
 
-def _estimate(method: Method, numbers: Sequence[Any], losses: Any, limit: Any, clip: Any) -> tuple[Any, list[Any]]:
+def _estimate(method: Method, numbers: Any, losses: Any, limit: Any, clip: Any) -> tuple[Any, list[Any]]:
     """Projected gradients [groups, queries], and the rule's numbers in columns, before they are rounded. Arithmetic alone, so that it is the same for numpy
     arrays, with which a dozen operations cost a CPU what two of torch's do, and for tensors that stay on their device."""
     lr, eps, _, signs = numbers

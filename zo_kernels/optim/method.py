@@ -118,18 +118,23 @@ class Method:
         return found
 
     @classmethod
-    def of_header(cls, header: journal.Header, layers: int = 0) -> Method:
+    def of_header(cls, header: journal.Header) -> Method:
         """The method of a recorded run.
-
-        Args:
-            layers: how many of its parameters a projection moves.
 
         Raises:
             ValueError: it has a part that this version does not know, or would replay to other weights, or whose values are out of range.
         """
         if header.method is None:
             return cls(estimators.TwoSided(header.terms), kind=header.kind)
-        return cls(**parts_of(header), kind=header.kind, layers=layers)
+        return cls(**parts_of(header), kind=header.kind).over([p.name for p in header.parameters])
+
+    def over(self, names: Sequence[str]) -> Method:
+        """The same for a run that trains the parameters of these names.
+
+        Raises:
+            ValueError: none of them is one that the projection moves.
+        """
+        return self if self.projection is None else replace(self, layers=len(self.projection.matching(names)))
 
 
 # ---- parts as JSON ----------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def make(
             raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
     method = Method(estimator, rule, direction, blocks, projection, limit, kind)
     _check(method, first_order, lazy, cuda_graph, scratch)
-    return replace(method, layers=len(projection.matching(names))) if projection is not None else method
+    return method.over(names)
 
 
 def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool) -> None:

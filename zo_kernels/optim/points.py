@@ -12,15 +12,15 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-def _nothing() -> None:
-    pass
+def stay() -> None:
+    """The weights are there already; nothing is refused."""
 
 
 class Point(NamedTuple):
     """`see` brings the weights, as the model reads them, there; `check`, after the forwards, refuses those that changed weights."""
 
-    see: Callable[[], None]
-    check: Callable[[], None] = _nothing
+    see: Callable[[], None] = stay
+    check: Callable[[], None] = stay
 
 
 class Losses(Protocol):

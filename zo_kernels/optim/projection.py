@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks, ops
-from zo_kernels.optim.points import Losses, Point
+from zo_kernels.optim.points import Losses, Point, stay
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns, check_patterns
 
@@ -176,7 +176,7 @@ class Projector:
         r, eps = dict.fromkeys(chosen, 1.0), self.config.eps
         if self.config.learn == "backpropagation":
             for _ in range(self.config.inner):
-                slopes = self._slopes(chosen, far, params, lambda: backward([point(_stay)]))
+                slopes = self._slopes(chosen, far, params, lambda: backward([point(stay)]))
                 r = {n: self._clip(x - self.config.lr * sign * slopes[n]) if math.isfinite(slopes[n]) else x for n, x in r.items()}
                 r = {n: _fp32(x) for n, x in r.items()}  # as recorded
                 self._place(chosen, far, r)
@@ -254,10 +254,6 @@ class Projector:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.anchors = {n: a.clone() for n, a in state["anchors"].items()}
-
-
-def _stay() -> None:
-    """The weights are there already."""
 
 
 def _fp32(x: float) -> float:

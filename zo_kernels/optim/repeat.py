@@ -6,7 +6,7 @@ run is replayed (zo_kernels.replay), a live run's journal (record.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from zo_kernels import journal, views
 from zo_kernels.optim.decision import decisions
 from zo_kernels.optim.method import counted
 from zo_kernels.optim.run import Params, Run
+from zo_kernels.parameters import Weights
 
 
 def repeat(run: Run, header: journal.Header, records: np.ndarray, view: Callable[[], views.View], params: Params) -> None:
@@ -31,15 +32,15 @@ def repeat(run: Run, header: journal.Header, records: np.ndarray, view: Callable
         run.repeat(decision, view(), params)
 
 
-def queue(view: views.View, header: journal.Header) -> views.Queued:
-    """A view of the same weights that gathers the passes of steps which are nothing but terms.
+def queue(groups: Sequence[Weights], header: journal.Header, backend: str | None) -> views.Queued:
+    """A view of these weights that gathers the passes of steps which are nothing but terms.
 
     Raises:
         ValueError: this version cannot replay them.
     """
     if header.terms != 1 and header.perturbation != "scratch":
         raise ValueError(f"the journal has {header.terms} terms in {header.perturbation} mode, which this version cannot replay")
-    return views.Queued(view.groups, None, header.perturbation == "lazy", seed=header.seed, kind=header.kind, backend=view.backend)
+    return views.Queued(groups, None, header.perturbation == "lazy", seed=header.seed, kind=header.kind, backend=backend)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def resume(
         view: of the weights that the run started from. refresh: the view of the next step's weights. params: those that are trained, by name.
     """
     if past.header.method is None:
-        queued = queue(view, past.header)
+        queued = queue(view.groups, past.header, view.backend)
         repeat(run, past.header, past.records, lambda: queued, params)
         queued.apply()
         view.stand(queued.standing())

@@ -76,7 +76,8 @@ class Rule:
         return coefs
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
-        """What the update does to one group's weights and the rule's state: here terms, the same for all of the group. Changes nothing but `state`."""
+        """What the update does to one group's weights and the rule's state: here terms, the same for all of the group. Changes nothing
+        but `state` (LOZO-M also the U of its direction, which is made anew before the next forward)."""
         return [Terms(share.group, list(zip(share.tags, share.coefs, strict=False)), share.decay, share.rounding)]
 
     def reserve(self, state: RuleState, weights: Weights) -> None:

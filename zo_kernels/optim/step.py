@@ -38,7 +38,7 @@ from zo_kernels.optim import (
     repeat,
     rules,
     saved,
-)  # fmt: skip
+)
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Loss
@@ -138,7 +138,6 @@ class ZOStep(torch.optim.Optimizer):
         checks.check_choice("rounding", rounding, ("auto", *checks.ROUNDINGS))
         checks.check_choice("kind", kind, checks.KINDS)
         checks.check_word("seed", seed, 64)
-        clips.clip_of(clip)
         if first_order is not None and journal is not None:
             raise ValueError(_NO_RECORD)
         theirs = {id(p) for g in first_order.param_groups for p in g["params"]} if first_order is not None else set()

@@ -20,7 +20,7 @@ from zo_kernels import ops
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Pass, Plan
-from zo_kernels.views.work import Coefficient, Shift, Tag, Work
+from zo_kernels.views.work import Coefficient, Shift, Tag, Terms, Work
 
 
 def changed(name: str, how: str) -> RuntimeError:
@@ -213,20 +213,11 @@ class View(abc.ABC):
         weights = self.groups[group]
         return weights.update_plans if names is None else [plan for plan, _ in weights.part(names)]
 
-    def run(
-        self,
-        group: int,
-        terms: Shift,
-        decay: Coefficient,
-        rounding: str,
-        names: Collection[str] | None = None,
-        update: bool = False,
-    ) -> None:
-        """theta <- round(decay theta + sum c z) over one group, or these parameters of it, with the scales of an update or a perturbation; nothing to
-        do is not done."""
-        p = self._pass(terms, decay, rounding)
-        if p is not None:
-            ops.run(self.update_plans(group, names) if update else self.groups[group].plans, p, self.backend)
+    def run(self, work: Terms, update: bool) -> None:
+        """The pass of these terms, with the scales of an update or a perturbation; nothing to do is not done."""
+        if (p := self._pass(work.terms, work.decay, work.rounding)) is not None:
+            plans = self.update_plans(work.group, work.names) if update else self.groups[work.group].plans
+            ops.run(plans, p, self.backend)
 
     def execute(self, works: Iterable[Work], *, from_clean: bool = False, ahead: Sequence[Shift] | None = None) -> None:
         """The step itself: work on the clean weights, one after another; an interrupt waits until all is done. `works` are asked for one by one, each when

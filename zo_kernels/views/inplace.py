@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.views.base import View
-from zo_kernels.views.work import Coefficient, Shift, Tag, Work
+from zo_kernels.views.work import Coefficient, Shift, Tag, Terms, Work
 
 
 def _add(*lists: Sequence[tuple[Tag, Coefficient]]) -> list[tuple[Tag, Coefficient]]:
@@ -62,7 +62,7 @@ class InPlace(View):
         with uninterrupted():
             self.whole = False
             for k, shift in enumerate(shifts):
-                self.run(k, _add(shift, [(tag, -c) for tag, c in self.at[k]]), 1.0, "nearest")
+                self.run(Terms(k, _add(shift, [(tag, -c) for tag, c in self.at[k]])), update=False)
                 self.at[k] = shift
             self.whole, self.seen = True, self.seen + 1
         self.expect()
@@ -102,7 +102,7 @@ class InPlace(View):
                 for k, one in enumerate(terms):
                     target = ahead[k] if ahead else ()
                     back = [(tag, -c * one.decay) for tag, c in self.at[k]]
-                    self.run(k, _add(one.terms, back, target), one.decay, one.rounding, update=True)
+                    self.run(replace(one, terms=_add(one.terms, back, target)), update=True)
                     self.at[k] = target
             else:
                 for work in works:

@@ -6,7 +6,7 @@ Belongs here: the queue. Does not belong here: which passes there are and where 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from zo_kernels import checks, ops
 from zo_kernels.plan import Pass, Passes, Plan
 from zo_kernels.views.inplace import InPlace
-from zo_kernels.views.work import Coefficient, Shift, Work
+from zo_kernels.views.work import Shift, Terms, Work
 
 MOST = 4096  # passes that are gathered
 
@@ -29,17 +29,9 @@ class Queued(InPlace):
     def expect(self) -> None:
         """No closure runs that could write."""
 
-    def run(
-        self,
-        group: int,
-        terms: Shift,
-        decay: Coefficient,
-        rounding: str,
-        names: Collection[str] | None = None,
-        update: bool = False,
-    ) -> None:
-        if (p := self._pass(terms, decay, rounding)) is not None:
-            self.waiting[group].append(p)
+    def run(self, work: Terms, update: bool) -> None:
+        if (p := self._pass(work.terms, work.decay, work.rounding)) is not None:
+            self.waiting[work.group].append(p)
 
     def execute(self, works: Iterable[Work], *, from_clean: bool = False, ahead: Sequence[Shift] | None = None) -> None:
         super().execute(works, from_clean=from_clean, ahead=ahead)

@@ -25,15 +25,7 @@ class Worker(Protocol):
 
     backend: str | None
 
-    def run(
-        self,
-        group: int,
-        terms: Shift,
-        decay: Coefficient,
-        rounding: str,
-        names: Collection[str] | None = None,
-        update: bool = False,
-    ) -> None: ...
+    def run(self, work: Terms, update: bool) -> None: ...
 
     def update_plans(self, group: int, names: Collection[str] | None) -> list[Plan]: ...
 
@@ -71,7 +63,7 @@ class Terms(Work):
         return self if self.names is None else None
 
     def do(self, view: Worker) -> None:
-        view.run(self.group, self.terms, self.decay, self.rounding, self.names, update=True)
+        view.run(self, update=True)
 
 
 @dataclass(frozen=True)
