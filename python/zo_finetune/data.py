@@ -130,17 +130,28 @@ def read(spec: str, config: str | None = None, keep: Collection[str] | None = No
     return read_hub(spec, config, keep)
 
 
-def find_columns(source: Source, wanted: Mapping[str, str], task: Task) -> None:
-    """Refuse a table that lacks a column of `wanted` (field -> column)."""
+def possible(field: str, columns: Mapping[str, str], task: Task) -> tuple[str, ...]:
+    """What the column of a task's field may be called: as `columns` (--column) says, or by its own name or an alias."""
+    return (columns[field],) if field in columns else (field, *task.aliases.get(field, ()))
+
+
+def find_columns(source: Source, columns: Mapping[str, str], task: Task) -> dict[str, str]:
+    """Field -> its column: the one that `columns` says, else that of the field's own name, else the first of its aliases that is there.
+
+    Raises:
+        UserError: there is none.
+    """
     names = source.rows.column_names
-    missing = [column for column in wanted.values() if column not in names]
+    wanted = {field: next((n for n in possible(field, columns, task) if n in names), None) for field in task.fields}
+    found = {field: column for field, column in wanted.items() if column is not None}
+    missing = [columns.get(field, field) for field in wanted if field not in found]
     if not missing:
-        return
+        return found
     hint = "".join(did_you_mean(column, names) for column in missing[:1])
     if len(names) == 1 and (other := next((c for c in "\t;|," if c in names[0]), None)):
         hint += f"; its columns seem to be separated by {other!r}, which is a .tsv file's tab or needs a change to commas"
     raise UserError(
-        f"{source.name} has the columns {shortened(names)}; task {task.name} needs {', '.join(wanted.values())}: "
+        f"{source.name} has the columns {shortened(names)}; task {task.name} needs {', '.join(columns.get(f, f) for f in task.fields)}: "
         f"rename them, or map each with --column FIELD=NAME{hint}"
     )
 
@@ -162,8 +173,8 @@ def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:
 
 
 def to_examples(source: Source, indices: Sequence[int], task: Task, form: Form, columns: Mapping[str, str]) -> list[Example]:
-    """The examples of the chosen rows. `columns` maps a task's field to the column that holds it, where their names differ."""
-    wanted = {name: columns.get(name, name) for name in task.fields}
+    """The examples of the chosen rows. `columns`: see `find_columns`."""
+    wanted = find_columns(source, columns, task)
     numbers = {f: n for f, column in wanted.items() if (n := class_numbers(source, column, task)) is not None}
     examples = []
     for index in indices:
@@ -271,11 +282,10 @@ def load_splits(
         raise UserError(
             f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
         )
-    wanted = {name: columns.get(name, name) for name in task.fields}
-    train_source, eval_source = read(spec, config, set(wanted.values()))
+    train_source, eval_source = read(spec, config, {name for f in task.fields for name in possible(f, columns, task)})
     sources = [train_source] if eval_source is None else [train_source, eval_source]
     for source in sources:
-        find_columns(source, wanted, task)
+        find_columns(source, columns, task)
     order = shuffled(len(train_source.rows), seed)
     if eval_source is None:
         if eval_examples == 0:

@@ -36,11 +36,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens: its distinct inputs, a span for each candidate, and the right candidate's index."""
+    """An example in tokens: its distinct inputs, a span for each candidate; `label`, `right` and `references` are the example's."""
 
     inputs: tuple[tuple[int, ...], ...]
     spans: tuple[Span, ...]
     label: int
+    right: frozenset[int] = frozenset()
+    references: tuple[tuple[str, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -171,7 +173,8 @@ class Encoder:
                 )
             spans.append(span)
         self.cut += self._lost > before
-        return Encoded(tuple(rows), tuple(spans), 0 if gold_only else example.label)
+        label, right = (0, frozenset[int]()) if gold_only else (example.label, example.right)
+        return Encoded(tuple(rows), tuple(spans), label, right, example.references)
 
     def _refuse(self, token: int, candidate: Candidate) -> None:
         word = self.tokenizer.convert_ids_to_tokens(token)

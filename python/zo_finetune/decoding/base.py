@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from zo_finetune.scoring import Encoded, Scorer
@@ -24,12 +25,25 @@ class Answers:
     labels: int64 [N], the right candidates' indices.
     chosen: int64 [N], the model's; -1 where it has none, since no score is finite.
     names: of the candidates, if they are the same for every example.
+    right: N sets of indices that count as right, as an `Example` has them: an empty one is the label alone, and so is no set at all.
+    texts, references: of generation, N each: what the model wrote, and the accepted answers as an `Example` has them.
     """
 
     scores: Tensor
     labels: Tensor
     chosen: Tensor
     names: tuple[str, ...] | None = None
+    right: tuple[frozenset[int], ...] = ()
+    texts: tuple[str, ...] = ()
+    references: tuple[tuple[tuple[str, ...], ...], ...] = ()
+
+    def hits(self) -> Tensor:
+        """bool [N]: whether the chosen candidate counts as right."""
+        own = self.chosen == self.labels
+        if not any(self.right):
+            return own
+        pairs = zip(self.chosen.tolist(), self.right, own.tolist(), strict=True)
+        return torch.tensor([chosen in right if right else same for chosen, right, same in pairs])
 
 
 class Decoding(ABC):

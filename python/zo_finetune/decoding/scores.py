@@ -27,14 +27,15 @@ class ByScore(Decoding):
         progress: Callable[[int], None] = lambda n: None,
     ) -> Answers:
         scores: list[Tensor] = []
-        labels: list[int] = []
+        done: list[Encoded] = []
         for part in in_batches(sorted(examples, key=lambda e: e.length), batch_size):
             batch = scorer.collate(part)
             scores.extend(scorer.scores(batch))  # rows, which differ in width where examples differ in their number of candidates
-            labels.extend(e.label for e in part)
+            done.extend(part)
             progress(len(part))
         width = max(len(row) for row in scores)
         table = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in scores]).cpu()
         scored = table.max(-1).values.isfinite()  # a NaN is the maximum of its row
         chosen = torch.where(scored, table.argmax(-1), -1)
-        return Answers(table, torch.tensor(labels), chosen, None if names is None else tuple(names))
+        labels, right = torch.tensor([e.label for e in done]), tuple(e.right for e in done)
+        return Answers(table, labels, chosen, None if names is None else tuple(names), right)

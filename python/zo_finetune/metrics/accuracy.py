@@ -13,7 +13,7 @@ class Accuracy(Metric):
     name = "accuracy"
 
     def measure(self, answers: Answers) -> dict[str, Any]:
-        accuracy = (answers.chosen == answers.labels).double().mean().item()
+        accuracy = answers.hits().double().mean().item()
         return {"accuracy": accuracy, "accuracy_stderr": standard_error(accuracy, len(answers.labels))}
 
     def fits(self, evaluation: Mapping[str, Any]) -> bool:

@@ -40,20 +40,31 @@ class Candidate:
     A causal model reads `context` and is scored on `answer` (the tail is not read). A masked model reads `context`, as many
     mask tokens as `answer` has tokens, then `tail`. Whatever separates the words belongs to the strings: the answer usually
     starts with a space. Where candidates differ in the context and share the answer (WinoGrande), the scores compare how well
-    the same answer follows."""
+    the same answer follows.
+
+    `neutral` stands in place of `context` where it is asked how likely the answer is anyway: MeZO's calibrated score is the sum of the answer's
+    log-probabilities after `context` minus that after `neutral`."""
 
     context: str
     answer: str
     tail: str = ""
+    neutral: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row, ready to be scored: the answer is the candidate with the highest mean log-probability; `label` is the right one's
-    index."""
+    """A row, ready to be scored or answered.
+
+    candidates: the possible answers; of a free answer the one reference that is trained on.
+    label: the candidate that is trained on, and a demonstration's answer: `context + answer + tail`.
+    right: every index that counts as right, where there are several; empty: `label` alone.
+    references: of a free answer, each accepted answer as the tuple of its spans; empty where candidates are chosen from.
+    """
 
     candidates: tuple[Candidate, ...]
     label: int
+    right: frozenset[int] = frozenset()
+    references: tuple[tuple[str, ...], ...] = ()
 
 
 class RowError(ValueError):
@@ -70,6 +81,12 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for `--help`
     fields: ClassVar[tuple[str, ...]]  # the columns a row must have
+    aliases: ClassVar[
+        Mapping[str, tuple[str, ...]]
+    ] = {}  # field -> other names of its column, in order: where its own is no column
+    source: ClassVar[str | None] = None  # the default --data: a data set on the hub
+    source_config: ClassVar[str | None] = None  # and its configuration
+    neutral: ClassVar[str] = ""  # of candidates: see there
     objective: ClassVar[str] = "classification"  # what is trained: a file of objectives/, by its name
     forms: ClassVar[tuple[Form, ...]] = ("causal",)
     decoding: ClassVar[str] = "scores"  # how an answer comes about: a file of decoding/
@@ -156,4 +173,4 @@ class ClassificationTask(Task):
 
     def example(self, row: Row, form: Form) -> Example:
         context, tail = (self.prompt(row), "") if form == "causal" else self.masked_prompt(row)
-        return Example(tuple(Candidate(context, word, tail) for word in self.words), self.label(row))
+        return Example(tuple(Candidate(context, word, tail, self.neutral) for word in self.words), self.label(row))

@@ -15,6 +15,8 @@ class SST2(ClassificationTask):
     forms = ("causal", "masked")
     labels = ("negative", "positive")
     words = (" terrible", " great")
+    source, source_config = "nyu-mll/glue", "sst2"
+    neutral = " It was"
 
     def prompt(self, row: Row) -> str:
         return f"{self.text(row, 'sentence')} It was"
