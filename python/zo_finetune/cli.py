@@ -47,6 +47,7 @@ NEEDED = (
     "safetensors",
     "tqdm",
     "matplotlib",
+    "sklearn",
 )  # gguf: for a .gguf file only
 
 

@@ -38,7 +38,7 @@ OWN = ("compare.json", "compare.csv", "table.md", "curves.png")
 
 def columns(metric: str) -> tuple[str, ...]:
     """Of compare.csv, for tasks of this metric."""
-    scores = (f"{metric}_before", metric, f"{metric}_stderr", "loss_before", "loss", "dev_loss")
+    scores = (f"{metric}_before", metric, f"{metric}_stderr", "examples", "majority", "loss_before", "loss", "dev_loss")
     cost = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
     return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *cost)
 
@@ -260,6 +260,8 @@ def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str,
         f"{metric}_before": before[metric],
         metric: after[metric],
         f"{metric}_stderr": after[f"{metric}_stderr"],
+        "examples": after["examples"],
+        "majority": result["majority"],
         "loss_before": before["loss"],
         "loss": after["loss"],
         "dev_loss": history[-1]["loss"] if history else None,
@@ -397,8 +399,10 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
             )
         )
     before = {r["seed"]: r for r in rows}.values()
+    majority = "" if any(r["majority"] is None for r in before) else f", majority {spread([r['majority'] for r in before], 3)}"
     text = (
-        f"Before: {metric} {spread([r[f'{metric}_before'] for r in before], 3)}, loss {spread([r['loss_before'] for r in before], 3)}. "
+        f"Before: {metric} {spread([r[f'{metric}_before'] for r in before], 3)} on {min(r['examples'] for r in before)} examples{majority}, loss "
+        f"{spread([r['loss_before'] for r in before], 3)}. "
         f"At most {plan.options.forwards} forward passes a run; means over the seeds ± their standard deviation.\n\n"
     )
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)

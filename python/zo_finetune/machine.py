@@ -26,7 +26,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    names = ("zo_kernels", "torch", "transformers", "peft", "datasets", "gguf")
+    names = ("zo_kernels", "torch", "transformers", "peft", "datasets", "gguf", "scikit-learn")
     return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
 
 

@@ -45,6 +45,7 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
         "task": loaded.task.name,
         "before": outcome.before,
         "after": outcome.after,
+        "majority": outcome.before.get("majority"),
         "history": outcome.history,
         "interrupted": outcome.interrupted,
         "steps": outcome.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 import subprocess
 import sys
 import warnings
@@ -62,6 +63,7 @@ def test_a_run_and_its_record(
         assert 0 <= e["accuracy"] <= 1
         assert e["accuracy_stderr"] == math.sqrt(e["accuracy"] * (1 - e["accuracy"]) / 12)
         assert sum(e["predicted"].values()) == pytest.approx(1)
+        assert e["majority"] == result["majority"] >= 0.5
     assert [h["step"] for h in result["history"]] == [0, 2, 3]
     assert {h["examples"] for h in result["history"]} == {8}
     assert result["steps"] == 3
@@ -414,11 +416,13 @@ def test_the_module_is_the_command() -> None:
 
 def test_auc_and_standard_error() -> None:
     margins, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, -1.0]), torch.tensor([0, 1, 0, 1, 0])
-    assert auc(torch.tensor([0.1, 0.4, torch.nan, 0.8, -1.0]), labels) is None  # a NaN has no rank
+    assert auc(torch.tensor([0.1, 0.4, torch.nan, 0.8, -1.0]), labels) == (None, None)  # a NaN has no rank
     pairs = [(1.0 if a > b else 0.5 if a == b else 0.0) for a in (0.4, 0.8) for b in (0.1, 0.4, -1.0)]
-    assert auc(margins, labels) == pytest.approx(sum(pairs) / len(pairs))
+    # by hand (DeLong 1988): the share that each of 0.4, 0.8 is above, and that each of 0.1, 0.4, -1 is below
+    error = (statistics.variance([2.5 / 3, 1.0]) / 2 + statistics.variance([1.0, 0.75, 1.0]) / 3) ** 0.5
+    assert auc(margins, labels) == pytest.approx((sum(pairs) / len(pairs), error))
     assert auc(margins.float() + 5, labels) == pytest.approx(auc(margins, labels))
-    assert auc(margins, torch.ones(5)) is None
+    assert auc(margins, torch.ones(5)) == (None, None) and auc(margins, torch.tensor([0, 0, 0, 1, 0])) == (1.0, None)
     assert standard_error(0.5, 100) == 0.05
 
 

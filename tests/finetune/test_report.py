@@ -10,7 +10,7 @@ import pytest
 import torch
 from zo_finetune import compare, figures, run_folder
 from zo_finetune.config import Comparison, Config
-from zo_finetune.evaluate import evaluate
+from zo_finetune.evaluate import describe, evaluate
 from zo_finetune.scoring import Encoded, Span
 from zo_finetune.tasks import get_task
 
@@ -35,6 +35,10 @@ def test_answers_and_labels_belong_together() -> None:
     oracle: Any = Oracle()
     found = evaluate(SST2, oracle, examples, 3)
     assert found["accuracy"] == 1.0 and found["auc"] == 1.0 and found["examples"] == 7
+    assert found["auc_stderr"] == 0.0 and found["majority"] == 4 / 7
+    assert describe(SST2, found).startswith(
+        "accuracy 1.0000 ± 0.0000 on 7 examples (majority 0.5714), loss 0.1269, AUC 1.000 ± 0.000"
+    )
     assert found["predicted"] == {"negative": pytest.approx(3 / 7), "positive": pytest.approx(4 / 7)}
     assert found["loss"] == pytest.approx(0.126928, abs=1e-6)  # log(1 + e^-2)
 
@@ -67,15 +71,19 @@ def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
             "seed": seed,
             "accuracy_before": before,
             "accuracy": after,
+            "examples": 9,
+            "majority": majority,
             "loss_before": 1.0,
             "loss": 0.5 * seed,
             "dev_loss": None,
         }
-        for seed, before, after in ((1, 0.5, 0.75), (2, 0.25, 0.75), (6, 0.5, 0.5))
+        for seed, before, after, majority in ((1, 0.5, 0.75, 0.5), (2, 0.25, 0.75, 0.5), (6, 0.5, 0.5, 2 / 3))
     ]
     options = Comparison(methods="", forwards=10, output=str(tmp_path))
     plan = compare.Plan([], options, Config(model="m", task="sst2", data="d", output="o"))
-    line = next(line for line in compare.table(plan, rows).splitlines() if line.startswith("| mezo"))
+    text = compare.table(plan, rows)
+    assert text.startswith("Before: accuracy 0.417 ± 0.144 on 9 examples, majority 0.556 ± 0.096, loss 1.000 ± 0.000. ")
+    line = next(line for line in text.splitlines() if line.startswith("| mezo"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
     assert compare.spread([0.25], 2) == "0.25"

@@ -19,7 +19,7 @@ from zo_finetune.scoring import Encoded, Scorer
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to N examples, on the CPU, in whatever order; metrics read what they need of it.
+    """What a model answered to N examples, on the CPU, in their order; metrics read what they need of it.
 
     scores: fp32 [N, C], of each candidate; -inf where an example has fewer than C.
     labels: int64 [N], the right candidates' indices.

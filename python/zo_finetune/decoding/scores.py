@@ -9,15 +9,14 @@ from torch import Tensor
 
 from zo_finetune.data import in_batches
 from zo_finetune.decoding.base import Answers, Decoding
-from zo_finetune.scoring import Encoded, Scorer
+from zo_finetune.scoring import Batch, Encoded, Scorer
 
 
 class ByScore(Decoding):
-    """Examples are sorted by length first, so that little is padded."""
+    """The candidate with the highest mean log-probability."""
 
     name = "scores"
 
-    @torch.no_grad()
     def answers(
         self,
         scorer: Scorer,
@@ -26,16 +25,35 @@ class ByScore(Decoding):
         names: Sequence[str] | None = None,
         progress: Callable[[int], None] = lambda n: None,
     ) -> Answers:
-        scores: list[Tensor] = []
-        done: list[Encoded] = []
-        for part in in_batches(sorted(examples, key=lambda e: e.length), batch_size):
-            batch = scorer.collate(part)
-            scores.extend(scorer.scores(batch))  # rows, which differ in width where examples differ in their number of candidates
-            done.extend(part)
-            progress(len(part))
-        width = max(len(row) for row in scores)
-        table = torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in scores]).cpu()
-        scored = table.max(-1).values.isfinite()  # a NaN is the maximum of its row
-        chosen = torch.where(scored, table.argmax(-1), -1)
-        labels, right = torch.tensor([e.label for e in done]), tuple(e.right for e in done)
-        return Answers(table, labels, chosen, None if names is None else tuple(names), right)
+        return choose(score_table(scorer.scores, scorer, examples, batch_size, progress), examples, names)
+
+
+@torch.no_grad()
+def score_table(
+    score: Callable[[Batch], Tensor],
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """fp32 [N, C] on the CPU, in the order of the examples; -inf where one has fewer candidates than C. Examples of one length are computed
+    together, so that little is padded.
+
+    Args:
+        score: [B, C] of a batch.
+    """
+    found: dict[int, Tensor] = {}  # of an example by its place: rows, as wide as the most candidates of their batch
+    for part in in_batches(sorted(range(len(examples)), key=lambda k: examples[k].length), batch_size):
+        found.update(zip(part, score(scorer.collate([examples[k] for k in part])), strict=True))
+        progress(len(part))
+    width = max(map(len, found.values()))
+    rows = (found[k] for k in range(len(examples)))
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in rows]).cpu()
+
+
+def choose(table: Tensor, examples: Sequence[Encoded], names: Sequence[str] | None = None) -> Answers:
+    """The candidates with the highest scores of `table` [N, C]."""
+    scored = table.max(-1).values.isfinite()  # a NaN is the maximum of its row
+    chosen = torch.where(scored, table.argmax(-1), -1)
+    labels, right = torch.tensor([e.label for e in examples]), tuple(e.right for e in examples)
+    return Answers(table, labels, chosen, None if names is None else tuple(names), right)

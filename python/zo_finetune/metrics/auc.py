@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,17 +13,26 @@ from zo_finetune.decoding.base import Answers
 from zo_finetune.metrics.base import Metric, is_number
 
 
-def auc(margins: Tensor, labels: Tensor) -> float | None:
-    """The chance that a random example of label 1 has a larger margin than one of label 0, ties half (Mann-Whitney); None if a
-    label is absent, or a margin is NaN.
+def placements(margins: Tensor, others: Tensor) -> Tensor:
+    """For each margin, the share of `others` that are smaller, ties half; fp64 [N]."""
+    ordered = others.sort().values
+    ranks = torch.searchsorted(ordered, margins) + torch.searchsorted(ordered, margins, right=True)
+    return ranks.double() / 2 / len(others)
+
+
+def auc(margins: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
+    """The chance that a random example of label 1 has a larger margin than one of label 0, ties half (Mann-Whitney), and its standard error (DeLong
+    et al. 1988); None for the first if a label is absent, or a margin is NaN; for the second if one has fewer than two examples.
 
     No constant added to the margins changes it: what it gains is discrimination, what accuracy gains beyond it is calibration.
     """
     ones, zeros = margins[labels == 1].double(), margins[labels == 0].double()
     if not len(ones) or not len(zeros) or margins.isnan().any():
-        return None
-    ranks = torch.searchsorted(zeros.sort().values, ones) + torch.searchsorted(zeros.sort().values, ones, right=True)
-    return (ranks.double().mean() / 2 / len(zeros)).item()
+        return None, None
+    above, below = placements(ones, zeros), placements(zeros, ones)
+    if min(len(ones), len(zeros)) < 2:
+        return above.mean().item(), None
+    return above.mean().item(), math.sqrt(above.var().item() / len(ones) + below.var().item() / len(zeros))
 
 
 class AUC(Metric):
@@ -33,10 +43,14 @@ class AUC(Metric):
     def measure(self, answers: Answers) -> dict[str, Any]:
         if answers.names is None or len(answers.names) != 2:
             return {}
-        return {"auc": auc(answers.scores[:, 1] - answers.scores[:, 0], answers.labels)}
+        area, error = auc(answers.scores[:, 1] - answers.scores[:, 0], answers.labels)
+        return {"auc": area, "auc_stderr": error}
 
     def fits(self, evaluation: Mapping[str, Any]) -> bool:
-        return is_number(evaluation.get("auc"), missing=True)
+        return all(is_number(evaluation.get(name), missing=True) for name in ("auc", "auc_stderr"))
 
     def words(self, evaluation: Mapping[str, Any]) -> str:
-        return f"AUC {evaluation['auc']:.3f}" if evaluation.get("auc") is not None else ""
+        if evaluation.get("auc") is None:
+            return ""
+        error = evaluation.get("auc_stderr")
+        return f"AUC {evaluation['auc']:.3f}" + ("" if error is None else f" ± {error:.3f}")
