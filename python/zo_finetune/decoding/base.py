@@ -27,6 +27,7 @@ class Answers:
     names: of the candidates, if they are the same for every example.
     right: N sets of indices that count as right, as an `Example` has them: an empty one is the label alone, and so is no set at all.
     texts, references: of generation, N each: what the model wrote, and the accepted answers as an `Example` has them.
+    comparison: how one is compared with the others, as the task says.
     """
 
     scores: Tensor
@@ -36,6 +37,7 @@ class Answers:
     right: tuple[frozenset[int], ...] = ()
     texts: tuple[str, ...] = ()
     references: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    comparison: str = "squad"
 
     def hits(self) -> Tensor:
         """bool [N]: whether the chosen candidate counts as right."""

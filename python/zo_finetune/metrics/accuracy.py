@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from torch import Tensor
 
 from zo_finetune.decoding.base import Answers
-from zo_finetune.metrics.base import Metric, is_number, standard_error
+from zo_finetune.metrics.base import Mean
 
 
-class Accuracy(Metric):
-    name = "accuracy"
+class Accuracy(Mean):
+    name = title = "accuracy"
 
-    def measure(self, answers: Answers) -> dict[str, Any]:
-        accuracy = answers.hits().double().mean().item()
-        return {"accuracy": accuracy, "accuracy_stderr": standard_error(accuracy, len(answers.labels))}
-
-    def fits(self, evaluation: Mapping[str, Any]) -> bool:
-        return is_number(evaluation.get("accuracy")) and is_number(evaluation.get("accuracy_stderr"))
-
-    def words(self, evaluation: Mapping[str, Any]) -> str:
-        return f"accuracy {evaluation['accuracy']:.4f} ± {evaluation['accuracy_stderr']:.4f}"
+    def each(self, answers: Answers) -> Tensor:
+        return answers.hits().double()

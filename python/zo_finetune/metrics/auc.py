@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_finetune.decoding.base import Answers
-from zo_finetune.metrics.base import Metric, is_number
+from zo_finetune.metrics.base import Goal, is_number
 
 
 def placements(margins: Tensor, others: Tensor) -> Tensor:
@@ -35,13 +35,21 @@ def auc(margins: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
     return above.mean().item(), math.sqrt(above.var().item() / len(ones) + below.var().item() / len(zeros))
 
 
-class AUC(Metric):
+class AUC(Goal):
     """Of tasks with two labels; the margin is the difference of their scores."""
 
     name = "auc"
 
+    def suits(self, names: tuple[str, ...] | None) -> bool:
+        return names is not None and len(names) == 2
+
+    def value(self, answers: Answers) -> Tensor:
+        """Half where a label is absent or a score is NaN: nothing is told apart there."""
+        known, _ = auc(answers.scores[:, 1] - answers.scores[:, 0], answers.labels)
+        return torch.tensor(0.5 if known is None else known, dtype=torch.float64)
+
     def measure(self, answers: Answers) -> dict[str, Any]:
-        if answers.names is None or len(answers.names) != 2:
+        if not self.suits(answers.names):
             return {}
         area, error = auc(answers.scores[:, 1] - answers.scores[:, 0], answers.labels)
         return {"auc": area, "auc_stderr": error}

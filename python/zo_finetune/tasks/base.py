@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 Row = Mapping[str, Any]
 Form = Literal["causal", "masked"]
 
+BETWEEN_SPANS = ", "  # how an answer of several spans is written as one text, and read again
 MAX_TEXT = 1_000_000  # characters of a text: beyond any context, and some tokenizers take quadratic time
 
 
@@ -90,6 +91,7 @@ class Task(ABC):
     objective: ClassVar[str] = "classification"  # what is trained: a file of objectives/, by its name
     forms: ClassVar[tuple[Form, ...]] = ("causal",)
     decoding: ClassVar[str] = "scores"  # how an answer comes about: a file of decoding/
+    comparison: ClassVar[str] = "squad"  # of free answers with the accepted ones: a scorer of metrics/texts.py
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # files of metrics/; the first is what curves and tables show
 
     @property
