@@ -51,7 +51,7 @@ class Config:
     dtype: str = option(MODEL, "of the weights", "auto", choices=("auto", *DTYPES), usual="float32 on a CPU, as saved on a GPU")
     device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
 
-    task: str = option(DATA, "; ".join(f"{t.name}: {t.summary}" for t in TASKS.values()), metavar="TASK")
+    task: str = option(DATA, f"one of {', '.join(TASKS)}; `zo-finetune tasks` says more", metavar="TASK")
     data: str = option(
         DATA,
         "file or folder (train.*, validation.*; jsonl, json, csv, tsv, parquet), or hub id",

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,14 @@ T = TypeVar("T")
 
 TRAIN_NAMES = ("train", "training")
 USUAL_DEV, USUAL_EVAL, MOST_HELD_OUT = 500, 1000, 5  # rows held out where no number is given; of one file at most one in so many
-EVAL_NAMES = ("validation", "valid", "dev", "eval", "test")  # in order of preference; hub test splits often have no labels
+EVAL_NAMES = (
+    "validation",
+    "validation_matched",
+    "valid",
+    "dev",
+    "eval",
+    "test",
+)  # in order of preference; hub test splits often have no labels
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,34 @@ def find_columns(source: Source, columns: Mapping[str, str], task: Task) -> dict
     )
 
 
+def labelled(source: Source, columns: Mapping[str, str], task: Task) -> Source:
+    """The rows that have a label, where the task knows what stands for none; a note says how many are left out.
+
+    Raises:
+        UserError: a column is missing, or no row has a label.
+    """
+    wanted = find_columns(source, columns, task)
+    if not isinstance(task, ClassificationTask) or not task.unlabelled:
+        return source
+    rows, column = source.rows, wanted[task.label_field]
+    place = rows.kept.index(column)
+    kept = [k for k, values in enumerate(rows.values) if values[place] not in task.unlabelled]
+    if len(kept) == len(rows):
+        return source
+    if not kept:
+        raise UserError(
+            f"{source.name}: no row has a label ({column} is {rows.values[0][place]!r} in row 1): choose another split or file"
+        )
+    note = f"{len(rows) - len(kept):,} rows have no label and are left out"
+    table = replace(
+        rows,
+        values=[rows.values[k] for k in kept],
+        lines=[rows.lines[k] if rows.lines else k + 1 for k in kept],
+        notes=[*rows.notes, note],
+    )
+    return replace(source, rows=table)
+
+
 def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:
     """What the numbers of a column with class names are for the task: by the names, which may be in another order than the task's.
 
@@ -179,7 +214,8 @@ def to_examples(source: Source, indices: Sequence[int], task: Task, form: Form, 
     examples = []
     for index in indices:
         content = source.rows.row(index)
-        row = {name: content[column] for name, column in wanted.items()}
+        # under the columns' names too: what a value means may hang on them (winogrande's answer is 1 or 2, its label 0 or 1)
+        row = content | {name: content[column] for name, column in wanted.items()}
         for name, meaning in numbers.items():
             if isinstance(row[name], int) and 0 <= row[name] < len(meaning):
                 row[name] = meaning[row[name]]
@@ -282,10 +318,9 @@ def load_splits(
         raise UserError(
             f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
         )
-    train_source, eval_source = read(spec, config, {name for f in task.fields for name in possible(f, columns, task)})
-    sources = [train_source] if eval_source is None else [train_source, eval_source]
-    for source in sources:
-        find_columns(source, columns, task)
+    found = read(spec, config, {name for f in task.fields for name in possible(f, columns, task)})
+    sources = [labelled(source, columns, task) for source in found if source is not None]
+    train_source, eval_source = sources[0], sources[1] if len(sources) > 1 else None
     order = shuffled(len(train_source.rows), seed)
     if eval_source is None:
         if eval_examples == 0:

@@ -268,7 +268,7 @@ def test_a_batch_of_more_than_there_is_takes_all_and_says_so(
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [
-        ({"task": "sst3"}, (), "--task 'sst3' is unknown; known tasks are: sst2"),
+        ({"task": "sst3"}, (), "--task 'sst3' is unknown; known tasks are: boolq, cb, copa, cr"),
         ({"model": "./absent/model"}, (), "--model ./absent/model is not a model folder"),
         ({"model": "nobody/nothing"}, (), "--model nobody/nothing could not be loaded"),
         ({"data": "./absent.jsonl"}, (), "--data ./absent.jsonl does not exist"),

@@ -1,12 +1,14 @@
 """What a task is: how a row of data becomes a prompt for each candidate answer.
 
-Belongs here: the record types and the two base classes. Does not belong here: any particular task (one file each, beside this one),
+Belongs here: the record types, the two base classes and what all tasks read from a row. Does not belong here: any particular task or
+family of tasks (one file each, beside this one),
 tokens (scoring.py), files (data.py), what an answer is worth (metrics/). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
 
 To add a task, write a file with a subclass beside this one; nothing lists it:
 
-    fixed answers (SST-2, SST-5, RTE, CB, BoolQ, WSC, WIC, MultiRC, SNLI, MNLI, TREC)
-        a `ClassificationTask`: `labels`, `words`, `prompt`, and `masked_prompt` if a masked language model can do it
+    fixed answers (SST-2)
+        a `ClassificationTask`: `labels`, `words`, `prompt`, and `masked_prompt` if a masked language model can do it; families of them
+        are in sentiment.py, entailment.py and yes_no.py
     answers that differ from row to row (COPA, ReCoRD, WinoGrande)
         a `Task` with its own `example`: one `Candidate` each; `objective = "language-model"` where MeZO trains that
     free answers (SQuAD, DROP)
@@ -15,7 +17,6 @@ To add a task, write a file with a subclass beside this one; nothing lists it:
 
 from __future__ import annotations
 
-import contextlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -32,6 +33,19 @@ MAX_TEXT = 1_000_000  # characters of a text: beyond any context, and some token
 def plain(name: str) -> str:
     """A class name as it is compared."""
     return re.sub(r"[\s_-]+", " ", name.strip().lower())
+
+
+def whole(value: Any) -> int | None:
+    """A whole number in whatever type, or as its decimal string; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def decapitalized(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -111,10 +125,18 @@ class Task(ABC):
             RowError: a value does not belong to the task.
         """
 
+    def specimen(self) -> Row:
+        """A row in which every text is its field's name in braces, to show what becomes of it (docs/tasks.md)."""
+        return {field: f"{{{field}}}" for field in self.fields}
+
     def text(self, row: Row, field: str) -> str:
-        """A text column with its surrounding white space removed; a value that is no text, is empty, far too long or cannot be
-        written in UTF-8 (half of a surrogate pair, as JSON may have) is a `RowError`."""
+        """The text of a column, or, where that holds a record (SuperGLUE's `target`), of its entry of the field's name."""
         value = row[field]
+        return self.clean(value.get(field) if isinstance(value, Mapping) else value, field)
+
+    def clean(self, value: Any, field: str) -> str:
+        """A text with its surrounding white space removed; a value that is no text, is empty, far too long or cannot be written in UTF-8
+        (half of a surrogate pair, as JSON may have) is a `RowError`."""
         if not isinstance(value, str) or not value.strip():
             raise RowError(field, value, f"{self.name} needs a text there: correct the row or remove it")
         if len(value) > MAX_TEXT:
@@ -123,12 +145,25 @@ class Task(ABC):
             raise RowError(field, value, "it holds half of a surrogate pair, which is no character: correct the row or remove it")
         return value.strip()
 
+    def index(self, row: Row, field: str, count: int) -> int:
+        """The number of one of `count` candidates, from 0; anything else is a `RowError`."""
+        number = whole(row[field])
+        if number is None or not 0 <= number < count:
+            raise RowError(
+                field, row[field], f"{self.name} needs a whole number there, 0 to {count - 1}: correct the row or remove it"
+            )
+        return number
+
 
 class ClassificationTask(Task):
     """A task with the same few answers for every row. Trained by cross-entropy over the answers' scores (MeZO, appendix E)."""
 
     labels: ClassVar[tuple[str, ...]]  # what the labels 0, 1, ... mean
     words: ClassVar[tuple[str, ...]]  # the answer that stands for each label
+    synonyms: ClassVar[Mapping[str, str]] = {}  # other names of labels, as data sets have them -> the label
+    unlabelled: ClassVar[
+        tuple[Any, ...]
+    ] = ()  # what stands for no label by the data's own documentation: such rows are left out, and counted
     label_field: ClassVar[str] = "label"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "auc", "predicted")
 
@@ -141,12 +176,14 @@ class ClassificationTask(Task):
         """The text that a causal model continues with one of `words`."""
 
     def masked_prompt(self, row: Row) -> tuple[str, str]:
-        """The text before and after the mask, for a masked model; only asked of a task that has "masked" among its `forms`."""
+        """The text before and after the mask, for a masked model; only asked of a task that has "masked" among its `forms`. In the mask's place a
+        word has a space before it, wherever it stands: so it is one token of RoBERTa's."""
         raise NotImplementedError(f"task {self.name} names the form 'masked' without a prompt for it")
 
     def number(self, name: str) -> int | None:
-        """Which label a name stands for: its own in any case, with spaces, - or _ between words, or the only one that begins so ("neg")."""
-        key, known = plain(name), [plain(one) for one in self.labels]
+        """Which label a name stands for: its own in any case, with spaces, - or _ between words, a synonym, or the only one that begins so ("neg")."""
+        known = [plain(one) for one in self.labels]
+        key = plain(self.synonyms.get(plain(name), name))
         if key in known:
             return known.index(key)
         begun = [k for k, one in enumerate(known) if len(key) >= 3 and one.startswith(key)]
@@ -159,20 +196,18 @@ class ClassificationTask(Task):
         remedy = f"the labels of {self.name} are {meaning}: correct the row, or choose another --task"
         if value is None or value == "" or value != value:
             raise RowError(self.label_field, value, f"the row has no label; {remedy}")
-        known: int | float | None = None
-        if isinstance(value, (str, bool)):
-            known = self.number(str(value))
-        if known is None and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                known = float(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            known = value
-        if known is not None and known in range(len(self.labels)):  # by value: 1.0 is, 0.5 and an infinity are not
-            return int(known)
+        known = self.number(str(value)) if isinstance(value, (str, bool)) else None
+        if known is None:
+            known = whole(value)
+        if known is not None and 0 <= known < len(self.labels):
+            return known
         if known == -1:
             remedy = f"test sets of the hub have -1 in place of labels that are kept secret: evaluate on another split; {remedy}"
         raise RowError(self.label_field, value, remedy)
 
     def example(self, row: Row, form: Form) -> Example:
-        context, tail = (self.prompt(row), "") if form == "causal" else self.masked_prompt(row)
-        return Example(tuple(Candidate(context, word, tail, self.neutral) for word in self.words), self.label(row))
+        if form == "causal":
+            (context, tail), words = (self.prompt(row), ""), self.words
+        else:
+            (context, tail), words = self.masked_prompt(row), tuple(f" {word.lstrip()}" for word in self.words)
+        return Example(tuple(Candidate(context, word, tail, self.neutral) for word in words), self.label(row))
