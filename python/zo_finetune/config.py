@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import methods, options, values
+from zo_finetune import methods, options, sources, values
 from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
@@ -54,7 +54,7 @@ class Config:
     task: str = option(DATA, f"one of {', '.join(TASKS)}; `zo-finetune tasks` says more", metavar="TASK")
     data: str = option(
         DATA,
-        "file or folder (train.*, validation.*; jsonl, json, csv, tsv, parquet), or hub id",
+        "file, pattern of files, folder (train.*, validation.*, in shards or not; jsonl, json, csv, tsv, parquet, arrow; .gz, .zst) or hub id",
         metavar="PATH_OR_HUB_ID",
         path=True,
         movable=True,
@@ -146,7 +146,7 @@ class Config:
 
     def check_use(self) -> None:
         """Options that nothing of a new run would read: whoever gave one means another run than would come of it."""
-        model, data = Path(self.model).expanduser(), Path(self.data).expanduser()
+        model = Path(self.model).expanduser()
         if self.targets and self.peft not in ("lora", "ln"):
             raise UserError(
                 f"--peft-target {self.targets[0]!r:.80} names what --peft lora or ln adapts, and --peft is {self.peft}: give one of them, or "
@@ -156,9 +156,9 @@ class Config:
             raise UserError(
                 f"--gguf-file {self.gguf_file!r:.80}: --model {model} is a GGUF file itself: give its folder, or leave one out"
             )
-        if self.data_config is not None and data.exists():
+        if self.data_config is not None and sources.paths_of(self.data):
             raise UserError(
-                f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {data} is here: leave it out"
+                f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {self.data} is here: leave it out"
             )
         if self.eval_every and self.dev_examples == 0:
             raise UserError(
@@ -192,7 +192,8 @@ class Config:
                 return str(path) if path.exists() else getattr(self, name)
             return str(getattr(self, name))  # longer than a path may be
 
-        return replace(self, model=found("model"), data=found("data"), output=str(place("output")))
+        path_of("--data", self.data)
+        return replace(self, model=found("model"), data=sources.placed(self.data, directory), output=str(place("output")))
 
 
 @dataclass(kw_only=True)

@@ -1,44 +1,25 @@
-"""Rows from files or the hub, as examples in splits, and the batch of every step.
+"""Rows as examples in splits, and the batch of every step.
 
-Belongs here: which rows, splits, sampling, batching. Does not belong here: formats of files (tables.py), prompts (tasks/), tokens
-(scoring.py). Local files never touch the network.
+Belongs here: which rows, splits, sampling, batching. Does not belong here: which files (sources.py), their formats (tables.py), prompts (tasks/),
+tokens (scoring.py).
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
-from zo_finetune.errors import UserError, did_you_mean, one_line, printable, shortened
-from zo_finetune.tables import SUFFIXES, Table, read_table
+from zo_finetune.errors import UserError, did_you_mean, printable, shortened
+from zo_finetune.sources import Source, read
 from zo_finetune.tasks.base import ClassificationTask, Example, Form, RowError, Task
 
 T = TypeVar("T")
 
-TRAIN_NAMES = ("train", "training")
 USUAL_DEV, USUAL_EVAL, MOST_HELD_OUT = 500, 1000, 5  # rows held out where no number is given; of one file at most one in so many
-EVAL_NAMES = (
-    "validation",
-    "validation_matched",
-    "valid",
-    "dev",
-    "eval",
-    "test",
-)  # in order of preference; hub test splits often have no labels
-
-
-@dataclass(frozen=True)
-class Source:
-    """The rows of one split and the name that error messages give them."""
-
-    rows: Table
-    name: str
 
 
 @dataclass(frozen=True)
@@ -50,91 +31,6 @@ class Splits:
     eval: list[Example]
     origin: dict[str, str] = field(default_factory=dict)  # split -> where its rows came from
     notes: list[str] = field(default_factory=list)  # lines for the user: what was read, and what about it may be a mistake
-
-
-def read_file(path: Path, keep: Collection[str] | None = None) -> Source:
-    return Source(read_table(path, keep), str(path))
-
-
-def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
-    """`train.*` and, if there is one, `validation.*` (or dev, test) of a folder."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-
-    def find(names: Sequence[str]) -> Path | None:
-        for name in names:
-            found = [p for p in files if p.stem.lower() == name]
-            if len(found) > 1:
-                raise UserError(f"--data {folder} holds {' and '.join(p.name for p in found)}: keep one, or give one file")
-            if found and not found[0].is_file():
-                raise UserError(f"--data {folder}: {found[0].name} is no file that is there: put one in its place, or take it away")
-            if found:
-                return found[0]
-        return None
-
-    train, evaluation = find(TRAIN_NAMES), find(EVAL_NAMES)
-    if train is None:
-        meant = next((hint for p in files if (hint := did_you_mean(p.stem, TRAIN_NAMES))), "")
-        raise UserError(
-            f"--data {folder} holds {shortened(p.name for p in files) or 'no data file'}; a folder needs train{{{','.join(SUFFIXES)}}}: "
-            f"rename a file, or give one file{meant}"
-        )
-    source = read_file(train, keep)
-    begins = tuple(f"{name}{mark}" for name in (*TRAIN_NAMES, *EVAL_NAMES) for mark in ".-_")
-    unread = [
-        p.name
-        for p in sorted(folder.iterdir())
-        if p not in (train, evaluation) and (p.suffix.lower() in SUFFIXES or p.name.lower().startswith(begins))
-    ]
-    if unread:
-        source.rows.notes.append(f"beside it, {shortened(unread)} {'was' if len(unread) == 1 else 'were'} not read")
-    return source, read_file(evaluation, keep) if evaluation else None
-
-
-def read_hub(name: str, config: str | None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
-    """The train split and the first labelled evaluation split of a hub data set."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        splits = datasets.load_dataset(name, config, trust_remote_code=False)
-    except Exception as error:  # network, unknown name, unknown config: the library's sentence says which
-        raise UserError(
-            f"--data {name!r} is neither a local file or folder nor a data set that could be loaded from the hub: {one_line(error)}"
-        ) from error
-    train = next((n for n in TRAIN_NAMES if n in splits), None)
-    if train is None:
-        raise UserError(f"--data {name!r} has the splits {shortened(splits)}; one called 'train' is needed")
-    evaluation = next((n for n in EVAL_NAMES if n in splits), None)
-    label = f"{name}:{config}" if config else name
-
-    def source(split: str) -> Source:
-        rows = splits[split]
-        names = {column: list(f.names) for column, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
-        kept = [column for column in rows.column_names if keep is None or column in keep]
-        values = list(zip(*(rows[column] for column in kept), strict=True)) if kept else [()] * len(rows)
-        return Source(Table(rows.column_names, kept, values, class_names=names), f"{label}/{split}")
-
-    return source(train), source(evaluation) if evaluation else None
-
-
-def read(spec: str, config: str | None = None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
-    """(training rows, evaluation rows or None) of a file, a folder or a hub id; `keep` names the columns that are wanted."""
-    path = Path(spec).expanduser()
-    try:
-        if path.is_dir():
-            return read_folder(path, keep)
-        if path.is_file():
-            return read_file(path, keep), None
-        exists = path.exists()
-    except OSError as error:  # not ours to read
-        raise UserError(f"--data {spec}: {one_line(error)}") from error
-    if exists:
-        raise UserError(f"--data {spec} is neither a regular file nor a folder: give one of them, or a hub id")
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() and os.access(path.parent, os.R_OK) else []
-    hint = did_you_mean(path.name, beside)
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or hint:
-        raise UserError(f"--data {spec} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a hub id{hint}")
-    return read_hub(spec, config, keep)
 
 
 def possible(field: str, columns: Mapping[str, str], task: Task) -> tuple[str, ...]:
@@ -182,13 +78,7 @@ def labelled(source: Source, columns: Mapping[str, str], task: Task) -> Source:
             f"{source.name}: no row has a label ({column} is {rows.values[0][place]!r} in row 1): choose another split or file"
         )
     note = f"{len(rows) - len(kept):,} rows have no label and are left out"
-    table = replace(
-        rows,
-        values=[rows.values[k] for k in kept],
-        lines=[rows.lines[k] if rows.lines else k + 1 for k in kept],
-        notes=[*rows.notes, note],
-    )
-    return replace(source, rows=table)
+    return replace(source, rows=rows.chosen(kept, note))
 
 
 def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from zo_finetune import console, files, methods, report, run_folder
+from zo_finetune import console, files, methods, report, run_folder, sources
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import describe, evaluate
@@ -47,7 +47,8 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     config = config.placed(os.getcwd())
     config.check_use()
     output = Path(config.output)
-    run_folder.check_run_dir(output, config.overwrite, {"--model": config.model, "--data": config.data})
+    read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.data))]
+    run_folder.check_run_dir(output, config.overwrite, read)
     with explained(config):
         loaded = load(config)
         optimizer = make_optimizer(loaded.language_model, config)
@@ -84,7 +85,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
         return result
     config = replace(recorded_config(output, config), output=str(output))
     for name in ("model", "data"):
-        if os.path.isabs(path := getattr(config, name)) and not os.path.exists(path):
+        if os.path.isabs(path := getattr(config, name)) and not sources.paths_of(path):
             raise UserError(
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )

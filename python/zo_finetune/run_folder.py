@@ -78,12 +78,12 @@ def strangers(folder: Path) -> list[str]:
     ]
 
 
-def check_run_dir(folder: Path, overwrite: bool, sources: Mapping[str, str] | None = None, others: bool = False) -> None:
+def check_run_dir(folder: Path, overwrite: bool, sources: Sequence[tuple[str, str]] = (), others: bool = False) -> None:
     """Refuse a run directory that holds something, before hours are spent.
 
     Args:
         overwrite: an earlier run may be in it, and goes.
-        sources: option -> path of what is read (or a hub id); none may lie in what goes.
+        sources: (option, path of what is read or a hub id); none may lie in what goes.
         others: something may be in it, and stays.
     """
     try:
@@ -97,20 +97,20 @@ def check_run_dir(folder: Path, overwrite: bool, sources: Mapping[str, str] | No
                 raise UserError(
                     f"--output {folder} is not empty: give another folder, or --overwrite to replace an earlier run in it"
                 )
-            check_overwrite(folder, sources or {})
+            check_overwrite(folder, sources)
         if not os.access(parent, os.W_OK):
             raise UserError(f"--output {folder} cannot be written: {parent} is read-only for this user; give another folder")
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise UserError(f"--output {folder} cannot be used: {one_line(error)}; give another folder") from error
 
 
-def check_overwrite(folder: Path, sources: Mapping[str, str]) -> None:
+def check_overwrite(folder: Path, sources: Sequence[tuple[str, str]]) -> None:
     if not holds_run(folder):
         raise UserError(
             f"--overwrite: {folder} never held a run of zo-finetune, and nothing in it is deleted: give another --output"
         )
     check_files(folder)
-    for option, source in sources.items():
+    for option, source in sources:
         path = Path(source).expanduser()
         if path.exists() and (inside := path.resolve()) is not None:
             goes = [folder.resolve() / name for name in (*FOLDERS, *FILES)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zo_finetune.data import Batches, Splits, load_splits, read, shuffled
+from zo_finetune.data import Batches, Splits, load_splits, shuffled
 from zo_finetune.errors import UserError
+from zo_finetune.sources import read
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Example
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zo_finetune import tables
-from zo_finetune.data import load_splits, read
+from zo_finetune import formats
+from zo_finetune.data import load_splits
 from zo_finetune.errors import UserError
+from zo_finetune.sources import read
 from zo_finetune.tables import read_table
 from zo_finetune.tasks import get_task
 
@@ -150,7 +151,7 @@ def test_bounds(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for bound in ("MAX_BYTES", "MAX_ROWS"):
         for path in paths:
             with monkeypatch.context() as patch:
-                patch.setattr(tables, bound, 19)
+                patch.setattr(formats, bound, 19)
                 with pytest.raises(UserError, match="at most 19 are read"):
                     read_table(path)
 
@@ -354,7 +355,7 @@ def test_what_is_not_read_beside_a_split_is_told(data_folder: Path, tmp_path: Pa
     folder = Path(shutil.copytree(data_folder, tmp_path / "data"))
     assert not any("not read" in note for note in load_splits(str(folder), get_task("sst2"), "causal", seed=0).notes)
     (folder / "validation.jsonl").rename(folder / "validaton.jsonl")
-    (folder / "validation.jsonl.gz").touch()
+    (folder / "validation.jsonl.bak").touch()
     (folder / "README.md").touch()
     notes = load_splits(str(folder), get_task("sst2"), "causal", seed=0).notes
-    assert any(note.endswith("beside it, validation.jsonl.gz, validaton.jsonl were not read") for note in notes)
+    assert any(note.endswith("beside it, validation.jsonl.bak, validaton.jsonl were not read") for note in notes)

@@ -798,11 +798,11 @@ class Rows(Target):
 
 
 class Tables(Target):
-    """A data file that is text: its first byte says which, the others are its content. (parquet is read by pyarrow, which its own project
-    fuzzes.)"""
+    """A data file: its first byte says of which format, the others are its content. (parquet is read by pyarrow, which its own project fuzzes; of
+    Arrow's format and of packed files, pyarrow reads what is looked at here first.)"""
 
     name = "tables"
-    suffixes = (".jsonl", ".json", ".csv", ".tsv")
+    suffixes = (".jsonl", ".json", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".csv.zst")
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -820,13 +820,31 @@ class Tables(Target):
         )
         kinds = (0, 1, 1, 2, 3)
         texts = [bytes([kind]) + content.encode() for kind, content in zip(kinds, contents, strict=True)]
-        return [*texts, b"\x02" + contents[3].encode("utf-16")]
+        return [*texts, b"\x02" + contents[3].encode("utf-16"), *self.packed_seeds(contents)]
+
+    @staticmethod
+    def packed_seeds(contents: Sequence[str]) -> list[bytes]:
+        import pyarrow
+        from pyarrow import ipc
+
+        row = {"sentence": "fine", "label": 1, "extra": [{"a": [1.5, None]}]}
+        table = pyarrow.Table.from_pylist([row, {**row, "sentence": None}, row])
+        coded = table.set_column(0, "sentence", table["sentence"].dictionary_encode())
+        found = []
+        for maker, rows, codec in ((ipc.new_stream, table, None), (ipc.new_file, table, "lz4"), (ipc.new_file, coded, None)):
+            sink = pyarrow.BufferOutputStream()
+            with maker(sink, rows.schema, options=ipc.IpcWriteOptions(compression=codec)) as writer:
+                writer.write_table(rows)
+            found.append(b"\x04" + sink.getvalue().to_pybytes())
+        for kind, codec, content in ((5, "gzip", contents[0]), (6, "zstd", contents[3])):
+            found.append(bytes([kind]) + pyarrow.compress(content.encode(), codec=codec, asbytes=True))
+        return found
 
     def check(self, data: bytes) -> bool:
         from zo_finetune.errors import UserError
         from zo_finetune.tables import read_table
 
-        path = Path(self._folder.name) / f"a{self.suffixes[data[0] % 4 if data else 0]}"
+        path = Path(self._folder.name) / f"a{self.suffixes[data[0] % len(self.suffixes) if data else 0]}"
         path.write_bytes(data[1:])
         for keep in (None, {"sentence", "label"}):
             try:
@@ -836,7 +854,7 @@ class Tables(Target):
                 if keep is None:
                     continue
                 return False
-            assert len(table) == len(table.lines) > 0
+            assert len(table) > 0 and len(table.lines) in (len(table), 0)
             assert all(len(values) == len(table.kept) for values in table.values)
             assert sorted(table.lines) == table.lines
             assert table.row(0).keys() == set(table.kept) <= set(table.column_names)
