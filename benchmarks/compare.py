@@ -25,7 +25,7 @@ from zo_finetune.cli import main as zo_finetune
 
 RATES = {  # by --peft: the lower of two; the other is four times as large
     "ln": {
-    "mezo": 3e-3, "mezo:queries=4": 3e-3, "sign": 3e-3, "momentum": 1e-3, "adam": 3e-3, "conservative": 3e-3, "forward-grad": 3e-3,
+    "mezo": 3e-3, "mezo:queries=4": 3e-3, "sign": 3e-3, "momentum": 1e-3, "zo-adam": 3e-3, "conservative": 3e-3, "forward-grad": 3e-3,
     "hybrid:first_order_lr=1e-3": 3e-3, "blockwise": 3e-3, "sparse": 3e-3, "random-sparse": 3e-3, "layer-scale": 3e-3, "hizoo": 3e-3,
     "fzoo": 1e-4,
     },

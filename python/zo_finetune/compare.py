@@ -108,6 +108,9 @@ class Plan:
             save=False,
             overwrite=True,
         )
+        others = any(not e.method.first_order for e in self.entries)
+        if entry.method.first_order and others and recipe.eps is None:
+            config = config.without_perturbing()
         return config.placed(os.getcwd())
 
     def check(self) -> None:

@@ -26,6 +26,7 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps done
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+PERTURBING = ("eps", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
 MODEL, DATA, METHOD, RUN = "model", "data", "method", "run"  # the parts of a run
 
 
@@ -96,9 +97,17 @@ class Config:
     )
     seed: int = option(METHOD, "of the noise, the sample and the order of the data", 0, least=True, below=1 << 64, each=True)
     lr_schedule: str = option(METHOD, "the last two decay to 0", "constant", choices=tuple(SCHEDULES))
-    weight_decay: float = option(METHOD, "decoupled", 0.0, metavar="W", least=True, fp32=True)
+    weight_decay: float = option(
+        METHOD, "decoupled; of sgd and adam torch's, a part of the gradient", 0.0, metavar="W", least=True, fp32=True
+    )
     clip: float | None = option(
-        METHOD, "clip |projected gradient| to this", None, metavar="G", positive=True, fp32=True, usual="not"
+        METHOD,
+        "clip |projected gradient| to this, of sgd, adam and adamw the gradient's norm",
+        None,
+        metavar="G",
+        positive=True,
+        fp32=True,
+        usual="not",
     )
     perturbation: str = option(
         METHOD,
@@ -152,6 +161,12 @@ class Config:
                 f"--peft-target {self.targets[0]!r:.80} names what --peft lora or ln adapts, and --peft is {self.peft}: give one of them, or "
                 "leave the target out"
             )
+        if methods.get(self.method).first_order:
+            for o in options.options_of(Config):
+                if o.name in PERTURBING and (value := getattr(self, o.name)) != o.default:
+                    raise UserError(
+                        f"{o.spelling} {value} is of methods that perturb weights, and --method {self.method} does not: leave it out"
+                    )
         if self.gguf_file is not None and model.suffix.lower() == ".gguf" and model.name != self.gguf_file and model.is_file():
             raise UserError(
                 f"--gguf-file {self.gguf_file!r:.80}: --model {model} is a GGUF file itself: give its folder, or leave one out"
@@ -175,6 +190,10 @@ class Config:
         config = options.of_json(cls, content, where)
         config.check()
         return config
+
+    def without_perturbing(self) -> Config:
+        """For a first-order method that shares its options with others: those that it does not read as if nobody had given them."""
+        return replace(self, **{o.name: o.default for o in options.options_of(Config) if o.name in PERTURBING})
 
     def recipe(self) -> methods.Recipe:
         """The method with its numbers. Raises UserError for an option that the method has not, or reads otherwise."""

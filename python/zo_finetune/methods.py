@@ -20,15 +20,15 @@ from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.values import parse, written
 
 PEFTS = ("none", "lora", "ln", "prefix", "prompt")
-FIRST_ORDER = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The hyperparameters of one method for one kind of tuning, and where each comes from. `options`: the method's own, as text."""
+    """The hyperparameters of one method for one kind of tuning, and where each comes from. `eps`: None where nothing is perturbed; `options`: the
+    method's own, as text."""
 
     lr: float
-    eps: float
+    eps: float | None
     source: str
     options: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class Recipe:
 
     method: Method
     lr: float
-    eps: float
+    eps: float | None
     options: Mapping[str, Any]
 
     def forwards(self, steps: int) -> int:
@@ -50,7 +50,8 @@ class Recipe:
 
     def make(self, model: Any, **more: Any) -> Any:
         """The optimizer; raises what the library raises."""
-        return self.method.function()(model, self.lr, eps=self.eps, **self.options, **more)
+        perturbed = {} if self.eps is None else {"eps": self.eps}
+        return self.method.function()(model, self.lr, **perturbed, **self.options, **more)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Method:
     cost_note: str
     no_journal: str = ""  # why there is none
     options_note: str = ""
+    first_order: bool = False  # backpropagation alone: nothing is perturbed
 
     def preset(self, peft: str) -> Preset:
         """The hyperparameters for a kind of tuning. Where no source has any, MeZO's for that kind, times what the method's learning rate for
@@ -178,13 +180,12 @@ def hybrid(
     """Forwards alone for most parameters, backpropagation for those that `first_order_params` names: a regular expression that matches a part of
     a parameter's name, or "last-layer": the block with the highest number, behind which backpropagation ends. The head is not the default:
     where it is tied to the input embedding, its gradient needs a backward pass through the whole model."""
-    import torch
-
     import zo_kernels as zk
+    from zo_finetune.first_order import KINDS
     from zo_kernels.patterns import Patterns
 
-    if first_order not in FIRST_ORDER:
-        raise UserError(f"--option first_order={first_order}: must be one of {', '.join(FIRST_ORDER)}")
+    if first_order not in KINDS:
+        raise UserError(f"--option first_order={first_order}: must be one of {', '.join(KINDS)}")
     if not 0 <= first_order_lr < math.inf:
         raise UserError(f"--option first_order_lr={first_order_lr}: must be finite and at least 0")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -205,8 +206,28 @@ def hybrid(
             raise UserError(
                 f"--option first_order_params={first_order_params}: matches no trained parameter, such as {named[0][0]}: give another expression"
             )
-    kind: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[first_order]
-    return zk.HybridZO(model, lr, eps, first_order=kind(chosen, lr=first_order_lr), **more)
+    return zk.HybridZO(model, lr, eps, first_order=KINDS[first_order](chosen, lr=first_order_lr), **more)
+
+
+def sgd(model: Any, lr: float, *, momentum: float = 0.0, **more: Any) -> Any:
+    """torch.optim.SGD by backpropagation."""
+    return _first_order(model, "sgd", lr, momentum=momentum, **more)
+
+
+def adam(model: Any, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, **more: Any) -> Any:
+    """torch.optim.Adam by backpropagation."""
+    return _first_order(model, "adam", lr, betas=betas, eps=adam_eps, **more)
+
+
+def adamw(model: Any, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, **more: Any) -> Any:
+    """torch.optim.AdamW by backpropagation."""
+    return _first_order(model, "adamw", lr, betas=betas, eps=adam_eps, **more)
+
+
+def _first_order(model: Any, kind: str, lr: float, **more: Any) -> Any:
+    from zo_finetune.first_order import FirstOrder
+
+    return FirstOrder(model, kind, lr, **more)
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------------
@@ -220,6 +241,21 @@ MEZO: Mapping[str, Preset] = {
     "ln": Preset(3e-4, 5e-3, "ours: found on SmolLM2-135M, see demo.py"),
 }
 _BENCH = "ZO-LLM benchmark (arXiv 2402.11592), public sweep SST2_opt-1.3b"
+_FT = "MeZO (arXiv 2305.17333), its fine-tuning with Adam"
+_ADAM = {
+    "none": Preset(1e-5, None, f"{_FT}: lr 1e-5 of 1e-5, 5e-5, 8e-5"),
+    "lora": Preset(1e-4, None, f"{_FT}, README of its code: LoRA lr 1e-4"),
+    "prefix": Preset(1e-2, None, f"{_FT}, README of its code: prefix lr 1e-2"),
+    "prompt": Preset(1e-2, None, f"{_BENCH}, its reference run of prompt tuning with Adam: lr 1e-2"),
+    "ln": Preset(1e-4, None, "ours: LoRA's"),
+}
+_SGD = {
+    "none": Preset(1e-5, None, f"{_BENCH}, sgd: lr of the grid 1e-3 to 1e-7 the middle one"),
+    "lora": Preset(1e-4, None, f"{_BENCH}, sgd: lr of the grid 1e-2 to 1e-6 the middle one"),
+    "prefix": Preset(1e-4, None, "ours: LoRA's; the public sweep has none"),
+    "prompt": Preset(1e-6, None, f"{_BENCH}, sgd: lr of the grid 1e-4 to 1e-8 the middle one"),
+    "ln": Preset(1e-4, None, "ours: LoRA's"),
+}
 
 
 def _sides(options: Mapping[str, Any], steps: int) -> int:
@@ -237,6 +273,8 @@ def _projected(options: Mapping[str, Any], steps: int) -> int:
 
 
 _SIDES = "2 queries, or 1 + queries where one_sided"
+_BACKWARD = "3: one, and its backward counted as two"
+_NO_SCALARS = "gradients by backpropagation are no record of scalars"
 
 METHODS: Mapping[str, Method] = {
     m.name: m
@@ -259,7 +297,7 @@ METHODS: Mapping[str, Method] = {
             _SIDES,
         ),
         Method(
-            "adam",
+            "zo-adam",
             "Adam on the estimate, stored or recomputed (ZO-AdaMM, ZO-Adam)",
             "ZOAdam",
             {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-4 to 1e-8 the middle one, eps of 1e-3 to 1e-5; betas and eps torch's")},
@@ -289,7 +327,7 @@ METHODS: Mapping[str, Method] = {
             {"none": Preset(1e-6, 1e-3, "ours: arXiv 2402.11592 gives no numbers for its hybrid; MeZO's, and 1e-5 for AdamW")},
             _flat(5),
             "5: two for g, one with a graph, and its backward counted as two",
-            no_journal="gradients by backpropagation are no record of scalars",
+            no_journal=_NO_SCALARS,
             options_note="first_order: sgd, adam or adamw; first_order_params: a regular expression of names, or last-layer",
         ),
         Method(
@@ -386,6 +424,9 @@ METHODS: Mapping[str, Method] = {
             lambda o, n: n * (1 + o["queries"]),
             "1 + queries",
         ),
+        Method("sgd", "first-order SGD, by backpropagation (FO-SGD)", sgd, _SGD, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
+        Method("adam", "first-order Adam, by backpropagation (fine-tuning, FT)", adam, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
+        Method("adamw", "first-order AdamW: Adam, its weight decay decoupled", adamw, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
     )
 }  # fmt: skip
 
@@ -408,7 +449,8 @@ def listing() -> str:
         for peft in PEFTS:
             p = m.preset(peft)
             own = "".join(f", {name}={text}" for name, text in p.options.items())
-            lines.append(f"    --peft {peft}: lr {p.lr:g}, eps {p.eps:g}{own} ({p.source})")
+            eps = "" if p.eps is None else f", eps {p.eps:g}"
+            lines.append(f"    --peft {peft}: lr {p.lr:g}{eps}{own} ({p.source})")
         if m.no_journal:
             lines.append(f"    writes no journal, cannot be resumed or replayed: {m.no_journal}")
     return "\n".join(lines)

@@ -64,6 +64,10 @@ class LanguageModel:
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
+    def trained_bytes(self) -> int:
+        """Of the trainable weights; a gradient of them takes as much."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
     def save(self, folder: Path) -> Path:
         """Write model or adapter, with the tokenizer, in transformers' or peft's own format; returns the folder's path."""
         target = folder / ("model" if self.peft == "none" else "adapter")

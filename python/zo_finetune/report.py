@@ -58,6 +58,7 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
         "loading_seconds": loaded.seconds,
         "peak_memory_bytes": machine.peak_memory_bytes(lm.device),
         "state_bytes": optimizer.state_bytes(),
+        "gradient_bytes": lm.trained_bytes() if recipe.method.first_order else 0,
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(config), **effective},
         "data": loaded.origin,
@@ -84,14 +85,17 @@ def draw(loaded: Loaded, outcome: Outcome, path: Path) -> None:
     )
 
 
-def misgivings(outcome: Outcome, skipped: int) -> list[str]:
+def misgivings(outcome: Outcome, skipped: int, first_order: bool = False) -> list[str]:
     """What makes a run's numbers worth less than they look; `skipped`: steps."""
     lines, steps = [], outcome.steps
     if skipped:
+        what, try_ = ("a loss or its gradient", "--lr") if first_order else ("a loss", "--lr or --eps")
         lines.append(
-            f"{skipped} of {steps} steps were skipped, since a loss was not finite: try a smaller --lr or --eps, or --dtype float32"
+            f"{skipped} of {steps} steps were skipped, since {what} was not finite: try a smaller {try_}, or --dtype float32"
         )
-    if outcome.still and 2 * outcome.still >= steps - skipped:
+    if first_order and outcome.still:
+        lines.append(f"the gradient was 0 in {outcome.still} of {steps} steps, and nothing was learned from them")
+    elif outcome.still and 2 * outcome.still >= steps - skipped:
         lines.append(
             f"the projected gradient was 0 in {outcome.still} of {steps} steps: both losses of a step were the same to the bit, and nothing was "
             "learned from it; try a larger --eps, or --dtype float32"

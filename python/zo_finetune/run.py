@@ -239,7 +239,7 @@ def complete(loaded: Loaded, optimizer: Optimizer, command: Sequence[str] | None
         if outcome.interrupted:
             again = "saving the weights, unless Ctrl-C comes again" if config.save else way_on(config)
             console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {again}")
-        for line in report.misgivings(outcome, optimizer.skipped):
+        for line in report.misgivings(outcome, optimizer.skipped, methods.get(config.method).first_order):
             console.say(line)
         files.write_json(output / "result.json", result)
         try:

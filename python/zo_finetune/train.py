@@ -3,7 +3,8 @@
 Belongs here: the loop. Does not belong here: how a step perturbs and updates (zo_kernels), what is loaded (load.py), what is evaluated and written
 around the loop (run.py).
 
-Dropout is off throughout (eval mode): SPSA's two losses must differ by the perturbation alone.
+Dropout is off throughout (eval mode): SPSA's two losses must differ by the perturbation alone, and first-order methods, which are compared with it,
+see the same loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of 
 
 
 class Optimizer(Protocol):
-    """What a run needs of an optimizer; `zo_kernels.ZOStep` is one."""
+    """What a run needs of an optimizer; `zo_kernels.ZOStep` is one, and `first_order.FirstOrder`."""
 
     param_groups: list[dict[str, Any]]
     projected_gradient: Any
@@ -110,7 +111,7 @@ class Progress:
         )
         if self.optimizer.skipped and not self.skipped:
             console.say(
-                f"step {self.pending[-1][0]} is the first that is skipped: a loss is not finite; the weights stay as they were"
+                f"step {self.pending[-1][0]} is the first that is skipped: a loss is not finite, or its gradient; the weights stay as they were"
             )
         self.skipped = self.optimizer.skipped
         loss, g = numbers[-1]
@@ -129,25 +130,26 @@ class Progress:
 
 
 def make_optimizer(language_model: LanguageModel, config: Config) -> Optimizer:
-    """zo_kernels' step rule for this run; what it refuses is the user's to put right.
+    """The step rule of this run, zo_kernels' or torch's; what it refuses is the user's to put right.
 
     Raises:
         UserError: nothing is trainable, or the method does not fit the model.
     """
     if not any(p.requires_grad for p in language_model.model.parameters()):
         raise UserError(f"--model {config.model} with --peft {config.peft} has no trainable weights: choose another --peft")
+    recipe = config.recipe()
+    options: dict[str, Any] = {"weight_decay": config.weight_decay, "clip": config.clip}
+    if not recipe.method.first_order:
+        options |= {
+            "seed": config.seed,
+            "perturbation": "inplace" if config.perturbation == "lazy" else config.perturbation,
+            "lazy": config.perturbation == "lazy",
+            "cuda_graph": config.cuda_graph,
+            "rounding": config.rounding,
+            "backend": config.backend,
+        }
     try:
-        made: Optimizer = config.recipe().make(
-            language_model.model,
-            seed=config.seed,
-            weight_decay=config.weight_decay,
-            perturbation="inplace" if config.perturbation == "lazy" else config.perturbation,
-            lazy=config.perturbation == "lazy",
-            cuda_graph=config.cuda_graph,
-            rounding=config.rounding,
-            backend=config.backend,
-            clip=config.clip,
-        )
+        made: Optimizer = recipe.make(language_model.model, **options)
     except (TypeError, ValueError, RuntimeError) as error:  # its errors name argument, value and remedy
         raise UserError(f"--method {config.method}: {one_line(error)}") from error
     return made

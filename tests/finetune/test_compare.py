@@ -99,12 +99,12 @@ def test_learning_rates_are_chosen_on_the_dev_examples(
 
 def test_state_is_counted(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of state for a trained weight, of methods that have none, one and two numbers, a bit, and copies of two layers' matrices."""
-    wanted = "mezo,momentum,momentum:state=recomputed,adam,sparse,hizoo,dizo"
+    wanted = "mezo,momentum,momentum:state=recomputed,zo-adam,sparse,hizoo,dizo"
     assert main(command(wanted, "--points", "0", forwards=6, seeds="0")) == 0
     found = {row["method"]: (int(row["state_bytes"]), int(row["trained_weights"])) for row in rows_of(tmp_path / "out")}
     weights = found["mezo"][1]
     assert {name: size for name, (size, _) in found.items() if name not in ("sparse", "dizo")} == {
-        "mezo": 0, "momentum": 4 * weights, "momentum:state=recomputed": 0, "adam": 8 * weights, "hizoo": 4 * weights,
+        "mezo": 0, "momentum": 4 * weights, "momentum:state=recomputed": 0, "zo-adam": 8 * weights, "hizoo": 4 * weights,
     }  # fmt: skip
     assert weights / 8 <= found["sparse"][0] <= weights / 8 + 100
     assert found["dizo"][0] == 2 * 2 * 32 * 32 * 4  # query and value of two layers

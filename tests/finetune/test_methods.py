@@ -22,7 +22,9 @@ from zo_kernels import journal
 # What exercises a method in a few steps, where its defaults would not.
 SOONER = {
     "momentum": [["state_dtype=bfloat16"], ["state=recomputed", "history=2"]],
-    "adam": [["betas=0.8,0.9"], ["state=recomputed", "history=2"]],
+    "zo-adam": [["betas=0.8,0.9"], ["state=recomputed", "history=2"]],
+    "sgd": [["momentum=0.5"]],
+    "adamw": [["betas=0.8,0.9"]],
     "dizo": [["every=2", "inner=2"], ["every=2", "inner=2", "learn=backpropagation"]],
     "lozo": [["every=2"], ["every=2", "momentum=0.9"]],
     "random-sparse": [["every=2"]],
@@ -30,7 +32,7 @@ SOONER = {
     "hizoo": [["alpha=1e-3"]],
     "fzoo": [["queries=3"]],
 }
-RATES = {"fzoo": ("1e-6", "1e-3")}
+RATES = {"fzoo": ("1e-6", "1e-3"), **{name: ("1e-3", None) for name, m in methods.METHODS.items() if m.first_order}}
 EVERY = [(name, options) for name in methods.METHODS for options in SOONER.get(name, [[]])]
 
 
@@ -52,7 +54,7 @@ def test_the_price_of_a_method_is_what_the_library_says(name: str, options: list
     torch.manual_seed(0)
     layer = {"q_proj": torch.nn.Linear(4, 4), "v_proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)}
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict(layer), torch.nn.Linear(4, 4)])})
-    optimizer = recipe.method.function()(model, recipe.lr, **recipe.options)
+    optimizer = recipe.make(model)
     assert sum(optimizer.forwards(k) for k in range(5)) == recipe.method.forwards(recipe.options, 5)
 
 
@@ -75,7 +77,7 @@ def test_a_method_end_to_end(
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == steps and result["skipped_steps"] == 0
-    per_step = {"forward-grad": 1, "hybrid": 2}.get(name, 0)  # tangents, and backward passes
+    per_step = {"forward-grad": 1, "hybrid": 2}.get(name, 2 if method.first_order else 0)  # tangents, and backward passes
     backward = 2 * 2 if "learn=backpropagation" in options else 0  # of a projection's two inner steps, after every second step
     extra = steps * per_step + steps // 2 * backward
     assert result["forwards"] == calls[0] + extra == method.forwards(result["hyperparameters"]["options"], steps)
@@ -143,11 +145,11 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
         ("hybrid", ["--option", "first_order=lion"], "--option first_order=lion: must be one of sgd, adam, adamw"),
         ("mezo", ["--option", "queries=1.5"], "--option queries=1.5: give a whole number"),
         ("mezo", ["--option", "one_sided=1"], "--option one_sided=1: give true or false"),
-        ("adam", ["--option", "betas=0.9"], "--option betas=0.9: give 2 values with commas between them"),
+        ("zo-adam", ["--option", "betas=0.9"], "--option betas=0.9: give 2 values with commas between them"),
         ("hizoo", ["--option", "alpha=nan"], "--option alpha=nan: give a finite number"),
         ("blockwise", ["--option", "by=[1]"], "give names with commas between them, or a JSON list"),
         ("mezo", ["--option", "queries=0"], "queries=0: give the number of directions"),
-        ("adam", ["--perturbation", "lazy"], "lazy=True merges a step's update"),
+        ("zo-adam", ["--perturbation", "lazy"], "lazy=True merges a step's update"),
         ("lozo", ["--cuda-graph"], "cuda_graph=True with a method whose steps differ"),
         ("forward-grad", ["--perturbation", "inplace"], "estimator=ForwardGradient() differentiates the model"),
         ("dizo", ["--option", "layers=nowhere"], "projection: no parameter matches ['nowhere']"),
@@ -168,7 +170,7 @@ def test_options_are_read_by_their_type() -> None:
         return methods.METHODS[name].options(given)
 
     assert read("mezo", queries="4", one_sided="True") == {"queries": 4, "one_sided": True}
-    assert read("adam", betas="0.8,0.99")["betas"] == (0.8, 0.99)
+    assert read("zo-adam", betas="0.8,0.99")["betas"] == (0.8, 0.99)
     assert read("blockwise") == {"by": "layer", "order": "cyclic", "every": 1}
     assert read("blockwise", by="attn,mlp,.")["by"] == ["attn", "mlp", "."]
     assert read("blockwise", by='["a{1,2}", "."]')["by"] == ["a{1,2}", "."]
@@ -193,9 +195,10 @@ def test_every_method_of_the_library_has_a_name_and_its_numbers_a_source(capsys:
         assert f"{method.name}: {method.summary}" in listed
         for peft in methods.PEFTS:
             preset = method.preset(peft)
-            assert preset.lr > 0 and preset.eps > 0
+            assert preset.lr > 0 and (preset.eps is None if method.first_order else preset.eps > 0)
             assert preset.source.startswith("ours: ") or "arXiv" in preset.source or "README" in preset.source
-            assert f"--peft {peft}: lr {preset.lr:g}, eps {preset.eps:g}" in listed and preset.source in listed
+            eps = "" if method.first_order else f", eps {preset.eps:g}"
+            assert f"--peft {peft}: lr {preset.lr:g}{eps}" in listed and preset.source in listed
             method.options({}, peft)  # the preset's own options are the method's
 
 
