@@ -1,7 +1,7 @@
 """`zo-finetune compare`: several methods on the same data, noise seeds and number of forward passes.
 
-Belongs here: which runs there are, the choice of learning rates, the table and curves of what came out. Does not belong here: a run
-(run.py), what a method costs and its defaults (methods.py).
+Belongs here: which runs there are, the table and curves of what came out. Does not belong here: a run (run.py), what stays of it in a folder of several
+(runs.py), what a method costs and its defaults (methods.py).
 
 Equal cost means equal forward passes of a step's batch (`Method.forwards`), evaluations not counted: a method that needs more of them a step
 takes fewer steps. Runs of one seed share the sampled examples, the order of the batches and the noise's seed.
@@ -10,25 +10,26 @@ takes fewer steps. Runs of one seed share the sampled examples, the order of the
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import os
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import console, figures, files, methods, run_folder
+from zo_finetune import console, figures, files, run_folder
 from zo_finetune.config import Comparison, Config
-from zo_finetune.errors import UserError, once, one_line, shortened
-from zo_finetune.files import JOURNAL, check_plain, path_of
+from zo_finetune.errors import UserError, one_line
+from zo_finetune.files import path_of
 from zo_finetune.load import load
-from zo_finetune.methods import Method, Recipe
-from zo_finetune.options import check, difference
-from zo_finetune.run import remedy, resume, run
+from zo_finetune.methods import Recipe
+from zo_finetune.options import check
+from zo_finetune.run import remedy
+from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, run_one, tune
 from zo_finetune.tasks import get_task
 from zo_finetune.train import make_optimizer
 
@@ -41,29 +42,6 @@ def columns(metric: str) -> tuple[str, ...]:
     scores = (f"{metric}_before", metric, f"{metric}_stderr", "examples", "majority", "loss_before", "loss", "dev_loss")
     cost = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
     return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *cost)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method of the comparison. `label`: as the user wrote it, such as momentum:state=recomputed."""
-
-    label: str
-    method: Method
-    given: Mapping[str, str]
-
-    @classmethod
-    def of(cls, label: str) -> Entry:
-        name, *options = label.split(":")
-        pairs = [option.partition("=") for option in options]
-        if wrong := next(
-            (o for o, (key, equals, value) in zip(options, pairs, strict=True) if not (key and equals and value)), None
-        ):
-            raise UserError(f"--methods {label}: {wrong!r} must be KEY=VALUE, as in momentum:state=recomputed")
-        return cls(label, methods.get(name), once(f"--methods {label}:", ((key, value) for key, _, value in pairs)))
-
-    @property
-    def folder(self) -> str:
-        return re.sub(r"[^\w.=-]", "-", self.label)
 
 
 @dataclass
@@ -79,16 +57,24 @@ class Plan:
         return path_of("--output", self.options.output)
 
     @property
+    def root(self) -> Path:
+        return self.output.absolute()
+
+    @property
     def metric(self) -> str:
         return get_task(self.base.task).metrics[0]
 
-    def recipe(self, entry: Entry) -> Recipe:
-        """The method, its learning rate and eps those given for its label, for its method, or the preset's."""
-        lr, eps = (given.get(entry.label, given.get(entry.method.name)) for given in (self.options.lrs, self.options.epses))
-        return entry.method.recipe(self.base.peft, entry.given, lr, eps)
+    @property
+    def rates(self) -> Rates:
+        return Rates(self.options.lrs, self.options.epses, self.options.lr_factors)
 
-    def tried(self, entry: Entry, factor: float) -> float:
-        return float(f"{self.recipe(entry).lr * factor:.6g}")
+    def recipe(self, entry: Entry) -> Recipe:
+        return self.rates.recipe(entry, self.base.peft)
+
+    def tried(self, entry: Entry) -> list[float]:
+        """The learning rates to choose from, if there is more than one."""
+        factors, lr = self.options.lr_factors, self.recipe(entry).lr
+        return [self.rates.tried(lr, factor) for factor in factors] if len(factors) > 1 else []
 
     def config(self, entry: Entry, seed: int, lr: float | None = None) -> Config:
         """Of one run; `lr`: in place of the recipe's."""
@@ -124,20 +110,10 @@ class Plan:
         for what, values in (
             ("--methods", [e.folder for e in self.entries]),
             ("--seeds", given.seeds),
-            ("--lr-factors", given.lr_factors),
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
-        for what, rates in (("--lr", given.lrs), ("--eps", given.epses)):
-            known = {name for e in self.entries for name in (e.label, e.method.name)}
-            if strange := sorted(set(rates) - known):
-                raise UserError(
-                    f"{what} {strange[0]}={rates[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"
-                )
-        if not all(math.isfinite(f) and f > 0 for f in given.lr_factors):
-            raise UserError("--lr-factors must be finite and greater than 0")
-        if not all(math.isfinite(lr) for lr in (*given.lrs.values(), *given.epses.values())):
-            raise UserError("--lr and --eps must be finite")
+        self.rates.check(self.entries)
         if len(given.lr_factors) > 1 and (not given.points or self.base.dev_examples == 0):
             raise UserError(
                 "--lr-factors chooses by the dev examples: give --dev-examples and --points greater than 0, or one factor"
@@ -158,43 +134,6 @@ def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
     return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**base))
 
 
-class _Interrupted(Exception):
-    pass
-
-
-def earlier(config: Config) -> tuple[bool, dict[str, Any] | None]:
-    """What is in a run's folder: whether it began there, and result.json if it is finished.
-
-    Raises:
-        UserError: it has a run with other options, or something that is no run's.
-    """
-    folder = Path(config.output)
-    for above in (folder.parents[1], folder.parents[0], folder):
-        check_plain(above, folder=True)
-    run_folder.check_files(folder)
-    if not (folder / "config.json").exists():
-        return False, None
-    saved = run_folder.saved_config(folder)
-    if name := difference(config, asdict(saved), but=lambda option: option.place):
-        raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
-    task = get_task(config.task)
-    return (folder / JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
-
-
-def run_one(config: Config) -> dict[str, Any]:
-    """result.json of the run: a finished one's as it is, an unfinished one's after going on with it.
-
-    Raises:
-        UserError: its folder has a run with other options. _Interrupted: Ctrl-C.
-    """
-    begun, result = earlier(config)
-    if result is None:
-        result = resume(config.output) if begun and not methods.get(config.method).no_journal else run(config)
-    if result["interrupted"]:
-        raise _Interrupted
-    return result
-
-
 def check_runs(plan: Plan) -> None:
     """Everything that can be known of all runs before the first step of any: what is in their folders, the rows that each seed samples, and
     whether each method fits the model.
@@ -203,16 +142,16 @@ def check_runs(plan: Plan) -> None:
         UserError: names the method.
     """
     run_folder.check_run_dir(plan.output, overwrite=False, others=True)
-    check_own(plan.output)
+    check_own(plan.output, OWN, ("runs", "curves"), "comparison")
     seeds = plan.options.seeds
-    factors = plan.options.lr_factors if len(plan.options.lr_factors) > 1 else []
-    planned = [(e, plan.config(e, seeds[0], plan.tried(e, f))) for e in plan.entries for f in factors]
-    planned += [] if factors else [(e, plan.config(e, seed)) for seed in seeds for e in plan.entries]
-    results = [earlier(config)[1] for _, config in planned]
+    planned = [(e, plan.config(e, seeds[0], lr)) for e in plan.entries for lr in plan.tried(e)]
+    tuning = bool(planned)
+    planned += [] if tuning else [(e, plan.config(e, seed)) for seed in seeds for e in plan.entries]
+    results = [earlier(config, plan.root)[1] for _, config in planned]
     for (entry, config), result in zip(planned, results, strict=True):
         if result is not None:
             finished(entry, config, result)
-    if all(results) and not factors:
+    if all(results) and not tuning:
         return
     console.say(f"checking {len(plan.entries)} methods and {len(seeds)} seeds before the first run")
     model = None
@@ -221,17 +160,6 @@ def check_runs(plan: Plan) -> None:
     if model is not None:
         for entry in plan.entries:
             make_optimizer(model, plan.config(entry, seeds[0]))
-
-
-def check_own(folder: Path) -> None:
-    """Refuse a folder in which something else has the names of what a comparison writes, before hours are spent and it is lost."""
-    found = [name for name in OWN if check_plain(folder / name)]
-    for name in OWN:
-        check_plain(folder / (name + files.PART))
-    if found and not ("compare.json" in found and {"runs", "curves"} <= files.read_json(folder / "compare.json").keys()):
-        raise UserError(
-            f"--output {folder}: its {shortened(found)} would be replaced, and no comparison wrote that: give another folder"
-        )
 
 
 def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -284,32 +212,27 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     plan.check()
     options = plan.options
     chosen: dict[str, float] = {}
-    tuned: dict[str, dict[str, float | None]] = {}
+    tuned: dict[str, dict[str, float]] = {}  # an infinity is null in the file
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
     about: dict[str, Any] = {}
     interrupted = False
     check_runs(plan)
     try:
-        for entry in plan.entries if len(options.lr_factors) > 1 else ():
-            losses: dict[float, float] = {}
-            for factor in options.lr_factors:
-                lr = plan.tried(entry, factor)
-                console.say(f"{entry.label}: lr {lr:g}, seed {options.seeds[0]}, to choose by the dev examples")
-                loss = run_one(plan.config(entry, options.seeds[0], lr))["history"][-1]["loss"]
-                losses[lr] = math.inf if loss is None else loss
-            chosen[entry.label] = min(losses, key=losses.__getitem__)
-            tuned[entry.label] = {f"{lr:g}": loss for lr, loss in losses.items()}  # an infinity is null in the file
+        for entry in plan.entries:
+            if rates := plan.tried(entry):
+                config_of = functools.partial(plan.config, entry, options.seeds[0])
+                chosen[entry.label], tuned[entry.label] = tune(entry.label, config_of, rates, plan.root)
         for seed in options.seeds:
             for entry in plan.entries:
                 config = plan.config(entry, seed, chosen.get(entry.label))
                 console.say(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
-                result = run_one(config)
+                result = run_one(config, plan.root)
                 row, curve = finished(entry, config, result)
                 rows.append(row)
                 curves.setdefault(entry.label, []).append(curve)
                 about = {name: result[name] for name in ABOUT}
-    except (KeyboardInterrupt, _Interrupted):
+    except (KeyboardInterrupt, Interrupted):
         interrupted = True
     content = {
         "interrupted": interrupted,

@@ -1,0 +1,162 @@
+"""Several runs in one folder: what is finished is kept, what began goes on, what another command wrote there is refused.
+
+Belongs here: what `compare` and the suite have in common: a method as a user writes it, learning rates that are given or tried, a folder's earlier runs.
+Does not belong here: which runs there are (compare.py, suite.py), one run (run.py), what a method costs and its defaults (methods.py).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zo_finetune import console, files, methods, run_folder
+from zo_finetune.config import Config
+from zo_finetune.errors import UserError, once, shortened
+from zo_finetune.files import JOURNAL, check_plain
+from zo_finetune.methods import Method, Recipe
+from zo_finetune.options import difference
+from zo_finetune.run import resume, run
+from zo_finetune.tasks import get_task
+
+
+class Interrupted(Exception):
+    """A run was ended by Ctrl-C, and its folder says so."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method. `label`: as the user wrote it, such as momentum:state=recomputed."""
+
+    label: str
+    method: Method
+    given: Mapping[str, str]
+
+    @classmethod
+    def of(cls, label: str) -> Entry:
+        name, *options = label.split(":")
+        pairs = [option.partition("=") for option in options]
+        if wrong := next(
+            (o for o, (key, equals, value) in zip(options, pairs, strict=True) if not (key and equals and value)), None
+        ):
+            raise UserError(f"--methods {label}: {wrong!r} must be KEY=VALUE, as in momentum:state=recomputed")
+        return cls(label, methods.get(name), once(f"--methods {label}:", ((key, value) for key, _, value in pairs)))
+
+    @property
+    def folder(self) -> str:
+        return folder_name(self.label)
+
+
+def folder_name(label: str) -> str:
+    return re.sub(r"[^\w.=-]", "-", label)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates and eps that are given in place of a method's own, by its label or its name; `factors`: of the rates to try."""
+
+    lrs: Mapping[str, float]
+    epses: Mapping[str, float]
+    factors: Sequence[float]
+
+    def recipe(self, entry: Entry, peft: str) -> Recipe:
+        """The method, its learning rate and eps those given for its label, for its method, or the preset's."""
+        lr, eps = (given.get(entry.label, given.get(entry.method.name)) for given in (self.lrs, self.epses))
+        return entry.method.recipe(peft, entry.given, lr, eps)
+
+    def tried(self, lr: float, factor: float) -> float:
+        return float(f"{lr * factor:.6g}")
+
+    def check(self, entries: Collection[Entry]) -> None:
+        """Raises UserError: names the option."""
+        if not self.factors or len(set(self.factors)) != len(self.factors):
+            raise UserError("--lr-factors: give at least one, and none twice")
+        for what, rates in (("--lr", self.lrs), ("--eps", self.epses)):
+            known = {name for e in entries for name in (e.label, e.method.name)}
+            if strange := sorted(set(rates) - known):
+                raise UserError(
+                    f"{what} {strange[0]}={rates[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"
+                )
+        if not all(math.isfinite(f) and f > 0 for f in self.factors):
+            raise UserError("--lr-factors must be finite and greater than 0")
+        if not all(math.isfinite(lr) for lr in (*self.lrs.values(), *self.epses.values())):
+            raise UserError("--lr and --eps must be finite")
+
+
+def tune(what: str, config: Callable[[float], Config], rates: Sequence[float], root: Path) -> tuple[float, dict[str, float]]:
+    """Make a run with each learning rate; the one with the lowest loss on the dev examples at its end, and the losses by rate, as text.
+
+    Args:
+        what: the method, in a line for the user.
+        config: of the run with a learning rate.
+        root: see `earlier`.
+    """
+    losses: dict[float, float] = {}
+    for lr in rates:
+        tried = config(lr)
+        console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
+        loss = run_one(tried, root)["history"][-1]["loss"]
+        losses[lr] = math.inf if loss is None else loss
+    return min(losses, key=losses.__getitem__), {f"{lr:g}": loss for lr, loss in losses.items()}
+
+
+# ---- what is there already -----------------------------------------------------------------------------------------------------
+
+
+def check_folders(folder: Path, root: Path) -> None:
+    """Refuse a folder inside `root` that is, or leads to, anything but folders."""
+    for one in (*reversed([above for above in folder.parents if root in above.parents]), folder):
+        check_plain(one, folder=True)
+
+
+def earlier(config: Config, root: Path) -> tuple[bool, dict[str, Any] | None]:
+    """What is in a run's folder: whether it began there, and result.json if it is finished.
+
+    Args:
+        root: the folder that all of the runs are in, absolute.
+
+    Raises:
+        UserError: it has a run with other options, or something that is no run's.
+    """
+    folder = Path(config.output)
+    check_folders(folder, root)
+    run_folder.check_files(folder)
+    if not (folder / "config.json").exists():
+        return False, None
+    saved = run_folder.saved_config(folder)
+    if name := difference(config, asdict(saved), but=lambda option: option.place):
+        raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
+    task = get_task(config.task)
+    return (folder / JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
+
+
+def run_one(config: Config, root: Path) -> dict[str, Any]:
+    """result.json of the run: a finished one's as it is, an unfinished one's after going on with it.
+
+    Raises:
+        UserError: its folder has a run with other options. Interrupted: Ctrl-C.
+    """
+    begun, result = earlier(config, root)
+    if result is None:
+        result = resume(config.output) if begun and not methods.get(config.method).no_journal else run(config)
+    if result["interrupted"]:
+        raise Interrupted
+    return result
+
+
+def check_own(folder: Path, names: Sequence[str], keys: Collection[str], what: str) -> None:
+    """Refuse a folder in which something else has the names of what will be written, before hours are spent and it is lost.
+
+    Args:
+        names: of the files; the first is a JSON file with at least these `keys`, by which an earlier one of its kind (`what`) is known.
+    """
+    found = [name for name in names if check_plain(folder / name)]
+    for name in names:
+        check_plain(folder / (name + files.PART))
+    if found and not (names[0] in found and set(keys) <= files.read_json(folder / names[0]).keys()):
+        raise UserError(
+            f"--output {folder}: its {shortened(found)} would be replaced, and no {what} wrote that: give another folder"
+        )
