@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,15 @@ class Config:
         least=True,
         usual=f"{USUAL_EVAL}, at most a fifth of a single file",
     )
+    k_shot: int | None = option(
+        DATA,
+        "rows of each label to train on, and as many others for dev, in place of --train-examples and --dev-examples",
+        None,
+        metavar="K",
+        positive=True,
+        usual="not",
+    )
+    data_seed: int | None = option(DATA, "of the sample of rows", None, metavar="S", least=True, below=1 << 64, usual="as --seed")
 
     method: str = option(METHOD, "one of those below", "mezo", metavar="METHOD", each=True)
     options: dict[str, str] = option(
@@ -174,6 +183,13 @@ class Config:
         if self.data_config is not None and sources.paths_of(self.data):
             raise UserError(
                 f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {self.data} is here: leave it out"
+            )
+        usual = next(f.default for f in fields(self) if f.name == "train_examples")
+        if self.k_shot is not None and (self.dev_examples is not None or self.train_examples != usual):
+            other = "train" if self.dev_examples is None else "dev"
+            raise UserError(
+                f"--k-shot {self.k_shot} says how many rows there are to train on and for dev: leave out --{other}-examples "
+                f"{getattr(self, f'{other}_examples')}, or --k-shot"
             )
         if self.eval_every and self.dev_examples == 0:
             raise UserError(

@@ -6,10 +6,11 @@ tokens (scoring.py).
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -97,11 +98,14 @@ def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:
     return [name if k is None else k for k, name in zip(numbers, names, strict=True)]  # another name is refused where a row has it
 
 
-def to_examples(source: Source, indices: Sequence[int], task: Task, form: Form, columns: Mapping[str, str]) -> list[Example]:
-    """The examples of the chosen rows. `columns`: see `find_columns`."""
+def examples_of(source: Source, indices: Iterable[int], task: Task, form: Form, columns: Mapping[str, str]) -> Iterator[Example]:
+    """The examples of the chosen rows, made as they are asked for. `columns`: see `find_columns`.
+
+    Raises:
+        UserError: a row is none of the task's.
+    """
     wanted = find_columns(source, columns, task)
     numbers = {f: n for f, column in wanted.items() if (n := class_numbers(source, column, task)) is not None}
-    examples = []
     for index in indices:
         content = source.rows.row(index)
         # under the columns' names too: what a value means may hang on them (winogrande's answer is 1 or 2, its label 0 or 1)
@@ -110,20 +114,21 @@ def to_examples(source: Source, indices: Sequence[int], task: Task, form: Form, 
             if isinstance(row[name], int) and 0 <= row[name] < len(meaning):
                 row[name] = meaning[row[name]]
         try:
-            examples.append(task.example(row, form))
+            yield task.example(row, form)
         except RowError as error:
             raise UserError(f"{source.name}, {source.rows.place(index)}: {error}") from None
-    return examples
 
 
-def text_of(example: Example) -> tuple[str, ...]:
-    return tuple(f"{c.context}\0{c.answer}\0{c.tail}" for c in example.candidates)
+def text_of(example: Example) -> bytes:
+    """A digest of what makes two examples the same, whatever their labels; of a free answer that is the question."""
+    parts = [(c.context, *(() if example.references else (c.answer, c.tail))) for c in example.candidates]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
-def notes_on(parts: Mapping[str, Sequence[Example]], sources: Sequence[Source], task: Task) -> list[str]:
+def notes_on(parts: Mapping[str, Sequence[Example]], sources: Sequence[Source], task: Task, twins: Sequence[str]) -> list[str]:
     """What was read, in a line, and a line for each thing about it that may be a mistake.
 
-    `parts`: "train", "dev" and "eval" -> examples."""
+    `parts`: "train", "dev" and "eval" -> examples; `twins`: places of training rows that were left out."""
     counts = ", ".join(f"{s.name} {len(s.rows):,} rows" for s in sources)
     lines = [f"data: {counts}"]
     names = task.class_names
@@ -138,21 +143,19 @@ def notes_on(parts: Mapping[str, Sequence[Example]], sources: Sequence[Source], 
                     f"warning: all {count.total():,} {part} examples are {names[next(iter(count))]!r}: is the data sorted, or the column the wrong one?"
                 )
     lines += [f"{s.name}: {note}" for s in sources for note in s.rows.notes]
-    seen = {part: {text_of(e): e.label for e in examples} for part, examples in parts.items()}
-    twins = {part: len(examples) - len(seen[part]) for part, examples in parts.items() if len(examples) > len(seen[part])}
-    if twins:
+    repeats = {part: n for part, examples in parts.items() if (n := len(examples) - len({text_of(e) for e in examples}))}
+    if repeats:
         lines.append(
             "duplicates: "
-            + ", ".join(f"{n:,} of {len(parts[part]):,} {part} examples" for part, n in twins.items())
+            + ", ".join(f"{n:,} of {len(parts[part]):,} {part} examples" for part, n in repeats.items())
             + " repeat another's text"
         )
-    for part in ("dev", "eval"):
-        if shared := len(seen["train"].keys() & seen[part].keys()):
-            lines.append(
-                f"warning: {shared:,} of {len(seen[part]):,} {part} texts are training examples too: the {part} accuracy is not that of new texts"
-            )
+    if twins:
+        lines.append(
+            f"{sources[0].name}: {len(twins):,} rows were left out of the sample, whose texts are in another split already ({shortened(twins, 3)})"
+        )
     if names is not None:
-        told: dict[tuple[str, ...], set[int]] = {}
+        told: dict[bytes, set[int]] = {}
         for examples in parts.values():
             for e in examples:
                 told.setdefault(text_of(e), set()).add(e.label)
@@ -172,10 +175,66 @@ def shuffled(n: int, seed: int) -> list[int]:
     return sorted(range(n), key=keys.__getitem__)
 
 
-def cut(order: list[int], wanted: int | None, usual: int) -> tuple[list[int], list[int]]:
-    """(held out, left): `wanted` rows, or by default `usual` ones, but then no more than a fifth of what there is."""
-    n = min(usual, len(order) // MOST_HELD_OUT) if wanted is None else wanted
-    return order[:n], order[n:]
+def held_out(rows: int, wanted: int | None, usual: int) -> int:
+    """How many of so many rows: `wanted` ones, or by default `usual` ones, but then no more than a fifth of what there is."""
+    return min(usual, rows // MOST_HELD_OUT) if wanted is None else wanted
+
+
+class Pool:
+    """Training rows in the order of the sample, each drawn once; a row whose text is in another split is passed over, so that splits share no
+    text.
+
+    Attributes:
+        twins: the indices of rows that were passed over.
+    """
+
+    def __init__(self, order: Sequence[int], examples: Iterator[Example]) -> None:
+        self._left = zip(order, examples, strict=True)
+        self._taken: dict[bytes, str] = {}
+        self.twins: list[int] = []
+
+    def take(self, part: str, example: Example) -> bool:
+        """Whether an example may be one of `part`, which then has its text."""
+        return self._taken.setdefault(text_of(example), part) == part
+
+    def draw(self, part: str, most: int | None) -> dict[int, Example]:
+        """The next rows for `part`, index -> example; None: all that are left."""
+        found: dict[int, Example] = {}
+        while most is None or len(found) < most:
+            if (one := next(self._left, None)) is None:
+                break
+            index, example = one
+            if self.take(part, example):
+                found[index] = example
+            else:
+                self.twins.append(index)
+        return found
+
+    def draw_shots(self, k: int, names: Sequence[str], name: str) -> tuple[dict[int, Example], dict[int, Example]]:
+        """(train, dev): `k` rows of each label for each, the first ones for train, as MeZO's medium_models takes them.
+
+        Raises:
+            UserError: a label has fewer than 2 k; names them all.
+        """
+        train: dict[int, Example] = {}
+        dev: dict[int, Example] = {}
+        counts = [0] * len(names)
+        while min(counts) < 2 * k and (one := next(self._left, None)) is not None:
+            index, example = one
+            part, found = ("train", train) if counts[example.label] < k else ("dev", dev)
+            if counts[example.label] == 2 * k:
+                continue
+            if self.take(part, example):
+                found[index] = example
+                counts[example.label] += 1
+            else:
+                self.twins.append(index)
+        if min(counts) < 2 * k:
+            few = ", ".join(f"{n:,} {label}" for label, n in zip(names, counts, strict=True) if n < 2 * k)
+            raise UserError(
+                f"--k-shot {k} takes {k} rows of each label to train on and {k} others for dev, and {name} has {few}: give a smaller number, or more rows"
+            )
+        return train, dev
 
 
 def load_splits(
@@ -186,17 +245,20 @@ def load_splits(
     train_examples: int = 0,
     dev_examples: int | None = None,
     eval_examples: int | None = None,
+    k_shot: int | None = None,
     seed: int,
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Splits:
-    """Examples of `spec`, sampled as MeZO does: `train` and `dev` from the training rows, `eval` from the validation rows.
+    """Examples of `spec`, sampled as MeZO does: `train` and `dev` from the training rows, `eval` from the validation rows. No text is in two of
+    them.
 
     Args:
-        spec: a file, a folder with train.* and perhaps validation.*, or a hub id.
+        spec: a file, a pattern of files, a folder with train.* and perhaps validation.*, or a hub id.
         train_examples: at most so many; 0 means all.
         dev_examples, eval_examples: so many, 0 for eval meaning all; by default 500 and 1,000, or a fifth of the rows they are
             cut from if that is less. Without validation rows, `eval` is cut from the training rows, before anything else.
+        k_shot: in place of `train_examples` and `dev_examples`, so many of each label for each of the two.
         seed: of the sample.
 
     Raises:
@@ -208,33 +270,40 @@ def load_splits(
         raise UserError(
             f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
         )
+    if k_shot is not None and task.class_names is None:
+        raise UserError(f"--k-shot {k_shot} takes rows of each label, and task {task.name} has none: give --train-examples instead")
     found = read(spec, config, {name for f in task.fields for name in possible(f, columns, task)})
     sources = [labelled(source, columns, task) for source in found if source is not None]
     train_source, eval_source = sources[0], sources[1] if len(sources) > 1 else None
+    eval_from = eval_source or train_source
     order = shuffled(len(train_source.rows), seed)
     if eval_source is None:
         if eval_examples == 0:
             raise UserError(f"--eval-examples 0 means all validation rows; {spec} has none: give a number, or a validation file")
-        eval_indices, order = cut(order, eval_examples, USUAL_EVAL)
+        count = held_out(len(order), eval_examples, USUAL_EVAL)
+        eval_indices, order = order[:count], order[count:]
     else:
         eval_indices = shuffled(len(eval_source.rows), seed)[: USUAL_EVAL if eval_examples is None else eval_examples or None]
-    dev_indices, order = cut(order, dev_examples, USUAL_DEV)
-    train_indices = order[: train_examples or None]
-    held_out = eval_source or train_source
-    if not train_indices or not eval_indices:
+    pool = Pool(order, examples_of(train_source, order, task, form, columns))
+    evaluation = list(examples_of(eval_from, eval_indices, task, form, columns))
+    for example in evaluation:
+        pool.take("eval", example)
+    if k_shot is not None:
+        train, dev = pool.draw_shots(k_shot, task.class_names or (), train_source.name)
+    else:
+        dev = pool.draw("dev", held_out(len(order), dev_examples, USUAL_DEV))
+        train = pool.draw("train", train_examples or None)
+    if not train or not evaluation:
         raise UserError(
-            f"{train_source.name} has {len(train_source.rows)} rows: {len(train_indices)} are left to train on, "
-            f"{len(eval_indices)} to evaluate on, {len(dev_indices)} for dev; add rows, or lower --eval-examples and --dev-examples"
+            f"{train_source.name} has {len(train_source.rows)} rows: {len(train)} are left to train on, "
+            f"{len(evaluation)} to evaluate on, {len(dev)} for dev; add rows, or lower --eval-examples and --dev-examples"
         )
-    train = to_examples(train_source, train_indices, task, form, columns)
-    dev = to_examples(train_source, dev_indices, task, form, columns)
-    evaluation = to_examples(held_out, eval_indices, task, form, columns)
+    parts = {"train": list(train.values()), "dev": list(dev.values()), "eval": evaluation}
+    twins = [train_source.rows.place(index) for index in sorted(pool.twins)]
     return Splits(
-        train=train,
-        dev=dev,
-        eval=evaluation,
-        origin={"train": train_source.name, "dev": train_source.name, "eval": held_out.name},
-        notes=notes_on({"train": train, "dev": dev, "eval": evaluation}, sources, task),
+        **parts,
+        origin={"train": train_source.name, "dev": train_source.name, "eval": eval_from.name},
+        notes=notes_on(parts, sources, task, twins),
     )
 
 

@@ -88,7 +88,8 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
             train_examples=config.train_examples,
             dev_examples=config.dev_examples,
             eval_examples=config.eval_examples,
-            seed=config.seed,
+            k_shot=config.k_shot,
+            seed=config.seed if config.data_seed is None else config.data_seed,
             config=config.data_config,
             columns=config.columns,
         )

@@ -61,7 +61,10 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
         "gradient_bytes": lm.trained_bytes() if recipe.method.first_order else 0,
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(config), **effective},
-        "data": loaded.origin,
+        "data": {
+            split: {"from": loaded.origin[split], "rows": len(rows)}
+            for split, rows in (("train", loaded.train_set), ("dev", loaded.dev_set), ("eval", loaded.eval_set))
+        },
         "saved": None,
         "saved_files": [],
         "versions": machine.versions(),

@@ -314,15 +314,15 @@ def test_texts_that_no_tokenizer_takes(text: str, why: str) -> None:
 
 def test_what_was_read_is_told(tmp_path: Path) -> None:
     rows = make_rows(40, 5)
-    write_jsonl(tmp_path / "train.jsonl", [*rows[:30], rows[0], rows[1], {**rows[2], "label": 1}])
+    write_jsonl(tmp_path / "train.jsonl", [*rows[:30], rows[3], {**rows[4], "label": 1}])
     write_jsonl(tmp_path / "validation.jsonl", [*rows[30:], *rows[:3]])
     got = load_splits(str(tmp_path), get_task("sst2"), "causal", seed=0, dev_examples=0, train_examples=0)
     first, *others = got.notes
-    assert "train.jsonl 33 rows" in first and "validation.jsonl 13 rows" in first
-    assert "train: 16 negative, 17 positive; eval: 7 negative, 6 positive" in first
+    assert "train.jsonl 32 rows" in first and "validation.jsonl 13 rows" in first
+    assert "train: 13 negative, 16 positive; eval: 7 negative, 6 positive" in first
     assert others == [
-        "duplicates: 3 of 33 train examples repeat another's text",
-        "warning: 3 of 13 eval texts are training examples too: the eval accuracy is not that of new texts",
+        "duplicates: 2 of 29 train examples repeat another's text",
+        f"{tmp_path}/train.jsonl: 3 rows were left out of the sample, whose texts are in another split already (row 1, row 2, row 3)",
         "warning: 1 texts stand with different labels",
     ]
     assert load_splits(str(write_jsonl(tmp_path / "a.jsonl", rows)), get_task("sst2"), "causal", seed=0).notes[1:] == []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from zo_finetune.data import Source, labelled, load_splits, to_examples
+from zo_finetune.data import Source, examples_of, labelled, load_splits
 from zo_finetune.decoding import Answers
 from zo_finetune.errors import UserError
 from zo_finetune.metrics import METRICS
@@ -154,13 +154,13 @@ def table_of(row: dict[str, Any], names: list[str] | None = None) -> Source:
 @pytest.mark.parametrize(("name", "row", "names", "label"), FOUND)
 def test_rows_as_the_sources_have_them(name: str, row: dict[str, Any], names: list[str] | None, label: int) -> None:
     """Of the hub's parquet sets, SuperGLUE's and SNLI's own files and others: columns by their names there, labels by name or by the class names."""
-    assert to_examples(table_of(row, names), [0], get_task(name), "causal", {})[0].label == label
+    assert next(examples_of(table_of(row, names), [0], get_task(name), "causal", {})).label == label
 
 
 def test_a_column_that_is_named_keeps_its_meaning() -> None:
     """--column label=answer is WinoGrande's answer, from 1."""
     row = {k: v for k, v in GAP.items() if k != "label"} | {"answer": "1", "label": "x"}
-    assert to_examples(table_of(row), [0], get_task("winogrande"), "causal", {"label": "answer"})[0].label == 0
+    assert next(examples_of(table_of(row), [0], get_task("winogrande"), "causal", {"label": "answer"})).label == 0
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -783,7 +783,7 @@ class Rows(Target):
             return False
         if not isinstance(row, dict):
             row = {"sentence": row, "label": row}
-        row = {name: row.get(name) for name in self._task.fields}  # to_examples gives a task its fields, whatever they hold
+        row = {name: row.get(name) for name in self._task.fields}  # examples_of gives a task its fields, whatever they hold
         accepted = set()
         for form in self._task.forms:
             try:
