@@ -30,7 +30,7 @@ def evaluate(
         batch_size: examples in a batch.
         progress: called with the number of examples of each batch that is done.
     """
-    return measure(task, DECODINGS[task.decoding].answers(scorer, examples, batch_size, task.class_names, progress))
+    return measure(task, DECODINGS[task.decoding].answers(task, scorer, examples, batch_size, progress))
 
 
 def measure(task: Task, answers: Answers) -> dict[str, Any]:

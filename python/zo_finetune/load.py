@@ -41,7 +41,7 @@ class Loaded:
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
         lm = self.language_model
-        return Scorer(lm.model, lm.form, lm.pad_id)
+        return Scorer(lm.model, lm.form, lm.pad_id, lm.tokenizer, self.max_length)
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()

@@ -24,6 +24,8 @@ from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.tasks.base import Candidate, Example, Form
 
+MOST_NEW = 50  # tokens of a free answer (MeZO's)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -36,17 +38,32 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens: its distinct inputs, a span for each candidate; `label`, `right` and `references` are the example's."""
+    """An example in tokens: its distinct inputs, a span for each candidate; `label`, `right` and `references` are the example's. `prompt`: what a free
+    answer follows, short enough for as many tokens behind it as `new_tokens` says."""
 
     inputs: tuple[tuple[int, ...], ...]
     spans: tuple[Span, ...]
     label: int
     right: frozenset[int] = frozenset()
     references: tuple[tuple[str, ...], ...] = ()
+    prompt: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         return max(map(len, self.inputs))
+
+
+def new_tokens(max_length: int) -> int:
+    """The most that a free answer may have; half of a short context is the prompt's."""
+    return min(MOST_NEW, max_length // 2)
+
+
+def right_ones(examples: Sequence[Encoded], width: int) -> Tensor:
+    """bool [N, width]: which candidates count as right."""
+    mask = torch.zeros((len(examples), width), dtype=torch.bool)
+    for row, example in zip(mask, examples, strict=True):
+        row[list(example.right or {example.label})] = True
+    return mask
 
 
 class Encoder:
@@ -138,6 +155,15 @@ class Encoder:
         first = len(self.before) + len(body) - 1
         return tokens, list(range(first, first + len(targets))), targets
 
+    def _prompt(self, candidate: Candidate, span: Span) -> list[int]:
+        if candidate.answer.endswith("\n") and "\n" not in self.tokenizer.decode(span.targets):
+            raise UserError(
+                f"{type(self.tokenizer).__name__} drops the newline that ends an answer, {candidate.answer!r:.80}: no model could learn where to end; "
+                "choose another --model"
+            )
+        room = self.max_length - len(self.before) - new_tokens(self.max_length)
+        return [*self.before, *self._fit(self._ids(candidate.context), room, candidate)]
+
     def _masked(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
         targets, tail = self._ids(candidate.answer), self._ids(candidate.tail)
         room = self.max_length - len(self.before) - len(self.after) - len(tail) - len(targets)
@@ -172,9 +198,10 @@ class Encoder:
                     "no score could tell them apart; choose another --model"
                 )
             spans.append(span)
+        prompt = self._prompt(chosen[0], spans[0]) if example.references else []
         self.cut += self._lost > before
         label, right = (0, frozenset[int]()) if gold_only else (example.label, example.right)
-        return Encoded(tuple(rows), tuple(spans), label, right, example.references)
+        return Encoded(tuple(rows), tuple(spans), label, right, example.references, tuple(prompt))
 
     def _refuse(self, token: int, candidate: Candidate) -> None:
         word = self.tokenizer.convert_ids_to_tokens(token)
@@ -197,6 +224,7 @@ class Batch:
     targets: Tensor  # [B, C, T], token ids
     present: Tensor  # [B, C, T], fp32: 1 where the candidate has a t-th answer token
     labels: Tensor  # [B]
+    right: Tensor  # [B, C], bool: whether the candidate counts as right
 
 
 def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.device, multiple: int = 1) -> Batch:
@@ -218,7 +246,8 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
         input_ids[r, : len(tokens)] = torch.tensor(tokens)
         mask[r, : len(tokens)] = 1
     spots = torch.tensor(list(points))
-    fields = (spots[:, 0], spots[:, 1] - width, where, targets, present, torch.tensor([e.label for e in examples]))
+    labels, right = torch.tensor([e.label for e in examples]), right_ones(examples, shape[1])
+    fields = (spots[:, 0], spots[:, 1] - width, where, targets, present, labels, right)
     return Batch(input_ids.to(device), mask.to(device) if form == "masked" else None, *(f.to(device) for f in fields))
 
 
@@ -234,13 +263,16 @@ class Scorer:
         model: a causal or masked language model of transformers, perhaps inside a peft model.
         form: "causal" or "masked".
         pad_id: a token for the padding.
+        tokenizer, max_length: what writing an answer needs besides (decoding/generate.py).
     """
 
-    def __init__(self, model: torch.nn.Module, form: Form, pad_id: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, form: Form, pad_id: int, tokenizer: Any = None, max_length: int = 2 * MOST_NEW
+    ) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise UserError(f"{type(model).__name__} has no output embedding: choose a causal or masked language model")
-        self.model, self.form, self.pad_id = model, form, pad_id
+        self.model, self.form, self.pad_id, self.tokenizer, self.max_length = model, form, pad_id, tokenizer, max_length
         self.device = next(model.parameters()).device
         self._points: tuple[Tensor, Tensor] | None = None
         self._hook = head.register_forward_pre_hook(self._keep_points)

@@ -86,7 +86,7 @@ def test_spans_are_assigned_as_well_as_can_be() -> None:
 
 def answers(texts: list[str], references: list[tuple[tuple[str, ...], ...]], comparison: str) -> Answers:
     nothing = torch.zeros(len(texts), dtype=torch.long)
-    return Answers(nothing[:, None].float(), nothing, nothing, None, (), tuple(texts), tuple(references), comparison)
+    return Answers(nothing[:, None].float(), nothing, nothing, None, None, tuple(texts), tuple(references), comparison)
 
 
 def test_the_best_of_the_accepted_answers_counts() -> None:

@@ -327,7 +327,7 @@ def test_several_candidates_may_count_as_right() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0]] * 3 + [[float("nan")] * 3])
     chosen = torch.tensor([2, 2, 2, -1])
     labels = torch.tensor([0, 0, 2, 0])
-    right = (frozenset({0, 2}), frozenset({0, 1}), frozenset[int](), frozenset({0, 1}))
+    right = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1], [1, 1, 0]]).bool()
     assert METRICS["accuracy"].measure(Answers(scores, labels, chosen, None, right))["accuracy"] == 0.5
     assert METRICS["accuracy"].measure(Answers(scores, labels, chosen))["accuracy"] == 0.25
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from zo_finetune.data import in_batches
 from zo_finetune.decoding.base import Answers, Decoding
-from zo_finetune.scoring import Batch, Encoded, Scorer
+from zo_finetune.scoring import Batch, Encoded, Scorer, right_ones
+from zo_finetune.tasks.base import Task
 
 
 class ByScore(Decoding):
@@ -19,13 +20,21 @@ class ByScore(Decoding):
 
     def answers(
         self,
+        task: Task,
         scorer: Scorer,
         examples: Sequence[Encoded],
         batch_size: int,
-        names: Sequence[str] | None = None,
         progress: Callable[[int], None] = lambda n: None,
     ) -> Answers:
-        return choose(score_table(scorer.scores, scorer, examples, batch_size, progress), examples, names)
+        return choose(score_table(scorer.scores, scorer, examples, batch_size, progress), examples, task.class_names)
+
+    def batch(self, scorer: Scorer, examples: Sequence[Encoded], multiple: int = 1) -> Batch:
+        return scorer.collate(examples, multiple)
+
+    @torch.no_grad()
+    def respond(self, task: Task, scorer: Scorer, batch: Batch) -> Answers:
+        scores = scorer.scores(batch)
+        return Answers(scores, batch.labels, highest(scores), task.class_names, batch.right)
 
 
 @torch.no_grad()
@@ -51,9 +60,13 @@ def score_table(
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in rows]).cpu()
 
 
-def choose(table: Tensor, examples: Sequence[Encoded], names: Sequence[str] | None = None) -> Answers:
-    """The candidates with the highest scores of `table` [N, C]."""
+def highest(table: Tensor) -> Tensor:
+    """int64 [N]: the candidate with the highest score of each row; -1 where none is finite."""
     scored = table.max(-1).values.isfinite()  # a NaN is the maximum of its row
-    chosen = torch.where(scored, table.argmax(-1), -1)
-    labels, right = torch.tensor([e.label for e in examples]), tuple(e.right for e in examples)
-    return Answers(table, labels, chosen, None if names is None else tuple(names), right)
+    return torch.where(scored, table.argmax(-1), -1)
+
+
+def choose(table: Tensor, examples: Sequence[Encoded], names: tuple[str, ...] | None = None) -> Answers:
+    """The candidates with the highest scores of `table` [N, C]."""
+    labels = torch.tensor([e.label for e in examples])
+    return Answers(table, labels, highest(table), names, right_ones(examples, table.shape[1]))

@@ -44,9 +44,11 @@ class AUC(Goal):
         return names is not None and len(names) == 2
 
     def value(self, answers: Answers) -> Tensor:
-        """Half where a label is absent or a score is NaN: nothing is told apart there."""
-        known, _ = auc(answers.scores[:, 1] - answers.scores[:, 0], answers.labels)
-        return torch.tensor(0.5 if known is None else known, dtype=torch.float64)
+        """Half where a label is absent: nothing is told apart there."""
+        margins, ones = answers.scores[:, 1] - answers.scores[:, 0], answers.labels == 1
+        pairs = ones[:, None] & ~ones
+        above = (margins[:, None] > margins).double() + 0.5 * (margins[:, None] == margins).double()
+        return torch.where(pairs.any(), (above * pairs).sum() / pairs.sum().clamp(min=1), 0.5)
 
     def measure(self, answers: Answers) -> dict[str, Any]:
         if not self.suits(answers.names):

@@ -1,8 +1,7 @@
-"""Mean cross-entropy over the candidates' scores; null where it is not finite."""
+"""Mean cross-entropy over the candidates' scores, or of free answers the mean of -log p over the tokens trained on; null where it is not finite."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,11 @@ class Loss(Metric):
     name = "loss"
 
     def measure(self, answers: Answers) -> dict[str, Any]:
-        loss = torch.nn.functional.cross_entropy(answers.scores, answers.labels).item()
-        return {"loss": loss if math.isfinite(loss) else None}
+        if answers.tokens is None:
+            loss = torch.nn.functional.cross_entropy(answers.scores, answers.labels)
+        else:
+            loss = -(answers.scores[:, 0] * answers.tokens).sum() / answers.tokens.sum()
+        return {"loss": loss.item() if loss.isfinite() else None}
 
     def fits(self, evaluation: Mapping[str, Any]) -> bool:
         return "loss" in evaluation and is_number(evaluation["loss"], missing=True)
