@@ -131,7 +131,7 @@ def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
     """From the command line's values: the comparison's own, and those of its runs."""
     options = Comparison(**given)
     path_of("--output", options.output)
-    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**base))
+    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**base).settled())
 
 
 def check_runs(plan: Plan) -> None:

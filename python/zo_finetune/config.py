@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import methods, options, sources, values
+from zo_finetune import folders, methods, options, sources, values
 from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
@@ -26,6 +26,14 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps done
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+LORA, SOFT = ("lora",), ("prefix", "prompt")
+ADAPTERS = {
+    "targets": ("lora", "ln"),
+    "lora_rank": LORA,
+    "lora_alpha": LORA,
+    "lora_init": LORA,
+    "prefix_length": SOFT,
+}  # of a new one, by --peft
 PERTURBING = ("eps", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
 MODEL, DATA, METHOD, RUN = "model", "data", "method", "run"  # the parts of a run
 
@@ -40,11 +48,28 @@ class Config:
     peft: str = option(MODEL, "what is trained: all weights, or an adapter", "none", choices=methods.PEFTS)
     targets: list[str] | None = option(
         MODEL,
-        "ends of names of the modules that lora or ln adapts",
+        "ends of names of the modules that lora or ln adapts; of lora also all-linear",
         None,
         flag="--peft-target",
         metavar="MODULE",
         usual="query and value; every norm",
+    )
+    lora_rank: int | None = option(MODEL, "of lora's matrices", None, metavar="R", positive=True, below=1 << 16, usual="8")
+    lora_alpha: float | None = option(
+        MODEL, "lora's factor is this over the rank", None, metavar="A", positive=True, fp32=True, usual="16"
+    )
+    lora_init: str | None = option(
+        MODEL,
+        "of lora's first matrix (the second is 0: it begins as the base model); default: peft's uniform numbers",
+        None,
+        choices=("default", "gaussian"),
+        usual="default",
+    )
+    prefix_length: int | None = option(
+        MODEL, "virtual tokens of prefix and prompt", None, metavar="N", positive=True, below=1 << 16, usual="5"
+    )
+    adapter: str | None = option(
+        MODEL, "an adapter's folder of peft to go on from; it decides --peft", None, metavar="FOLDER", path=True, movable=True
     )
     max_length: int | None = option(
         MODEL, "longest input; longer ones lose their beginning", None, metavar="TOKENS", positive=True, usual="the model's"
@@ -170,6 +195,17 @@ class Config:
                 f"--peft-target {self.targets[0]!r:.80} names what --peft lora or ln adapts, and --peft is {self.peft}: give one of them, or "
                 "leave the target out"
             )
+        if self.targets and "all-linear" in self.targets and (len(self.targets) > 1 or self.peft == "ln"):
+            raise UserError("--peft-target all-linear stands alone, and is of --peft lora: leave the others out")
+        for o in options.options_of(Config):
+            if not (value := getattr(self, o.name)) or o.name not in ADAPTERS:
+                continue
+            if self.adapter is not None:
+                raise UserError(
+                    f"{o.spelling} {value!s:.80} is of a new adapter, and --adapter {self.adapter} has its own: leave one out"
+                )
+            if self.peft not in (kinds := ADAPTERS[o.name]):
+                raise UserError(f"{o.spelling} {value} is of --peft {' or '.join(kinds)}, and --peft is {self.peft}: leave it out")
         if methods.get(self.method).first_order:
             for o in options.options_of(Config):
                 if o.name in PERTURBING and (value := getattr(self, o.name)) != o.default:
@@ -207,6 +243,15 @@ class Config:
         config.check()
         return config
 
+    def settled(self) -> Config:
+        """With the --peft of its --adapter. Raises UserError where there is no such folder, or --peft says otherwise."""
+        if self.adapter is None:
+            return self
+        kind = folders.check_adapter(path_of("--adapter", self.adapter)).kind
+        if self.peft not in ("none", kind):
+            raise UserError(f"--peft {self.peft}: --adapter {self.adapter} is of {kind}: leave --peft out")
+        return replace(self, peft=kind)
+
     def without_perturbing(self) -> Config:
         """For a first-order method that shares its options with others: those that it does not read as if nobody had given them."""
         return replace(self, **{o.name: o.default for o in options.options_of(Config) if o.name in PERTURBING})
@@ -228,7 +273,13 @@ class Config:
             return str(getattr(self, name))  # longer than a path may be
 
         path_of("--data", self.data)
-        return replace(self, model=found("model"), data=sources.placed(self.data, directory), output=str(place("output")))
+        return replace(
+            self,
+            model=found("model"),
+            data=sources.placed(self.data, directory),
+            output=str(place("output")),
+            adapter=None if self.adapter is None else str(place("adapter")),
+        )
 
 
 @dataclass(kw_only=True)
@@ -287,6 +338,9 @@ class Replay:
     model: str = again(Config, "model", help="the base model that the run started from; another is refused")
     device: str = again(Config, "device")
     output: str = option(RUN, "the model or adapter goes here", metavar="DIR", path=True)
+    adapter: str | None = again(
+        Config, "adapter", help="the adapter's folder that the run started from; another is refused", usual="where it was then"
+    )
     upto: int | None = option(RUN, "the weights after N steps", None, metavar="N", usual="after all")
     mode: str = option(METHOD, "the run's own bits, or one sum rounded once", "sequential", choices=("sequential", "fused"))
     backend: str | None = again(Config, "backend")

@@ -40,6 +40,9 @@ TOKENIZERS = (
     "spiece.model",
     "tekken.json",
 )
+KINDS_OF_PEFT = {"LORA": "lora", "LN_TUNING": "ln", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")  # of peft's init_lora_weights
+MAX_RANK = 1 << 16
 LFS = b"version https://git-lfs"
 
 
@@ -53,25 +56,25 @@ class Folder:
     odd: dict[str, str] = field(default_factory=dict)  # tensors of no floating-point dtype -> that, by safetensors' names
 
 
-def check_file(path: Path) -> int:
-    """The size of a regular file with content of its own."""
+def check_file(path: Path, option: str = "--model") -> int:
+    """The size of a regular file with content of its own. `option`: that named it, or its folder."""
     if not path.is_file():
         raise UserError(
-            f"--model: {path} is {'no regular file' if path.exists() else 'not there'}: restore it, or fetch the model again"
+            f"{option}: {path} is {'no regular file' if path.exists() else 'not there'}: restore it, or fetch the {option.strip('-')} again"
         )
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(LFS))
     if start == LFS:
-        raise UserError(f"--model: {path} is a pointer of Git LFS, and not the file itself: fetch it with git lfs pull")
+        raise UserError(f"{option}: {path} is a pointer of Git LFS, and not the file itself: fetch it with git lfs pull")
     if size == 0:
-        raise UserError(f"--model: {path} is empty: fetch the model again")
+        raise UserError(f"{option}: {path} is empty: fetch the {option.strip('-')} again")
     return size
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, option: str = "--model") -> dict[str, Any]:
     """An object out of a JSON file of bounded size and depth."""
-    size = check_file(path)
+    size = check_file(path, option)
     try:
         if size > MAX_JSON:
             raise ValueError(f"it has {size:,} bytes, and at most {MAX_JSON:,} are read")
@@ -79,9 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it is {content!r:.40}, and not an object")
     except RecursionError:
-        raise UserError(f"--model: {path} is nested too deeply") from None
+        raise UserError(f"{option}: {path} is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"--model: {path} could not be read: {one_line(error)}") from error
+        raise UserError(f"{option}: {path} could not be read: {one_line(error)}") from error
     return content
 
 
@@ -101,17 +104,17 @@ def check_numbers(config: Any, where: str, depth: int = 0) -> None:
                 raise UserError(f"{where}: {name!r} is {value!r:.40}; at most {most:,} is possible")
 
 
-def check_safetensors(path: Path) -> tuple[int, dict[str, str]]:
+def check_safetensors(path: Path, option: str = "--model") -> tuple[int, dict[str, str]]:
     """The size of a file whose header can be read and whose tensors end where it does, and the tensors in it that hold no floating-point numbers."""
     from safetensors import SafetensorError, safe_open
 
-    size = check_file(path)
+    size = check_file(path, option)
     try:
         with safe_open(path, framework="pt") as file:
             dtypes = {name: str(file.get_slice(name).get_dtype()) for name in list(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"--model: {path} is damaged or was not written to its end ({one_line(error)}): fetch the model again"
+            f"{option}: {path} is damaged or was not written to its end ({one_line(error)}): fetch the {option.strip('-')} again"
         ) from error
     return size, {name: dtype for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))}
 
@@ -144,7 +147,7 @@ def check_kind(path: Path) -> None:
         if isinstance(name := read_json(path / "adapter_config.json").get("base_model_name_or_path"), str):
             base += f" ({name[:80]})"
         raise UserError(
-            f"--model {path} is an adapter of peft, and not a model: give {base}, or merge the two with peft and give the result"
+            f"--model {path} is an adapter of peft, and not a model: give {base}, and the adapter as --adapter to go on with it, or merge the two with peft"
         )
     if (path / JOURNAL).exists():
         saved = next((path / name for name in FOLDERS if (path / name).is_dir()), None)
@@ -190,3 +193,45 @@ def check_folder(path: Path, gguf_file: str | None = None) -> Folder:
         return Folder(path, size, config, odd)
     except OSError as error:
         raise UserError(f"--model {path}: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter's folder that may be loaded: `kind` as --peft has it, `virtual_tokens` of a soft prompt."""
+
+    kind: str
+    virtual_tokens: int
+
+
+def check_adapter(path: Path) -> AdapterFolder:
+    """Look at everything that can be known of an adapter's folder without loading.
+
+    Raises:
+        UserError: it is none of peft's, of a kind that is not trained here, changes the base's weights, or a file is damaged or missing.
+    """
+    where = f"--adapter {path}"
+    try:
+        if not (path / "adapter_config.json").exists():
+            inside = f"; it has {path / 'adapter'}" if (path / "adapter").is_dir() else ""
+            raise UserError(f"{where} has no adapter_config.json, so it is no adapter's folder of peft{inside}")
+        config = read_json(path / "adapter_config.json", "--adapter")
+        kind = KINDS_OF_PEFT.get(str(config.get("peft_type")))
+        if kind is None:
+            raise UserError(f"{where} is of peft's kind {config.get('peft_type')!r:.40}: {', '.join(KINDS_OF_PEFT)} can go on here")
+        if (begun := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+            raise UserError(
+                f"{where}: its init_lora_weights is {begun!r:.40}, by which peft changes the base's weights as it is loaded: convert it with peft's "
+                "path_initial_model_for_weight_conversion"
+            )
+        for name in ("r", "num_virtual_tokens"):
+            if (size := config.get(name)) is not None and not (type(size) is int and 0 < size <= MAX_RANK):
+                raise UserError(f"{where}: {name} is {size!r:.40}; it must be 1 to {MAX_RANK:,}")
+        check_numbers(config, where)
+        if odd := check_safetensors(path / "adapter_model.safetensors", "--adapter")[1]:
+            raise UserError(f"{where}: {min(odd)} holds no floating-point numbers")
+        soft = kind in ("prefix", "prompt")
+        if soft and "num_virtual_tokens" not in config:
+            raise UserError(f"{where}: its adapter_config.json says no num_virtual_tokens")
+        return AdapterFolder(kind, config["num_virtual_tokens"] if soft else 0)
+    except OSError as error:
+        raise UserError(f"{where}: {one_line(error)}") from error

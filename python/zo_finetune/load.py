@@ -51,13 +51,28 @@ class Loaded:
         )
 
 
+MODEL_OPTIONS = (
+    "dtype",
+    "device",
+    "peft",
+    "form",
+    "gguf_file",
+    "targets",
+    "lora_rank",
+    "lora_alpha",
+    "lora_init",
+    "prefix_length",
+    "adapter",
+)
+
+
 def model_options(config: Config) -> dict[str, Any]:
     """Those of `models.load`."""
-    return {name: getattr(config, name) for name in ("dtype", "device", "peft", "form", "gguf_file", "targets")}
+    return {name: getattr(config, name) for name in MODEL_OPTIONS}
 
 
 def load_model(config: Config) -> models.LanguageModel:
-    """The weights that a run starts from: the base model, and an adapter that is a function of the seed."""
+    """The weights that a run starts from: the base model, and an adapter that is a function of the seed, or that of a folder."""
     torch.manual_seed(config.seed)
     return models.load(config.model, **model_options(config))
 

@@ -1,6 +1,6 @@
 """A language model from a path or the hub, with its tokenizer and, if asked for, a peft adapter.
 
-Belongs here: loading, adapters, saving. Does not belong here: what is done with the model (scoring.py, train.py).
+Belongs here: loading, saving. Does not belong here: an adapter (adapters.py), what is done with the model (scoring.py, train.py).
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zo_finetune import folders
-from zo_finetune.errors import UserError, did_you_mean, one_line, printable, shortened
+from zo_finetune import adapters, folders
+from zo_finetune.adapters import Adapter
+from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
-
-VIRTUAL_TOKENS = 5  # MeZO's prefix length
-SOFT_PROMPT_TEXT = "Here is a text. Read it and answer."  # real activations or embeddings to start from, as MeZO does
 
 
 @dataclass
@@ -33,6 +31,7 @@ class LanguageModel:
     peft: str
     device: torch.device
     notes: list[str] = field(default_factory=list)  # lines for the user
+    virtual_tokens: int = 0  # that a soft prompt takes
 
     @property
     def vocabulary(self) -> int:
@@ -57,7 +56,7 @@ class LanguageModel:
             limit = int(limit) if 1 <= limit <= folders.MAX_SIZE else 2048
         if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit -= 2  # their position numbers start after the padding index
-        return limit - (VIRTUAL_TOKENS if self.peft in ("prefix", "prompt") else 0)
+        return limit - self.virtual_tokens
 
     def counts(self) -> tuple[int, int]:
         """(trainable, all) weights; tied ones count once."""
@@ -92,86 +91,6 @@ def pick_device(name: str) -> torch.device:
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise UserError(f"--device {name!r}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
-
-
-def norm_modules(model: torch.nn.Module, targets: list[str] | None) -> list[str]:
-    """Names of the modules that normalise and have weights, found by type: lists of names miss `norm` or `ln_f`.
-
-    `targets` keeps those whose name is, or ends in, one of them.
-    """
-    norms = [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)) or "Norm" in type(module).__name__)
-        and next(module.parameters(recurse=False), None) is not None
-    ]
-    if not norms:
-        raise UserError(f"--peft ln: {type(model).__name__} has no normalisation module with weights: choose another --peft")
-    if targets is None:
-        return norms
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in norms):
-            raise UserError(
-                f"--peft-target {target!r} is no normalisation module of {type(model).__name__}: it has {', '.join(norms)}"
-            )
-    return [name for name in norms if any(f".{name}".endswith(f".{target}") for target in targets)]
-
-
-def add_adapter(model: Any, tokenizer: Any, peft: str, form: Form, targets: list[str] | None) -> Any:
-    """`model` inside a peft model of the kind `peft`, whose adapter alone is trainable."""
-    from peft import (
-        LNTuningConfig,
-        LoraConfig,
-        PeftConfig,
-        PrefixTuningConfig,
-        PromptTuningConfig,
-        TaskType,
-        get_peft_model,
-        initialize_kv_prefix_from_text,
-    )
-
-    # peft has no task type for masked models; FEATURE_EXTRACTION is the one that leaves inputs and outputs alone.
-    task_type = TaskType.CAUSAL_LM if form == "causal" else TaskType.FEATURE_EXTRACTION
-    config: PeftConfig
-    if peft == "lora":
-        # r, alpha and the targets (query and value, which are peft's default where it knows the model) are MeZO's; no dropout,
-        # see train.py
-        config = LoraConfig(task_type=task_type, r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
-    elif peft == "ln":
-        config = LNTuningConfig(task_type=task_type, target_modules=norm_modules(model, targets))
-    elif peft == "prefix":
-        if form == "masked":
-            raise UserError("--peft prefix needs a causal model (a masked one keeps no keys and values): choose lora, ln or prompt")
-        config = PrefixTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL_TOKENS)
-    else:
-        config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL_TOKENS)
-    adapted: Any
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type")  # said of every norm, the layers LN tuning is made for
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft's use of a name that transformers has changed
-            # peft would hold 16-bit norms in fp32, and their outputs would no longer fit the 16-bit layers that follow
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=peft != "ln")
-    except ValueError as error:
-        hint = "; name its modules with --peft-target" if peft == "lora" else ""
-        raise UserError(f"--peft {peft} does not fit {type(model).__name__}: {one_line(error)}{hint}") from error
-    if peft == "lora" and targets is not None:
-        found = adapted.base_model.targeted_module_names
-        for target in targets:  # peft is content if one of them is there
-            if not any(f".{name}".endswith(f".{target}") for name in found):
-                raise UserError(
-                    f"--peft-target {target!r:.80} is no module of {type(model).__name__} that --peft lora adapts: it adapts {shortened(found)}"
-                    f"{did_you_mean(target, {name.rpartition('.')[2] for name, _ in model.named_modules()})}"
-                )
-    if peft == "prefix":
-        # random keys and values destroy the model at the start; MeZO begins with real activations
-        initialize_kv_prefix_from_text(adapted, tokenizer, text=SOFT_PROMPT_TEXT, use_chat_template=False)
-    elif peft == "prompt":
-        ids = tokenizer(SOFT_PROMPT_TEXT, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        ids = ids.repeat(-(-VIRTUAL_TOKENS // len(ids)))[:VIRTUAL_TOKENS].to(model.device)
-        with torch.no_grad():
-            adapted.prompt_encoder["default"].embedding.weight.copy_(model.get_input_embeddings()(ids))
-    return adapted
 
 
 @dataclass(frozen=True)
@@ -281,9 +200,7 @@ def check_loaded(spec: str, model: Any, report: dict[str, Any]) -> list[str]:
     the configured number, nor a bias of a module that the model has without.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"--model {spec} is an adapter of peft: give its base model, or merge the two with peft and give the result"
-        )
+        raise UserError(f"--model {spec} is an adapter of peft: give its base model, and the adapter as --adapter")
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if odd := sorted(report["mismatched_keys"]):
         name, held, wanted = odd[0]
@@ -341,6 +258,11 @@ def load(
     form: str = "auto",
     gguf_file: str | None = None,
     targets: list[str] | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_init: str | None = None,
+    prefix_length: int | None = None,
+    adapter: str | None = None,
 ) -> LanguageModel:
     """Load a model, in eval mode.
 
@@ -351,7 +273,8 @@ def load(
         peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
-        targets: the modules that `peft` "lora" or "ln" adapts, by the end of their names; default query and value, or every norm.
+        targets, lora_rank, lora_alpha, lora_init, prefix_length: of a new adapter, see `adapters.Adapter`.
+        adapter: an adapter's folder, of the kind `peft`, to go on from.
 
     Raises:
         UserError: no such model, or the device, the dtype or the adapter does not fit it.
@@ -381,6 +304,26 @@ def load(
     notes = [*check_loaded(spec, model, report), *cut_anew]
     model = model.to(found.place).eval()
     check_forward(spec, model, found.form)
-    if peft != "none":
-        model = add_adapter(model, tokenizer, peft, found.form, targets)
-    return LanguageModel(model.eval(), tokenizer, found.form, peft, found.place, notes)
+    return adapt(
+        LanguageModel(model, tokenizer, found.form, "none", found.place, notes),
+        Adapter(peft, targets, lora_rank, lora_alpha, lora_init, prefix_length),
+        adapter,
+    )
+
+
+def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None) -> LanguageModel:
+    """`base` with a new adapter, or that of a folder; the model in it is changed."""
+    if adapter.kind == "none":
+        return base
+    if folder is not None:
+        held = folders.check_adapter(Path(folder).expanduser())
+        if held.kind != adapter.kind:
+            raise UserError(f"--adapter {folder} is of --peft {held.kind}, and --peft is {adapter.kind}: leave --peft out")
+        adapter = replace(adapter, length=held.virtual_tokens)
+    if (taken := adapter.virtual_tokens) >= base.max_length:
+        raise UserError(f"--prefix-length {taken} leaves no room in a context of {base.max_length} tokens: give less")
+    if folder is None:
+        model, notes = adapters.add(base.model, base.tokenizer, base.form, adapter), []
+    else:
+        model, notes = adapters.go_on(base.model, base.form, Path(folder).expanduser(), adapter.kind)
+    return replace(base, model=model.eval(), peft=adapter.kind, virtual_tokens=taken, notes=[*base.notes, *notes])

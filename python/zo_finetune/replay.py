@@ -48,8 +48,11 @@ def replay(given: Replay) -> Path:
         console.say(
             f"the run was recorded for {len(past.steps)} of its {config.steps} steps: these are the weights that it had then"
         )
+    if given.adapter is not None and config.adapter is None:
+        raise UserError(f"--adapter {given.adapter}: the run started from none: leave it out")
+    adapter = config.adapter if given.adapter is None else given.adapter
     with console.Phase(f"loading the model {given.model}"):
-        language_model = load_model(replace(config, model=given.model, dtype=dtype, device=given.device))
+        language_model = load_model(replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device))
     try:
         with console.Phase(f"replaying {len(past.steps) if given.upto is None else given.upto} steps"):
             zo_kernels.replay(language_model.model, past, given.upto, mode=given.mode, backend=given.backend)

@@ -44,10 +44,11 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: something the user can put right; nothing has been written yet.
     """
     config.check()
-    config = config.placed(os.getcwd())
+    config = config.placed(os.getcwd()).settled()
     config.check_use()
     output = Path(config.output)
     read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.data))]
+    read += [("--adapter", config.adapter)] if config.adapter is not None else []
     run_folder.check_run_dir(output, config.overwrite, read)
     with explained(config):
         loaded = load(config)
@@ -84,8 +85,8 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
         console.say(f"{folder} is finished after {result['steps']} steps: there is nothing to resume")
         return result
     config = replace(recorded_config(output, config), output=str(output))
-    for name in ("model", "data"):
-        if os.path.isabs(path := getattr(config, name)) and not sources.paths_of(path):
+    for name in ("model", "data", "adapter"):
+        if os.path.isabs(path := getattr(config, name) or "") and not sources.paths_of(path):
             raise UserError(
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )
