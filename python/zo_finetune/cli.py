@@ -25,6 +25,7 @@ examples:
   zo-finetune demo
   zo-finetune train --model facebook/opt-1.3b --task sst2 --data stanfordnlp/sst2 --output runs/opt --lr 1e-7
   zo-finetune resume runs/opt
+  zo-finetune evaluate --model facebook/opt-1.3b --task sst2 --data stanfordnlp/sst2 --shots 32 --output runs/in-context
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --peft lora --steps 2000 --output runs/lora
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --method momentum --option state=recomputed --output runs/momentum
   zo-finetune compare --model ./my-model --task sst2 --data ./reviews --methods mezo,sign,lozo:rank=4 --forwards 2000 --output runs/compared
@@ -109,6 +110,8 @@ class ListMethods(argparse.Action):
 
 HELP = {
     "train": "fine-tune a model on a task",
+    "evaluate": "measure a model as it is: zero-shot, with demonstrations, with calibrated scores",
+    "probe": "measure a linear classifier on a model's last hidden states",
     "compare": "train with several methods on the same data, noise seeds and number of forward passes",
     "resume": "go on with a killed or interrupted run, to the bits of a run never killed",
     "replay": "make a run's weights again from its base model and its journal",
@@ -170,6 +173,12 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
         from zo_finetune.replay import replay
 
         console.tell(f"saved in {replay(Replay(**given(Replay, options)))}")
+        return None
+    if options.command in ("evaluate", "probe"):
+        from zo_finetune.baseline import in_folder
+
+        kind = COMMANDS[options.command]
+        console.tell(in_folder(kind(**given(kind, options)), command))
         return None
     if options.command == "compare":
         from zo_finetune.compare import compare, plan_of

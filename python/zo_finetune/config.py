@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,90 @@ class Replay:
     backend: str | None = again(Config, "backend")
 
 
+SPLITS = ("train", "dev", "eval")  # by a run's names: what it trains on, watches and is measured on
+
+
+@dataclass(kw_only=True)
+class Baseline:
+    """What `zo-finetune evaluate` and `zo-finetune probe` have in common: a model and rows, as a run has them."""
+
+    model: str = again(Config, "model")
+    gguf_file: str | None = again(Config, "gguf_file")
+    form: str = again(Config, "form")
+    max_length: int | None = again(Config, "max_length")
+    dtype: str = again(Config, "dtype")
+    device: str = again(Config, "device")
+    task: str = again(Config, "task")
+    data: str = again(Config, "data")
+    data_config: str | None = again(Config, "data_config")
+    columns: dict[str, str] = again(Config, "columns")
+    train_examples: int | None = again(Config, "train_examples")
+    dev_examples: int | None = again(Config, "dev_examples")
+    eval_examples: int | None = again(Config, "eval_examples")
+    k_shot: int | None = again(Config, "k_shot")
+    data_seed: int | None = again(Config, "data_seed")
+    seed: int = again(Config, "seed", help="of the sample, and of what is drawn from it")
+    batch_size: int = again(Config, "eval_batch_size", help="examples in a batch")
+    output: str = again(Config, "output", help="result.json and predictions.jsonl go here", metavar="DIR")
+    overwrite: bool = again(Config, "overwrite", help="replace an earlier baseline in DIR")
+
+    def check(self) -> None:
+        """Raises UserError: names the option that no part could use, or that nothing would read."""
+        options.check(self)
+        self.run().check_use()
+
+    def run(self) -> Config:
+        """A run with this model and these rows."""
+        known = {o.name for o in options.options_of(Config)}
+        given = {name: value for name, value in asdict(self).items() if name in known}
+        return Config(**given | {"train_examples": self.train_rows}).settled()
+
+    @property
+    def train_rows(self) -> int:
+        """As a run has --train-examples."""
+        return self.train_examples or 0
+
+
+@dataclass(kw_only=True)
+class Evaluation(Baseline):
+    """`zo-finetune evaluate`: a model as it is."""
+
+    adapter: str | None = again(Config, "adapter", help="an adapter's folder of peft, which the model has")
+    train_examples: int | None = again(
+        Config, "train_examples", None, usual="1000; all where --shots are drawn from them, as in MeZO"
+    )
+    split: str = option(
+        DATA,
+        "rows to evaluate on: eval, dev or train as a run samples them; another file's stem or split of the hub; all: every row of one file",
+        "eval",
+        metavar="NAME",
+    )
+    shots: int = option(METHOD, "demonstrations before each example, drawn from the training rows", 0, metavar="K", least=True)
+    calibrated: bool = option(
+        METHOD, "score answers by how much likelier the prompt makes them than neutral words do (MeZO's sfc)", False
+    )
+
+    def check(self) -> None:
+        super().check()
+        unread = [] if self.shots else ["train_examples", "dev_examples", "k_shot"]
+        unread += ["eval_examples"] if self.split == "all" else []
+        if self.split not in SPLITS and (name := next((n for n in unread if getattr(self, n) is not None), None)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(self, name)} says nothing of --split {self.split:.80}: leave it out"
+            )
+
+    @property
+    def train_rows(self) -> int:
+        if self.train_examples is not None:
+            return self.train_examples
+        return 0 if self.shots and self.split != "train" and self.k_shot is None else 1000
+
+
+@dataclass(kw_only=True)
+class Probing(Baseline):
+    """`zo-finetune probe`: a linear classifier on what a model makes of the prompts."""
+
+
 @dataclass(kw_only=True)
 class Demo:
     """`zo-finetune demo`."""
@@ -355,7 +439,15 @@ class Demo:
     overwrite: bool = again(Config, "overwrite")
 
 
-COMMANDS = {"train": Config, "compare": Comparison, "resume": Resume, "replay": Replay, "demo": Demo}
+COMMANDS = {
+    "train": Config,
+    "evaluate": Evaluation,
+    "probe": Probing,
+    "compare": Comparison,
+    "resume": Resume,
+    "replay": Replay,
+    "demo": Demo,
+}
 
 
 def page() -> str:

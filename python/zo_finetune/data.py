@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from zo_finetune.errors import UserError, did_you_mean, printable, shortened
-from zo_finetune.sources import Source, read
+from zo_finetune.sources import Source, read, read_split
 from zo_finetune.tasks.base import ClassificationTask, Example, Form, RowError, Task
 
 T = TypeVar("T")
@@ -31,12 +31,26 @@ class Splits:
     dev: list[Example]
     eval: list[Example]
     origin: dict[str, str] = field(default_factory=dict)  # split -> where its rows came from
+    rows: dict[str, list[int]] = field(default_factory=dict)  # split -> the number of each example's row there, from 1
     notes: list[str] = field(default_factory=list)  # lines for the user: what was read, and what about it may be a mistake
 
 
 def possible(field: str, columns: Mapping[str, str], task: Task) -> tuple[str, ...]:
     """What the column of a task's field may be called: as `columns` (--column) says, or by its own name or an alias."""
     return (columns[field],) if field in columns else (field, *task.aliases.get(field, ()))
+
+
+def columns_of(task: Task, columns: Mapping[str, str]) -> set[str]:
+    """What the columns that a task reads may be called.
+
+    Raises:
+        UserError: `columns` has a field that is none of the task's.
+    """
+    if unknown := [name for name in columns if name not in task.fields]:
+        raise UserError(
+            f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
+        )
+    return {name for field in task.fields for name in possible(field, columns, task)}
 
 
 def find_columns(source: Source, columns: Mapping[str, str], task: Task) -> dict[str, str]:
@@ -175,6 +189,11 @@ def shuffled(n: int, seed: int) -> list[int]:
     return sorted(range(n), key=keys.__getitem__)
 
 
+def counted(indices: Iterable[int]) -> list[int]:
+    """As people count rows."""
+    return [index + 1 for index in indices]
+
+
 def held_out(rows: int, wanted: int | None, usual: int) -> int:
     """How many of so many rows: `wanted` ones, or by default `usual` ones, but then no more than a fifth of what there is."""
     return min(usual, rows // MOST_HELD_OUT) if wanted is None else wanted
@@ -265,14 +284,9 @@ def load_splits(
         UserError: see the readers above; or nothing is left to train on.
     """
     columns = columns or {}
-    unknown = [name for name in columns if name not in task.fields]
-    if unknown:
-        raise UserError(
-            f"--column {unknown[0]}=...: task {task.name} has the fields {', '.join(task.fields)}{did_you_mean(unknown[0], task.fields)}"
-        )
     if k_shot is not None and task.class_names is None:
         raise UserError(f"--k-shot {k_shot} takes rows of each label, and task {task.name} has none: give --train-examples instead")
-    found = read(spec, config, {name for f in task.fields for name in possible(f, columns, task)})
+    found = read(spec, config, columns_of(task, columns))
     sources = [labelled(source, columns, task) for source in found if source is not None]
     train_source, eval_source = sources[0], sources[1] if len(sources) > 1 else None
     eval_from = eval_source or train_source
@@ -303,8 +317,37 @@ def load_splits(
     return Splits(
         **parts,
         origin={"train": train_source.name, "dev": train_source.name, "eval": eval_from.name},
+        rows={"train": counted(train), "dev": counted(dev), "eval": counted(eval_indices)},
         notes=notes_on(parts, sources, task, twins),
     )
+
+
+def load_split(
+    spec: str,
+    name: str,
+    task: Task,
+    form: Form,
+    *,
+    examples: int | None = None,
+    seed: int,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Splits:
+    """Examples of the split called `name`, as `eval` of splits without others: by default 1,000, and every one of "all", in their order.
+
+    Args:
+        examples: so many, 0 for all.
+
+    Raises:
+        UserError: see `sources.read_split`; or there is no row.
+    """
+    columns = columns or {}
+    source = labelled(read_split(spec, name, config, columns_of(task, columns)), columns, task)
+    indices = [*range(len(source.rows))]
+    if name != "all":
+        indices = shuffled(len(indices), seed)[: USUAL_EVAL if examples is None else examples or None]
+    parts: dict[str, list[Example]] = {"train": [], "dev": [], "eval": list(examples_of(source, indices, task, form, columns))}
+    return Splits(**parts, origin={"eval": source.name}, rows={"eval": counted(indices)}, notes=notes_on(parts, [source], task, ()))
 
 
 class Batches:

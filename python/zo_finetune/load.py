@@ -1,4 +1,4 @@
-"""The first part of a run: model, tokenizer, task and data, loaded, encoded and checked. Nothing is written, nothing is trained.
+"""The first part of a run, or of a baseline: model, tokenizer, task and data, loaded, encoded and checked. Nothing is written, nothing is trained.
 
 Belongs here: what of a configuration is loaded, and in which order its faults are found. Does not belong here: how a model (model.py) or data (data.py)
 is read, the optimizer (train.py).
@@ -7,6 +7,7 @@ is read, the optimizer (train.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,38 @@ import torch
 from zo_finetune import console
 from zo_finetune import model as models
 from zo_finetune.config import Config
-from zo_finetune.data import load_splits
+from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError
 from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
-from zo_finetune.tasks.base import Task
+from zo_finetune.tasks.base import Form, Task
+
+
+@dataclass
+class Materials:
+    """Model and rows, before anything is tokenized. `seconds`: what reading them took."""
+
+    config: Config
+    task: Task
+    language_model: models.LanguageModel
+    splits: Splits
+    seconds: float
+
+    @property
+    def max_length(self) -> int:
+        """Of an input, in tokens."""
+        return min(self.language_model.max_length, self.config.max_length or self.language_model.max_length)
+
+    def encoder(self, room: int = 0) -> Encoder:
+        """`room`: tokens that are left free of an input's length."""
+        lm = self.language_model
+        return Encoder(lm.tokenizer, lm.form, self.max_length - room, lm.vocabulary)
+
+    def scorer(self) -> Scorer:
+        """Of the model; a context manager."""
+        lm = self.language_model
+        return Scorer(lm.model, lm.form, lm.pad_id, lm.tokenizer, self.max_length)
 
 
 @dataclass
@@ -77,11 +104,37 @@ def load_model(config: Config) -> models.LanguageModel:
     return models.load(config.model, **model_options(config))
 
 
-def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
-    """Load and check everything that `config` names.
+def sample_seed(config: Config) -> int:
+    """Of the sample of rows."""
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def read_splits(config: Config, task: Task, form: Form) -> Splits:
+    """The rows of a run."""
+    return load_splits(
+        config.data,
+        task,
+        form,
+        train_examples=config.train_examples,
+        dev_examples=config.dev_examples,
+        eval_examples=config.eval_examples,
+        k_shot=config.k_shot,
+        seed=sample_seed(config),
+        config=config.data_config,
+        columns=config.columns,
+    )
+
+
+def prepare(
+    config: Config,
+    language_model: models.LanguageModel | None = None,
+    read: Callable[[Config, Task, Form], Splits] = read_splits,
+) -> Materials:
+    """Find and read what `config` names.
 
     Args:
         language_model: loaded already, with the same options.
+        read: the rows.
 
     Raises:
         UserError: a part is not there, is damaged, or does not fit another.
@@ -96,39 +149,37 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
     with console.Phase(f"reading the data {config.data}"):
-        splits = load_splits(
-            config.data,
-            task,
-            form,
-            train_examples=config.train_examples,
-            dev_examples=config.dev_examples,
-            eval_examples=config.eval_examples,
-            k_shot=config.k_shot,
-            seed=config.seed if config.data_seed is None else config.data_seed,
-            config=config.data_config,
-            columns=config.columns,
-        )
+        splits = read(config, task, form)
     if language_model is None:  # after the data, whose faults are found in less time
         with console.Phase(f"loading the model {config.model}"):
             language_model = load_model(config)
-    max_length = min(language_model.max_length, config.max_length or language_model.max_length)
-    encoder = Encoder(language_model.tokenizer, form, max_length, language_model.vocabulary)
+    return Materials(config, task, language_model, splits, time.perf_counter() - started)
+
+
+def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
+    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
+    started = time.perf_counter()
+    found = prepare(config, language_model)
+    task, splits, encoder = found.task, found.splits, found.encoder()
     with console.Phase("tokenizing"):
         train_set = encoder.encode_all(splits.train, gold_only=OBJECTIVES[task.objective].gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
-    notes = [*splits.notes, *language_model.notes]
+    notes = [*splits.notes, *found.language_model.notes]
     if encoder.cut:
-        total = len(train_set) + len(dev_set) + len(eval_set)
-        notes.append(f"{encoder.cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out")
+        notes.append(cut_note(encoder.cut, len(train_set) + len(dev_set) + len(eval_set), found.max_length))
     return Loaded(
         config=config,
         task=task,
-        language_model=language_model,
+        language_model=found.language_model,
         train_set=train_set,
         dev_set=dev_set,
         eval_set=eval_set,
-        max_length=max_length,
+        max_length=found.max_length,
         origin=splits.origin,
         seconds=time.perf_counter() - started,
         notes=notes,
     )
+
+
+def cut_note(cut: int, total: int, max_length: int) -> str:
+    return f"{cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out"

@@ -157,9 +157,8 @@ def option(part: str, help: str, default: Any = MISSING, **more: Any) -> Any:
 def again(kind: Any, name: str, default: Any = MISSING, **changes: Any) -> Any:
     """The field of another set, where it means the same."""
     known = next(f for f in fields(kind) if f.name == name)
-    if default is MISSING:
-        default = known.default
-    return field(default=default, metadata={"option": replace(known.metadata["option"], **changes)})
+    more = {"default": known.default, "default_factory": known.default_factory} if default is MISSING else {"default": default}
+    return field(**more, metadata={"option": replace(known.metadata["option"], **changes)})
 
 
 def options_of(kind: Any) -> tuple[Option, ...]:

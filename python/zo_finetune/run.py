@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.data))]
     read += [("--adapter", config.adapter)] if config.adapter is not None else []
     run_folder.check_run_dir(output, config.overwrite, read)
-    with explained(config):
+    with explained(functools.partial(way_on, config)):
         loaded = load(config)
         optimizer = make_optimizer(loaded.language_model, config)
     rows = len(loaded.train_set)
@@ -90,7 +91,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
             raise UserError(
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )
-    with explained(config):
+    with explained(functools.partial(way_on, config)):
         loaded = load(config)
         optimizer = make_optimizer(loaded.language_model, config)
     return complete(loaded, optimizer, command, resumed=True)
@@ -234,7 +235,7 @@ def complete(loaded: Loaded, optimizer: Optimizer, command: Sequence[str] | None
     config, output = loaded.config, Path(loaded.config.output)
     for line in (*loaded.notes, loaded.describe()):
         console.say(line)
-    with explained(config):
+    with explained(functools.partial(way_on, config)):
         outcome = perform(loaded, optimizer, resumed)
         result = report.result_of(loaded, optimizer, outcome, sys.argv if command is None else command)
         if outcome.interrupted:
@@ -289,19 +290,19 @@ def way_on(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """What ends a run from outside (Ctrl-C, a full disk, too little memory) ends with what to do."""
+def explained(way_on: Callable[[], str]) -> Iterator[None]:
+    """What ends a run from outside (Ctrl-C, a full disk, too little memory) ends with what to do; `way_on` says that, in the end."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {way_on(config)}") from None
+        raise KeyboardInterrupt(f"interrupted; {way_on()}") from None
     except OSError as error:
-        raise UserError(f"{one_line(error)}; {remedy(error)}, then {way_on(config)}") from error
+        raise UserError(f"{one_line(error)}; {remedy(error)}, then {way_on()}") from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"out of memory ({one_line(error, 160)}): free some, then {way_on(config)}; or begin anew with a smaller --batch-size, "
+            f"out of memory ({one_line(error, 160)}): free some, then {way_on()}; or begin anew with a smaller --batch-size, "
             "--eval-batch-size or --max-length, or with --dtype bfloat16"
         ) from error
 

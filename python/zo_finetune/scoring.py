@@ -324,3 +324,7 @@ class Scorer:
         """Mean log-probability of every candidate's answer, fp32 [B, C]; -inf where an example has fewer candidates."""
         counts = batch.present.sum(-1)
         return torch.where(counts > 0, self.token_log_probs(batch).sum(-1) / counts, -torch.inf)
+
+    def sums(self, batch: Batch) -> Tensor:
+        """Log-probability of every candidate's answer, fp32 [B, C]; -inf where an example has fewer candidates."""
+        return torch.where(batch.present.any(-1), self.token_log_probs(batch).sum(-1), -torch.inf)

@@ -242,29 +242,37 @@ def read_pattern(spec: str, keep: Collection[str] | None = None) -> Source:
 
 def read_hub(name: str, config: str | None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
     """The train split and the first labelled evaluation split of a hub data set."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        splits = datasets.load_dataset(name, config, trust_remote_code=False)
-    except Exception as error:  # network, unknown name, unknown config: the library's sentence says which
-        raise UserError(
-            f"--data {name!r} is neither a local file or folder nor a data set that could be loaded from the hub: {one_line(error)}"
-        ) from error
+    splits = hub_splits(name, config)
     train = next((n for n in TRAIN_NAMES if n in splits), None)
     if train is None:
         raise UserError(f"--data {name!r} has the splits {shortened(splits)}; one called 'train' is needed")
     evaluation = next((n for n in EVAL_NAMES if n in splits), None)
     label = f"{name}:{config}" if config else name
+    return hub_source(splits[train], f"{label}/{train}", keep), (
+        hub_source(splits[evaluation], f"{label}/{evaluation}", keep) if evaluation else None
+    )
 
-    def source(split: str) -> Source:
-        rows = splits[split]
-        names = {column: list(f.names) for column, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
-        kept = [column for column in rows.column_names if keep is None or column in keep]
-        values = list(zip(*(rows[column] for column in kept), strict=True)) if kept else [()] * len(rows)
-        return Source(Table(rows.column_names, kept, values, class_names=names), f"{label}/{split}")
 
-    return source(train), source(evaluation) if evaluation else None
+def hub_splits(name: str, config: str | None) -> Any:
+    """Name of a split -> its rows, as `datasets` has them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, config, trust_remote_code=False)
+    except Exception as error:  # network, unknown name, unknown config: the library's sentence says which
+        raise UserError(
+            f"--data {name!r} is neither a local file or folder nor a data set that could be loaded from the hub: {one_line(error)}"
+        ) from error
+
+
+def hub_source(rows: Any, name: str, keep: Collection[str] | None) -> Source:
+    import datasets
+
+    names = {column: list(f.names) for column, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
+    kept = [column for column in rows.column_names if keep is None or column in keep]
+    values = list(zip(*(rows[column] for column in kept), strict=True)) if kept else [()] * len(rows)
+    return Source(Table(rows.column_names, kept, values, class_names=names), name)
 
 
 def read(spec: str, config: str | None = None, keep: Collection[str] | None = None) -> tuple[Source, Source | None]:
@@ -282,8 +290,59 @@ def read(spec: str, config: str | None = None, keep: Collection[str] | None = No
         raise UserError(f"--data {spec}: {one_line(error)}") from error
     if exists:
         raise UserError(f"--data {spec} is neither a regular file nor a folder: give one of them, or a hub id")
+    check_hub_id(spec)
+    return read_hub(spec, config, keep)
+
+
+def check_hub_id(spec: str) -> None:
+    """Refuse what looks like a path, or nearly is one of something that is here."""
+    path = Path(spec).expanduser()
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() and os.access(path.parent, os.R_OK) else []
     hint = did_you_mean(path.name, beside)
     if readable(path) or path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1 or hint:
         raise UserError(f"--data {spec} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a hub id{hint}")
-    return read_hub(spec, config, keep)
+
+
+# ---- one split by its name -----------------------------------------------------------------------------------------------------
+
+
+def read_split(spec: str, name: str, config: str | None = None, keep: Collection[str] | None = None) -> Source:
+    """The rows of one split: of a folder, the files with that stem; of what `datasets` saved or the hub has, the split. "all" is what has no splits: a
+    file, files that a pattern matches, a saved split.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    folder = Path(spec).expanduser()
+    try:
+        if folder.is_dir() and not (name == "all" and (folder / SAVED).exists()):
+            return read_split_of(folder, name, keep)
+        if paths_of(spec):
+            if name != "all":
+                raise UserError(
+                    f"--split {name:.80}: --data {spec} has no splits: give all, or train, dev or eval for a part of it"
+                )
+            return read(spec, config, keep)[0]
+    except OSError as error:  # not ours to read
+        raise UserError(f"--data {spec}: {one_line(error)}") from error
+    check_hub_id(spec)
+    splits = hub_splits(spec, config)
+    return hub_source(splits[known(name, splits, spec)], f"{spec}:{config}/{name}" if config else f"{spec}/{name}", keep)
+
+
+def read_split_of(folder: Path, name: str, keep: Collection[str] | None) -> Source:
+    if (folder / SAVED_DICT).exists():
+        return read_saved_split(folder / known(name, names_in(folder / SAVED_DICT, "splits"), str(folder)), keep)
+    files = [p for at in (folder, folder / "data") if at.is_dir() for p in sorted(at.iterdir()) if readable(p)]
+    found = [p for p in files if format_of(p)[0] == name]  # a name that ends in a number, as train32, is the whole of its split
+    if not found and (shards := [s for s in map(Shard.of, files) if s.split == name.lower()]):
+        found = complete(shards, str(folder))
+    known(name, [name] if found else sorted({format_of(p)[0] for p in files}), str(folder))
+    return read_files(found, keep, shown(found))
+
+
+def known(name: str, splits: Collection[str], where: str) -> str:
+    """`name`, which is one of `splits`."""
+    if name not in splits:
+        raise UserError(f"--split {name!r:.80}: --data {where} has {shortened(splits) or 'no split'}{did_you_mean(name, splits)}")
+    return name

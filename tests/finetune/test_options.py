@@ -105,6 +105,8 @@ def test_every_option_of_a_set_is_its_commands() -> None:
     required = {
         "train": ["--model", "m", "--task", "t", "--data", "d", "--output", "o"],
         "compare": ["--model", "m", "--task", "t", "--data", "d", "--output", "o", "--methods", "mezo", "--forwards", "2"],
+        "evaluate": ["--model", "m", "--task", "t", "--data", "d", "--output", "o"],
+        "probe": ["--model", "m", "--task", "t", "--data", "d", "--output", "o"],
         "resume": ["o"],
         "replay": ["o", "--model", "m", "--output", "p"],
         "demo": [],

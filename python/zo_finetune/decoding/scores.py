@@ -70,3 +70,22 @@ def choose(table: Tensor, examples: Sequence[Encoded], names: tuple[str, ...] | 
     """The candidates with the highest scores of `table` [N, C]."""
     labels = torch.tensor([e.label for e in examples])
     return Answers(table, labels, highest(table), names, right_ones(examples, table.shape[1]))
+
+
+def calibrated_table(
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    neutrals: Sequence[Encoded],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """Calibrated scores (MeZO's "sfc"; Holtzman et al. 2021): an answer's log-probability minus that of the same answer in neutral surroundings. Shape,
+    order and arguments as `score_table` has them.
+
+    Args:
+        neutrals: of each example the same candidates in neutral surroundings; equal ones are computed once.
+    """
+    sums = score_table(scorer.sums, scorer, examples, batch_size, progress)
+    places = {one: k for k, one in enumerate(dict.fromkeys(neutrals))}
+    anyway = score_table(scorer.sums, scorer, [*places], batch_size)[[places[one] for one in neutrals]]
+    return torch.where(sums == -torch.inf, sums, sums - anyway)
