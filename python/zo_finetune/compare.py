@@ -25,7 +25,7 @@ from zo_finetune import console, figures, files, run_folder
 from zo_finetune.config import Comparison, Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.files import path_of
-from zo_finetune.load import load
+from zo_finetune.load import load, objective_of
 from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.run import remedy
@@ -153,6 +153,8 @@ def check_runs(plan: Plan) -> None:
             finished(entry, config, result)
     if all(results) and not tuning:
         return
+    for entry in plan.entries:
+        objective_of(plan.config(entry, seeds[0]), get_task(plan.base.task))
     console.say(f"checking {len(plan.entries)} methods and {len(seeds)} seeds before the first run")
     model = None
     for seed in seeds:

@@ -120,6 +120,12 @@ class Config:
     options: dict[str, str] = option(
         METHOD, "one of the method's own options", {}, flag="--option", metavar="KEY=VALUE", read=values.pair, each=True
     )
+    objective: str = option(
+        METHOD,
+        "what is lowered: loss, the task's own; classification; language-model; or a metric of the task, which is raised, such as accuracy or f1",
+        "loss",
+        metavar="NAME",
+    )
     steps: int = option(METHOD, "training steps", 20_000, metavar="N", positive=True, each=True)
     batch_size: int = option(METHOD, "examples in a micro-batch", 16, metavar="B", positive=True)
     accumulate: int = option(

@@ -18,7 +18,7 @@ from zo_finetune import model as models
 from zo_finetune.config import Config
 from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError
-from zo_finetune.objectives import OBJECTIVES
+from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Form, Task
@@ -52,10 +52,11 @@ class Materials:
 
 @dataclass
 class Loaded:
-    """What a run is of. `origin`: split -> where its rows came from; `notes`: lines for the user."""
+    """What a run is of. `objective`: what a step lowers; `origin`: split -> where its rows came from; `notes`: lines for the user."""
 
     config: Config
     task: Task
+    objective: Objective
     language_model: models.LanguageModel
     train_set: list[Encoded]
     dev_set: list[Encoded]
@@ -102,6 +103,25 @@ def load_model(config: Config) -> models.LanguageModel:
     """The weights that a run starts from: the base model, and an adapter that is a function of the seed, or that of a folder."""
     torch.manual_seed(config.seed)
     return models.load(config.model, **model_options(config))
+
+
+def objective_of(config: Config, task: Task) -> Objective:
+    """What a step lowers.
+
+    Raises:
+        UserError: the task has none of that name, or the method can do nothing with it.
+    """
+    objective, recipe = get_objective(config.objective, task), config.recipe()
+    if not objective.differentiable and recipe.method.differentiates(recipe.options):
+        raise UserError(
+            f"--objective {config.objective} has no derivative, and --method {config.method} differentiates the loss: "
+            "choose a method of forwards alone, or --objective loss"
+        )
+    if config.cuda_graph and not objective.captured:
+        raise UserError(
+            f"--objective {config.objective} writes answers, as many tokens as it takes, and a CUDA graph has a fixed number: leave --cuda-graph out"
+        )
+    return objective
 
 
 def sample_seed(config: Config) -> int:
@@ -159,10 +179,11 @@ def prepare(
 def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
     """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
     started = time.perf_counter()
+    objective = objective_of(config, get_task(config.task))
     found = prepare(config, language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
     with console.Phase("tokenizing"):
-        train_set = encoder.encode_all(splits.train, gold_only=OBJECTIVES[task.objective].gold_only)
+        train_set = encoder.encode_all(splits.train, gold_only=objective.gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *found.language_model.notes]
     if encoder.cut:
@@ -170,6 +191,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     return Loaded(
         config=config,
         task=task,
+        objective=objective,
         language_model=found.language_model,
         train_set=train_set,
         dev_set=dev_set,

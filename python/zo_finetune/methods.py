@@ -67,6 +67,9 @@ class Method:
     cost_note: str
     no_journal: str = ""  # why there is none
     options_note: str = ""
+    derivatives: Callable[[Mapping[str, Any]], bool] = lambda options: (
+        False
+    )  # of the loss, besides first-order methods; by complete options
     first_order: bool = False  # backpropagation alone: nothing is perturbed
 
     def preset(self, peft: str) -> Preset:
@@ -106,6 +109,10 @@ class Method:
                 )
             values[name] = parse(f"--option {name}={text}", text, known[name][0])
         return values
+
+    def differentiates(self, options: Mapping[str, Any]) -> bool:
+        """Whether a step takes derivatives of the loss, forwards or backwards. `options`: complete."""
+        return self.first_order or self.derivatives(options)
 
     def forwards(self, options: Mapping[str, Any], steps: int) -> int:
         """Forward passes of so many steps, each over a step's whole batch, evaluations not counted. A pass that carries tangents counts as two,
@@ -319,6 +326,7 @@ METHODS: Mapping[str, Method] = {
             {"none": Preset(5e-7, 1e-3, f"{_BENCH}: lr marked the best of the grid 1e-5 to 1e-8; eps is not used")},
             _flat(2),
             "2: one pass that carries tangents, which costs as much as two",
+            derivatives=lambda o: True,
         ),
         Method(
             "hybrid",
@@ -329,6 +337,7 @@ METHODS: Mapping[str, Method] = {
             "5: two for g, one with a graph, and its backward counted as two",
             no_journal=_NO_SCALARS,
             options_note="first_order: sgd, adam or adamw; first_order_params: a regular expression of names, or last-layer",
+            derivatives=lambda o: True,
         ),
         Method(
             "blockwise",
@@ -392,6 +401,7 @@ METHODS: Mapping[str, Method] = {
             _projected,
             "2, and 2 inner more at the end of every `every`-th step, 3 inner with learn=backpropagation",
             options_note="layers: regular expressions of names; learn: forward or backpropagation",
+            derivatives=lambda o: o["learn"] == "backpropagation",
         ),
         Method(
             "lozo",

@@ -37,6 +37,7 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
     effective = {
         "lr": recipe.lr,
         "eps": recipe.eps,
+        "objective": loaded.task.objective if config.objective == "loss" else config.objective,
         "form": lm.form,
         "max_length": loaded.max_length,
         "options": recipe.options,
@@ -101,6 +102,6 @@ def misgivings(outcome: Outcome, skipped: int, first_order: bool = False) -> lis
     elif outcome.still and 2 * outcome.still >= steps - skipped:
         lines.append(
             f"the projected gradient was 0 in {outcome.still} of {steps} steps: both losses of a step were the same to the bit, and nothing was "
-            "learned from it; try a larger --eps, or --dtype float32"
+            "learned from it; try a larger --eps, --dtype float32, or, where --objective is a metric, a larger --batch-size"
         )
     return lines

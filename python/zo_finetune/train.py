@@ -23,7 +23,6 @@ from zo_finetune.data import Batches
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.load import Loaded
 from zo_finetune.model import LanguageModel
-from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.scoring import Scorer
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
@@ -192,7 +191,7 @@ def train(
     Raises:
         Whatever ends a step, KeyboardInterrupt too: the optimizer then stands behind the last step that was whole.
     """
-    config, every, objective = loaded.config, eval_every(loaded), OBJECTIVES[loaded.task.objective]
+    config, every, objective = loaded.config, eval_every(loaded), loaded.objective
     scheduler = scheduled(optimizer, config)
     batches = Batches(loaded.train_set, config.batch_size * config.accumulate, config.seed)
     width = GRAPH_WIDTH if config.cuda_graph else 1

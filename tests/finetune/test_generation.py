@@ -8,23 +8,30 @@ of tasks (test_tasks.py).
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from zo_finetune import cli
 from zo_finetune import model as models
-from zo_finetune.decoding import DECODINGS
+from zo_finetune.config import Config
+from zo_finetune.decoding import DECODINGS, Answers
 from zo_finetune.decoding.generate import NewlineCriterion
 from zo_finetune.errors import UserError
+from zo_finetune.evaluate import evaluate
+from zo_finetune.load import load
 from zo_finetune.metrics import METRICS
-from zo_finetune.objectives import OBJECTIVES
+from zo_finetune.objectives import OBJECTIVES, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer, new_tokens
-from zo_finetune.tasks import TASKS
+from zo_finetune.tasks import TASKS, get_task
 from zo_finetune.tasks.base import Candidate, Example, Form, Row, Task
 
-from tests.finetune.conftest import make_rows
+import zo_kernels as zk
+from tests.finetune.conftest import make_rows, write_jsonl
 
 ModelFolder = Callable[[str], Path]
 NEWLINE, END = "\n", "</s>"
@@ -55,7 +62,7 @@ def examples(n: int = 8) -> list[Example]:
 class Bench:
     """A model with something that raises the logits of newline and end token, so that rows end at different places."""
 
-    def __init__(self, folder: Path, raised: float = 3.0, peft: str = "none") -> None:
+    def __init__(self, folder: Path, raised: float = 2.0, peft: str = "none") -> None:
         self.lm = models.load(str(folder), device="cpu", peft=peft)
         self.tokenizer = self.lm.tokenizer
         self.newline, self.end = self.tokenizer(NEWLINE, add_special_tokens=False).input_ids[-1], self.tokenizer.eos_token_id
@@ -98,26 +105,24 @@ class Bench:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_texts_are_those_of_a_plain_loop_in_every_batch(family: str, model_folder: ModelFolder) -> None:
     bench = Bench(model_folder(family))
-    encoded = bench.encode(examples())
+    encoded = bench.encode(examples(6))
     assert len({len(e.prompt) for e in encoded}) > 2  # so that there is padding to get wrong
     wanted = tuple(bench.loop(e.prompt) for e in encoded)
     assert len(set(map(len, wanted))) > 2  # rows end at different places
-    assert bench.texts(encoded, 1) == bench.texts(encoded, 8) == bench.texts(encoded, 3) == wanted
-    assert bench.texts(encoded[::-1], 3) == wanted[::-1]
+    assert bench.texts(encoded, 1) == bench.texts(encoded, 8) == wanted and bench.texts(encoded[::-1], 4) == wanted[::-1]
 
 
 @pytest.mark.parametrize("peft", ["lora", "ln", "prefix", "prompt"])
 def test_texts_behind_an_adapter(peft: str, model_folder: ModelFolder) -> None:
-    for family in ("llama", "gpt2"):
-        bench = Bench(model_folder(family), raised=1.5, peft=peft)
-        moved = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in (p for p in bench.lm.model.parameters() if p.requires_grad):
-                p += torch.randn(p.shape, generator=moved) * 0.3
-        encoded = bench.encode(examples())
-        wanted = tuple(bench.loop(e.prompt) for e in encoded)
-        assert any(wanted)
-        assert bench.texts(encoded) == bench.texts(encoded, 3) == wanted
+    bench = Bench(model_folder("gpt2" if peft == "prompt" else "llama"), raised=2.0, peft=peft)
+    moved = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (p for p in bench.lm.model.parameters() if p.requires_grad):
+            p += torch.randn(p.shape, generator=moved) * 0.3
+    encoded = bench.encode(examples(5))
+    wanted = tuple(bench.loop(e.prompt) for e in encoded)
+    assert any(wanted)
+    assert bench.texts(encoded) == bench.texts(encoded, 2) == wanted
 
 
 def test_the_folders_configuration_of_generation_changes_nothing(model_folder: ModelFolder, tmp_path: Path) -> None:
@@ -214,3 +219,108 @@ def test_no_gradient_and_the_loss_of_the_answers(model_folder: ModelFolder) -> N
         loss = OBJECTIVES["language-model"].loss(scorer, scorer.collate(encoded))
         assert not answers.scores.requires_grad and loss.requires_grad
         assert METRICS["loss"].measure(answers)["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def choices(n: int = 5) -> list[Example]:
+    """Of an example's candidates several may be right."""
+    answers, right = (" great", " terrible", " great great"), (frozenset({0, 1}), frozenset[int]())
+    return [
+        Example(tuple(Candidate(row["sentence"], w) for w in answers), row["label"], right[k % 2])
+        for k, row in enumerate(make_rows(n, 3))
+    ]
+
+
+def test_a_metric_as_objective_is_what_an_evaluation_measures(model_folder: ModelFolder) -> None:
+    """1 - the metric over the batch, 0-d and exact; by scores, with several right candidates, and by writing."""
+    bench = Bench(model_folder("llama"), raised=1.0)
+    sst2, last = get_task("sst2"), Last()
+    given = [sst2.example(row, "causal") for row in make_rows(7, 3)]
+    with bench.scorer() as scorer:
+        for task, examples_of, names in (
+            (sst2, given, ("accuracy", "auc")),
+            (Several(), choices(), ("accuracy",)),
+            (last, None, ("f1", "em")),
+        ):
+            encoded = bench.encode(examples() if examples_of is None else examples_of)
+            evaluation = evaluate(task, scorer, encoded, 4)
+            for name in names:
+                objective = get_objective(name, task)
+                loss = objective.loss(scorer, objective.batch(scorer, encoded))
+                assert loss.shape == () and loss.dtype == torch.float64 and not loss.requires_grad
+                assert loss.item() == pytest.approx(1 - evaluation[name])
+                assert not objective.differentiable and objective.captured == (task is not last)
+    alone = Answers(torch.tensor([[0.0, 1.0]] * 2), torch.tensor([1, 1]), torch.tensor([1, 1]))
+    assert METRICS["auc"].value(alone) == 0.5  # a batch without one of the labels
+
+
+class Several(Task):
+    name, metrics = "several", ("accuracy",)
+
+    def example(self, row: Row, form: Form) -> Example:
+        raise NotImplementedError
+
+
+def test_writing_sees_the_perturbation(model_folder: ModelFolder) -> None:
+    """Scratch mode puts theta + eps z in front of each layer's function: a text is that of weights which hold it."""
+    seen: dict[str, list[tuple[str, ...]]] = {}
+    for mode in ("scratch", "inplace"):
+        bench = Bench(model_folder("llama"), raised=1.0)
+        encoded, seen[mode] = bench.encode(examples(2)), []
+        before = [p.clone() for p in bench.lm.model.parameters()]
+        with bench.scorer() as scorer:
+            objective = get_objective("f1", Last())
+
+            def closure(batch: Any, scorer: Scorer = scorer, objective: Any = objective, texts: Any = seen[mode]) -> torch.Tensor:
+                answers = objective.decoding.respond(Last(), scorer, batch)
+                texts.append(answers.texts)
+                return 1 - objective.metric.value(answers)
+
+            optimizer = zk.MeZOStep(bench.lm.model, lr=0.0, eps=0.02, seed=1, perturbation=mode)
+            optimizer.step(closure, [objective.batch(scorer, encoded)])
+        seen[mode].append(bench.texts(encoded))
+        if mode == "scratch":
+            assert all(torch.equal(a, b) for a, b in zip(before, bench.lm.model.parameters(), strict=True))
+    assert seen["scratch"] == seen["inplace"]
+    assert len(set(seen["scratch"])) == 3  # above, below and without
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("sentences") / "all.jsonl", make_rows(40, 1))
+
+
+def test_runs(train_command: Callable[..., list[str]], sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A free-answer task from the command line: its own loss, and a metric; F1 is what curves and tables show."""
+    for objective in ("loss", "f1"):
+        output = tmp_path / objective
+        assert cli.main(train_command(output, task="last", data=sentences, objective=objective, steps=2, save=None)) == 0
+        result = json.loads((output / "result.json").read_text())
+        assert {"f1", "f1_stderr", "em", "em_stderr", "loss", "examples"} <= set(result["after"])
+        assert result["hyperparameters"]["objective"] == {"loss": "language-model", "f1": "f1"}[objective]
+        losses = [float(line.split(",")[1]) for line in (output / "log.csv").read_text().splitlines()[1:]]
+        assert all(0 <= x <= 1 for x in losses) if objective == "f1" else all(x > 1 for x in losses)
+    assert "after:  F1 " in capsys.readouterr().err
+    output = tmp_path / "accuracy"
+    assert cli.main(train_command(output, objective="accuracy", steps=2)) == 0
+    losses = [float(line.split(",")[1]) for line in (output / "log.csv").read_text().splitlines()[1:]]
+    assert all(4 * x == int(4 * x) for x in losses)  # of four examples
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"objective": "accuracy", "method": "forward-grad"}, "--objective accuracy has no derivative, and --method forward-grad differentiates the loss"),
+        ({"objective": "accuracy", "method": "hybrid"}, "--objective accuracy has no derivative"),
+        ({"objective": "accuracy", "method": "adam"}, "--objective accuracy has no derivative"),
+        ({"objective": "accuracy", "method": "dizo", "options": "learn=backpropagation"}, "--objective accuracy has no derivative"),
+        ({"objective": "f1"}, "--objective 'f1': task sst2: give loss, classification, language-model, accuracy, auc"),
+        ({"objective": "acuracy"}, "did you mean 'accuracy'?"),
+        ({"objective": "f1", "task": "last", "cuda_graph": True}, "writes answers, as many tokens as it takes"),
+        ({"objective": "classification", "task": "last"}, "task last has one candidate for an answer: give loss, language-model, f1, em"),
+    ],
+)  # fmt: skip
+def test_what_no_objective_can_be(more: dict[str, Any], said: str, data_folder: Path) -> None:
+    options = dict(p.split("=") for p in more.pop("options", "").split(",") if p)
+    config = Config(model="nowhere", output="", **{"task": "sst2", "data": str(data_folder), "options": options, **more})
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(config)

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from zo_finetune.errors import UserError, did_you_mean
+from zo_finetune.metrics import METRICS
+from zo_finetune.metrics.base import Goal
 from zo_finetune.objectives.base import Objective
+from zo_finetune.objectives.metric import OfMetric
 from zo_finetune.registry import discovered
+from zo_finetune.tasks.base import Task
 
 OBJECTIVES: dict[str, Objective] = discovered(__name__, __path__, Objective)
-__all__ = ["OBJECTIVES", "Objective"]
+
+
+def get_objective(name: str, task: Task) -> Objective:
+    """What is lowered: of the name "loss" the task's own; one of `OBJECTIVES`; or of a metric of the task what it lacks to 1.
+
+    Raises:
+        UserError: it is none of them, or says nothing of the task.
+    """
+    if name == "loss":
+        name = task.objective
+    goals = {m: goal for m in task.metrics if isinstance(goal := METRICS[m], Goal) and goal.suits(task.class_names)}
+    if name in goals:
+        return OfMetric(task, goals[name])
+    losses = [one for one in OBJECTIVES if one != "classification" or task.decoding == "scores"]
+    if name not in losses:
+        why = " has one candidate for an answer:" if name == "classification" else ":"
+        raise UserError(
+            f"--objective {name!r:.80}: task {task.name}{why} give loss, {', '.join([*losses, *goals])}{did_you_mean(name, [*losses, *goals])}"
+        )
+    return OBJECTIVES[name]

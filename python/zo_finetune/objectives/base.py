@@ -16,10 +16,12 @@ from zo_finetune.scoring import Encoded, Scorer
 
 
 class Objective(ABC):
-    """One instance serves every task that names it."""
+    """One instance of a class with a name serves every task."""
 
     name: ClassVar[str]
     gold_only: ClassVar[bool] = False  # training examples are encoded with the right candidate alone
+    differentiable: ClassVar[bool] = True
+    captured: bool = True  # whether `loss` may be a part of a CUDA graph: the host reads nothing in it
 
     def batch(self, scorer: Scorer, examples: Sequence[Encoded], multiple: int = 1) -> Any:
         """What `loss` takes; once a step, whatever the number of forward passes. `multiple`: of tokens that widths are padded to."""
