@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from zo_finetune import cli
 from zo_finetune import model as models
 from zo_finetune.cli import main
+from zo_finetune.config import COMMANDS
 from zo_finetune.config import Config
 from zo_finetune.evaluate import evaluate
 from zo_finetune.load import load
@@ -371,7 +372,7 @@ def test_wrong_options_end_with_usage(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "'trian' must be one of train, compare, resume, replay, demo; did you mean 'train'?"),
+        (["trian"], f"'trian' must be one of {', '.join(COMMANDS)}; did you mean 'train'?"),
         (["train", "--modle", "m"], "there is no --modle; did you mean '--model'?"),
         (["demo", "--sede", "1"], "zo-finetune demo: error: --sede 1: unknown; there is no --sede; did you mean '--seed'?"),
         (["demo", "--seed", "1e9"], "argument --seed: '1e9' is no whole number"),
