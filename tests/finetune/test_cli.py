@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from zo_finetune import cli
 from zo_finetune import model as models
 from zo_finetune.cli import main
-from zo_finetune.config import COMMANDS
-from zo_finetune.config import Config
+from zo_finetune.config import COMMANDS, Config
 from zo_finetune.evaluate import evaluate
 from zo_finetune.load import load
 from zo_finetune.metrics.auc import auc
