@@ -254,6 +254,10 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+# By what they are about, in every type and of both kinds: a test each, whose assertions name the case. Most take less than a test's own cost.
+GROUPS: dict[str, list[Case]] = {}
+for _case in CASES:
+    GROUPS.setdefault(_case.name.split("-", 2)[2], []).append(_case)
 
 
 def guarded(t: Tensor, misalign: int, device: str) -> tuple[Tensor, Tensor]:
@@ -350,4 +354,4 @@ def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None]) 
             assert same_bits(got, want), (rounding, terms, decay, offset)
 
 
-__all__ = ["CASES", "Case", "bits", "check", "check_every_half", "reference", "same_bits", "weights"]
+__all__ = ["CASES", "GROUPS", "Case", "bits", "check", "check_every_half", "reference", "same_bits", "weights"]

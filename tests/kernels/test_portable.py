@@ -115,15 +115,16 @@ def aarch64(setup: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
     remote.close()
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_cases(case: cases.Case, aarch64: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", cases.GROUPS)
+def test_cases(what: str, aarch64: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     pick = _backends.pick
 
     def pick_remote(device: torch.device, name: str | None = None) -> object:
         return aarch64 if name == "aarch64" else pick(device, name)
 
     monkeypatch.setattr(_backends, "pick", pick_remote)
-    cases.check("aarch64", case)
+    for case in cases.GROUPS[what]:
+        cases.check("aarch64", case)
 
 
 @pytest.mark.parametrize("v", vectors())

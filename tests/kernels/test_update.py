@@ -55,16 +55,17 @@ RUNS += [pytest.param(spans, id=f"cuda-body-{spans}") for spans in (1, 3)]
 
 # A tile of one span holds most cases; of three, it is met by those that fill one.
 PAIRS = [
-    pytest.param(r.values[0], c, id=f"{c.name}-{r.id}", marks=r.marks)
-    for c in uc.CASES
+    pytest.param(r.values[0], some, id=f"{what}-{r.id}", marks=r.marks)
+    for what, group in uc.GROUPS.items()
     for r in RUNS[1:]
-    if r.values[0] != 3 or max(c.sizes) > 4000
+    if (some := [c for c in group if r.values[0] != 3 or max(c.sizes) > 4000])
 ]
 
 
-@pytest.mark.parametrize(("run", "case"), PAIRS, indirect=["run"])
-def test_case(case: uc.Case, run: uc.Run) -> None:
-    uc.check(run, case)
+@pytest.mark.parametrize(("run", "some"), PAIRS, indirect=["run"])
+def test_case(some: list[uc.Case], run: uc.Run) -> None:
+    for case in some:
+        uc.check(run, case)
 
 
 @pytest.mark.parametrize("run", RUNS, indirect=True)

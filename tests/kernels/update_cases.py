@@ -139,6 +139,9 @@ def case_list() -> Iterator[Case]:
 
 
 CASES = list(case_list())
+GROUPS: dict[str, list[Case]] = {}  # by what they are about, in every rule and of all types: a test each
+for _case in CASES:
+    GROUPS.setdefault(_case.name.split("-", 3)[3], []).append(_case)
 
 
 def result(run: Run, case: Case, p: update.RulePass | None = None, device: str = "cpu") -> list[Tensor]:
