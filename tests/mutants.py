@@ -59,7 +59,7 @@ P = "tests/finetune/test_report.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/estimators.py", "the loss of several queries is the first pair's",
-     "        return losses.mean()\n", "        return losses[:2].mean()\n",
+     "        return torch.as_tensor(losses).mean()\n", "        return torch.as_tensor(losses)[:2].mean()\n",
      (f"{E}::test_the_loss_of_a_step_is_what_its_losses_tell",)),
     ("zo_kernels/optim/clip.py", "a quantile counts gradients that are no numbers",
      "torch.where(finite, values, torch.nan).nanquantile(self.q)", "values.quantile(self.q)",

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from operator import is_not
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -256,6 +256,9 @@ def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list
     ]
 
 
+_DTYPE = attrgetter("dtype")
+
+
 @dataclass(frozen=True)
 class Member:
     """One parameter as a pass sees it: what its noise is named, where its first element lies in the full tensor, and what limits its noise.
@@ -393,7 +396,7 @@ class Weights:
         return (
             len(active) == len(self.params)
             and not any(map(is_not, active, self.params))
-            and ([p.dtype for p in active], [p.data_ptr() for p in active]) == self.lie_at
+            and (list(map(_DTYPE, active)), list(map(Tensor.data_ptr, active))) == self.lie_at
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )

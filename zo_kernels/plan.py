@@ -132,11 +132,13 @@ class Plan:
     ] = ()  # of each entry its tensor's place in the list that `make_plans` was given; () of a plan that it did not make
     table: np.ndarray = field(init=False)  # uint64 [n, 14]: the C structs, in host memory
     low_rank: bool = field(init=False)  # some entry has factors in the place of noise
+    counted: list[Tensor] = field(init=False)  # what is written, where torch counts writes
     cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, WORDS)
         self.low_rank = any(e.rank for e in self.entries)
+        self.counted = [e.dst for e in self.entries if not e.dst.is_inference()]
 
     def part(self, places: Sequence[int]) -> Plan:
         """The entries at these places of `entries` as a plan of their own; this one for all of them."""
@@ -503,4 +505,4 @@ def make_passes(passes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def written(plans: Sequence[Plan]) -> None:
     """Backends write through raw pointers; autograd must still see that a saved tensor changed."""
     for plan in plans:
-        torch.autograd.graph.increment_version([e.dst for e in plan.entries if not e.dst.is_inference()])
+        torch.autograd.graph.increment_version(plan.counted)

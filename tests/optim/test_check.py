@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zo_kernels as zk
 from tests.optim import emulated_graph, models
 from zo_kernels import journal
-from zo_kernels.optim import decide, findings
+from zo_kernels.optim import evaluate, findings
 from zo_kernels.optim.refresh import trained
 
 IDS = models.tokens()
@@ -602,7 +602,7 @@ def test_skipped_steps_in_a_row_are_told() -> None:
 
 def test_later_steps_on_a_device_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, the numbers stay tensors; reading one is `_local_scalar_dense`."""
-    monkeypatch.setattr(decide, "on_host", lambda device: False)
+    monkeypatch.setattr(evaluate, "on_host", lambda device: False)
     model = models.make("llama")
     optimizer = zk.MeZOStep(model, lr=1e-3)
 

@@ -24,7 +24,7 @@ from tests.kernels.cases import same_bits
 from tests.optim.methods import CASES, EPS, EVERY, SEED, Tiny, noise, values
 from zo_kernels import _backends as backends
 from zo_kernels import journal, ops
-from zo_kernels.optim import decide
+from zo_kernels.optim import evaluate
 
 MODES = ("scratch", "inplace")
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -289,7 +289,7 @@ def test_a_clip_in_any_group_is_recorded(
     clipped: tuple[bool, bool], queries: int, on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Would catch: a flag that tells of the first group, or the first query, alone. A group's g is the difference over its own eps."""
-    monkeypatch.setattr(decide, "on_host", lambda device: on_host)
+    monkeypatch.setattr(evaluate, "on_host", lambda device: on_host)
     model = Tiny()
     groups = [
         {"params": list(getattr(model, name).named_parameters(prefix=name)), "eps": 0.1 if small else 1.0}

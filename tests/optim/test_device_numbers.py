@@ -1,6 +1,6 @@
 """Where losses are on a device, a step's numbers stay tensors and nobody waits for them: the same bits, for every method.
 
-`decide.on_host` decides; here it is told that the CPU is such a device.
+`evaluate.on_host` decides; here it is told that the CPU is such a device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
-from zo_kernels.optim import decide
+from zo_kernels.optim import evaluate
 
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "mezo": lambda m, **k: zk.MeZOStep(m, 1e-3, clip=0.5, weight_decay=0.1, **k),
@@ -62,7 +62,7 @@ def run(make: Callable[..., zk.ZOStep], bad: int | None, dtype: torch.dtype) -> 
 def test_tensors_give_the_bits_of_numbers(name: str, bad: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bad`: that forward gives NaN, and its step is skipped, on a device without anybody knowing."""
     numbers, skipped = run(METHODS[name], bad, dtype)
-    monkeypatch.setattr(decide, "on_host", lambda device: False)
+    monkeypatch.setattr(evaluate, "on_host", lambda device: False)
     tensors, skipped_there = run(METHODS[name], bad, dtype)
     assert skipped == skipped_there
     for a, b in zip(numbers, tensors, strict=True):
@@ -99,7 +99,7 @@ def test_a_quantile_is_of_the_gradients_that_are_numbers(past: list[float], limi
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_gradient_that_is_no_number_clips_no_later_step(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its step is skipped; the steps behind it go on with the quantile of the others, from the second of those on."""
-    monkeypatch.setattr(decide, "on_host", lambda device: on_host)
+    monkeypatch.setattr(evaluate, "on_host", lambda device: on_host)
     model = nn.Linear(3, 1)
     optimizer = zk.ZOStep(model, 1.0, 0.5, clip=zk.QuantileClip(1.0, 4, 2), kind="rademacher")
     moved = []

@@ -166,7 +166,7 @@ class _Check:
 
     def evaluate(self, dual: bool = False) -> list[float]:
         """The loss of each micro-batch (with `dual`, its tangent), from the same state of everything."""
-        convert = tangents.as_loss if dual else evaluate.as_loss
+        convert = tangents.as_loss if dual else evaluate.as_tensor
         found = []
         try:
             for batch in [None] if self.batches is None else self.batches:

@@ -3,12 +3,13 @@
 Belongs here: the one path of numbers from losses to the record, in float64 over [groups, numbers], on the losses' device; and where the host reads it. Does
 not belong here: what the losses tell of the gradient (estimators.py), what a rule makes of it (rules.py).
 
-On a CPU the host reads the losses, once. On a GPU nobody reads: what follows from it stays on the device. A graph's recording has the same operations.
+On a CPU the host has read each loss (evaluate.py). On a GPU nobody reads: what follows from it stays there. A graph's recording has the same operations.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels.optim import graph
+from zo_kernels.optim import evaluate, graph
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.method import Method
 from zo_kernels.plan import move
@@ -27,11 +28,6 @@ from zo_kernels.views import Coefficient
 def fp32(x: float) -> float:
     """x rounded to fp32; infinity beyond it."""
     return ctypes.c_float(x).value
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether numbers that come from losses there are known to the host without waiting."""
-    return device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,8 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision, and what a later part of the step needs of its way: the rule's numbers, float64 [groups, own], what the step returns, and the
-    projected gradient of the first group and query before clipping, both 0-d on the losses' device."""
+    """A decision, and what a later part of the step needs of its way: the rule's numbers, float64 [groups, own], the loss (float64, or float32 where the
+    host has it) and the projected gradient of the first group and query before clipping (float64), both 0-d on the losses' device."""
 
     decision: Decision
     coefs: Any
@@ -112,23 +108,28 @@ def decide(
         losses: float64 [points] (with tangents [points, 2]). planned: the decision without what the losses tell. past: |g| before, for a clip.
         behind: the numbers of the first group's record behind the rule's; the host has waited for what they come from, and waits for these losses too.
     """
-    loss = method.estimator.loss(losses)
     limit: Any = method.clip.limit(past)
     coefs: Any
     go: Any
     clipped: Any
-    values: Any
+    loss: Any
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
-    if (on_host(losses.device) or behind) and numbers.table is None:
+    if (evaluate.on_host(losses.device) or behind) and numbers.table is None:
         limit = None if limit is None else float(limit)
+        here = losses.cpu().numpy()
         with np.errstate(all="ignore"):
-            raw, columns = _estimate(method, numbers.here(), losses.cpu().numpy(), limit, np.clip)
+            raw, columns = _estimate(method, numbers.here(), here, limit, np.clip)
             coefs = np.concatenate(columns, 1).astype(np.float32).astype(np.float64)
-            go = bool(np.isfinite(raw).all() and np.isfinite(coefs).all())
             clipped = limit is not None and bool((abs(raw) > limit).any())
-        first = float(raw[0, 0])
-        values = [float(loss), first, go, clipped, *coefs.reshape(-1).tolist()]
-        return Decided(planned.told(values, behind), coefs, loss, torch.tensor(first, dtype=torch.float64, device=losses.device))
+            loss = float(method.estimator.loss(here))
+            returned = np.array(loss, dtype=np.float32)
+        flat, gs = coefs.reshape(-1).tolist(), raw.reshape(-1).tolist()
+        go = all(map(math.isfinite, gs)) and all(map(math.isfinite, flat))
+        told = planned.told([loss, gs[0], go, clipped, *flat], behind)
+        return Decided(
+            told, coefs, torch.from_numpy(returned).to(losses.device), torch.from_numpy(np.array(gs[0])).to(losses.device)
+        )
+    loss = method.estimator.loss(losses)
     table = numbers.on(losses.device)
     raw, columns = _estimate(method, table, losses, limit, torch.clip)
     coefs = torch.cat(columns, 1).float().double()

@@ -23,8 +23,8 @@ Offsets = Sequence[tuple[int, float]]
 
 class Estimator:
     """What all estimators have. Losses are float64 [points], in the order of `points` (with tangents, where `dual`: [points, 2]); eps is float64
-    [groups, 1]. `gradients` and `curvature` are given tensors, or numpy arrays of the same shapes, and use what both have. Everything stays on the losses'
-    device."""
+    [groups, 1]. `gradients`, `curvature` and `loss` are given tensors, or numpy arrays of the same shapes, and use what both have. Everything stays on the
+    losses' device."""
 
     name: ClassVar[str]
     dual: ClassVar[bool] = False  # losses come with their tangents, of forwards that carry them
@@ -43,7 +43,7 @@ class Estimator:
         """g_i for each direction, of which the estimate is the mean of g_i z_i: float64 [groups, directions]."""
         raise NotImplementedError
 
-    def loss(self, losses: Tensor) -> Tensor:
+    def loss(self, losses: Any) -> Any:
         """What a step returns, 0-d: the best that these losses tell about the loss at theta."""
         return losses[0]
 
@@ -80,8 +80,10 @@ class TwoSided(Estimator):
     def gradients(self, losses: Any, eps: Any) -> Any:
         return (losses[0::2] - losses[1::2]) / (2 * eps)
 
-    def loss(self, losses: Tensor) -> Tensor:
-        return losses.mean()
+    def loss(self, losses: Any) -> Any:
+        if self.queries == 1 and not isinstance(losses, Tensor):
+            return (losses[0] + losses[1]) / 2  # torch's mean, without its operation
+        return torch.as_tensor(losses).mean()
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class ForwardGradient(Estimator):
     def gradients(self, losses: Any, eps: Any) -> Any:
         return (losses[0, 1] + 0 * losses[0, 0]) * (eps / eps)  # no number where the loss is none, whatever its slope
 
-    def loss(self, losses: Tensor) -> Tensor:
+    def loss(self, losses: Any) -> Any:
         return losses[0, 0]
 
 

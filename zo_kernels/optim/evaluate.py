@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,22 +49,50 @@ def check_call(closure: Any, batches: Any) -> None:
         raise ValueError("batches is empty: give at least one micro-batch, or None to call closure() without an argument")
 
 
-def as_loss(value: Any) -> Tensor:
-    """A closure's result as a 0-d float64 tensor on its own device."""
+def on_host(device: torch.device) -> bool:
+    """Whether numbers that come from losses there are known to the host without waiting."""
+    return device.type == "cpu"
+
+
+def as_loss(value: Any) -> Tensor | float:
+    """A closure's result as a float64 number: a 0-d tensor of the device that it lies on, a float where that is the host, which reads it for a tenth of
+    what torch's operations cost.
+
+    Raises:
+        TypeError: it is no real number.
+    """
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise TypeError(f"closure returned a tensor of shape {tuple(value.shape)}: return one number, for example its mean()")
-        if value.is_complex() or value.is_meta:
-            raise TypeError(f"closure returned a {value.dtype} tensor on {value.device}: return a real number that has a value")
-        return value.detach().reshape(()).double()
+        return float(_checked(value).item()) if on_host(value.device) else as_tensor(value)
     if value is None:
         raise TypeError("closure returned None: return the loss (a missing `return`?)")
     try:
         if isinstance(value, (str, bytes, bytearray)):
             raise TypeError
-        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"closure returned {type(value).__name__}: return a tensor with one element or a number") from None
+
+
+def as_tensor(value: Any) -> Tensor:
+    """The same as a 0-d float64 tensor wherever it lies: nothing is read that is a tensor already."""
+    if isinstance(value, Tensor):
+        return _checked(value).detach().reshape(()).double()
+    return torch.tensor(as_loss(value), dtype=torch.float64, device="cpu")
+
+
+def _checked(value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise TypeError(f"closure returned a tensor of shape {tuple(value.shape)}: return one number, for example its mean()")
+    if value.is_complex() or value.is_meta:
+        raise TypeError(f"closure returned a {value.dtype} tensor on {value.device}: return a real number that has a value")
+    return value
+
+
+def _together(losses: Sequence[Tensor | float]) -> Tensor:
+    """Losses of one kind in one float64 tensor: [n], with tangents [n, 2]."""
+    if any(isinstance(loss, Tensor) for loss in losses):
+        return torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses])
+    return torch.from_numpy(np.array(losses, dtype=np.float64))
 
 
 def _in_backward(error: BaseException) -> bool:
@@ -98,18 +127,18 @@ class Evaluation:
         self.before: list[Any] = self.rng.get() if self.rng is not None else []
         self.after: list[Any] = []  # of the first forward
 
-    def losses(self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
+    def losses(self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float]) -> Tensor:
         """The mean loss over the micro-batches at each point, float64 [points, ...]. `one`: makes one forward, with the closure's arguments."""
-        found = []
+        found: list[Tensor | float] = []
         for point in points:
             point.see()
             rows = [one(arguments) for arguments in self.calls]
-            found.append(rows[0] if len(rows) == 1 else torch.stack(rows).mean(0))
+            found.append(rows[0] if len(rows) == 1 else _together(rows).mean(0))
             point.check()
             if self.rng is not None:
                 self.after = self.after or self.rng.get()
                 self.rng.set(self.before)
-        return torch.stack(found)
+        return _together(found)
 
     def finish(self, keep: bool) -> None:
         """The random state after the step: as after one forward, or, `keep`, as before it."""
@@ -124,7 +153,8 @@ class Evaluation:
 
     def forward(self, points: Sequence[Point]) -> Tensor:
         """`Losses` of plain forwards."""
-        return self.losses(points, self._one(self.warner.hearing(as_loss)))
+        convert = as_loss if self.rng is not None else as_tensor  # a graph reads nothing
+        return self.losses(points, self._one(self.warner.hearing(convert)))
 
     def dual(self, points: Sequence[Point]) -> Tensor:
         """`Losses` with their tangents: float64 [points, 2]."""
@@ -143,8 +173,8 @@ class Evaluation:
 
         return lambda points: self.losses(points, lambda arguments: interrupts.outside(run, arguments))
 
-    def _one(self, convert: Callable[[Any], Tensor]) -> Callable[[tuple[Any, ...]], Tensor]:
-        def one(arguments: tuple[Any, ...]) -> Tensor:
+    def _one(self, convert: Callable[[Any], Tensor | float]) -> Callable[[tuple[Any, ...]], Tensor | float]:
+        def one(arguments: tuple[Any, ...]) -> Tensor | float:
             try:
                 with self.warner.reads:
                     return convert(interrupts.outside(self.closure, *arguments))

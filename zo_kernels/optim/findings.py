@@ -244,7 +244,7 @@ class Warner:
         self.said: set[str] = set()
         self.words: list[str] = []
         self.noted: tuple[Any, Any, Any] | None = None  # of this step: its losses, g, and whether all is finite
-        self.heard: list[tuple[Tensor, Any]] = []  # this step's losses, and what they came as
+        self.heard: list[tuple[Tensor | float, Any]] = []  # this step's losses, and what they came as
         self.losses: list[float] = []
         self.kinds: list[Any] = []
         self.spreads: list[float] = []
@@ -264,14 +264,15 @@ class Warner:
         self.heard, self.noted = [], None
         self.reads = ClosureReads(params) if self.suspicious else contextlib.nullcontext()
 
-    def hearing(self, as_loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def hearing(self, as_loss: Callable[[Any], Tensor | float]) -> Callable[[Any], Tensor | float]:
         """`as_loss`, and a note of what it is given while the steps are looked at closely."""
         if self.steps >= FIRST:
             return as_loss
 
-        def heard(value: Any) -> Tensor:
+        def heard(value: Any) -> Tensor | float:
             loss = as_loss(value)
-            self.heard.append((loss.reshape(-1)[0], value.dtype if isinstance(value, Tensor) else type(value)))
+            first = loss.reshape(-1)[0] if isinstance(loss, Tensor) else loss
+            self.heard.append((first, value.dtype if isinstance(value, Tensor) else type(value)))
             return loss
 
         return heard
@@ -313,8 +314,9 @@ class Warner:
         words, self.words = self.words, []
         return words
 
-    def _count(self, losses: Sequence[Tensor], go: bool) -> None:
-        found = [float(loss.reshape(-1)[0]) for loss in losses]
+    def _count(self, losses: Sequence[Tensor] | Tensor, go: bool) -> None:
+        rows = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
+        found = rows.reshape(len(rows), -1)[:, 0].tolist()
         if go or (len(found) > 1 and math.isfinite(found[0]) and len(set(found)) == 1):
             self.equal, self.skipped = self.equal + 1, 0
         else:

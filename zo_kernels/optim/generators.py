@@ -19,6 +19,11 @@ import torch
 _MT19937_BYTES = 624 * 4 + 4  # numpy's struct: the key and the position in it
 
 
+def _view(address: int, size: int) -> Any:
+    """Memory that somebody else owns, to be read."""
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
 class _Global:
     """A generator that belongs to a module: its whole state, read only if its memory changed."""
 
@@ -57,12 +62,16 @@ class _Numpy(_Global):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
+        self.generator: Any = None  # whose memory `view` is
+        self.view: Any = None
 
     def memory(self) -> bytes | None:
         generator: Any = self.module.get_bit_generator() if hasattr(self.module, "get_bit_generator") else None
-        if type(generator).__name__ != "MT19937":  # somebody set another one
-            return None
-        return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+        if generator is not self.generator:
+            self.generator, self.view = generator, None
+            if type(generator).__name__ == "MT19937":  # else somebody set another one
+                self.view = _view(generator.ctypes.state_address, _MT19937_BYTES)
+        return None if self.view is None else self.view.tobytes()
 
     def tells(self, state: Any) -> bool:
         return not state["has_gauss"]  # a normal number that waits is drawn without a trace in the generator
@@ -79,10 +88,13 @@ class _Python(_Global):
     head = object.__basicsize__
     size = random.Random.__base__.__basicsize__ - head if random.Random.__base__ is not None else 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.view = _view(id(self.instance) + self.head, self.size) if sys.implementation.name == "cpython" else None
+
     def memory(self) -> bytes | None:
-        if sys.implementation.name != "cpython":
-            return None
-        return ctypes.string_at(id(self.instance) + self.head, self.size) + repr(self.instance.gauss_next).encode()
+        waiting = self.instance.gauss_next
+        return None if self.view is None else self.view.tobytes() + (b"" if waiting is None else repr(waiting).encode())
 
     def read(self) -> Any:
         return random.getstate()

@@ -69,27 +69,32 @@ class Views:
             and not view.moved()
         )
 
-    @torch.inference_mode(False)
     def refresh(self, groups: Groups, owner: Owner) -> View:
         """The view of the next step's weights. Nothing is kept of the owner: an optimizer that is let go is gone.
 
         Raises:
             ValueError: a step could not take the groups as they are; says why. Whatever `owner.found` raises.
         """
-        run, block = self.run, self._block()
+        block = self._block()
         view = self.made.get(block)
         if self.now is not None and view is not self.now:
             self.now.release()  # another block's: one buffer is enough
         if view is not None and self._current(view, groups, block):
             self.now = view
             return view
+        with torch.inference_mode(False):
+            return self._anew(groups, owner, view)
+
+    def _anew(self, groups: Groups, owner: Owner, view: View | None) -> View:
+        """In the place of this one."""
+        run = self.run
         owner.flush()
         if view is not None:
             self.made.clear()
         present = active(groups)
         if run.method.blocks is not None:
             self.blocks = run.method.blocks.split([n for _, n, _ in present])
-            block = self._block()
+        block = self._block()
         among = self._among(block)
         run.direction.expect([(n, p, run.streams[n]) for _, n, p in present if among is None or n in among])
         weights = [

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from operator import is_not
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Pass, Plan
 from zo_kernels.views.work import Coefficient, Shift, Tag, Terms, Work
+
+_VERSION, _PARAMETERS, _MODULES = attrgetter("_version"), attrgetter("_parameters"), attrgetter("_modules")
 
 
 def changed(name: str, how: str) -> RuntimeError:
@@ -54,22 +56,27 @@ class View(abc.ABC):
             if p is not None and id(p) in self.names
         ]
         # Who holds whom: a module that was replaced (a new head) keeps its parameters, and no forward reads them.
-        self.children = [
+        children = [
             (module, name, child)
             for module in (model.modules() if model is not None else ())
             if isinstance(module._modules, dict)
             for name, child in module._modules.items()
         ]
+        self.parents, self.child_names, self.held_by = ([child[k] for child in children] for k in range(3))
         self.served: set[int] | None = None  # ids of the parameters that a forward has asked for; None: not known
-        # Parameters beside their memory as the plans have it.
-        self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in groups for m, e in w.entries()]
-        self.counted = [p for p, _, _ in self.memories if not p.is_inference()]  # whose writes torch counts
-        self.placed = [p for _, _, p in self.places]
-        self.held_by = [child for _, _, child in self.children]
+        self._found_at(groups)
+        self.counted = [p for p in self.trained if not p.is_inference()]  # whose writes torch counts
+        self.modules, self.attributes, self.placed = ([place[k] for place in self.places] for k in range(3))
         self.versions: list[int] = []
         self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
         self.seen = 0  # shifts of this step that are whole in the weights themselves
         self.whole = True  # every pass over the weights that began has ended
+
+    def _found_at(self, groups: Sequence[Weights]) -> None:
+        """Parameters beside their memory as the plans have it."""
+        pairs = [(m.tensor, e.src) for w in groups for m, e in w.entries()]
+        self.trained, self.memories = [p for p, _ in pairs], [memory for _, memory in pairs]
+        self.lie_at = [memory.data_ptr() for memory in self.memories]
 
     def another(self) -> View:
         """A view of the same weights, which stand where they are, that has learned nothing of the forwards."""
@@ -121,7 +128,7 @@ class View(abc.ABC):
 
     def expect(self) -> None:
         """From here on nobody but us may write to the weights."""
-        self.versions = [p._version for p in self.counted]
+        self.versions = list(map(_VERSION, self.counted))
 
     def check(self) -> None:
         """After a forward that `see` was called for. Raises what `check_weights` does, and where a value that stands for a weight was changed."""
@@ -133,32 +140,37 @@ class View(abc.ABC):
         Raises:
             RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
         """
-        if self.versions != [p._version for p in self.counted]:
+        if self.versions != list(map(_VERSION, self.counted)):
             p = next(p for p, version in zip(self.counted, self.versions, strict=True) if p._version != version)
             raise changed(self.names[id(p)], "written to")
-        for p, _, address in self.memories:
-            if p.data_ptr() != address:
-                raise changed(self.names[id(p)], "moved or converted")
+        if self.lie_at != (now := self._addresses()):
+            p = next(p for p, a, b in zip(self.trained, self.lie_at, now, strict=True) if a != b)
+            raise changed(self.names[id(p)], "moved or converted")
         if self._replaced():
             p = next(p for module, attribute, p in self.places if module._parameters.get(attribute) is not p)
             raise changed(self.names[id(p)], "replaced")
 
+    # Hundreds of looks at each forward: no loop of Python's that C can make.
+
+    def _addresses(self) -> list[int]:
+        """Of the parameters' memory as it is now."""
+        return list(map(Tensor.data_ptr, self.trained))
+
     def _replaced(self) -> bool:
-        """Whether an attribute of the model holds another tensor than when the view was made. Hundreds of looks at each forward: no loop of Python's that
-        C can make."""
-        return any(map(is_not, [m._parameters.get(attribute) for m, attribute, _ in self.places], self.placed))
+        """Whether an attribute of the model holds another tensor than when the view was made."""
+        return any(map(is_not, map(dict.get, map(_PARAMETERS, self.modules), self.attributes), self.placed))
 
     def moved(self) -> bool:
         """`_replaced`, or one holds another module."""
-        return self._replaced() or any(map(is_not, [m._modules.get(name) for m, name, _ in self.children], self.held_by))
+        return self._replaced() or any(map(is_not, map(dict.get, map(_MODULES, self.parents), self.child_names), self.held_by))
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
         for module, attribute, p in self.places:
             if module._parameters.get(attribute) is not p:
                 module._parameters[attribute] = p  # type: ignore[assignment]
-        for p, memory, address in self.memories:
-            if p.data_ptr() != address:
+        for p, memory, address, now in zip(self.trained, self.memories, self.lie_at, self._addresses(), strict=True):
+            if now != address:
                 p.data = memory
 
     @abc.abstractmethod
@@ -248,28 +260,27 @@ class View(abc.ABC):
             plan.retag(mask_tag)
 
 
-class _Attention:
-    """How many steps are under way, in any thread, and torch's setting before the first of them."""
+class attention_as_in_training:
+    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
+    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
+    padding would be treated in another way than when training by backpropagation."""
 
+    # How many steps are under way, in any thread, and torch's setting before the first of them.
     lock = threading.Lock()
     steps = 0
     before = True
 
+    def __enter__(self) -> None:
+        shared = attention_as_in_training
+        with shared.lock:
+            if not shared.steps:
+                shared.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            shared.steps += 1
 
-@contextlib.contextmanager
-def attention_as_in_training() -> Iterator[None]:
-    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
-    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
-    padding would be treated in another way than when training by backpropagation."""
-    with _Attention.lock:
-        if not _Attention.steps:
-            _Attention.before = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _Attention.steps += 1
-    try:
-        yield
-    finally:
-        with _Attention.lock:
-            _Attention.steps -= 1
-            if not _Attention.steps:
-                torch.backends.mha.set_fastpath_enabled(_Attention.before)
+    def __exit__(self, *_: object) -> None:
+        shared = attention_as_in_training
+        with shared.lock:
+            shared.steps -= 1
+            if not shared.steps:
+                torch.backends.mha.set_fastpath_enabled(shared.before)

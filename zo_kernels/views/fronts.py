@@ -10,13 +10,16 @@ in every step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
 
 from zo_kernels.views.base import changed
 from zo_kernels.views.buffer import Buffer, Fill
 from zo_kernels.views.memory import empty
 from zo_kernels.views.shadow import PerturbedWeight, Placed
+
+_VERSION, _ASKS = attrgetter("_version"), attrgetter("requires_grad")
 
 Sites = Mapping[nn.Module, Sequence[tuple[str, PerturbedWeight]]]  # a module's attributes, with the shadows that stand for them
 
@@ -50,8 +53,7 @@ class Fronts:
                 for module, attributes in self.sites.items()
             ]
         if self.resident:
-            self.asks = [t.requires_grad for t in self.resident.written]
-            self.lie_at = [t.data_ptr() for t in self.resident.written]
+            self.asks, self.lie_at = list(map(_ASKS, self.resident.written)), list(map(Tensor.data_ptr, self.resident.written))
 
     def place(self) -> None:
         for place in self.places:
@@ -71,7 +73,7 @@ class Fronts:
         """The values of the next forward, from clean weights: those that were held after `resident` was made are in it too."""
         if self.resident:
             self.buffer.write(self.resident)
-            self.filled = [t._version for t in self.resident.written]
+            self.filled = list(map(_VERSION, self.resident.written))
 
     def check(self, names: Mapping[int, str]) -> None:
         """After a forward.
@@ -82,16 +84,17 @@ class Fronts:
         if self.resident:
             values = self.resident.written
             for before, now, how in (
-                (self.filled, [t._version for t in values], "written to"),
-                (self.asks, [t.requires_grad for t in values], "changed"),
-                (self.lie_at, [t.data_ptr() for t in values], "moved or converted"),
+                (self.filled, list(map(_VERSION, values)), "written to"),
+                (self.asks, list(map(_ASKS, values)), "changed"),
+                (self.lie_at, list(map(Tensor.data_ptr, values)), "moved or converted"),
             ):
                 if before != now:
                     t = next(t for t, a, b in zip(values, before, now, strict=True) if a != b)
                     raise changed(names[id(self.shown[id(t)].param)], how)
         for place in self.places:
+            there = place.module.__dict__
             for attribute in place.values_shown:
-                if attribute not in place.module.__dict__:
+                if attribute not in there:
                     raise changed(names[id(place.parameters[attribute])], "perturbed by another step")
 
     def spoiled(self) -> None:

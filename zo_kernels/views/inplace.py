@@ -45,7 +45,6 @@ class InPlace(View):
     def step(self, recorded: bool = False) -> Iterator[None]:
         """If a forward fails, the weights go back, to within the rounding of the passes; `seen` then tells which passes there were."""
         self.seen = 0
-        self.expect()
         try:
             yield
         except BaseException:
@@ -71,10 +70,10 @@ class InPlace(View):
     def restore(self) -> bool:
         if not any(self.at):
             return False
-        if any(p.data_ptr() != address for p, _, address in self.memories):
+        if self._addresses() != self.lie_at:
             # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
             self.groups = [replace(w) for w in self.groups]
-            self.memories = [(m.tensor, e.src, e.src.data_ptr()) for w in self.groups for m, e in w.entries()]
+            self._found_at(self.groups)
         with torch.no_grad():
             self.see([()] * len(self.groups))
         return True

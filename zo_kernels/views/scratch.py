@@ -127,7 +127,8 @@ class Scratch(View):
         if not any(shifts):  # the weights themselves: nothing stands before them
             self.fronts.remove()
             self.bare = self.forward.inside = True
-            self.expect()
+            if self.forward.held:
+                self.expect()
             return
         if self.bare:
             self.bare = self.forward.inside = False
@@ -137,7 +138,8 @@ class Scratch(View):
         self.fronts.write()  # from clean weights
         for shadow in self.forward.held.values():
             self.held.perturb(shadow)
-        self.expect()
+        if self.forward.held:  # else nobody has written to a weight since the step began, or the last forward was checked
+            self.expect()
         self.reads.begin()
 
     def check(self) -> None:

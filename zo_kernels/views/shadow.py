@@ -70,11 +70,12 @@ class Placed(dict[str, Any]):
         self.touched = False
 
     def place(self) -> None:
+        attributes = self.module.__dict__
         self.parameters, self.touched = self.module._parameters, False
         self.clear()
         self.update(self.parameters)
-        self.module.__dict__["_parameters"] = self
-        self.module.__dict__.update(self.values_shown)
+        attributes["_parameters"] = self
+        attributes.update(self.values_shown)
 
     def __setitem__(self, name: str, p: Any) -> None:
         super().__setitem__(name, p)
