@@ -32,6 +32,7 @@ OUT ?= benchmarks/results
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
 
+test: export PYTHONDONTWRITEBYTECODE := # what one process compiled, forty others need not
 test: $(READY)
 	$(PYTEST) -n logical --maxprocesses 8 --dist worksteal -m "not gpu" tests
 
