@@ -71,7 +71,7 @@ for line in sys.stdin:
         model, closure = {"hidden 64": hidden64, "GPT-2 shapes": gpt2}[case]()
         model = model.to(getattr(torch, dtype))
         cases[key] = zk.MeZOStep(model, lr=1e-6, eps=1e-3, perturbation=mode, seed=1), closure
-        for _ in range(20):
+        for _ in range(steps):
             cases[key][0].step(closure)
     optimizer, closure = cases[key]
     start = time.process_time()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import zo_kernels
 
@@ -23,12 +28,46 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    # pytest-benchmark measures nothing, and writes no report, where it is told of an xdist worker: these runs are processes of their own.
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python benchmarks/SCRIPT.py ARGUMENTS`, in this process: another would first import torch for seconds."""
+    said, complained = io.StringIO(), io.StringIO()
+    threads = torch.get_num_threads()
+
+    def warn(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        complained.write(warnings.formatwarning(message, category, filename, lineno))
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+    ):
+        warnings.simplefilter("default")
+        patch.setattr(warnings, "showwarning", warn)
+        patch.syspath_prepend(str(BENCHMARKS))
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [str(BENCHMARKS / f"{script}.py"), *arguments])
+        # One thread, so that a busy machine does not leave torch's threads waiting for each other.
+        torch.set_num_threads(1)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code
+        finally:
+            torch.set_num_threads(threads)
+    if isinstance(status, str):
+        complained.write(status)
+    code = int(bool(status)) if isinstance(status, str) else status or 0
+    return subprocess.CompletedProcess([script, *arguments], code, said.getvalue(), complained.getvalue())
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # pytest-benchmark measures nothing, and writes no report, where it is told of an xdist worker: this run is a process of its own.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    # One thread, so that a busy machine does not leave torch's threads waiting for each other.
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 def documented(name: str) -> list[str]:
@@ -49,7 +88,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_drift(tmp_path: Path) -> None:
     path = tmp_path / "drift.csv"
-    done = run(str(BENCHMARKS / "drift.py"), "--out", str(path), "--steps", "2", "--dtype", "bfloat16")
+    done = run("drift", "--out", str(path), "--steps", "2", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     last = {row["mode"]: row for row in rows(path) if row["step"] == "2"}
     assert set(last) == {"scratch", "inplace", "public"}
@@ -58,23 +97,21 @@ def test_drift(tmp_path: Path) -> None:
     assert all(0.2 < float(last[mode]["changed_bits_fraction"]) < 0.95 for mode in ("inplace", "public"))
 
     before = path.read_text()
-    more = run(
-        str(BENCHMARKS / "drift.py"), "--out", str(path), "--append", "--steps", "1", "--dtype", "float16", "--modes", "public"
-    )
+    more = run("drift", "--out", str(path), "--append", "--steps", "1", "--dtype", "float16", "--modes", "public")
     assert more.returncode == 0, more.stderr
     assert path.read_text().startswith(before)
     assert rows(path)[-1]["dtype"] == "float16"
 
 
 def test_drift_never_names_a_path(tmp_path: Path) -> None:
-    refused = run(str(BENCHMARKS / "drift.py"), "--out", str(tmp_path / "drift.csv"), "--model", str(tmp_path))
+    refused = run("drift", "--out", str(tmp_path / "drift.csv"), "--model", str(tmp_path))
     assert refused.returncode != 0
     assert "--model-name" in refused.stderr
 
 
 def test_fidelity(tmp_path: Path) -> None:
     path = tmp_path / "fidelity.csv"
-    done = run(str(BENCHMARKS / "fidelity.py"), "--quick", "--out", str(path))
+    done = run("fidelity", "--quick", "--out", str(path))
     assert done.returncode == 0, done.stderr
     assert "model random-llama-0.5m, text synthetic" in done.stdout
     assert "UserWarning" not in done.stderr
@@ -115,15 +152,15 @@ def test_fidelity(tmp_path: Path) -> None:
 
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert run("tables", "--results", str(tmp_path), "--page", str(page)).returncode == 0
     assert "| 2e-05 | bfloat16 | lazy | nearest |" in page.read_text()
-    assert run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path)).returncode == 0
+    assert run("plot", "--results", str(tmp_path), "--figures", str(tmp_path)).returncode == 0
     assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fidelity_never_names_a_path(tmp_path: Path) -> None:
     for option in ("--model", "--text"):
-        refused = run(str(BENCHMARKS / "fidelity.py"), "--out", str(tmp_path / "fidelity.csv"), option, str(tmp_path))
+        refused = run("fidelity", "--out", str(tmp_path / "fidelity.csv"), option, str(tmp_path))
         assert refused.returncode != 0
         assert "go together" in refused.stderr
 
@@ -143,7 +180,6 @@ class TestFidelity:
         return fidelity.Setting(None, "random", "synthetic", train, validation, lr, 1e-3, 2, 2, 0)
 
     def test_all_types_hold_the_start(self) -> None:
-        import torch
 
         for s in self.setting(0.0).start:
             assert torch.equal(s, s.half().float())
@@ -165,7 +201,6 @@ class TestFidelity:
     def test_a_step_without_its_update(self) -> None:
         """At lr = 0 it is the step itself, whatever the mode: an update counts as vanished for no other reason."""
         import fidelity
-        import torch
 
         setting = self.setting(0.0)
         for dtype, mode, rounding in fidelity.RUNS:
@@ -185,7 +220,6 @@ class TestFidelity:
 
     def test_clean_weights_of_a_lazy_run_are_those_of_a_flush(self) -> None:
         import fidelity
-        import torch
 
         setting = self.setting(1e-4)
         lazy = fidelity.Ours(setting, "bfloat16", "lazy", "nearest")
@@ -207,7 +241,7 @@ class TestFidelity:
 def test_step(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     done = run(
-        str(BENCHMARKS / "step.py"),
+        "step",
         "--device=cpu",
         "--out",
         str(path),
@@ -229,7 +263,7 @@ def test_step(tmp_path: Path) -> None:
         int(row["lower_bound_bytes"]) == int(row["forward_bytes"]) + 2 * weights for m, row in table.items() if m != "forwards"
     )
 
-    refused = run(str(BENCHMARKS / "step.py"), "--device=cpu", "--out", str(path), "--tokens=16")
+    refused = run("step", "--device=cpu", "--out", str(path), "--tokens=16")
     assert "'16' must be BATCHxSEQUENCE" in refused.stderr
 
 
@@ -237,7 +271,6 @@ def test_bytes_of_gathered_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that does not hold the whole model: an embedding is gathered, perturbed and handed out, in each forward."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import step
-    import torch
 
     monkeypatch.setitem(step.OURS, "small", {"perturbation": "scratch", "scratch_bytes": 1 << 17})
     cpu = torch.device("cpu")
@@ -251,7 +284,7 @@ def test_step_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     # 2^40 tokens of activations fit nowhere; nothing of that size may be allocated to find out.
     path = tmp_path / "step.csv"
     shape = ["--device=cpu", f"--out={path}", "--model-shape=llama-tiny", "--dtype=float32", "--rounds=1"]
-    done = run(str(BENCHMARKS / "step.py"), *shape, "--tokens", f"{1 << 20}x{1 << 20}", "1x2", "--modes", "inplace")
+    done = run("step", *shape, "--tokens", f"{1 << 20}x{1 << 20}", "1x2", "--modes", "inplace")
     assert done.returncode == 0, done.stderr
     assert "left out: llama-tiny 1048576x1048576 inplace needs about" in done.stderr
     assert [(row["batch"], row["mode"]) for row in rows(path)] == [("1", "forwards"), ("1", "inplace")]
@@ -260,7 +293,7 @@ def test_step_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
 @needs_extension
 def test_scaling_tables_and_figures(tmp_path: Path) -> None:
     path = tmp_path / "scaling.csv"
-    done = run(str(BENCHMARKS / "scaling.py"), "--device=cpu", "--quick", "--rounds=1", f"--out={path}")
+    done = run("scaling", "--device=cpu", "--quick", "--rounds=1", f"--out={path}")
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert {row["question"] for row in table} == {"size", "terms", "list", "host"}
@@ -271,7 +304,7 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
 
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    filled = run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page))
+    filled = run("tables", "--results", str(tmp_path), "--page", str(page))
     assert filled.returncode == 0, filled.stderr
     parts = dict(re.findall(r"<!-- table (\w+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL))
     measured = {"size", "terms", "list", "host"}
@@ -279,7 +312,7 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
     assert all("| --- |" in parts[name] for name in measured)
     assert "| 1024 |" in parts["terms"]
 
-    drawn = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    drawn = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "benchmarks.png").exists()
@@ -287,7 +320,7 @@ def test_scaling_tables_and_figures(tmp_path: Path) -> None:
 
 def test_told(tmp_path: Path) -> None:
     path = tmp_path / "told.csv"
-    done = run(str(BENCHMARKS / "told.py"), "--out", str(path), "--rounds=2", "--model-shape=llama-tiny", "--tokens=2x8")
+    done = run("told", "--out", str(path), "--rounds=2", "--model-shape=llama-tiny", "--tokens=2x8")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr  # a sound run
     table = rows(path)
@@ -304,7 +337,7 @@ def test_told(tmp_path: Path) -> None:
 def test_against(tmp_path: Path) -> None:
     """This tree against itself."""
     path = tmp_path / "against.csv"
-    done = run(str(BENCHMARKS / "against.py"), "--before", str(BENCHMARKS.parent), "--out", str(path), "--rounds=1", "--steps=1")
+    done = run("against", "--before", str(BENCHMARKS.parent), "--out", str(path), "--rounds=1", "--steps=1")
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert [(r["case"], r["dtype"], r["mode"]) for r in table] == [
@@ -319,7 +352,7 @@ def test_against(tmp_path: Path) -> None:
 def test_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     done = run(
-        str(BENCHMARKS / "journal.py"),
+        "journal",
         "--out",
         str(path),
         "--folder",
@@ -349,9 +382,9 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     report, path = tmp_path / "report.json", tmp_path / "cpu_pass.csv"
     options = ["--weights=4096", "--sweeps=1", "--no-compile", f"--benchmark-json={report}", "-q", "-p", "no:cacheprovider"]
-    done = run("-m", "pytest", str(BENCHMARKS / "cpu_pass.py"), *options)
+    done = run_pytest(str(BENCHMARKS / "cpu_pass.py"), *options)
     assert done.returncode == 0, done.stdout
-    assert run(str(BENCHMARKS / "cpu_pass.py"), str(report), str(path)).returncode == 0
+    assert run("cpu_pass", str(report), str(path)).returncode == 0
     table = rows(path)
     assert {row["dtype"] for row in table} == {"float32", "float16", "bfloat16"}
     assert {row["contender"] for row in table} >= {
@@ -374,7 +407,7 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
         assert max(float(row["ratio_to_strongest"]) for row in others) == 1.0
     assert all(float(row["gterms_per_s"]) == 0 for row in table if "copy" in row["contender"])
 
-    drawn = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    drawn = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
@@ -382,7 +415,7 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
 def test_gpu_linear(tmp_path: Path) -> None:
     """On a CPU, in two passes; and the table that the page would get from it."""
     path = tmp_path / "gpu_linear.csv"
-    done = run(str(BENCHMARKS / "gpu_linear.py"), "--device=cpu", "--out", str(path))
+    done = run("gpu_linear", "--device=cpu", "--out", str(path))
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert [row["contender"] for row in table] == 2 * ["perturbed_linear", "two_passes", "two_forwards"]
@@ -390,14 +423,14 @@ def test_gpu_linear(tmp_path: Path) -> None:
     assert all(row["ratio_to_two_forwards"] == "1.0" for row in table if row["contender"] == "two_forwards")
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert run("tables", "--results", str(tmp_path), "--page", str(page)).returncode == 0
     assert "| tiny | fc1 | float32 | 16 |" in page.read_text()
 
 
 @needs_extension
 def test_replay(tmp_path: Path) -> None:
     path = tmp_path / "replay.csv"
-    done = run(str(BENCHMARKS / "replay.py"), "--device=cpu", "--out", str(path), "--quick")
+    done = run("replay", "--device=cpu", "--out", str(path), "--quick")
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert {row["contender"] for row in table} == {"sequence", "separate", "fused"}
@@ -409,7 +442,7 @@ def test_replay(tmp_path: Path) -> None:
 @needs_extension
 def test_rule_pass(tmp_path: Path) -> None:
     path = tmp_path / "rule_pass.csv"
-    done = run(str(BENCHMARKS / "rule_pass.py"), "--device=cpu", "--out", str(path), "--quick")
+    done = run("rule_pass", "--device=cpu", "--out", str(path), "--quick")
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert {row["contender"] for row in table} == {"rule pass", "perturb", "torch", "rewrite"}
@@ -417,7 +450,7 @@ def test_rule_pass(tmp_path: Path) -> None:
     assert {row["bytes_per_weight"] for row in table if row["rule"] == "adam" and row["contender"] == "rule pass"} == {"24", "20"}
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert run("tables", "--results", str(tmp_path), "--page", str(page)).returncode == 0
     assert "| cpu | bfloat16 | hizoo |" in page.read_text()
 
 
@@ -455,7 +488,7 @@ def test_sass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(r["backend"], r["kernel"]) for r in rows(path)] == [c[:2] for c in counted]
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "benchmarks.md").read_text())
-    assert run(str(BENCHMARKS / "tables.py"), "--results", str(tmp_path), "--page", str(page)).returncode == 0
+    assert run("tables", "--results", str(tmp_path), "--page", str(page)).returncode == 0
     table = page.read_text()
     assert "| plain pass |  | 13.5 (5.1) |  | 15.1 |" in table
     assert "| recomputed Adam |  | 53.0 (14.0) |  | 48.8 (14.9) |" in table  # a history's first term is made in the loop
@@ -463,14 +496,14 @@ def test_sass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figures_need_results(tmp_path: Path) -> None:
-    done = run(str(BENCHMARKS / "plot.py"), "--results", str(tmp_path), "--figures", str(tmp_path))
+    done = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1
     assert "benchmarks/run.py" in done.stderr
 
 
 def test_quick_never_overwrites_the_committed_results() -> None:
     before = {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
-    done = run(str(BENCHMARKS / "run.py"), "--quick", "--out", "benchmarks/results")
+    done = run("run", "--quick", "--out", "benchmarks/results")
     assert done.returncode != 0
     assert "another --out" in done.stderr
     assert before == {path: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
@@ -591,7 +624,6 @@ class TestHarness:
 
     def test_traffic(self) -> None:
         import harness
-        import torch
 
         def count(function: Callable[[], object], **options: Any) -> tuple[int, int]:
             with harness.Traffic(**options) as traffic:
@@ -622,7 +654,6 @@ class TestHarness:
 
     def test_out_of_memory(self) -> None:
         import harness
-        import torch
 
         with pytest.raises(RuntimeError) as caught:
             torch.empty(1 << 50)
@@ -632,7 +663,6 @@ class TestHarness:
 
     def test_peak_sees_a_large_tensor(self) -> None:
         import harness
-        import torch
 
         harness.reset_peak("cpu")
         before = harness.peak_bytes("cpu")

@@ -18,14 +18,8 @@ Whether kernels are interpreted is decided when triton is imported, so the inter
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zo_kernels as zk
-from tests.kernels import cases
+from tests.kernels import cases, interpreter
 from zo_kernels import linear
 
 try:
@@ -43,7 +37,6 @@ try:
 except ImportError as error:
     MISSING = str(error)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STREAM, BIAS_STREAM = 0xDEADBEEF, 77
 KINDS = ("gaussian", "rademacher")
 TERMS: tuple[Any, ...] = (
@@ -165,26 +158,14 @@ def check_views(device: str, gpu: bool, **options: Any) -> None:
         check_sums(wide[:, 3:67], w, torch.cat([b, b])[1:40], TERMS[0], gpu=gpu, **options)
 
 
-if not INTERPRETED:
+if not interpreter.INTERPRETED:
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
     def test_in_the_interpreter() -> None:
         if MISSING:
             pytest.skip(MISSING)
-        import triton
-
-        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (
-            2,
-            4,
-        ):
-            pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {numpy.__version__}")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-        passed = re.search(r"(\d+) passed", run.stdout)
-        assert passed and int(passed[1]) >= 19, run.stdout[-2000:]
+        assert interpreter.run_tests(__file__) >= 19
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -315,18 +296,21 @@ else:
 
     @pytest.mark.parametrize("dtype", cases.DTYPES)
     def test_the_weights_do_not_depend_on_the_launch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Small tiles, K in parts: what runs on a GPU, at the smallest size that has all of it."""
+        """Small tiles, K in parts: what runs on a GPU, at the smallest size that has all of it. Types, kinds and numbers of parts meet in turn:
+        none knows of the others."""
+        turn = cases.DTYPES.index(dtype)
         launch = backend.LinearLaunch(x_rows=16, w_rows=16, columns=64, warps=1, stages=1, programs=64, least_tiles=1)
         monkeypatch.setattr(backend, "LINEAR_INTERPRETER", launch)
-        for kind in KINDS:
-            check_weights(matrix(19, 32, dtype), TERMS[0], kind, offset=96, backend="triton")  # one part
-            check_weights(matrix(19, 160, dtype), TERMS[0], kind, offset=96, backend="triton")  # tiles of x and w, and three of K
-            x, w, b = inputs((10,), 19, 352, dtype)
-            check_sums(x, w, b, TERMS[1], kind, backend="triton", bias_offset=13)
-        for least in (1, 2, 4):  # six tiles of K in 6, 3 and 1 parts
+        kind = KINDS[turn % 2]
+        check_weights(matrix(19, 32, dtype), TERMS[0], kind, offset=96, backend="triton")  # one part
+        check_weights(matrix(19, 160, dtype), TERMS[0], kind, offset=96, backend="triton")  # tiles of x and w, and three of K
+        x, w, b = inputs((10,), 19, 352, dtype)
+        check_sums(x, w, b, TERMS[1], kind, backend="triton", bias_offset=13)
+        for least, halves in [(least, halves) for least in (1, 2, 4) for halves in (True, False)][
+            turn::3
+        ]:  # six tiles of K in 6, 3 and 1 parts
             monkeypatch.setattr(backend, "LINEAR_INTERPRETER", dataclasses.replace(launch, least_tiles=least))
-            check_sums(x, w, b, TERMS[0], backend="triton")
-            check_sums(x, w, b, TERMS[0], halves=False, backend="triton")
+            check_sums(x, w, b, TERMS[0], halves=halves, backend="triton")
 
     def test_bias() -> None:
         """x = 0 shows the bias bit for bit, at every place of a group of 32 and a Rademacher call of 128."""

@@ -10,16 +10,10 @@ Whether kernels are interpreted is decided when triton is imported, so the inter
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -27,20 +21,35 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
 
 import zo_kernels as zk
-from tests.kernels import cases
+from tests.kernels import cases, interpreter
 from tests.vectors.make import check, vectors
 from zo_kernels import _backends, reference
 from zo_kernels._backends import triton as backend
 from zo_kernels.plan import Entry, Pass, Plan
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A program of the interpreter costs 30 ms whatever its size, and there is one a tensor. The code that it runs is shared: a type of weights
 # shows where they are read and written, a kind of noise until its sum over the terms, a size in what is masked at the end of a tile. So it
-# runs: all sizes with one term, in one type of each kind; what the sum, reading and writing do in every type, with five sizes at most; what is
-# between the two (masks, scales, factors, shards), most sequences, and K21, which is K8 with more turns of its loop, in one type each, in turn;
-# features that come after the sum with the Gaussian only; none of 300 tensors. On a GPU all cases run; on the CPU, its kernels run all of them.
+# runs: all sizes with one term, in one type; what reading and writing do in every type, with three sizes at most; what is between the two
+# (masks, scales, factors, shards), more terms than three, which are turns of one loop, most sequences and all that is Rademacher in one type
+# each, in turn; features that come after the sum with the Gaussian only; none of 300 tensors. On a GPU all cases run; on the CPU, its kernels
+# run all of them.
 AFTER_THE_SUM = ("scale", "rsqrt", "mask", "bitmask", "misaligned", "stochastic-K0", "decay-only", "random", "sequence-")
-IN_TURN = ("scale", "rsqrt", "bitmask", "random", "low-rank", "offset", "sequence", "zero", "decay-only", "stochastic-K0", "K21")
+IN_TURN = (
+    "scale",
+    "rsqrt",
+    "bitmask",
+    "random",
+    "low-rank",
+    "offset",
+    "sequence",
+    "zero",
+    "decay-only",
+    "stochastic-K0",
+    "dead-terms",
+    "misaligned8",
+    "K8",
+    "K21",
+)
 SLOW = ("many", *(f"sequence-{name}" for name in ("misaligned3", "offset-2^36", "bitmask", "scale-block3", "mixed-out")))
 
 
@@ -50,12 +59,16 @@ def interpreter_cases() -> Iterator[cases.Case]:
         dtype, kind, what = case.name.split("-", 2)
         turn = seen.setdefault(what, len(seen)) % 3
         own = f"torch.{dtype}" == str(cases.DTYPES[turn])
-        if what in SLOW or (what.startswith(IN_TURN) and not own) or (kind == "rademacher" and what.startswith(AFTER_THE_SUM)):
+        if (
+            what in SLOW
+            or (not own and (kind == "rademacher" or what.startswith(IN_TURN)))
+            or (kind == "rademacher" and what.startswith(AFTER_THE_SUM))
+        ):
             continue
         yield case if what == "K1" and dtype == "float32" else dataclasses.replace(case, make=partial(some_tensors, case))
 
 
-def some_tensors(case: cases.Case, most: int = 5) -> tuple[list[Tensor], dict[str, Any]]:
+def some_tensors(case: cases.Case, most: int = 3) -> tuple[list[Tensor], dict[str, Any]]:
     """The case with so many of its tensors, the largest and those with the most of what a tile can have among them."""
     params, args = case.make()
     chosen = sorted(range(len(params)), key=lambda j: (params[j].numel() not in (4097, 10007, 33, 1), j))[:most]
@@ -65,10 +78,6 @@ def some_tensors(case: cases.Case, most: int = 5) -> tuple[list[Tensor], dict[st
 
 
 INTERPRETER_CASES = list(interpreter_cases())
-
-
-def version(module: Any) -> tuple[int, ...]:
-    return tuple(int(x) for x in module.__version__.split(".")[:2])
 
 
 def both(plans: Callable[[], list[Plan]], p: Pass) -> None:
@@ -161,21 +170,12 @@ def check_device_terms(device: str, dtype: torch.dtype, coefs: list[float], deca
         assert all(torch.equal(cases.bits(a), cases.bits(e.dst)) for a, e in zip(before, plan.entries, strict=True))
 
 
-if not INTERPRETED:
+if not interpreter.INTERPRETED:
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
     def test_in_the_interpreter() -> None:
-        import triton
-
-        if version(triton) < (3, 7) and version(numpy) >= (2, 4):
-            pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {numpy.__version__}")
-        env = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-        passed = re.search(r"(\d+) passed", run.stdout)
-        assert passed and int(passed[1]) > len(INTERPRETER_CASES), run.stdout[-2000:]
+        assert interpreter.run_tests(__file__) > len(INTERPRETER_CASES)
 
     def test_without_a_gpu_it_says_why() -> None:
         if not torch.cuda.is_available():
@@ -254,15 +254,22 @@ else:
 
     @pytest.mark.parametrize(("dtype", "kind"), [*((dtype, "gaussian") for dtype in cases.DTYPES), (torch.float16, "rademacher")])
     def test_results_do_not_depend_on_the_launch(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Small tiles, several to a span, masked accesses by columns: what runs on a GPU, at the smallest size that has all of it."""
+        """Small tiles, several to a span, masked accesses by columns: what runs on a GPU, at the smallest size that has all of it. Everything
+        at once in each type; a plain pass and a loop over terms in one each."""
         launch = backend.Launch(groups=16, warps=1, max_tiles=3, programs=2, narrow=True)
         busy: dict[str, Any] = {
             "masks": cases.random_bits,
             "scales": cases.block_scales(24),
             "decay": 0.9,
             "rounding": "stochastic",
+            "offsets": lambda j, t: 8 * (11 + j),
         }
-        for kw in ({}, {"offsets": lambda j, t: 8 * (11 + j), **busy}, {"scales": cases.block_scales(3), "terms": cases.terms(3)}):
+        further: dict[Any, dict[str, Any]] = {
+            (torch.float32, "gaussian"): {},
+            (torch.float16, "gaussian"): {"scales": cases.block_scales(3), "terms": cases.terms(3)},
+            (torch.float16, "rademacher"): {"terms": cases.terms(3)},
+        }
+        for kw in (busy, *([further[dtype, kind]] if (dtype, kind) in further else [])):
             case = cases.Case(f"launch-{dtype}-{kind}-{sorted(kw)}", cases.build((0, 1, 700, 1300), dtype, kind=kind, **kw))
             with monkeypatch.context() as patch:
                 patch.setattr(backend, "INTERPRETER", launch)

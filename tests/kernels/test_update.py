@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +19,7 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from tests.kernels import cases
+from tests.kernels import cases, interpreter
 from tests.kernels import test_cuda_host as cuda_host
 from tests.kernels import update_cases as uc
 from tests.kernels.cases import same_bits
@@ -497,8 +492,6 @@ def test_binding_refuses(change: dict[str, Any], error: str) -> None:
 
 # ---- Triton, and a GPU --------------------------------------------------------------------------------------------------
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 
 def interpreter_cases() -> list[uc.Case]:
     """Two for each rule and type of state, so that every rule meets shards, masks, scales and whole tiles, and every type of weights each
@@ -517,34 +510,10 @@ def interpreter_cases() -> list[uc.Case]:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if triton.__version__ < "3.7" and np.__version__ >= "2.4":
-        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {np.__version__}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-n",
-        "0",
-        "-k",
-        "test_triton_case",
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, __file__], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) == len(interpreter_cases()), done.stdout[-2000:]
+    assert interpreter.run_tests("-k", "test_triton_case", __file__) == len(interpreter_cases())
 
 
-if INTERPRETED:
+if interpreter.INTERPRETED:
 
     @pytest.mark.parametrize("case", interpreter_cases(), ids=lambda c: c.name)
     def test_triton_case(case: uc.Case) -> None:

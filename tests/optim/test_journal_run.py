@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
+from tests.kernels import interpreter
 from tests.kernels.cases import same_bits
 from tests.optim import emulated_graph
 from tests.optim.models import loss_of, make, tokens
@@ -557,7 +557,7 @@ def test_a_torn_journal_is_replayed_up_to_there(tmp_path: Path) -> None:
         assert optimizer_of(copy.deepcopy(Small()), "scratch", journal=path, resume=True).steps == 4
 
 
-INTERPRETED = """
+REPLAY = """
 import copy, sys
 import torch
 from torch import nn
@@ -580,15 +580,7 @@ print("same")
 
 @pytest.mark.slow
 def test_the_triton_interpreter_replays_the_same_bits(tmp_path: Path) -> None:
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {np.__version__}")
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.split()[-1] == "same", done.stdout + done.stderr
+    assert interpreter.run("-c", REPLAY, str(tmp_path)).split()[-1] == "same"
 
 
 # ---- interrupts ---------------------------------------------------------------------------------------------------------------
