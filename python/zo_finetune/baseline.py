@@ -106,14 +106,15 @@ def read_rows(options: Evaluation, config: Config, task: Task, form: Form) -> Sp
         raise UserError(f"--calibrated: task {task.name} has no candidates to score: leave it out")
     if options.split in SPLITS:
         return read_splits(config, task, form)
+    data, data_config = config.rows()
     named = load_split(
-        config.data,
+        data,
         options.split,
         task,
         form,
         examples=config.eval_examples,
         seed=sample_seed(config),
-        config=config.data_config,
+        config=data_config,
         columns=config.columns,
     )
     if not options.shots:

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from zo_finetune import console
-from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Replay, shared
+from zo_finetune import catalog, console
+from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Replay, Tasks, shared
 from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.machine import versions
 from zo_finetune.methods import METHODS, MEZO, listing
 from zo_finetune.options import add_options, given, options_of
-from zo_finetune.tasks import get_task
 
 EPILOG = """\
 examples:
@@ -115,6 +114,7 @@ HELP = {
     "compare": "train with several methods on the same data, noise seeds and number of forward passes",
     "resume": "go on with a killed or interrupted run, to the bits of a run never killed",
     "replay": "make a run's weights again from its base model and its journal",
+    "tasks": "list the tasks: for which models, what is measured, which data set and columns",
     "demo": "watch a small model learn film reviews on this machine, in minutes",
 }
 
@@ -162,6 +162,9 @@ def check_surroundings() -> None:
 
 
 def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] | None:
+    if options.command == "tasks":
+        console.tell(catalog.as_json() if Tasks(**given(Tasks, options)).json else catalog.table())
+        return None
     check_surroundings()
     if "torch" not in sys.modules:
         console.say(f"zo-finetune {options.command}: loading torch and transformers")
@@ -211,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return signals.exit_code
         if options.command == "compare":
             return 0
-        metric = get_task(result["task"]).metrics[0]
+        metric = result["metric"]
         before, after = result["before"][metric], result["after"][metric]
         folder = options.run_dir if options.command == "resume" else options.output
         console.tell(f"{metric} {before:.4f} -> {after:.4f} in {result['steps']} steps; see {folder}/result.json and curve.png")

@@ -30,7 +30,6 @@ from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.run import remedy
 from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, run_one, tune
-from zo_finetune.tasks import get_task
 from zo_finetune.train import make_optimizer
 
 ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
@@ -62,7 +61,7 @@ class Plan:
 
     @property
     def metric(self) -> str:
-        return get_task(self.base.task).metrics[0]
+        return self.base.the_task().metrics[0]
 
     @property
     def rates(self) -> Rates:
@@ -154,7 +153,7 @@ def check_runs(plan: Plan) -> None:
     if all(results) and not tuning:
         return
     for entry in plan.entries:
-        objective_of(plan.config(entry, seeds[0]), get_task(plan.base.task))
+        objective_of(plan.config(entry, seeds[0]), plan.base.the_task())
     console.say(f"checking {len(plan.entries)} methods and {len(seeds)} seeds before the first run")
     model = None
     for seed in seeds:
@@ -182,7 +181,7 @@ def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[d
 
 def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     before, after, history = result["before"], result["after"], result["history"]
-    metric = get_task(config.task).metrics[0]
+    metric = config.the_task().metrics[0]
     return {
         "method": entry.label,
         "seed": config.seed,
@@ -263,7 +262,7 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
 
 def curve_of(config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     """The loss along one run against forward passes: on the dev examples, and of training."""
-    recipe, metric = config.recipe(), get_task(config.task).metrics[0]
+    recipe, metric = config.recipe(), config.the_task().metrics[0]
     losses = run_folder.Log.read(Path(config.output) / "log.csv")
     if len(losses) != result["steps"]:
         raise ValueError(f"log.csv has {len(losses)} steps, result.json {result['steps']}")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import folders, methods, options, sources, values
+from zo_finetune.chosen_task import TaskChoice
 from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
-from zo_finetune.options import again, option
-from zo_finetune.tasks import TASKS
+from zo_finetune.options import DATA, METHOD, MODEL, RUN, again, option
 
 DTYPES = ("float32", "float16", "bfloat16")  # by torch's names
 SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps done -> factor of the learning rate
@@ -35,11 +35,10 @@ ADAPTERS = {
     "prefix_length": SOFT,
 }  # of a new one, by --peft
 PERTURBING = ("eps", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
-MODEL, DATA, METHOD, RUN = "model", "data", "method", "run"  # the parts of a run
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(TaskChoice):
     """Everything that determines a run: `zo-finetune train`."""
 
     model: str = option(MODEL, "model folder, .gguf file or hub id", metavar="PATH_OR_HUB_ID", path=True, movable=True)
@@ -77,10 +76,11 @@ class Config:
     dtype: str = option(MODEL, "of the weights", "auto", choices=("auto", *DTYPES), usual="float32 on a CPU, as saved on a GPU")
     device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
 
-    task: str = option(DATA, f"one of {', '.join(TASKS)}; `zo-finetune tasks` says more", metavar="TASK")
-    data: str = option(
+    data: str | None = option(
         DATA,
         "file, pattern of files, folder (train.*, validation.*, in shards or not; jsonl, json, csv, tsv, parquet, arrow; .gz, .zst) or hub id",
+        None,
+        usual="the task's own set on the hub",
         metavar="PATH_OR_HUB_ID",
         path=True,
         movable=True,
@@ -222,7 +222,7 @@ class Config:
             raise UserError(
                 f"--gguf-file {self.gguf_file!r:.80}: --model {model} is a GGUF file itself: give its folder, or leave one out"
             )
-        if self.data_config is not None and sources.paths_of(self.data):
+        if self.data_config is not None and self.data is not None and sources.paths_of(self.data):
             raise UserError(
                 f"--data-config {self.data_config!r:.80} is of data sets on the hub, and --data {self.data} is here: leave it out"
             )
@@ -249,15 +249,6 @@ class Config:
         config.check()
         return config
 
-    def settled(self) -> Config:
-        """With the --peft of its --adapter. Raises UserError where there is no such folder, or --peft says otherwise."""
-        if self.adapter is None:
-            return self
-        kind = folders.check_adapter(path_of("--adapter", self.adapter)).kind
-        if self.peft not in ("none", kind):
-            raise UserError(f"--peft {self.peft}: --adapter {self.adapter} is of {kind}: leave --peft out")
-        return replace(self, peft=kind)
-
     def without_perturbing(self) -> Config:
         """For a first-order method that shares its options with others: those that it does not read as if nobody had given them."""
         return replace(self, **{o.name: o.default for o in options.options_of(Config) if o.name in PERTURBING})
@@ -266,11 +257,36 @@ class Config:
         """The method with its numbers. Raises UserError for an option that the method has not, or reads otherwise."""
         return methods.get(self.method).recipe(self.peft, self.options, self.lr, self.eps)
 
+    def settled(self) -> Config:
+        """With everything said that a file or a task says: the description of a task of one's own, the task's own data, the --peft of an --adapter.
+
+        Raises:
+            UserError: there is no such task, data or adapter, the description is wrong, or an option says otherwise.
+        """
+        config = self.with_file()
+        data, data_config = config.rows()
+        config = replace(config, data=data, data_config=data_config)
+        if config.adapter is None:
+            return config
+        kind = folders.check_adapter(path_of("--adapter", config.adapter)).kind
+        if config.peft not in ("none", kind):
+            raise UserError(f"--peft {config.peft}: --adapter {config.adapter} is of {kind}: leave --peft out")
+        return replace(config, peft=kind)
+
+    def rows(self) -> tuple[str, str | None]:
+        """The data, and its configuration on the hub: the task's own where none is named. Raises as `settled`."""
+        task = self.the_task()
+        if self.data is not None:
+            return self.data, self.data_config
+        if task.source is None:
+            raise UserError(f"task {task.name} has no data of its own: give --data")
+        return task.source, self.data_config or task.source_config
+
     def placed(self, directory: str) -> Config:
         """With the absolute paths of what is there in `directory`, so that the run can go on from anywhere; hub ids stay."""
 
         def place(name: str) -> Path:
-            return Path(directory, path_of(f"--{name}", getattr(self, name))).absolute()
+            return Path(directory, path_of(f"--{name.replace('_', '-')}", getattr(self, name))).absolute()
 
         def found(name: str) -> str:
             path = place(name)
@@ -278,14 +294,11 @@ class Config:
                 return str(path) if path.exists() else getattr(self, name)
             return str(getattr(self, name))  # longer than a path may be
 
-        path_of("--data", self.data)
-        return replace(
-            self,
-            model=found("model"),
-            data=sources.placed(self.data, directory),
-            output=str(place("output")),
-            adapter=None if self.adapter is None else str(place("adapter")),
-        )
+        more: dict[str, Any] = {name: str(place(name)) for name in ("adapter", "task_file") if getattr(self, name) is not None}
+        if self.data is not None:
+            path_of("--data", self.data)
+            more["data"] = sources.placed(self.data, directory)
+        return replace(self, model=found("model"), output=str(place("output")), **more)
 
 
 @dataclass(kw_only=True)
@@ -356,7 +369,7 @@ SPLITS = ("train", "dev", "eval")  # by a run's names: what it trains on, watche
 
 
 @dataclass(kw_only=True)
-class Baseline:
+class Baseline(TaskChoice):
     """What `zo-finetune evaluate` and `zo-finetune probe` have in common: a model and rows, as a run has them."""
 
     model: str = again(Config, "model")
@@ -365,8 +378,7 @@ class Baseline:
     max_length: int | None = again(Config, "max_length")
     dtype: str = again(Config, "dtype")
     device: str = again(Config, "device")
-    task: str = again(Config, "task")
-    data: str = again(Config, "data")
+    data: str | None = again(Config, "data")
     data_config: str | None = again(Config, "data_config")
     columns: dict[str, str] = again(Config, "columns")
     train_examples: int | None = again(Config, "train_examples")
@@ -445,6 +457,13 @@ class Demo:
     overwrite: bool = again(Config, "overwrite")
 
 
+@dataclass(kw_only=True)
+class Tasks:
+    """`zo-finetune tasks`."""
+
+    json: bool = option(RUN, "as JSON, with what they are about", False)
+
+
 COMMANDS = {
     "train": Config,
     "evaluate": Evaluation,
@@ -453,6 +472,7 @@ COMMANDS = {
     "resume": Resume,
     "replay": Replay,
     "demo": Demo,
+    "tasks": Tasks,
 }
 
 

@@ -20,7 +20,6 @@ from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError
 from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
-from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Form, Task
 
 
@@ -131,8 +130,9 @@ def sample_seed(config: Config) -> int:
 
 def read_splits(config: Config, task: Task, form: Form) -> Splits:
     """The rows of a run."""
+    data, data_config = config.rows()
     return load_splits(
-        config.data,
+        data,
         task,
         form,
         train_examples=config.train_examples,
@@ -140,7 +140,7 @@ def read_splits(config: Config, task: Task, form: Form) -> Splits:
         eval_examples=config.eval_examples,
         k_shot=config.k_shot,
         seed=sample_seed(config),
-        config=config.data_config,
+        config=data_config,
         columns=config.columns,
     )
 
@@ -160,7 +160,7 @@ def prepare(
         UserError: a part is not there, is damaged, or does not fit another.
     """
     started = time.perf_counter()
-    task = get_task(config.task)
+    task, (data, _) = config.the_task(), config.rows()
     if language_model is None:
         with console.Phase(f"looking for the model {config.model}"):
             form = models.find(config.model, device=config.device, form=config.form, gguf_file=config.gguf_file).form
@@ -168,7 +168,7 @@ def prepare(
         form = language_model.form
     if form not in task.forms:
         raise UserError(f"task {task.name} has no prompt for a {form} model, only for: {', '.join(task.forms)}")
-    with console.Phase(f"reading the data {config.data}"):
+    with console.Phase(f"reading the data {data}"):
         splits = read(config, task, form)
     if language_model is None:  # after the data, whose faults are found in less time
         with console.Phase(f"loading the model {config.model}"):
@@ -179,7 +179,7 @@ def prepare(
 def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
     """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
     started = time.perf_counter()
-    objective = objective_of(config, get_task(config.task))
+    objective = objective_of(config, config.the_task())
     found = prepare(config, language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
     with console.Phase("tokenizing"):

@@ -27,6 +27,7 @@ from zo_finetune.files import path_of
 C = TypeVar("C")
 FP32_MAX, FP32_MIN = 3.4028235e38, 1.1754944e-38  # of normal numbers
 READERS: Mapping[Any, Callable[[str], Any]] = {int: values.whole, float: values.real, str: str}
+MODEL, DATA, OWN, METHOD, RUN = PARTS = ("model", "data", "a task of your own", "method", "run")  # of a run, and of `--help`
 KINDS = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
 
 
@@ -34,7 +35,7 @@ KINDS = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
 class Option:
     """One option. What a field knows (name, type, default) is filled in by `of`.
 
-    part: "model", "data", "method" or "run": what it decides, and its group in `--help`.
+    part: one of `PARTS`: what it decides, and its group in `--help`.
     flag: its spelling where that is not the name's; "" for a positional argument.
     usual: what `--help` calls the default where the value does not say it.
     read: text to value, where that is not the type's own; of an option with keys or several values, one of them.
@@ -162,7 +163,7 @@ def again(kind: Any, name: str, default: Any = MISSING, **changes: Any) -> Any:
 
 
 def options_of(kind: Any) -> tuple[Option, ...]:
-    """The options of a set, in the order of its fields."""
+    """The options of a set, part by part, in the order of its fields; positional ones first."""
     return _options_of(kind)
 
 
@@ -173,7 +174,7 @@ def _options_of(kind: Any) -> tuple[Option, ...]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         known = {"required": True} if default is MISSING else {"default": default}
         found.append(replace(f.metadata["option"], name=f.name, hint=hints[f.name], **known))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda one: (one.flag != "", PARTS.index(one.part))))
 
 
 def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:

@@ -44,6 +44,7 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
     }
     return {
         "task": loaded.task.name,
+        "metric": loaded.task.metrics[0],
         "before": outcome.before,
         "after": outcome.after,
         "majority": outcome.before.get("majority"),

@@ -31,7 +31,6 @@ from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Encoded
-from zo_finetune.tasks import get_task
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train
 from zo_kernels import journal
 
@@ -48,7 +47,7 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     config = config.placed(os.getcwd()).settled()
     config.check_use()
     output = Path(config.output)
-    read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.data))]
+    read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.rows()[0]))]
     read += [("--adapter", config.adapter)] if config.adapter is not None else []
     run_folder.check_run_dir(output, config.overwrite, read)
     with explained(functools.partial(way_on, config)):
@@ -82,7 +81,8 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{folder}: a run of --method {config.method} cannot be resumed: {reason}; begin it anew with --overwrite")
     if not (output / JOURNAL).exists():
         raise UserError(nothing)
-    if (result := run_folder.read_result(output / "result.json", get_task(config.task), config.save)) is not None:
+    config.check_file()
+    if (result := run_folder.read_result(output / "result.json", config.the_task(), config.save)) is not None:
         console.say(f"{folder} is finished after {result['steps']} steps: there is nothing to resume")
         return result
     config = replace(recorded_config(output, config), output=str(output))
@@ -280,7 +280,7 @@ def way_on(config: Config) -> str:
     output = Path(config.output)
     no_journal = methods.get(config.method).no_journal
     with contextlib.suppress(UserError):
-        if run_folder.read_result(output / "result.json", get_task(config.task), config.save) is not None:
+        if run_folder.read_result(output / "result.json", config.the_task(), config.save) is not None:
             return f"see {output / 'result.json'} (the run is finished)"
         if (output / "config.json").is_file() and not no_journal and (output / JOURNAL).is_file():
             return f"go on with: zo-finetune resume {shlex.quote(str(output))}"

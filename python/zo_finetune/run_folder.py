@@ -203,7 +203,7 @@ def read_result(path: Path, task: Task, saves: bool) -> dict[str, Any] | None:
         return None
     if not (
         result.get("interrupted") is False
-        and result.get("task") == task.name
+        and (result.get("task"), result.get("metric")) == (task.name, task.metrics[0])
         and type(result.get("steps")) is int
         and all(is_evaluation(task, result.get(name)) for name in ("before", "after"))
     ):

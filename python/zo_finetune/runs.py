@@ -20,7 +20,6 @@ from zo_finetune.files import JOURNAL, check_plain
 from zo_finetune.methods import Method, Recipe
 from zo_finetune.options import difference
 from zo_finetune.run import resume, run
-from zo_finetune.tasks import get_task
 
 
 class Interrupted(Exception):
@@ -129,7 +128,7 @@ def earlier(config: Config, root: Path) -> tuple[bool, dict[str, Any] | None]:
     saved = run_folder.saved_config(folder)
     if name := difference(config, asdict(saved), but=lambda option: option.place):
         raise UserError(f"{folder} has a run with another {name}: give another --output, or delete it")
-    task = get_task(config.task)
+    task = config.the_task()
     return (folder / JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
 
 

@@ -52,6 +52,19 @@ def column(text: str) -> tuple[str, str]:
     return pair(text, "FIELD=NAME, for example sentence=text")
 
 
+def text(word: str) -> str:
+    """A text in which \\n is a new line: a shell's words rarely have one."""
+    return word.replace("\\n", "\n")
+
+
+def texts(word: str) -> list[str]:
+    """Texts with commas between them, or a JSON list of them."""
+    try:
+        return [text(one) for one in parse("", word, Sequence[str])]
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"{word!r:.80}{error}") from None
+
+
 def number_of(text: str) -> tuple[str, float]:
     """METHOD=VALUE; the method may have options, which have = signs too."""
     name, equals, value = text.rpartition("=")

@@ -49,6 +49,13 @@ NEWS = {
     "entities": ["Ann", "Kim", "Rome", "Ann"],
     "answers": ["Kim", "Ann"],
 }
+HARVARD = {
+    "title": "Harvard",
+    "context": "It is old. \n It has a team.",
+    "question": "What is old? ",
+    "answers": ["Harvard", "It", "Harvard"],
+}
+COUNTS = {"context": "Ann won 3. Kim won 4. ", "question": "Who won?", "answers": [["Ann", "Kim"], ["both"]]}
 ASKED = {"text": "Who wrote Emma ?", "label": "human"}
 LINE = {"question": "Who wrote Emma?", "sentence": "Emma is by Austen.", "label": 0}
 THINGS = (" Expression", " Entity", " Description", " Human", " Location", " Number")
@@ -82,6 +89,8 @@ WRITTEN: list[tuple[str, Form, dict[str, Any], str, tuple[str, ...], str, int]] 
     ("copa", "causal", COPA, "The man fell because", (" I pushed him.", " the ice was thin."), "", 1),
     ("copa", "causal", {**COPA, "question": "effect", "label": 0}, "The man fell so", (" I pushed him.", " the ice was thin."), "", 0),
     ("winogrande", "causal", GAP, "Ann fed Kim's cat because", (" Ann was away.", " Kim was away."), "", 1),
+    ("squad", "causal", HARVARD, "Title: Harvard\nContext: It is old. \n It has a team.\nQuestion: What is old?\nAnswer:", (" Harvard\n",), "", 0),
+    ("drop", "causal", COUNTS, "Passage: Ann won 3. Kim won 4.\nQuestion: Who won?\nAnswer:", (" Ann, Kim\n",), "", 0),
     ("record", "causal", NEWS, LATER, FRIENDS, "", 1),
 ]  # fmt: skip
 
@@ -142,6 +151,8 @@ FOUND: list[tuple[str, dict[str, Any], list[str] | None, int]] = [
     ("winogrande", {**GAP, "label": "1"}, None, 1),
     ("winogrande", {k: v for k, v in GAP.items() if k != "label"} | {"answer": "1"}, None, 0),
     ("winogrande", {k: v for k, v in GAP.items() if k != "label"} | {"answer": 2}, None, 1),
+    ("squad", {"id": "5", **HARVARD, "answers": {"text": ["It"], "answer_start": [0]}}, None, 0),
+    ("drop", {"passage": "Ann won.", "question": "Who?", "answers_spans": {"spans": ["Ann"], "types": ["span"]}}, None, 0),
     ("record", {**NEWS, "entity_spans": {}, "idx": {"passage": 0, "query": 0}}, None, 1),
 ]  # fmt: skip
 
@@ -193,6 +204,10 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
         ("winogrande", {**GAP, "sentence": "_ and _"}, "winogrande needs one gap there"),
         ("winogrande", {**GAP, "label": -1}, "field 'label' is -1; winogrande needs a whole number there, 0 to 1"),
         ("winogrande", {**GAP, "answer": ""}, "field 'answer' is ''; winogrande needs 1 or 2 there"),
+        ("squad", {**HARVARD, "answers": {"text": []}}, "field 'answers' is {'text': []}; squad needs an answer there, or a list of them"),
+        ("squad", {**HARVARD, "answers": None}, "field 'answers' is None; squad needs a text there"),
+        ("drop", {**COUNTS, "answers": [[], ["Ann"]]}, "field 'answers' is [[], ['Ann']]; drop needs an answer there"),
+        ("drop", {**COUNTS, "answers": {"spans": [], "types": []}}, "drop needs an answer there"),
         ("record", {**NEWS, "query": "no gap"}, "field 'query' is 'no gap'; record needs @placeholder there"),
         ("record", {**NEWS, "answers": []}, "field 'answers' is []; record needs a list of texts there"),
         ("record", {**NEWS, "answers": ["Bob"]}, "field 'answers' is ['Bob']; none of them is among the entities"),
@@ -213,6 +228,32 @@ def test_a_fifth_of_few_rows_is_held_out_at_most(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "validation.jsonl", [{**TROPHY, "label": k % 2} for k in range(104)])
     splits = load_splits(str(rows.parent), get_task("wsc"), "causal", seed=0)
     assert [len(part) for part in (splits.train, splits.dev, splits.eval)] == [444, 110, 104]
+
+
+ANSWERED: list[tuple[str, dict[str, Any], tuple[tuple[str, ...], ...]]] = [
+    ("squad", HARVARD, (("Harvard",), ("It",))),
+    ("squad", {**HARVARD, "answers": {"text": ["It", "It"], "answer_start": [0, 0]}}, (("It",),)),
+    ("squad", {**HARVARD, "answers": "It"}, (("It",),)),
+    ("drop", COUNTS, (("Ann", "Kim"), ("both",))),
+    ("drop", {**COUNTS, "answers": "Ann"}, (("Ann",),)),
+    ("drop", {**COUNTS, "answers": 7}, (("7",),)),
+    ("drop", {**COUNTS, "answers": [["3"], ["3"], ["4"]]}, (("3",), ("4",))),
+    ("drop", {**COUNTS, "answers": {"spans": ["Ann", "Kim"], "types": ["span", "span"]}}, (("Ann", "Kim"),)),
+    ("drop", {**COUNTS, "answers": {"spans": ["Ann", "Kim", "Ann", "Bo"], "types": ["span"] * 4}}, (("Ann", "Kim"), ("Ann", "Bo"))),
+    ("drop", {**COUNTS, "answers": {"spans": ["3", "4"], "types": ["number", "number"]}}, (("3",), ("4",))),
+    ("drop", {**COUNTS, "answers": {"spans": ["1 May 2000", "Ann", "Kim"], "types": ["date", "span", "span"]}}, (("1 May 2000",), ("Ann", "Kim"))),
+    ("drop", {**COUNTS, "answers": {"number": "3", "date": {"day": "", "month": "", "year": ""}, "spans": []}}, (("3",),)),
+    ("drop", {**COUNTS, "answers": {"number": "", "date": {"day": "1", "month": "May", "year": ""}, "spans": []}}, (("1 May",),)),
+    ("drop", {**COUNTS, "answers": {"number": "", "date": {}, "spans": ["Ann", "Kim"]}}, (("Ann", "Kim"),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "accepted"), ANSWERED)
+def test_accepted_answers(name: str, row: dict[str, Any], accepted: tuple[tuple[str, ...], ...]) -> None:
+    """The spans of one answer of DROP belong together; each annotator's answer is one. The first is trained on."""
+    example = get_task(name).example(row, "causal")
+    assert example.references == accepted
+    assert [c.answer for c in example.candidates] == [f" {', '.join(accepted[0])}\n"] and example.label == 0
 
 
 # ---- scores, by definition ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ Row = Mapping[str, Any]
 Form = Literal["causal", "masked"]
 
 BETWEEN_SPANS = ", "  # how an answer of several spans is written as one text, and read again
+OF_SEVERAL_LABELS = ("accuracy", "loss", "predicted")  # metrics of a task with more than two: AUC is of two
 MAX_TEXT = 1_000_000  # characters of a text: beyond any context, and some tokenizers take quadratic time
 
 
@@ -170,6 +171,9 @@ class ClassificationTask(Task):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.labels
+
+    def specimen(self) -> Row:
+        return {**super().specimen(), self.label_field: 0}
 
     @abstractmethod
     def prompt(self, row: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zo_finetune.tasks.base import ClassificationTask
+from zo_finetune.tasks.base import OF_SEVERAL_LABELS
 from zo_finetune.tasks.entailment import Suppose
 
 
@@ -12,4 +12,4 @@ class CB(Suppose):
     source, source_config = "aps/super_glue", "cb"
     labels = ("entailment", "contradiction", "neutral")
     words = ("Yes", "No", "Maybe")
-    metrics = (*ClassificationTask.metrics, "macro-f1")  # SuperGLUE's two: accuracy, and F1 as the mean over the classes
+    metrics = (*OF_SEVERAL_LABELS, "macro-f1")  # SuperGLUE's two: accuracy, and F1 as the mean over the classes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from zo_finetune.tasks.base import ClassificationTask, Row, decapitalized
+from zo_finetune.tasks.base import OF_SEVERAL_LABELS, ClassificationTask, Row, decapitalized
 
 
 def without_mark(text: str) -> str:
@@ -52,4 +52,5 @@ class ThreeWay(Suppose):
     forms = ("causal", "masked")
     labels = ("entailment", "neutral", "contradiction")
     words = ("Yes", "Maybe", "No")
+    metrics = OF_SEVERAL_LABELS
     unlabelled = (-1, "-1", "-")

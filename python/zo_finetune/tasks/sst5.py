@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zo_finetune.tasks.base import OF_SEVERAL_LABELS
 from zo_finetune.tasks.sentiment import Sentiment
 
 
@@ -11,3 +12,4 @@ class SST5(Sentiment):
     source = "SetFit/sst5"
     labels = ("very negative", "negative", "neutral", "positive", "very positive")
     words = (" terrible", " bad", " okay", " good", " great")
+    metrics = OF_SEVERAL_LABELS

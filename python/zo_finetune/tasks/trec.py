@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from zo_finetune.tasks.base import ClassificationTask, Row
+from zo_finetune.tasks.base import OF_SEVERAL_LABELS, ClassificationTask, Row
 
 
 class TREC(ClassificationTask):
@@ -23,6 +23,7 @@ class TREC(ClassificationTask):
     labels = ("abbreviation", "entity", "description", "human", "location", "number")
     synonyms: ClassVar = {"enty": "entity", "expression": "abbreviation", "numeric": "number"}
     words = ("Expression", "Entity", "Description", "Human", "Location", "Number")
+    metrics = OF_SEVERAL_LABELS
 
     def prompt(self, row: Row) -> str:
         return f"{self.text(row, 'text')}\nWhat does this ask for? Description, Entity, Expression, Human, Location, or Number?\n"
