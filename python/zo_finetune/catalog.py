@@ -57,8 +57,8 @@ zo-finetune train --model MODEL --task mood --prompt '{review} The customer is' 
 ```
 
 `{{` and `}}` are braces. Between a prompt and a word that begins with a letter or digit there is a space, unless the prompt ends with one or with a new
-line. `neutral` is the prompt of the calibrated score; `objective` (`--task-objective`) is `classification` or `language-model`, `decoding` follows from
-the rest. `metrics` (`--task-metrics`), the first of which curves and tables show, are of WORDS for words (`auc` for two of
+line. `neutral` is the prompt of the calibrated score; `objective` is what `--objective` says, `decoding` follows from the rest.
+`metrics` (`--task-metrics`), the first of which curves and tables show, are of WORDS for words (`auc` for two of
 them), and of ANSWERS for answers; the loss is always among them.
 
 The whole description is part of a run's record: `resume` and `compare` refuse a file that has changed since, and `resume` needs none.

@@ -8,7 +8,7 @@ A file says no more than options can: what it has becomes the options, so that a
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ KEYS = {  # of the file -> option
     "labels": "labels",
     "label": "label_column",
     "answer": "answer_column",
-    "objective": "task_objective",
+    "objective": "objective",
     "metrics": "task_metrics",
     "decoding": "decoding",
     "neutral": "neutral",
@@ -63,9 +63,6 @@ class TaskChoice:
     neutral: str | None = option(
         OWN, "what stands for the prompt in the calibrated score", None, metavar="TEXT", usual="nothing", read=values.text
     )
-    task_objective: str | None = option(
-        OWN, "what is trained", None, choices=("classification", "language-model"), usual="classification of words"
-    )
     decoding: str | None = option(
         OWN, "how an answer comes about", None, choices=("scores", "generate"), usual="scores of words, generate of answers"
     )
@@ -76,7 +73,7 @@ class TaskChoice:
 
     def description(self) -> dict[str, Any]:
         """What of a task of one's own is said, by the file's keys."""
-        said = {key: getattr(self, name) for key, name in KEYS.items() if key != "name"}
+        said = {key: getattr(self, name) for key, name in KEYS.items() if key not in ("name", "objective")}
         return {key: value for key, value in said.items() if value is not None}
 
     def the_task(self) -> Task:
@@ -103,12 +100,13 @@ class TaskChoice:
         """
         if self.task_file is None:
             return self
-        found = read_task_file(self.task_file)
-        for key, value in found.items():
-            if (given := getattr(self, KEYS[key])) not in (None, value):
-                flag = f"--{KEYS[key].replace('_', '-')}"
-                raise UserError(f"{self.task_file}: {key} is {shown(value)}, and {flag} is {shown(given)}: leave one of them out")
-        return replace(self, **{KEYS[key]: value for key, value in found.items()})
+        usual = {f.name: f.default for f in fields(self)}  # a command that trains nothing has no objective
+        found = {KEYS[key]: value for key, value in read_task_file(self.task_file).items() if KEYS[key] in usual}
+        for name, value in found.items():
+            if (given := getattr(self, name)) not in (usual[name], value):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{self.task_file}: it has {shown(value)}, and {flag} is {shown(given)}: leave one of them out")
+        return replace(self, **found)
 
     def check_file(self) -> None:
         """Refuse a file that is not as it was when these options were recorded. One that is gone is not missed.
@@ -118,12 +116,10 @@ class TaskChoice:
         """
         if self.task_file is None or not Path(self.task_file).exists():
             return
-        found, recorded = read_task_file(self.task_file), {"name": self.task, **self.description()}
-        for key in KEYS:
-            if found.get(key) != recorded.get(key) and (key in found or key in recorded):
+        for key, value in read_task_file(self.task_file).items():
+            if value != (recorded := getattr(self, KEYS[key])):
                 raise UserError(
-                    f"{self.task_file}: {key} is {shown(found.get(key))}, and was {shown(recorded.get(key))} when the run began: put it back, or "
-                    "begin a new run"
+                    f"{self.task_file}: {key} is {shown(value)}, and was {shown(recorded)} when the run began: put it back, or begin a new run"
                 )
 
 

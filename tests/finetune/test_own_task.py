@@ -12,12 +12,11 @@ import pytest
 from zo_finetune import catalog
 from zo_finetune.chosen_task import KEYS, read_task_file
 from zo_finetune.cli import main
-from zo_finetune.config import Config
+from zo_finetune.config import Config, Evaluation
 from zo_finetune.data import load_splits
 from zo_finetune.errors import UserError
 from zo_finetune.metrics import METRICS
 from zo_finetune.metrics.base import Mean
-from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.tasks import TASKS, own
 from zo_finetune.tasks.base import RowError
 
@@ -97,9 +96,14 @@ def test_a_file_says_what_options_can(file: Path, tmp_path: Path) -> None:
     ).settled()  # fmt: skip
     assert replace(by_file, task_file=None) == by_options
     assert by_file.settled() == by_file  # said twice, and the same
-    with pytest.raises(UserError, match=r'mood\.toml: label is "mood", and --label-column is "stars": leave one of them out'):
+    file.write_text(MOOD + 'objective = "accuracy"\n')
+    assert config(task_file=str(file), data="d").settled().objective == "accuracy" and by_file.objective == "loss"
+    assert Evaluation(model="m", output="o", task_file=str(file), data="d").with_file().words == ["No", "Yes"]  # and trains nothing
+    with pytest.raises(UserError, match=r'mood\.toml: it has "accuracy", and --objective is "f1"'):
+        config(task_file=str(file), objective="f1", data="d").settled()
+    with pytest.raises(UserError, match=r'mood\.toml: it has "mood", and --label-column is "stars": leave one of them out'):
         config(task_file=str(file), label_column="stars", data="d").settled()
-    with pytest.raises(UserError, match=r'mood\.toml: name is "mood", and --task is "sst2"'):
+    with pytest.raises(UserError, match=r'mood\.toml: it has "mood", and --task is "sst2"'):
         config(task_file=str(file), task="sst2", data="d").settled()
 
 
@@ -131,8 +135,7 @@ def test_a_file_says_what_options_can(file: Path, tmp_path: Path) -> None:
         ({"task": "t", "prompt": "{x}", "words": ["a", " a"]}, "the word 'a' stands twice"),
         ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "labels": ["a"]}, "task t has 2 words and 1 labels"),
         ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "labels": ["a b", "A_B"]}, "its labels must be texts that differ"),
-        ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "decoding": "generate"}, "decoding 'generate' must be scores of such a task"),
-        ({"task": "t", "prompt": "{x}", "answer_column": "y", "task_objective": "classification"}, "objective 'classification' must be language-model"),
+        ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "decoding": "generate"}, "decoding 'generate' is not that of words, scores: leave it out"),
         ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "task_metrics": ["acuracy"]}, "macro-f1, auc, loss, predicted; did you mean 'accuracy'?"),
         ({"task": "t", "prompt": "{x}", "words": ["a", "b"], "task_metrics": ["loss"]}, "its first metric is what curves and tables show, accuracy, and"),
         ({"task": "t", "prompt": "{x}", "words": ["a", "b", "c"], "task_metrics": ["accuracy", "auc"]}, "'auc' must be one of accuracy, macro-f1, loss, pre"),
@@ -186,11 +189,10 @@ def test_a_column_that_is_not_there_is_named(file: Path, tmp_path: Path) -> None
         load_splits(str(rows), config(task_file=str(file)).the_task(), "causal", seed=0)
 
 
-def test_metrics_and_objectives_are_those_that_there_are() -> None:
+def test_metrics_are_those_that_there_are() -> None:
     """Said again in own.py, which loads no torch; `per-answer-accuracy` is MultiRC's."""
     assert {*own.METRICS_OF_WORDS, *own.METRICS_OF_ANSWERS} == {*METRICS} - {"per-answer-accuracy"}
     assert {*own.CURVES} == {name for name, m in METRICS.items() if isinstance(m, Mean)} - {"per-answer-accuracy"}
-    assert {*own.CHOSEN, *own.WRITTEN} <= {*OBJECTIVES}
     assert {*KEYS.values()} <= {o for o in vars(config())}
 
 

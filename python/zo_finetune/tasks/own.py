@@ -16,7 +16,6 @@ from zo_finetune.tasks.base import OF_SEVERAL_LABELS, Candidate, ClassificationT
 from zo_finetune.tasks.free_answers import FreeAnswers, spans_of
 
 MASK = "mask"
-CHOSEN, WRITTEN = ("classification", "language-model"), ("language-model",)  # objectives of words, of free answers
 METRICS_OF_WORDS = ("accuracy", "macro-f1", "auc", "loss", "predicted")
 METRICS_OF_ANSWERS = ("f1", "em", "loss")
 CURVES = ("accuracy", "f1", "em")  # those that have a standard error: the first of a task's
@@ -114,7 +113,6 @@ def own_task(
     labels: Sequence[str] | None = None,
     label: str | None = None,
     answer: str | None = None,
-    objective: str | None = None,
     metrics: Sequence[str] | None = None,
     decoding: str | None = None,
     neutral: str | None = None,
@@ -126,7 +124,7 @@ def own_task(
         prompt: what a causal model goes on with; masked: the same for a masked model, with {mask} where a word belongs.
         words: the answers to choose from; labels: what they are called, by default as themselves; label: the column that has one of these.
         answer: the column of free answers, instead of words.
-        objective, metrics, decoding, neutral: see `Task`.
+        metrics, decoding, neutral: see `Task`.
 
     Raises:
         UserError: names what is wrong with it.
@@ -148,13 +146,16 @@ def own_task(
     columns = list(dict.fromkeys(c for t in texts.values() for c in t.columns if c != MASK))
     target = (label or "label") if told else str(answer)
     check_texts(name, texts, target)
+    if decoding not in (None, own := "scores" if told else "generate"):
+        raise UserError(
+            f"task {name}: decoding {decoding!r:.80} is not that of {'words' if told else 'free answers'}, {own}: leave it out"
+        )
     common: dict[str, Any] = {
         "name": name,
         "summary": "a task of one's own",
         "fields": (*columns, target),
         "neutral": neutral or "",
-        "objective": one_of(name, "objective", objective, CHOSEN if told else WRITTEN),
-        "decoding": one_of(name, "decoding", decoding, ("scores",) if told else ("generate",)),
+        "decoding": own,
     }
     if words is None:
         if labels is not None or label is not None:
@@ -178,15 +179,6 @@ def new(kind: type[Task], content: dict[str, Any]) -> Task:
     """An instance of a class of its own: what tasks say of themselves are attributes of classes."""
     made: Task = type(kind.__name__, (kind,), content)()
     return made
-
-
-def one_of(name: str, what: str, given: str | None, known: Sequence[str]) -> str:
-    """Of two kinds of task, each has its own; the first is the default."""
-    if given is not None and given not in known:
-        raise UserError(
-            f"task {name}: {what} {given!r:.80} must be {' or '.join(known)} of such a task{did_you_mean(given, known)}"
-        )
-    return known[0] if given is None else given
 
 
 def check_texts(name: str, texts: dict[str, Template], target: str) -> None:
