@@ -29,7 +29,7 @@ from zo_finetune.load import load, objective_of
 from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.run import remedy
-from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, run_one, tune
+from zo_finetune.runs import Entry, Interrupted, Rates, check_own, dev_loss, earlier, run_one, tune
 from zo_finetune.train import make_optimizer
 
 ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
@@ -180,7 +180,7 @@ def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[d
 
 
 def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
-    before, after, history = result["before"], result["after"], result["history"]
+    before, after = result["before"], result["after"]
     metric = config.the_task().metrics[0]
     return {
         "method": entry.label,
@@ -196,7 +196,7 @@ def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str,
         "majority": result["majority"],
         "loss_before": before["loss"],
         "loss": after["loss"],
-        "dev_loss": history[-1]["loss"] if history else None,
+        "dev_loss": dev_loss(result),
         "seconds": round(result["training_seconds"], 2),
         "state_bytes": result["state_bytes"],
         "trained_weights": result["weights"]["trainable"],

@@ -186,6 +186,19 @@ class Config(TaskChoice):
         usual="a fifth of --steps",
         each=True,
     )
+    keep: str = option(
+        RUN,
+        "which weights are evaluated at the end and saved: those after the last step, or those of the best evaluation on the dev examples",
+        "last",
+        choices=("last", "best"),
+    )
+    keep_by: str | None = option(
+        RUN,
+        "what --keep best judges by: loss, or a metric of the task",
+        None,
+        metavar="METRIC",
+        usual="loss, or the first metric of a task without one",
+    )
     eval_batch_size: int = option(RUN, "examples in a batch of an evaluation", 32, metavar="B", positive=True)
 
     def check(self) -> None:
@@ -232,6 +245,15 @@ class Config(TaskChoice):
             raise UserError(
                 f"--k-shot {self.k_shot} says how many rows there are to train on and for dev: leave out --{other}-examples "
                 f"{getattr(self, f'{other}_examples')}, or --k-shot"
+            )
+        if self.keep == "best" and (self.dev_examples == 0 or self.eval_every == 0):
+            none = "--dev-examples 0" if self.dev_examples == 0 else "--eval-every 0"
+            raise UserError(
+                f"--keep best chooses by the evaluations on the dev examples, and with {none} there are none: give more, or --keep last"
+            )
+        if self.keep_by is not None and self.keep == "last":
+            raise UserError(
+                f"--keep-by {self.keep_by!r:.80} says which evaluation is the best, and --keep is last: give --keep best, or leave it out"
             )
         if self.eval_every and self.dev_examples == 0:
             raise UserError(

@@ -21,6 +21,7 @@ from typing import IO, Any
 from zo_finetune.errors import UserError, one_line
 
 JOURNAL, FOLDERS = "run.zoj", ("model", "adapter")  # of a run's folder: what tells one from a model's
+BEST = "best.safetensors"  # the best weights so far of a run without a journal
 PART = ".part"  # at the end of the name of what is being written, until it is whole
 MOST_BYTES = 64 << 20  # of JSON; a run of a million evaluations has less
 

@@ -8,12 +8,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import zo_kernels
 from zo_finetune import console, run_folder
 from zo_finetune.config import DTYPES, Config, Replay
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.files import JOURNAL, check_plain, path_of
-from zo_finetune.load import load_model
+from zo_finetune.keep import made_again
 from zo_finetune.run import remedy
 from zo_kernels import journal
 
@@ -51,13 +50,8 @@ def replay(given: Replay) -> Path:
     if given.adapter is not None and config.adapter is None:
         raise UserError(f"--adapter {given.adapter}: the run started from none: leave it out")
     adapter = config.adapter if given.adapter is None else given.adapter
-    with console.Phase(f"loading the model {given.model}"):
-        language_model = load_model(replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device))
-    try:
-        with console.Phase(f"replaying {len(past.steps) if given.upto is None else given.upto} steps"):
-            zo_kernels.replay(language_model.model, past, given.upto, mode=given.mode, backend=given.backend)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{given.source}: {one_line(error)}") from error
+    config = replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device, backend=given.backend)
+    language_model = made_again(config, past, given.upto, given.mode, given.source)
     try:
         with console.Phase("saving the weights"):
             return run_folder.save_weights(target, language_model.save)[0]

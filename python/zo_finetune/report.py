@@ -12,7 +12,6 @@ from typing import Any
 
 from zo_finetune import figures, machine
 from zo_finetune.load import Loaded
-from zo_finetune.train import Optimizer
 
 
 @dataclass
@@ -28,9 +27,12 @@ class Outcome:
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     interrupted: bool = False
+    skipped: int = 0
+    state_bytes: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
-def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: Sequence[str]) -> dict[str, Any]:
+def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[str, Any]:
     """The content of result.json before the weights are saved."""
     config, lm, recipe = loaded.config, loaded.language_model, loaded.config.recipe()
     trainable, total = lm.counts()
@@ -49,17 +51,18 @@ def result_of(loaded: Loaded, optimizer: Optimizer, outcome: Outcome, command: S
         "after": outcome.after,
         "majority": outcome.before.get("majority"),
         "history": outcome.history,
+        "kept": outcome.kept,
         "interrupted": outcome.interrupted,
         "steps": outcome.steps,
         "forwards": recipe.forwards(outcome.steps),
-        "skipped_steps": optimizer.skipped,
+        "skipped_steps": outcome.skipped,
         "zero_gradient_steps": outcome.still,
         "seconds_per_step": outcome.training_seconds / outcome.steps if outcome.steps else None,
         "training_seconds": outcome.training_seconds,
         "evaluation_seconds": outcome.evaluation_seconds,
         "loading_seconds": loaded.seconds,
         "peak_memory_bytes": machine.peak_memory_bytes(lm.device),
-        "state_bytes": optimizer.state_bytes(),
+        "state_bytes": outcome.state_bytes,
         "gradient_bytes": lm.trained_bytes() if recipe.method.first_order else 0,
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(config), **effective},
@@ -79,7 +82,7 @@ def draw(loaded: Loaded, outcome: Outcome, path: Path) -> None:
     """curve.png: the task's first metric and the training loss."""
     ends = [{"step": 0, **outcome.before}]
     if outcome.after:
-        ends.append({"step": outcome.steps, **outcome.after})
+        ends.append({"step": outcome.kept["step"], **outcome.after})
     what = "all weights" if loaded.config.peft == "none" else loaded.config.peft
     figures.draw_curve(
         path,
@@ -90,9 +93,9 @@ def draw(loaded: Loaded, outcome: Outcome, path: Path) -> None:
     )
 
 
-def misgivings(outcome: Outcome, skipped: int, first_order: bool = False) -> list[str]:
-    """What makes a run's numbers worth less than they look; `skipped`: steps."""
-    lines, steps = [], outcome.steps
+def misgivings(outcome: Outcome, first_order: bool = False) -> list[str]:
+    """What makes a run's numbers worth less than they look."""
+    lines, steps, skipped = [], outcome.steps, outcome.skipped
     if skipped:
         what, try_ = ("a loss or its gradient", "--lr") if first_order else ("a loss", "--lr or --eps")
         lines.append(

@@ -27,10 +27,11 @@ from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import describe, evaluate
 from zo_finetune.files import JOURNAL, path_of
+from zo_finetune.keep import Keeper, last
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
 from zo_finetune.report import Outcome
-from zo_finetune.scoring import Encoded
+from zo_finetune.scoring import Encoded, Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train
 from zo_kernels import journal
 
@@ -52,7 +53,6 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     run_folder.check_run_dir(output, config.overwrite, read)
     with explained(functools.partial(way_on, config)):
         loaded = load(config)
-        optimizer = make_optimizer(loaded.language_model, config)
     rows = len(loaded.train_set)
     if (batch := config.batch_size * config.accumulate) > rows:
         if config.accumulate > 1:
@@ -62,7 +62,7 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
             )
         note = f"--batch-size {config.batch_size}: there are {rows} examples to train on, and each step takes all of them"
         loaded = replace(loaded, config=replace(config, batch_size=rows), notes=[*loaded.notes, note])
-    return complete(loaded, optimizer, command)
+    return complete(loaded, command)
 
 
 def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -93,8 +93,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
             )
     with explained(functools.partial(way_on, config)):
         loaded = load(config)
-        optimizer = make_optimizer(loaded.language_model, config)
-    return complete(loaded, optimizer, command, resumed=True)
+    return complete(loaded, command, resumed=True)
 
 
 def recorded_config(output: Path, config: Config) -> Config:
@@ -166,27 +165,54 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
     return past
 
 
-def perform(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Outcome:
-    """Evaluate, train, evaluate. Ctrl-C during training ends it and keeps what there is; before that it ends the run."""
+Measure = Callable[[Scorer, str, list[Encoded]], dict[str, Any]]
+
+
+def perform(loaded: Loaded, resumed: bool) -> Outcome:
+    """Evaluate, train, evaluate what is kept. Ctrl-C in the training ends it and keeps what there is, and so it does in the last evaluation;
+    before and between it ends the run."""
+    config, keeper, evaluating = loaded.config, Keeper(loaded), Stopwatch()
+
+    def measure(scorer: Scorer, what: str, examples: list[Encoded]) -> dict[str, Any]:
+        with evaluating, console.Counter(what, len(examples), "example") as counter:
+            return evaluate(loaded.task, scorer, examples, config.eval_batch_size, counter.advance)
+
+    outcome = trained(loaded, resumed, keeper, measure)
+    outcome.kept = last(outcome.steps)
+    if not outcome.interrupted:
+        with run_folder.held(Path(config.output) / JOURNAL) as past:
+            outcome.kept = keeper.settle(outcome.history, outcome.steps, past)
+            try:
+                with loaded.scorer() as scorer:
+                    outcome.after = measure(scorer, "after", loaded.eval_set)
+                console.say(f"after:  {describe(loaded.task, outcome.after)}")
+            except KeyboardInterrupt:
+                outcome.interrupted = True
+    outcome.evaluation_seconds = evaluating.seconds
+    return outcome
+
+
+def trained(loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure) -> Outcome:
+    """Evaluate and train. The optimizer is this function's alone: when it is over, nothing but `loaded` holds the model."""
     config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
+    optimizer = make_optimizer(loaded.language_model, config)
+    for line in (*loaded.notes, loaded.describe()):
+        console.say(line)
     every = eval_every(loaded)
     seconds = run_folder.Log.seconds(output / "log.csv") if resumed else {}
-    training, evaluating = Stopwatch(), Stopwatch()
+    training = Stopwatch()
     evaluations = run_folder.Evaluations(output / "evaluations.jsonl", task)
 
     with loaded.scorer() as scorer:
 
-        def measure(what: str, examples: list[Encoded]) -> dict[str, Any]:
-            with evaluating, console.Counter(what, len(examples), "example") as counter:
-                return evaluate(task, scorer, examples, config.eval_batch_size, counter.advance)
-
         def watch(step: int) -> None:
-            outcome.history.append({"step": step, **measure(f"step {step}, dev", loaded.dev_set)})
+            outcome.history.append({"step": step, **measure(scorer, f"step {step}, dev", loaded.dev_set)})
             evaluations.add("dev", outcome.history[-1])
             console.say(f"step {step}, dev: {describe(task, outcome.history[-1])}")
+            keeper.saw(outcome.history)
 
         before = evaluations.read()[0] if resumed else None
-        measured = measure("before", loaded.eval_set) if before is None else before
+        measured = measure(scorer, "before", loaded.eval_set) if before is None else before
         console.say(f"before: {describe(task, measured)}")
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
             past = open_journal(loaded, optimizer, resumed)
@@ -214,7 +240,6 @@ def perform(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Outcome:
         progress = Progress(log, config.steps, optimizer, loaded.language_model.device)
         try:
             train(loaded, optimizer, scorer, progress, training, watch)
-            outcome.after = measure("after", loaded.eval_set)
         except KeyboardInterrupt:
             outcome.interrupted = True
         finally:
@@ -224,24 +249,21 @@ def perform(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Outcome:
                 optimizer.close_journal()
         outcome.steps = optimizer.steps
         outcome.losses, outcome.still = log.losses, log.still
-        outcome.training_seconds, outcome.evaluation_seconds = training.seconds, evaluating.seconds
-        if outcome.after:
-            console.say(f"after:  {describe(task, outcome.after)}")
+        outcome.training_seconds = training.seconds
+        outcome.skipped, outcome.state_bytes = optimizer.skipped, optimizer.state_bytes()
     return outcome
 
 
-def complete(loaded: Loaded, optimizer: Optimizer, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
+def complete(loaded: Loaded, command: Sequence[str] | None, resumed: bool = False) -> dict[str, Any]:
     """Train and write what there is to write: result.json first, since it is small and tells whether the weights were saved."""
     config, output = loaded.config, Path(loaded.config.output)
-    for line in (*loaded.notes, loaded.describe()):
-        console.say(line)
     with explained(functools.partial(way_on, config)):
-        outcome = perform(loaded, optimizer, resumed)
-        result = report.result_of(loaded, optimizer, outcome, sys.argv if command is None else command)
+        outcome = perform(loaded, resumed)
+        result = report.result_of(loaded, outcome, sys.argv if command is None else command)
         if outcome.interrupted:
             again = "saving the weights, unless Ctrl-C comes again" if config.save else way_on(config)
             console.say(f"interrupted after {outcome.steps} of {config.steps} steps; {again}")
-        for line in report.misgivings(outcome, optimizer.skipped, methods.get(config.method).first_order):
+        for line in report.misgivings(outcome, methods.get(config.method).first_order):
             console.say(line)
         files.write_json(output / "result.json", result)
         try:

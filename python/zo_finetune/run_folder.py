@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zo_finetune import files
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line, shortened
 from zo_finetune.evaluate import is_evaluation
-from zo_finetune.files import FOLDERS, JOURNAL, PART, check_plain, open_plain, plain_json, read_json, remove_folder
+from zo_finetune.files import BEST, FOLDERS, JOURNAL, PART, check_plain, open_plain, plain_json, read_json, remove_folder
 from zo_finetune.tasks.base import Task
 from zo_kernels import journal
 
@@ -33,6 +33,7 @@ FILES = (
     "curve.png",
     "config.json",
     "evaluations.jsonl",
+    BEST,
 )  # what a run writes besides its journal and weights
 SAVING = "weights" + PART
 MOST_LOG_BYTES = 4 << 30
@@ -166,6 +167,26 @@ def remove_journal(path: Path) -> None:
         except journal.LockedError as error:
             raise UserError(f"{path.parent}: {one_line(error)}") from error
     path.unlink()
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[journal.Journal | None]:
+    """The journal that this run has closed, whose lock keeps its folder for this process; None where there is none.
+
+    Raises:
+        UserError: another process goes on with it.
+    """
+    if not path.exists():
+        yield None
+        return
+    try:
+        writer, past = journal.reopen(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent}: {one_line(error)}") from error
+    try:
+        yield past
+    finally:
+        writer.close()
 
 
 # ---- what is read back -------------------------------------------------------------------------------------------------------

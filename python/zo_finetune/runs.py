@@ -86,7 +86,7 @@ class Rates:
 
 
 def tune(what: str, config: Callable[[float], Config], rates: Sequence[float], root: Path) -> tuple[float, dict[str, float]]:
-    """Make a run with each learning rate; the one with the lowest loss on the dev examples at its end, and the losses by rate, as text.
+    """Make a run with each learning rate; the one whose kept weights have the lowest loss on the dev examples, and the losses by rate, as text.
 
     Args:
         what: the method, in a line for the user.
@@ -97,9 +97,15 @@ def tune(what: str, config: Callable[[float], Config], rates: Sequence[float], r
     for lr in rates:
         tried = config(lr)
         console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
-        loss = run_one(tried, root)["history"][-1]["loss"]
+        loss = dev_loss(run_one(tried, root))
         losses[lr] = math.inf if loss is None else loss
     return min(losses, key=losses.__getitem__), {f"{lr:g}": loss for lr, loss in losses.items()}
+
+
+def dev_loss(result: Mapping[str, Any]) -> float | None:
+    """On the dev examples, of the weights that a run kept; None: it has no evaluation of them, or the loss is not finite."""
+    loss: float | None = next((e["loss"] for e in result["history"] if e["step"] == result["kept"]["step"]), None)
+    return loss
 
 
 # ---- what is there already -----------------------------------------------------------------------------------------------------
