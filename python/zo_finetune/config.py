@@ -73,6 +73,7 @@ class Config(TaskChoice):
     max_length: int | None = option(
         MODEL, "longest input; longer ones lose their beginning", None, metavar="TOKENS", positive=True, usual="the model's"
     )
+    chat: bool = option(MODEL, "put each prompt into the tokenizer's chat template, as the user's turn", False)
     dtype: str = option(MODEL, "of the weights", "auto", choices=("auto", *DTYPES), usual="float32 on a CPU, as saved on a GPU")
     device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
 
@@ -398,6 +399,7 @@ class Baseline(TaskChoice):
     gguf_file: str | None = again(Config, "gguf_file")
     form: str = again(Config, "form")
     max_length: int | None = again(Config, "max_length")
+    chat: bool = again(Config, "chat")
     dtype: str = again(Config, "dtype")
     device: str = again(Config, "device")
     data: str | None = again(Config, "data")

@@ -41,7 +41,7 @@ class Materials:
     def encoder(self, room: int = 0) -> Encoder:
         """`room`: tokens that are left free of an input's length."""
         lm = self.language_model
-        return Encoder(lm.tokenizer, lm.form, self.max_length - room, lm.vocabulary)
+        return Encoder(lm.tokenizer, lm.form, self.max_length - room, lm.vocabulary, self.config.chat)
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""

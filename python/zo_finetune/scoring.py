@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_finetune.chat import turns_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.tasks.base import Candidate, Example, Form
@@ -66,6 +67,11 @@ def right_ones(examples: Sequence[Encoded], width: int) -> Tensor:
     return mask
 
 
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class Encoder:
     """Examples to tokens, for one tokenizer and one form of model.
 
@@ -74,15 +80,16 @@ class Encoder:
         form: "causal" or "masked".
         max_length: the longest input in tokens; a longer context loses its beginning, since the question stands at its end.
         vocabulary: tokens that the model knows; one beyond, added to the tokenizer alone, would read other memory or fail.
+        chat: a context is the user's turn of a chat, in the tokenizer's template, and an answer begins the assistant's (chat.py).
 
     `cut` counts the examples whose context lost its beginning.
 
     Raises:
-        UserError: a masked model's tokenizer has no mask token, the special tokens around a text cannot be told from it, or
+        UserError: a masked model's tokenizer has no mask token, a chat's no template, the special tokens around a text cannot be told from it, or
             (`encode`) an answer has no token, does not fit or is the same as another's, or a text has a token that the model has not.
     """
 
-    def __init__(self, tokenizer: Any, form: Form, max_length: int, vocabulary: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, form: Form, max_length: int, vocabulary: int | None = None, chat: bool = False) -> None:
         self.tokenizer, self.form, self.max_length, self.vocabulary = tokenizer, form, max_length, vocabulary
         self.cut = 0
         self._lost = 0
@@ -91,7 +98,10 @@ class Encoder:
             raise UserError(
                 "the tokenizer has no mask token, which a masked language model needs: choose another --model or --form causal"
             )
-        self.before, self.after = self._around()
+        if chat and form == "masked":
+            raise UserError("--chat: a masked language model takes no turns: leave it out, or choose a causal --model")
+        self.turns = turns_of(tokenizer) if chat else None
+        self.before, self.after = self._around() if self.turns is None else ([], [])
 
     def _around(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text."""
@@ -133,8 +143,16 @@ class Encoder:
     def _texts(self, candidate: Candidate) -> tuple[str, ...]:
         """What `_causal` or `_masked` asks for."""
         if self.form == "causal":
-            return candidate.context, candidate.context + candidate.answer
+            context = self._context(candidate)
+            return context, context + self._answer(candidate)
         return candidate.context, candidate.answer, candidate.tail
+
+    def _context(self, candidate: Candidate) -> str:
+        """What a causal model reads before the answer."""
+        return candidate.context if self.turns is None else self.turns.context(candidate.context)
+
+    def _answer(self, candidate: Candidate) -> str:
+        return candidate.answer if self.turns is None else self.turns.answer(candidate.answer)
 
     @staticmethod
     def _chosen(example: Example, gold_only: bool) -> tuple[Candidate, ...]:
@@ -143,8 +161,8 @@ class Encoder:
     def _causal(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
         """(input, positions, targets). The text is tokenized as one piece, as the model met such text in training; the answer
         begins where the tokens part from those of the context alone."""
-        context, full = self._ids(candidate.context), self._ids(candidate.context + candidate.answer)
-        start = next((k for k, (a, b) in enumerate(zip(context, full, strict=False)) if a != b), min(len(context), len(full)))
+        context, full = (self._ids(text) for text in self._texts(candidate))
+        start = shared(context, full)
         targets = full[start:]
         body = self._fit(full[:start], self.max_length - len(self.before) - len(targets) + 1, candidate)
         tokens = [*self.before, *body, *targets[:-1]]
@@ -162,7 +180,7 @@ class Encoder:
                 "choose another --model"
             )
         room = self.max_length - len(self.before) - new_tokens(self.max_length)
-        return [*self.before, *self._fit(self._ids(candidate.context), room, candidate)]
+        return [*self.before, *self._fit(self._ids(self._context(candidate)), room, candidate)]
 
     def _masked(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
         targets, tail = self._ids(candidate.answer), self._ids(candidate.tail)
@@ -172,12 +190,15 @@ class Encoder:
         return tokens, list(range(len(head), len(head) + len(targets))), targets
 
     def _fit(self, context: list[int], room: int, candidate: Candidate) -> list[int]:
-        if room < 1:
+        head = tail = 0  # tokens of a chat's turns, which stay
+        if self.turns is not None:
+            head, tail = shared(self._ids(self.turns.before), context), len(self._ids(self.turns.after))
+        if room < head + tail + 1:
             raise UserError(
                 f"--max-length {self.max_length} leaves no room for a prompt beside the answer {candidate.answer!r}: raise it"
             )
         self._lost += len(context) > room
-        return context[-room:]
+        return context[:head] + context[head - room :] if len(context) > room else context
 
     def _encode(self, example: Example, gold_only: bool) -> Encoded:
         chosen = self._chosen(example, gold_only)
