@@ -56,6 +56,7 @@ H = "tests/kernels/test_cuda_host.py"
 U = "tests/kernels/test_update.py"
 C = "tests/kernels/test_cpu.py"
 P = "tests/finetune/test_report.py"
+V = "tests/finetune/test_evaluate.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/estimators.py", "the loss of several queries is the first pair's",
@@ -180,8 +181,20 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/metrics/auc.py", "ties count for nothing in the AUC", "right=True)\n", "right=False)\n",
      ("tests/finetune/test_cli.py::test_auc_and_standard_error",)),
     ("python/zo_finetune/decoding/scores.py", "labels in the order of the examples, scores in that of their lengths",
-     "labels.extend(e.label for e in part)", "labels.extend(e.label for e in examples[len(labels) : len(labels) + len(part)])",
+     "rows = (found[k] for k in range(len(examples)))", "rows = (row for row in found.values())",
      (f"{P}::test_answers_and_labels_belong_together",)),
+    ("python/zo_finetune/decoding/scores.py", "a calibrated score is a sum", "torch.where(sums == -torch.inf, sums, sums - anyway)", "sums",
+     (f"{V}::test_calibrated_scores_are_differences",)),
+    ("python/zo_finetune/evaluate.py", "the majority is the first label's", "counts.max().item()", "counts[0].item()",
+     (f"{P}::test_answers_and_labels_belong_together",)),
+    ("python/zo_finetune/incontext.py", "an example is shown with its own text", "if self._texts[place := int(draw() * len(self.pool))] != own:",
+     "if (place := int(draw() * len(self.pool))) >= 0:", (f"{V}::test_no_example_is_shown_with_its_own_text",)),
+    ("python/zo_finetune/incontext.py", "the same demonstrations before each example", "(self.seed << 32) + index", "self.seed << 32",
+     (f"{V}::test_demonstrations_are_scored_as_by_hand",)),
+    ("python/zo_finetune/probe.py", "a second right candidate is a wrong one", "k != train.labels[n] and k not in train.right[n]",
+     "k != train.labels[n]", ("tests/finetune/test_probe.py::test_every_right_candidate_is_spared",)),
+    ("python/zo_finetune/probe.py", "a candidate's state is that of the prompt", "Spot(tokens, len(tokens) - 1)", "Spot(tokens, 0)",
+     ("tests/finetune/test_probe.py::test_candidates_of_their_own_share_a_score",)),
     ("python/zo_finetune/run_folder.py", "a resumed run has its last evaluation twice", "if e[\"step\"] < steps]", "if e[\"step\"] <= steps]",
      (f"{P}::test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off",)),
     ("python/zo_finetune/figures.py", "a running mean that begins with zeros", "/ (k + 1 - max(0, k - window + 1))", "/ window",

@@ -160,6 +160,34 @@ def test_what_is_neutral() -> None:
     assert neutral(example) == Example((Candidate("It was", " bad", "", " It was"), Candidate("", "Yes", "", "")), 0)
 
 
+def test_free_answers_are_written_and_kept(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    """With demonstrations too; what has no candidates has no calibrated score, and no majority."""
+    asked = [
+        {
+            "title": "T",
+            "context": f"a {k} film",
+            "question": "what?",
+            "answers": {"text": [f"film {k}", "film"], "answer_start": [0, 0]},
+        }
+        for k in range(12)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", asked[:9])
+    write_jsonl(tmp_path / "validation.jsonl", asked[9:])
+    assert main(command("--shots", "1", data=tmp_path, task="squad")) == 0
+    result, predictions = result_of(tmp_path / "out")
+    assert {"f1", "f1_stderr", "em", "em_stderr"} <= result["metrics"].keys() and result["majority"] is None and result["rows"] == 3
+    for said in predictions:
+        assert said["right"] == [f"film {said['row'] + 8}", "film"] and said["scores"] is None and isinstance(said["answer"], str)
+    for words in (
+        command("--calibrated", data=tmp_path, task="squad", output="no"),
+        ["probe", *command(data=tmp_path, task="squad", output="no")[1:]],
+    ):
+        assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "error: --calibrated: task squad has no candidates to score" in said
+    assert "error: task squad has free answers, and a probe chooses among labels or candidates" in said
+
+
 # ---- demonstrations --------------------------------------------------------------------------------------------------------------
 
 
