@@ -219,6 +219,10 @@ def test_a_run_records_the_whole_task(
         assert found["task"] == "mood" and found["words"] == ["No", "Yes"] and found["prompt"].endswith("Happy?\n")
     again = train_command(output, "--overwrite", task=None, task_file=file, data=rows, steps=3, eval_examples=8, dev_examples=0)
     assert main([*again, "--no-save"]) == 0 and main(["resume", str(output)]) == 0
+    measured = train_command(
+        tmp_path / "measured", "--calibrated", command="evaluate", task=None, task_file=file, data=rows, steps=None, batch_size=None
+    )
+    assert main(measured) == 0 and json.loads((tmp_path / "measured" / "result.json").read_text())["task"] == "mood"
     file.write_text(MOOD.replace("Happy?\\n", "Glad?\\n"))
     capsys.readouterr()
     assert main(["resume", str(output)]) == 2

@@ -1,8 +1,8 @@
 """What a task is: how a row of data becomes a prompt for each candidate answer.
 
 Belongs here: the record types, the two base classes and what all tasks read from a row. Does not belong here: any particular task or
-family of tasks (one file each, beside this one),
-tokens (scoring.py), files (data.py), what an answer is worth (metrics/). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
+family of tasks (one file each, beside this one), tokens (scoring.py), files (data.py),
+what an answer is worth (metrics/). A task sees rows (dicts) and returns text; it knows neither tokenizer nor model.
 
 To add a task, write a file with a subclass beside this one; nothing lists it:
 
@@ -12,7 +12,7 @@ To add a task, write a file with a subclass beside this one; nothing lists it:
     answers that differ from row to row (COPA, ReCoRD, WinoGrande)
         a `Task` with its own `example`: one `Candidate` each; `objective = "language-model"` where MeZO trains that
     free answers (SQuAD, DROP)
-        `objective = "language-model"`, one candidate, the reference answer
+        `FreeAnswers` in free_answers.py: `prompt`, and the answers that are accepted
 """
 
 from __future__ import annotations
