@@ -66,6 +66,7 @@ def evaluate_model(options: Evaluation, language_model: LanguageModel | None = N
     if (
         options.calibrated
         and not encoder.before
+        and encoder.turns is None
         and (bare := next((e for e in map(neutral, examples) if not e.candidates[0].context), None))
     ):
         raise UserError(
