@@ -371,6 +371,33 @@ def against(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["case", "dtype", "mode", "µs a step before", "µs now", "ratio (all rounds)"], body)
 
 
+def objectives(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        after = f"{float(row['after']):.3f} ± {float(row['after_stderr']):.3f}"
+        losses = (f"{float(row[name]):.3f}" for name in ("loss_before", "loss_after"))
+        what = (row[name] for name in ("task", "metric", "objective", "steps", "batch", "lr", "eps"))
+        seed = row["seed"] + ("" if row["chosen"] == "1" else " (rate not chosen)")
+        body.append([*what, seed, f"{float(row['before']):.3f}", after, row["rows"], *losses, row["zero_gradient_steps"]])
+    header = [
+        "task",
+        "metric",
+        "objective",
+        "steps",
+        "batch",
+        "lr",
+        "ε",
+        "seed",
+        "before",
+        "after",
+        "rows",
+        "loss before",
+        "loss after",
+        "steps of g = 0",
+    ]
+    return markdown(header, body)
+
+
 # table -> (CSV file, function of its rows, figure that shows them too)
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "drift": ("drift", drift, ""),
@@ -380,6 +407,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "told": ("told", told, ""),
     "against": ("against", against, ""),
+    "objectives": ("objectives", objectives, ""),
     "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
     "gpu_linear": ("gpu_linear", gpu_linear, ""),

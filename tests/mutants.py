@@ -57,6 +57,7 @@ U = "tests/kernels/test_update.py"
 C = "tests/kernels/test_cpu.py"
 P = "tests/finetune/test_report.py"
 V = "tests/finetune/test_evaluate.py"
+F = "tests/finetune/test_generation.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/estimators.py", "the loss of several queries is the first pair's",
@@ -195,6 +196,21 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "k != train.labels[n]", ("tests/finetune/test_probe.py::test_every_right_candidate_is_spared",)),
     ("python/zo_finetune/probe.py", "a candidate's state is that of the prompt", "Spot(tokens, len(tokens) - 1)", "Spot(tokens, 0)",
      ("tests/finetune/test_probe.py::test_candidates_of_their_own_share_a_score",)),
+    ("python/zo_finetune/metrics/texts.py", "numbers that disagree are worth the other words", "if numbers and not numbers & said:",
+     "if not numbers and not said:",
+     ("tests/finetune/test_scorers.py::test_drop",)),
+    ("python/zo_finetune/metrics/texts.py", "a word counts as often as it is said", "(Counter(said) & Counter(wanted)).total()",
+     "sum(w in wanted for w in said)", ("tests/finetune/test_scorers.py::test_squad",)),
+    ("python/zo_finetune/decoding/generate.py", "the model's folder says how to generate", "inner.generation_config = GenerationConfig()\n",
+     "pass\n", (f"{F}::test_the_folders_configuration_of_generation_changes_nothing",)),
+    ("python/zo_finetune/decoding/generate.py", "padding is read", "mask[row, width - len(tokens) :] = 1", "mask[row] = 1",
+     (f"{F}::test_texts_are_those_of_a_plain_loop_in_every_batch",)),
+    ("python/zo_finetune/decoding/generate.py", "padding in front of a prompt behind a soft one",
+     "len(examples[k].prompt) if is_soft(scorer.model) else 0", "0", (f"{F}::test_texts_behind_an_adapter",)),
+    ("python/zo_finetune/scoring.py", "a prompt leaves no room for its answer", "len(self.before) - new_tokens(self.max_length)", "len(self.before)",
+     (f"{F}::test_a_long_prompt_leaves_room_for_the_answer",)),
+    ("python/zo_finetune/objectives/metric.py", "a metric is lowered", "return 1 - self.metric", "return self.metric",
+     (f"{F}::test_a_metric_as_objective_is_what_an_evaluation_measures",)),
     ("python/zo_finetune/run_folder.py", "a resumed run has its last evaluation twice", "if e[\"step\"] < steps]", "if e[\"step\"] <= steps]",
      (f"{P}::test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off",)),
     ("python/zo_finetune/figures.py", "a running mean that begins with zeros", "/ (k + 1 - max(0, k - window + 1))", "/ window",

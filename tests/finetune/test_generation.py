@@ -300,10 +300,24 @@ def test_runs(train_command: Callable[..., list[str]], sentences: Path, tmp_path
         losses = [float(line.split(",")[1]) for line in (output / "log.csv").read_text().splitlines()[1:]]
         assert all(0 <= x <= 1 for x in losses) if objective == "f1" else all(x > 1 for x in losses)
     assert "after:  F1 " in capsys.readouterr().err
-    output = tmp_path / "accuracy"
-    assert cli.main(train_command(output, objective="accuracy", steps=2)) == 0
-    losses = [float(line.split(",")[1]) for line in (output / "log.csv").read_text().splitlines()[1:]]
-    assert all(4 * x == int(4 * x) for x in losses)  # of four examples
+
+
+def test_accuracy_as_objective_raises_accuracy(train_command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """On rows that were never trained on, from chance; each loss is a share of the batch's 32."""
+    options = {
+        "objective": "accuracy",
+        "batch_size": 32,
+        "steps": 75,
+        "lr": 6e-3,
+        "eps": 3e-2,
+        "dev_examples": 4,
+        "eval_examples": 30,
+    }
+    assert cli.main(train_command(tmp_path / "run", "--no-save", **options)) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    losses = [float(line.split(",")[1]) for line in (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]]
+    assert all(64 * x == int(64 * x) for x in losses)  # the mean of two
+    assert result["before"]["accuracy"] < 0.55 and result["after"]["accuracy"] > result["before"]["accuracy"] + 0.1
 
 
 @pytest.mark.parametrize(
