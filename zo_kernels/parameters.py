@@ -256,6 +256,11 @@ def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list
     ]
 
 
+def _lies_at(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Type, address, length and strides of each, in C's loops: a part of the memory, or its transpose, begins where the whole did."""
+    return tuple(list(map(look, tensors)) for look in (_DTYPE, Tensor.data_ptr, Tensor.numel, Tensor.stride))
+
+
 _DTYPE = attrgetter("dtype")
 
 
@@ -330,10 +335,9 @@ class Weights:
         return [m.tensor for m in self.members]
 
     @functools.cached_property
-    def lie_at(self) -> tuple[list[torch.dtype], list[int]]:
-        """Type and address of every member's memory as the plans have it, which stay while their masks change."""
-        sources = [e.src for _, e in self.entries()]
-        return [s.dtype for s in sources], [s.data_ptr() for s in sources]
+    def lie_at(self) -> tuple[list[Any], ...]:
+        """What `_lies_at` says of every member's memory as the plans have it, which stay while their masks change."""
+        return _lies_at([e.src for _, e in self.entries()])
 
     def entries(self) -> list[tuple[Member, Entry]]:
         """Every member beside its entry in `plans`, in the group's order."""
@@ -396,7 +400,7 @@ class Weights:
         return (
             len(active) == len(self.params)
             and not any(map(is_not, active, self.params))
-            and (list(map(_DTYPE, active)), list(map(Tensor.data_ptr, active))) == self.lie_at
+            and _lies_at(active) == self.lie_at
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )

@@ -293,6 +293,25 @@ def test_freezing_replacing_and_moving_between_steps() -> None:
     assert model.linear.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("mode", ["scratch", "inplace"])
+def test_memory_that_is_seen_otherwise_between_steps_is_looked_at_anew(mode: str) -> None:
+    """A part of a weight begins where the whole did, and so does its transpose: a plan of before would write the rest, or mix up its elements."""
+    model, x = nn.Linear(4, 4), torch.randn(5, 4)
+    step = zk.MeZOStep(model, lr=1e-2, perturbation=mode)
+    step.step(lambda: model(x).square().mean())
+    whole = model.weight.data
+    model.weight.data, model.bias.data = whole[:3], model.bias.data[:3]
+    before = whole.clone()
+    step.step(lambda: model(x).square().mean())
+    assert torch.equal(whole[3:], before[3:])
+    assert not torch.equal(whole[:3], before[:3])
+    model.weight.data = whole.t()
+    before = whole.clone()
+    with pytest.raises(ValueError, match=r"parameter weight of shape \(4, 4\) is not contiguous"):
+        step.step(lambda: model(x).square().mean())
+    assert torch.equal(whole, before)
+
+
 def test_version_counters_move() -> None:
     """A tensor saved for backward before the step must not be used after it unnoticed."""
     model = Cubic()
