@@ -38,6 +38,10 @@ def criterion(config: Config, task: Task) -> str:
         UserError: the task has no such number.
     """
     known = [name for name in task.metrics if name == "loss" or isinstance(METRICS[name], Goal)]
+    if not known:
+        raise UserError(
+            f"--keep best: no metric of task {task.name} ({', '.join(task.metrics)}) says what is better: give it the loss, or --keep last"
+        )
     if config.keep_by is None:
         return "loss" if "loss" in known else known[0]
     if config.keep_by not in known:

@@ -104,7 +104,7 @@ def tune(what: str, config: Callable[[float], Config], rates: Sequence[float], r
 
 def dev_loss(result: Mapping[str, Any]) -> float | None:
     """On the dev examples, of the weights that a run kept; None: it has no evaluation of them, or the loss is not finite."""
-    loss: float | None = next((e["loss"] for e in result["history"] if e["step"] == result["kept"]["step"]), None)
+    loss: float | None = next((e.get("loss") for e in result["history"] if e["step"] == result["kept"]["step"]), None)
     return loss
 
 
