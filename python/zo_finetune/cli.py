@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from zo_finetune import catalog, console
-from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Replay, Tasks, shared
+from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Profile, Replay, Tasks, shared
 from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.machine import versions
 from zo_finetune.methods import METHODS, MEZO, listing
@@ -114,6 +114,7 @@ HELP = {
     "compare": "train with several methods on the same data, noise seeds and number of forward passes",
     "resume": "go on with a killed or interrupted run, to the bits of a run never killed",
     "replay": "make a run's weights again from its base model and its journal",
+    "profile": "measure peak memory and seconds a step of each method, for a model or a bare shape",
     "tasks": "list the tasks: for which models, what is measured, which data set and columns",
     "demo": "watch a small model learn film reviews on this machine, in minutes",
 }
@@ -183,6 +184,10 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
         kind = COMMANDS[options.command]
         console.tell(in_folder(kind(**given(kind, options)), command))
         return None
+    if options.command == "profile":
+        from zo_finetune.profile import profile
+
+        return profile(Profile(**given(Profile, options)), command)
     if options.command == "compare":
         from zo_finetune.compare import compare, plan_of
 
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if result["interrupted"]:
             return signals.exit_code
-        if options.command == "compare":
+        if options.command in ("compare", "profile"):
             return 0
         metric = result["metric"]
         before, after = result["before"][metric], result["after"][metric]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import folders, methods, options, sources, values
+from zo_finetune import folders, methods, options, shapes, sources, values
 from zo_finetune.chosen_task import TaskChoice
 from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
@@ -482,6 +482,44 @@ class Demo:
 
 
 @dataclass(kw_only=True)
+class Profile:
+    """`zo-finetune profile`."""
+
+    model: str | None = option(MODEL, "model folder or hub id", None, metavar="PATH_OR_HUB_ID", path=True)
+    shape: str | None = option(
+        MODEL, f"instead of --model, a bare shape with random weights: {', '.join(shapes.SHAPES)}", None, metavar="NAME"
+    )
+    form: str = again(Config, "form")
+    dtype: str = again(Config, "dtype", usual="float32 on a CPU; on a GPU as saved, of a shape bfloat16")
+    device: str = again(Config, "device")
+    methods: list[str] | None = option(
+        METHOD,
+        "inference, and methods with @PEFT and their own options behind them, as in inference,adam,adam@lora,mezo:queries=4",
+        None,
+        metavar="METHOD[@PEFT],...",
+        read=lambda text: text.split(","),
+        usual="inference, sgd, adam, adam@lora, mezo@lora and every zeroth-order method",
+    )
+    batch_size: int = option(DATA, "rows of a step's batch, of random tokens", 16, metavar="B", positive=True)
+    length: int = option(DATA, "tokens of a row", 64, metavar="TOKENS", positive=True)
+    steps: int = option(METHOD, "timed steps, after two that are not", 5, metavar="N", positive=True, below=1 << 20)
+    perturbation: str = again(Config, "perturbation")
+    output: str = option(RUN, "table.md, profile.csv, memory.png and result.json go here", metavar="DIR", path=True)
+
+    def check(self) -> None:
+        """Everything that is known before a model is made. Raises UserError: names the option."""
+        options.check(self)
+        if (self.model is None) == (self.shape is None):
+            raise UserError("zo-finetune profile needs a --model or a --shape, and not both")
+        if self.shape is not None:
+            shape = shapes.get(self.shape)
+            if self.form not in ("auto", "masked" if shapes.is_masked(shape) else "causal"):
+                raise UserError(f"--form {self.form}: --shape {self.shape} is not: leave it out")
+            if self.length > (room := shapes.context(shape)):
+                raise UserError(f"--length {self.length}: --shape {self.shape} has room for {room} tokens")
+
+
+@dataclass(kw_only=True)
 class Tasks:
     """`zo-finetune tasks`."""
 
@@ -495,6 +533,7 @@ COMMANDS = {
     "compare": Comparison,
     "resume": Resume,
     "replay": Replay,
+    "profile": Profile,
     "demo": Demo,
     "tasks": Tasks,
 }

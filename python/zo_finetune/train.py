@@ -128,6 +128,12 @@ class Progress:
             self.log.close()
 
 
+def view_options(perturbation: str) -> dict[str, Any]:
+    """Of the library's optimizers, for a value of --perturbation."""
+    lazy = perturbation == "lazy"
+    return {"perturbation": "inplace" if lazy else perturbation, "lazy": lazy}
+
+
 def make_optimizer(language_model: LanguageModel, config: Config) -> Optimizer:
     """The step rule of this run, zo_kernels' or torch's; what it refuses is the user's to put right.
 
@@ -141,8 +147,7 @@ def make_optimizer(language_model: LanguageModel, config: Config) -> Optimizer:
     if not recipe.method.first_order:
         options |= {
             "seed": config.seed,
-            "perturbation": "inplace" if config.perturbation == "lazy" else config.perturbation,
-            "lazy": config.perturbation == "lazy",
+            **view_options(config.perturbation),
             "cuda_graph": config.cuda_graph,
             "rounding": config.rounding,
             "backend": config.backend,
