@@ -10,6 +10,7 @@ snapshot of the hub has them; a folder that `datasets` saved. Each may be packed
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -58,7 +59,7 @@ def paths_of(spec: str) -> list[Path]:
     """What is here of `--data`: the path that it names, or those that it matches; nothing of a hub id."""
     path = Path(spec).expanduser()
     if is_pattern(spec):
-        return [Path(one) for one in glob.glob(str(path), recursive=True)]
+        return [Path(one) for one in itertools.islice(glob.iglob(str(path), recursive=True), MAX_FILES + 1)]
     return [path] if os.path.exists(path) else []
 
 
@@ -119,7 +120,7 @@ def complete(shards: Sequence[Shard], where: str) -> list[Path]:
             raise UserError(
                 f"--data {where}: of {shards[0].split}, {len(numbers)} files call themselves {count:,}: keep those of one set"
             )
-    return [by_number[n].path for n in (numbers or [None])]
+    return [by_number[n].path for n in numbers] or [shards[0].path]
 
 
 def absent(numbers: Sequence[int], count: int | None) -> list[int]:
@@ -210,8 +211,9 @@ def names_in(path: Path, key: str, inside: str | None = None) -> list[str]:
             raise ValueError(f"it is no file of at most {MAX_JSON:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         listed = content.get(key) if isinstance(content, dict) else None
-        names = [one.get(inside) if inside and isinstance(one, dict) else one for one in listed or ()]
-        if any(not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name for name in names):
+        found = [one.get(inside) if inside and isinstance(one, dict) else one for one in listed or ()]
+        names = [n for n in found if isinstance(n, str) and n not in ("", ".", "..") and Path(n).name == n and "\0" not in n]
+        if len(names) < len(found):
             raise ValueError(f"its {key!r} must be names of files beside it")
         return names
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -224,7 +226,7 @@ def read_pattern(spec: str, keep: Collection[str] | None = None) -> Source:
     if not found:
         raise UserError(f"--data {spec} matches nothing: give a pattern, a file, a folder or a hub id")
     if len(found) > MAX_FILES:
-        raise UserError(f"--data {spec} matches {len(found):,} files, and at most {MAX_FILES:,} are read: give fewer")
+        raise UserError(f"--data {spec} matches more than {MAX_FILES:,} files, which is the most that are read: give fewer")
     if strange := [p for p in found if not p.is_file() or not readable(p)]:
         raise UserError(
             f"--data {spec} matches {shortened(map(str, strange), 3, 80)}: only files with {', '.join(SUFFIXES)} are read: make the pattern narrower"

@@ -264,7 +264,10 @@ def read_tables(paths: Sequence[Path], keep: Collection[str] | None = None) -> T
     first, *others = tables
     if not others:
         return first
-    values, lines, notes, files = [], [], [], []
+    values: list[tuple[Any, ...]] = []
+    lines: list[int] = []
+    notes: list[str] = []
+    files: list[tuple[int, str]] = []
     for path, table in zip(paths, tables, strict=True):
         mine, theirs = (sorted(t.kept if keep is not None else t.column_names) for t in (table, first))
         if mine != theirs:

@@ -298,6 +298,10 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, message in (("*.csv", "matches nothing"), ("../*", r"matches ../rows \[1\]: only files with")):
         with pytest.raises(UserError, match=message):
             read(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "MAX_FILES", 14)
+        with pytest.raises(UserError, match="matches more than 14 files"):
+            read("part*.jsonl")
     for k in (0, 2):
         write_jsonl(tmp_path / f"c4-train.0000{k}-of-00003.jsonl", ROWS)
     (note,) = read(str(tmp_path / "c4-train.*"))[0].rows.notes
