@@ -371,6 +371,28 @@ def against(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["case", "dtype", "mode", "µs a step before", "µs now", "ratio (all rounds)"], body)
 
 
+def memory(rows: list[Row]) -> str:
+    """MiB, and the peak as a multiple of inference's of the same shape."""
+    inference = {row["shape"]: float(row["peak_bytes"]) for row in rows if row["method"] == "inference"}
+    names = ("model_bytes", "state_bytes", "gradient_bytes", "buffer_bytes", "peak_bytes", "peak_rss_bytes")
+    body = []
+    for row in rows:
+        start = [row["shape"], row["method"]]
+        if row["reason"]:
+            body.append([*start, *[""] * (len(names) + 2), row["reason"]])
+            continue
+        sizes = [f"{float(row[name]) / 2**20:,.1f}" if row[name] else "" for name in names]
+        body.append(
+            [*start, *sizes, f"{float(row['peak_bytes']) / inference[row['shape']]:.2f}", f"{float(row['forwards']):g}", ""]
+        )
+    one = rows[0]
+    note = (
+        f"{one['dtype']}, {one['batch']}x{one['sequence']} tokens, {one['threads']} thread. MiB; times: the peak over inference's."
+    )
+    header = ["shape", "method", "model", "state", "gradient", "buffer", "peak", "resident", "times", "forwards", ""]
+    return f"{note}\n\n" + markdown(header, body)
+
+
 def objectives(rows: list[Row]) -> str:
     body = []
     for row in rows:
@@ -407,6 +429,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "told": ("told", told, ""),
     "against": ("against", against, ""),
+    "memory": ("memory", memory, ""),
     "objectives": ("objectives", objectives, ""),
     "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
