@@ -203,6 +203,7 @@ def measured(
         "loading_seconds": found.seconds,
         "peak_memory_bytes": machine.peak_memory_bytes(lm.device),
         "weights": {"total": lm.counts()[1], "dtype": str(lm.model.dtype)},
+        "given": asdict(options),
         "hyperparameters": {**asdict(options), "form": lm.form, "max_length": found.max_length},
         "data": origin,
         "notes": notes,
@@ -227,8 +228,10 @@ def predicted(task: Task, example: Example, answers: Answers, k: int) -> dict[st
     return {"right": right, "answer": names[chosen] if chosen >= 0 else None, "scores": answers.scores[k, : len(names)].tolist()}
 
 
-def in_folder(options: Evaluation | Probing, command: Sequence[str] | None = None) -> str:
-    """Measure, and write what came of it; returns a line about it.
+def in_folder(
+    options: Evaluation | Probing, command: Sequence[str] | None = None, language_model: LanguageModel | None = None
+) -> str:
+    """Measure, and write what came of it; returns a line about it. `language_model`: loaded already, with the same options.
 
     Raises:
         UserError: something the user can put right; nothing has been written.
@@ -237,7 +240,7 @@ def in_folder(options: Evaluation | Probing, command: Sequence[str] | None = Non
     folder = path_of("--output", options.output)
     check_folder(folder, options.overwrite)
     with explained(lambda: "give the same command again"):
-        found = evaluate_model(options) if isinstance(options, Evaluation) else probe_model(options)
+        found = evaluate_model(options, language_model) if isinstance(options, Evaluation) else probe_model(options, language_model)
         write(folder, found, sys.argv if command is None else command)
     return f"{found.line}; see {folder}/result.json"
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from zo_finetune import catalog, console
-from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Profile, Replay, Tasks, shared
+from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Profile, Replay, SuiteRuns, Tasks, shared
 from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.machine import versions
 from zo_finetune.methods import METHODS, MEZO, listing
@@ -28,6 +28,7 @@ examples:
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --peft lora --steps 2000 --output runs/lora
   zo-finetune train --model ./my-model --task sst2 --data ./reviews --method momentum --option state=recomputed --output runs/momentum
   zo-finetune compare --model ./my-model --task sst2 --data ./reviews --methods mezo,sign,lozo:rank=4 --forwards 2000 --output runs/compared
+  zo-finetune suite --suite mezo --model facebook/opt-1.3b --data hub --output runs/mezo --plan
 
 Defaults are MeZO's (Malladi et al. 2023) where it has any; lr and eps of --method mezo by --peft: {rates}.
 
@@ -112,6 +113,7 @@ HELP = {
     "evaluate": "measure a model as it is: zero-shot, with demonstrations, with calibrated scores",
     "probe": "measure a linear classifier on a model's last hidden states",
     "compare": "train with several methods on the same data, noise seeds and number of forward passes",
+    "suite": "make a paper's table for a model: its tasks, methods and baselines, with the paper's figures beside",
     "resume": "go on with a killed or interrupted run, to the bits of a run never killed",
     "replay": "make a run's weights again from its base model and its journal",
     "profile": "measure peak memory and seconds a step of each method, for a model or a bare shape",
@@ -133,10 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     parser.commands = commands.choices
     for name, kind in COMMANDS.items():
-        runs = name in ("train", "compare")
+        runs = name in ("train", "compare", "suite")
         more: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG} if runs else {}
         command = commands.add_parser(name, help=HELP[name], **more)
-        add_options(command, [*(shared() if name == "compare" else ()), *options_of(kind)])
+        add_options(command, [*shared(kind), *options_of(kind)])
         if runs:
             command.add_argument(
                 "--list-methods",
@@ -192,6 +194,13 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
         from zo_finetune.compare import compare, plan_of
 
         return compare(plan_of(given(Comparison, options), given(Config, options)), command)
+    if options.command == "suite":
+        from zo_finetune import suite
+
+        own = {o.name for o in shared(SuiteRuns)}
+        return suite.make(
+            suite.plan_of(given(SuiteRuns, options), {k: v for k, v in given(Config, options).items() if k in own}), command
+        )
     from zo_finetune.run import resume, run
 
     if options.command == "resume":
@@ -217,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if result["interrupted"]:
             return signals.exit_code
-        if options.command in ("compare", "profile"):
+        if options.command in ("compare", "suite", "profile"):
             return 0
         metric = result["metric"]
         before, after = result["before"][metric], result["after"][metric]

@@ -68,12 +68,10 @@ class Plan:
         return Rates(self.options.lrs, self.options.epses, self.options.lr_factors)
 
     def recipe(self, entry: Entry) -> Recipe:
-        return self.rates.recipe(entry, self.base.peft)
+        return self.rates.recipe(entry, self.base.peft, entry.method.name)
 
     def tried(self, entry: Entry) -> list[float]:
-        """The learning rates to choose from, if there is more than one."""
-        factors, lr = self.options.lr_factors, self.recipe(entry).lr
-        return [self.rates.tried(lr, factor) for factor in factors] if len(factors) > 1 else []
+        return self.rates.tried(self.recipe(entry).lr)
 
     def config(self, entry: Entry, seed: int, lr: float | None = None) -> Config:
         """Of one run; `lr`: in place of the recipe's."""
@@ -112,7 +110,7 @@ class Plan:
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
-        self.rates.check(self.entries)
+        self.rates.check({name for e in self.entries for name in (e.label, e.method.name)})
         if len(given.lr_factors) > 1 and (not given.points or self.base.dev_examples == 0):
             raise UserError(
                 "--lr-factors chooses by the dev examples: give --dev-examples and --points greater than 0, or one factor"

@@ -18,7 +18,8 @@ from zo_finetune.chosen_task import TaskChoice
 from zo_finetune.data import USUAL_DEV, USUAL_EVAL
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
-from zo_finetune.options import DATA, METHOD, MODEL, RUN, again, option
+from zo_finetune.options import DATA, METHOD, MODEL, OWN, RUN, again, option
+from zo_finetune.suites import SUITES
 
 DTYPES = ("float32", "float16", "bfloat16")  # by torch's names
 SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps done -> factor of the learning rate
@@ -360,9 +361,64 @@ class Comparison:
     )
 
 
-def shared() -> list[options.Option]:
-    """The options that all runs of a comparison have in common."""
-    return [o for o in options.options_of(Config) if not o.each]
+@dataclass(kw_only=True)
+class SuiteRuns:
+    """What `zo-finetune suite` has beside the options that all of its runs share, in place of those that it sets for each."""
+
+    suite: str = option(DATA, "; ".join(f"{s.name}: {s.summary}" for s in SUITES.values()), choices=tuple(SUITES))
+    data: str = option(
+        DATA,
+        "a folder with TASK or extras/TASK* for each task; or hub: each task's data set there",
+        metavar="ROOT",
+        path=True,
+    )
+    tasks: list[str] | None = option(DATA, "these instead", None, metavar="TASK,...", usual="the suite's", read=values.texts)
+    methods: list[str] | None = option(
+        METHOD,
+        "these instead: zero-shot, in-context, probe, or a method with its options and the kind of tuning, as in mezo:peft=lora",
+        None,
+        metavar="COLUMN,...",
+        usual="the suite's columns",
+        read=values.texts,
+    )
+    pefts: list[str] | None = option(
+        METHOD,
+        "of the columns that train, those with these kinds of tuning",
+        None,
+        flag="--peft",
+        metavar="KIND,...",
+        usual="all",
+        read=values.texts,
+    )
+    steps: int | None = again(Config, "steps", None, usual="the paper's")
+    seeds: list[int] | None = again(Comparison, "seeds", None, usual="the suite's")
+    lrs: dict[str, float] = again(Comparison, "lrs", metavar="COLUMN=LR")
+    epses: dict[str, float] = again(Comparison, "epses", metavar="COLUMN=EPS")
+    lr_factors: list[float] = again(
+        Comparison,
+        "lr_factors",
+        help="on each task try each column's lr times these with the first seed, and take the best by its loss on the dev examples",
+    )
+    points: int = again(Comparison, "points")
+    plan: bool = option(RUN, "print the plan, with an estimate of what it costs, and end", False)
+    output: str = option(
+        RUN,
+        "table.md, table.csv, table.png, suite.json and a folder of each cell go here; finished cells in it are kept",
+        metavar="DIR",
+        path=True,
+    )
+
+
+# what a suite says of each of its runs, and a comparison of all
+OF_ONE_RUN = ("task", "data", "data_config", "columns", "peft", "adapter")
+
+
+def shared(kind: Any) -> list[options.Option]:
+    """The options that all runs of a comparison or a suite have in common; none of other commands."""
+    if kind not in (Comparison, SuiteRuns):
+        return []
+    of_all = [o for o in options.options_of(Config) if not o.each]
+    return of_all if kind is Comparison else [o for o in of_all if o.part != OWN and o.name not in OF_ONE_RUN]
 
 
 @dataclass(kw_only=True)
@@ -531,6 +587,7 @@ COMMANDS = {
     "evaluate": Evaluation,
     "probe": Probing,
     "compare": Comparison,
+    "suite": SuiteRuns,
     "resume": Resume,
     "replay": Replay,
     "profile": Profile,
@@ -545,7 +602,7 @@ def page() -> str:
         "# Options of zo-finetune\n\nMade from their descriptions by `python -m zo_finetune.config`; `--list-methods` prints the methods' own.\n"
     ]
     for name, kind in COMMANDS.items():
-        also = " And, for all of its runs, " + ", ".join(f"`{o.spelling}`" for o in shared()) + "." if kind is Comparison else ""
+        also = " And, for all of its runs, " + ", ".join(f"`{o.spelling}`" for o in shared(kind)) + "." if shared(kind) else ""
         parts.append(f"\n## {name}\n\n{options.table(kind)}" + (f"\n{also.strip()}\n" if also else ""))
     return "".join(parts)
 

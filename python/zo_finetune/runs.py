@@ -55,26 +55,26 @@ def folder_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates and eps that are given in place of a method's own, by its label or its name; `factors`: of the rates to try."""
+    """Learning rates and eps that are given in place of a method's own, by its label or a shorter name; `factors`: of the rates to try."""
 
     lrs: Mapping[str, float]
     epses: Mapping[str, float]
     factors: Sequence[float]
 
-    def recipe(self, entry: Entry, peft: str) -> Recipe:
-        """The method, its learning rate and eps those given for its label, for its method, or the preset's."""
-        lr, eps = (given.get(entry.label, given.get(entry.method.name)) for given in (self.lrs, self.epses))
+    def recipe(self, entry: Entry, peft: str, name: str) -> Recipe:
+        """The method, its learning rate and eps those given for its label, for its shorter name, or the preset's."""
+        lr, eps = (given.get(entry.label, given.get(name)) for given in (self.lrs, self.epses))
         return entry.method.recipe(peft, entry.given, lr, eps)
 
-    def tried(self, lr: float, factor: float) -> float:
-        return float(f"{lr * factor:.6g}")
+    def tried(self, lr: float) -> list[float]:
+        """The learning rates to choose from, if there is more than one."""
+        return [float(f"{lr * factor:.6g}") for factor in self.factors] if len(self.factors) > 1 else []
 
-    def check(self, entries: Collection[Entry]) -> None:
-        """Raises UserError: names the option."""
+    def check(self, known: Collection[str]) -> None:
+        """`known`: labels and shorter names. Raises UserError: names the option."""
         if not self.factors or len(set(self.factors)) != len(self.factors):
             raise UserError("--lr-factors: give at least one, and none twice")
         for what, rates in (("--lr", self.lrs), ("--eps", self.epses)):
-            known = {name for e in entries for name in (e.label, e.method.name)}
             if strange := sorted(set(rates) - known):
                 raise UserError(
                     f"{what} {strange[0]}={rates[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"

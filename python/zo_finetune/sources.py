@@ -33,7 +33,9 @@ EVAL_NAMES = (  # in order of preference; hub test splits often have no labels
     "eval",
     "test",
 )
-SHARD = re.compile(r"(?P<split>.+?)[-_.]?(?P<number>\d{1,6})(-of-(?P<all>\d{1,6})(-[0-9a-f]{16})?)?")  # of a name in lower case
+SHARD = re.compile(
+    r"(?P<split>.+?)(?P<mark>[-_.]?)(?P<number>\d{1,6})(-of-(?P<all>\d{1,6})(-[0-9a-f]{16})?)?"
+)  # of a name in lower case
 MAX_FILES = 10_000
 MAX_JSON = 1 << 20
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # in a folder that `datasets` saved, of one split or of several
@@ -75,19 +77,22 @@ def placed(spec: str, directory: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file as its name tells: of which split, and which of how many where there are several."""
+    """A file as its name tells: of which split, and which of how many where there are several. `glued`: nothing stands between name and number, which may
+    say how many rows there are (train32)."""
 
     path: Path
     split: str
     number: int | None = None
     all: int | None = None
+    glued: bool = False
 
     @classmethod
     def of(cls, path: Path) -> Shard:
         stem = format_of(path)[0].lower()
         if (found := SHARD.fullmatch(stem)) is None:
             return cls(path, stem)
-        return cls(path, found["split"], int(found["number"]), int(found["all"]) if found["all"] else None)
+        count = int(found["all"]) if found["all"] else None
+        return cls(path, found["split"], int(found["number"]), count, not found["mark"] and count is None)
 
 
 def natural(path: Path) -> tuple[Any, ...]:
@@ -110,7 +115,7 @@ def complete(shards: Sequence[Shard], where: str) -> list[Path]:
         if not shard.path.is_file():
             raise UserError(f"--data {where}: {shard.path.name} is no file that is there: put one in its place, or take it away")
     numbers, count = sorted(n for n in by_number if n is not None), shards[0].all
-    if numbers:
+    if numbers and not (len(shards) == 1 and shards[0].glued):
         if missing := absent(numbers, count):
             raise UserError(
                 f"--data {where}: of {shards[0].split}, the files number {shortened(map(str, missing))} are missing beside {shards[0].path.name}: "

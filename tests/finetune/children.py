@@ -21,7 +21,7 @@ import json, os, signal, sys
 import peft, torch, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM
 import zo_kernels
-from zo_finetune import compare, console, figures, run
+from zo_finetune import compare, console, figures, run, suite
 from zo_finetune.cli import main
 from zo_finetune.objectives.classification import Classification
 

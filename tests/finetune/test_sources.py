@@ -172,6 +172,7 @@ def shards(folder: Path, names: list[str], rows: list[dict[str, Any]] = ROWS) ->
         [f"train_{k}.jsonl" for k in range(15)],
         [f"Train{k}.jsonl" for k in (1, 2)],
         ["training.0.jsonl"],
+        ["train30.jsonl"],
     ],
 )
 def test_shards(tmp_path: Path, names: list[str]) -> None:

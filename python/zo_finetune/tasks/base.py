@@ -166,7 +166,7 @@ class ClassificationTask(Task):
         tuple[Any, ...]
     ] = ()  # what stands for no label by the data's own documentation: such rows are left out, and counted
     label_field: ClassVar[str] = "label"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "auc", "predicted")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "auc", "predicted", "best-threshold")
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ class MultiRC(YesNo):
     name = "multirc"
     summary = "is an answer to a question about a paragraph correct? 0 no, 1 yes"
     source, source_config = "aps/super_glue", "multirc"
-    metrics = ("per-answer-accuracy", "loss", "auc", "predicted")
+    metrics = ("per-answer-accuracy", "loss", "auc", "predicted", "best-threshold")
     fields = ("paragraph", "question", "answer", "label")
 
     def prompt(self, row: Row) -> str:

@@ -16,7 +16,7 @@ from zo_finetune.tasks.base import OF_SEVERAL_LABELS, Candidate, ClassificationT
 from zo_finetune.tasks.free_answers import FreeAnswers, spans_of
 
 MASK = "mask"
-METRICS_OF_WORDS = ("accuracy", "macro-f1", "auc", "loss", "predicted")
+METRICS_OF_WORDS = ("accuracy", "best-threshold", "macro-f1", "auc", "loss", "predicted")
 METRICS_OF_ANSWERS = ("f1", "em", "loss")
 CURVES = ("accuracy", "f1", "em")  # those that have a standard error: the first of a task's
 
@@ -166,7 +166,7 @@ def own_task(
         return new(Answers, common | {"template": texts["prompt"], "answer_field": target})
     meanings = checked_words(name, words, labels)
     two = len(words) == 2
-    choice = [one for one in METRICS_OF_WORDS if two or one != "auc"]
+    choice = [one for one in METRICS_OF_WORDS if two or one not in ("auc", "best-threshold")]
     common["metrics"] = checked_metrics(name, metrics, choice, ClassificationTask.metrics if two else OF_SEVERAL_LABELS)
     if "masked" in texts:
         common["before"], common["after"] = texts["masked"].around_mask()
