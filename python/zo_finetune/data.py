@@ -75,12 +75,17 @@ def find_columns(source: Source, columns: Mapping[str, str], task: Task) -> dict
 
 
 def labelled(source: Source, columns: Mapping[str, str], task: Task) -> Source:
-    """The rows that have a label, where the task knows what stands for none; a note says how many are left out.
+    """The rows that have a label, where the task knows what stands for none; notes say how many are left out, and which columns could have been meant.
 
     Raises:
         UserError: a column is missing, or no row has a label.
     """
     wanted = find_columns(source, columns, task)
+    for name, column in wanted.items():
+        if others := [n for n in possible(name, columns, task) if n in source.rows.column_names and n not in wanted.values()]:
+            source.rows.notes.append(
+                f"{name} is read from column {column!r}, and not from {shortened(others)}, which is there, too"
+            )
     if not isinstance(task, ClassificationTask) or not task.unlabelled:
         return source
     rows, column = source.rows, wanted[task.label_field]
@@ -96,20 +101,24 @@ def labelled(source: Source, columns: Mapping[str, str], task: Task) -> Source:
     return replace(source, rows=rows.chosen(kept, note))
 
 
-def class_numbers(source: Source, column: str, task: Task) -> list[Any] | None:
-    """What the numbers of a column with class names are for the task: by the names, which may be in another order than the task's.
+def class_labels(source: Source, column: str, task: Task) -> list[str] | None:
+    """What the task calls the numbers of a column with class names: by the names, which may be in another order than the task's.
 
     None: the numbers count, since there are no names or they say no more than the numbers do ("LABEL_1")."""
     names = source.rows.class_names.get(column)
-    if not names or not isinstance(task, ClassificationTask) or all(re.fullmatch(rf".*?0*{k}", n) for k, n in enumerate(names)):
+    if not names or not isinstance(task, ClassificationTask):
         return None
     numbers = [task.number(name) for name in names]
     if all(k is None for k in numbers):
+        if all(re.fullmatch(rf".*?0*{k}", n) for k, n in enumerate(names)):
+            return None
         raise UserError(
             f"{source.name}: the classes of column {column!r} are called {shortened(names)}, and those of {task.name} {', '.join(task.labels)}: "
             "give the rows those names, or plain numbers without names"
         )
-    return [name if k is None else k for k, name in zip(numbers, names, strict=True)]  # another name is refused where a row has it
+    return [
+        name if k is None else task.labels[k] for k, name in zip(numbers, names, strict=True)
+    ]  # another is refused where a row has it
 
 
 def examples_of(source: Source, indices: Iterable[int], task: Task, form: Form, columns: Mapping[str, str]) -> Iterator[Example]:
@@ -119,18 +128,30 @@ def examples_of(source: Source, indices: Iterable[int], task: Task, form: Form, 
         UserError: a row is none of the task's.
     """
     wanted = find_columns(source, columns, task)
-    numbers = {f: n for f, column in wanted.items() if (n := class_numbers(source, column, task)) is not None}
+    labels = {f: n for f, column in wanted.items() if (n := class_labels(source, column, task)) is not None}
+    twice = {column: fields for column in wanted.values() if len(fields := [f for f, c in wanted.items() if c == column]) > 1}
     for index in indices:
         content = source.rows.row(index)
-        # under the columns' names too: what a value means may hang on them (winogrande's answer is 1 or 2, its label 0 or 1)
-        row = content | {name: content[column] for name, column in wanted.items()}
-        for name, meaning in numbers.items():
+        where = f"{source.name}, {source.rows.place(index)}"
+        for column, fields in twice.items():
+            if not isinstance(content[column], Mapping):
+                raise UserError(
+                    f"{where}: column {column!r} stands for {' and '.join(fields)}, and holds no record of them: name another with --column FIELD=NAME"
+                )
+        # under the columns' names too, of those that are read: what a value means may hang on them (winogrande's answer is 1 or 2, its label 0 or 1)
+        row = {column: content[column] for column in wanted.values()} | {name: content[column] for name, column in wanted.items()}
+        for name, meaning in labels.items():
             if isinstance(row[name], int) and 0 <= row[name] < len(meaning):
                 row[name] = meaning[row[name]]
         try:
-            yield task.example(row, form)
+            example = task.example(row, form)
         except RowError as error:
-            raise UserError(f"{source.name}, {source.rows.place(index)}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
+        if len({*example.candidates}) < len(example.candidates):
+            raise UserError(
+                f"{where}: two of its candidates are the same, which no score could tell apart: correct the row or remove it"
+            )
+        yield example
 
 
 def text_of(example: Example) -> bytes:

@@ -13,10 +13,12 @@ from zo_finetune import catalog
 from zo_finetune.chosen_task import KEYS, read_task_file
 from zo_finetune.cli import main
 from zo_finetune.config import Config, Evaluation
-from zo_finetune.data import load_splits
+from zo_finetune.data import examples_of, load_splits
 from zo_finetune.errors import UserError
+from zo_finetune.formats import Table
 from zo_finetune.metrics import METRICS
 from zo_finetune.metrics.base import Mean
+from zo_finetune.sources import Source
 from zo_finetune.tasks import TASKS, own
 from zo_finetune.tasks.base import RowError
 
@@ -54,7 +56,7 @@ def test_a_description_with_words(file: Path) -> None:
     assert (task.objective, task.decoding, task.metrics) == ("classification", "scores", ("accuracy", "macro-f1", "loss"))
     causal, masked = (task.example(ROW, form) for form in task.forms)
     assert [(c.context, c.answer, c.neutral) for c in causal.candidates] == [
-        ("It {works}. (4 of 5)\nHappy?\n", word, "Happy?") for word in ("No", "Yes")
+        ("It {works}. (4 of 5)\nHappy?\n", word, "Happy? ") for word in ("No", "Yes")
     ]
     assert [(c.context, c.answer, c.tail) for c in masked.candidates] == [
         ("It {works}. The customer is", word, ".") for word in (" No", " Yes")
@@ -85,6 +87,40 @@ def test_a_description_with_answers() -> None:
 def test_a_word_is_parted_from_the_prompt(prompt: str, word: str, answer: str) -> None:
     task = config(task="t", prompt=prompt, words=[word, "other"]).the_task()
     assert task.example({"x": "a", "label": 0}, "causal").candidates[0].answer == answer
+
+
+def test_labels_that_are_numbers_are_names(tmp_path: Path) -> None:
+    """In whatever type a file has them; nothing is counted from 0, and no name stands for another that it begins."""
+    values: list[Any] = [1, "1", 1.0, "1.0", -1, "-1"]
+
+    def labels(names: list[str], given: list[Any], classes: list[str] | None = None) -> list[int]:
+        task = config(task="t", prompt="{x}", words=["yes", "no"], labels=names).the_task()
+        table = Table(
+            ["x", "label"], ["x", "label"], [("a", one) for one in given], class_names={"label": classes} if classes else {}
+        )
+        return [e.label for e in examples_of(Source(table, "rows"), range(len(given)), task, "causal", {})]
+
+    assert labels(["1", "-1"], values) == [0, 0, 0, 0, 1, 1] and labels(["-1", "1"], values) == [1, 1, 1, 1, 0, 0]
+    assert labels(["1", "0"], [0, 1], ["0", "1"]) == [1, 0] and labels(["1", "2"], [0, 1], ["1", "2"]) == [0, 1]
+    assert labels(["good", "bad"], [0, 1], ["LABEL_0", "LABEL_1"]) == [0, 1]
+    for names, value in ((["1", "2"], 0), (["1000", "2000"], "100")):
+        with pytest.raises(
+            UserError, match=f"row 1: field 'label' is {value!r}; the labels of t are {names[0]}, {names[1]}: correct"
+        ):
+            labels(names, [value])
+
+
+def test_blanks_at_a_prompts_end_are_the_answers() -> None:
+    """What is trained on follows the very prompt that an answer is written behind; and it is one line, as what is written."""
+    task = config(task="t", prompt="{x} It: ", answer_column="y").the_task()
+    (candidate,) = task.example({"x": "a", "y": "low \r\n and high"}, "causal").candidates
+    assert (candidate.context, candidate.answer) == ("a It:", " low and high\n")
+
+
+@pytest.mark.parametrize("row", [{"x": float("nan"), "y": "b"}, {"x": "a", "y": float("inf")}])
+def test_no_number_is_no_text(row: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="needs a text or a finite number there"):
+        config(task="t", prompt="{x}", answer_column="y").the_task().example(row, "causal")
 
 
 def test_a_file_says_what_options_can(file: Path, tmp_path: Path) -> None:

@@ -174,6 +174,27 @@ def test_a_column_that_is_named_keeps_its_meaning() -> None:
     assert next(examples_of(table_of(row), [0], get_task("winogrande"), "causal", {"label": "answer"})).label == 0
 
 
+def test_a_column_that_could_have_been_meant_is_told(tmp_path: Path) -> None:
+    """WinoGrande's own column of labels counts from 0 whatever stands beside it."""
+    rows = [{**GAP, "sentence": f"{k} {GAP['sentence']}", "label": 1, "answer": "1"} for k in range(9)]
+    splits = load_splits(str(write_jsonl(tmp_path / "rows.jsonl", rows)), get_task("winogrande"), "causal", seed=0)
+    assert {e.label for e in splits.train} == {1}
+    assert splits.notes[1].endswith("rows.jsonl: label is read from column 'label', and not from answer, which is there, too")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "columns", "said"),
+    [
+        ("wsc", {"text": "He did.", "target": "he", "label": 0}, {}, "column 'target' stands for span1_text and span2_text, and holds no record"),
+        ("sst2", FILM, {"sentence": "label"}, "column 'label' stands for sentence and label, and holds no record"),
+        ("copa", {**COPA, "choice1": COPA["choice2"]}, {}, "two of its candidates are the same, which no score could tell apart"),
+    ],
+)  # fmt: skip
+def test_columns_and_candidates_are_two(name: str, row: dict[str, Any], columns: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=f"rows, row 1: {said}"):
+        next(examples_of(table_of(row), [0], get_task(name), "causal", columns))
+
+
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
     """As SNLI's card says of -1; of other tasks, whose cards do not, they are refused."""
     rows = [{**PAIR, "premise": f"It rained {k} days.", "label": -1 if k % 5 == 0 else k % 3} for k in range(40)]

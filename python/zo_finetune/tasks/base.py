@@ -17,6 +17,7 @@ To add a task, write a file with a subclass beside this one; nothing lists it:
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -36,12 +37,18 @@ def plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name.strip().lower())
 
 
-def whole(value: Any) -> int | None:
-    """A whole number in whatever type, or as its decimal string; None for anything else."""
+def as_number(text: Any) -> float | None:
+    """A finite number in whatever type, or as text; None for anything else."""
     try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+        number = float(text) if isinstance(text, (int, float, str)) and not isinstance(text, bool) else None
     except (ValueError, OverflowError):
         return None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number in whatever type, or as its decimal string; None for anything else."""
+    number = as_number(value)
     return int(number) if number is not None and number.is_integer() else None
 
 
@@ -185,23 +192,28 @@ class ClassificationTask(Task):
         raise NotImplementedError(f"task {self.name} names the form 'masked' without a prompt for it")
 
     def number(self, name: str) -> int | None:
-        """Which label a name stands for: its own in any case, with spaces, - or _ between words, a synonym, or the only one that begins so ("neg")."""
+        """Which label a name stands for: its own in any case, with spaces, - or _ between words, a synonym, or the only one that begins so ("neg").
+        Of names that are numbers, the one of the same value."""
         known = [plain(one) for one in self.labels]
         key = plain(self.synonyms.get(plain(name), name))
         if key in known:
             return known.index(key)
+        if (value := as_number(name)) is not None:
+            return next((k for k, one in enumerate(self.labels) if as_number(one) == value), None)
         begun = [k for k, one in enumerate(known) if len(key) >= 3 and one.startswith(key)]
         return begun[0] if len(begun) == 1 else None
 
     def label(self, row: Row) -> int:
-        """The label as an index. It may be given as that number, whole in whatever type, as its decimal string, or by name."""
+        """The label as an index. It may be given as that number, whole in whatever type, as its decimal string, or by name; where names of labels are
+        numbers themselves, a number is a name."""
         value: Any = row[self.label_field]
-        meaning = ", ".join(f"{k} ({name})" for k, name in enumerate(self.labels))
+        named = any(as_number(one) is not None for one in self.labels)
+        meaning = ", ".join(name if named else f"{k} ({name})" for k, name in enumerate(self.labels))
         remedy = f"the labels of {self.name} are {meaning}: correct the row, or choose another --task"
         if value is None or value == "" or value != value:
             raise RowError(self.label_field, value, f"the row has no label; {remedy}")
-        known = self.number(str(value)) if isinstance(value, (str, bool)) else None
-        if known is None:
+        known = self.number(str(value)) if named or isinstance(value, (str, bool)) else None
+        if known is None and not named:
             known = whole(value)
         if known is not None and 0 <= known < len(self.labels):
             return known

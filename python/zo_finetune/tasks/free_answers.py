@@ -1,16 +1,21 @@
 """Questions whose answers are written freely: what SQuAD, DROP and tasks of one's own have in common.
 
 The form is MeZO's: a prompt that ends with "Answer:", behind it a space, the first accepted answer and a new line, where writing ends. Training is on these
-tokens; an evaluation compares what the model writes with every accepted answer.
+tokens; an evaluation compares what the model writes with every accepted answer. Blanks at a prompt's end are the answer's: tokens of words begin with them, so
+that a model which has read one writes no word that it has learned. An answer of several lines is trained on as one, which scorers read as the same.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from zo_finetune.tasks.base import BETWEEN_SPANS, Candidate, Example, Form, Row, RowError, Task
+
+NEWLINES = re.compile(r"\s*\n\s*")
 
 
 def spans_of(task: Task, row: Row, field: str) -> tuple[tuple[str, ...], ...]:
@@ -25,8 +30,12 @@ def spans_of(task: Task, row: Row, field: str) -> tuple[tuple[str, ...], ...]:
 
 
 def digits(task: Task, value: Any, field: str) -> str:
-    """An answer as text; of a number, its digits."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else task.clean(value, field)
+    """A value as text; of a number, its digits. What is no number is a `RowError`: in a column of numbers it stands for none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return task.clean(value, field)
+    if not math.isfinite(value):
+        raise RowError(field, value, f"{task.name} needs a text or a finite number there: correct the row or remove it")
+    return str(value)
 
 
 class FreeAnswers(Task):
@@ -44,6 +53,8 @@ class FreeAnswers(Task):
 
     def example(self, row: Row, form: Form) -> Example:
         prompt, accepted = self.prompt(row), self.accepted(row)
-        space = "" if prompt[-1:].isspace() else " "
-        answer = Candidate(prompt, f"{space}{BETWEEN_SPANS.join(accepted[0])}\n", neutral=self.neutral)
+        context = prompt.rstrip(" ")
+        space = prompt[len(context) :] or ("" if context[-1:].isspace() else " ")
+        text = NEWLINES.sub(" ", BETWEEN_SPANS.join(accepted[0]))
+        answer = Candidate(context, f"{space}{text}\n", neutral=self.neutral)
         return Example((answer,), 0, references=accepted)

@@ -7,13 +7,13 @@ where the texts come from (chosen_task.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any, ClassVar
 
 from zo_finetune.errors import UserError, did_you_mean
-from zo_finetune.tasks.base import OF_SEVERAL_LABELS, Candidate, ClassificationTask, Example, Form, Row, Task, plain
-from zo_finetune.tasks.free_answers import FreeAnswers, spans_of
+from zo_finetune.tasks.base import OF_SEVERAL_LABELS, Candidate, ClassificationTask, Example, Form, Row, Task, as_number, plain
+from zo_finetune.tasks.free_answers import FreeAnswers, digits, spans_of
 
 MASK = "mask"
 METRICS_OF_WORDS = ("accuracy", "best-threshold", "macro-f1", "auc", "loss", "predicted")
@@ -62,7 +62,7 @@ class Template:
 def written(task: Task, row: Row, column: str) -> str:
     """A column as text; of numbers, their digits."""
     value = row[column]
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else task.text(row, column)
+    return task.text(row, column) if isinstance(value, Mapping) else digits(task, value, column)
 
 
 def behind(prompt: str, answer: str) -> str:
@@ -88,7 +88,10 @@ class Words(ClassificationTask):
         made = super().example(row, form)
         if form == "masked":
             return made
-        candidates = (Candidate(c.context, behind(c.context, c.answer), neutral=c.neutral) for c in made.candidates)
+        answers = [behind(c.context, c.answer) for c in made.candidates]
+        # the same answer follows the neutral text, where the prompt's last character may have parted the words and this one's does not
+        apart = " " if any(behind(self.neutral, answer) != answer for answer in answers) and self.neutral else ""
+        candidates = (Candidate(c.context, a, neutral=c.neutral + apart) for c, a in zip(made.candidates, answers, strict=True))
         return Example(tuple(candidates), made.label)
 
 
@@ -226,7 +229,7 @@ def checked_words(name: str, words: Sequence[str], labels: Sequence[str] | None)
         raise UserError(
             f"task {name} has {len(words)} words and {len(meanings)} labels: give one label for each word, in the same order"
         )
-    keys = [plain(one) for one in meanings]
+    keys = [plain(one) if (value := as_number(one)) is None else str(value) for one in meanings]
     if not all(keys) or len(set(keys)) < len(keys):
         raise UserError(f"task {name}: its labels must be texts that differ, and not only in case or spaces")
     return tuple(meanings)
