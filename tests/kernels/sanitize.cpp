@@ -171,24 +171,28 @@ int helped() {
   return failures;
 }
 
-/* Every size, offset and feature, by the thread that calls: where accesses go is not a matter of threads. */
+/* Every size, offset and feature, by the thread that calls: where accesses go is not a matter of threads. From a tile
+ * on, where nine tenths of the elements are, types take turns: a feature meets each type and kind at one offset or two.
+ */
 int alone() {
   int failures = 0;
   for (int dtype = ZO_F32; dtype <= ZO_BF16; ++dtype) {
     for (int64_t n : SIZES) {
+      const auto is_left_out = [=](int turn) { return n > 2000 && (turn + dtype) % 3 != 0; };
       for (int kind = ZO_GAUSSIAN; kind <= ZO_RADEMACHER; ++kind) {
-        for (int64_t offset : OFFSETS) {
-          for (int features = 0; features < 64; features += 3) { /* every feature and every pair of them occurs */
-            failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
-          }
-          for (int features : {64, 64 + 1, 64 + 2 + 4, 64 + 8 + 16, 64 + 4 + 128, 4 + 128}) {
-            failures += check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, offset, features, 1);
-          }
+        for (int place = 0; place < 4; ++place) {
+          const auto one = [=](int features) {
+            if (is_left_out(features / 3 + place + kind)) return 0;
+            return check(dtype, kind, features & 4 ? ZO_STOCHASTIC : ZO_NEAREST, n, OFFSETS[place], features, 1);
+          };
+          for (int features = 0; features < 64; features += 3) failures += one(features); /* and every pair of them */
+          for (int features : {64, 64 + 1, 64 + 2 + 4, 64 + 8 + 16, 64 + 4 + 128, 4 + 128}) failures += one(features);
         }
       }
-      for (const auto &rule : RULES) {
+      for (int rule = 0; rule < 6; ++rule) {
         for (int features = 0; features < 32; features += 3) {
-          failures += check_rule(rule[0], rule[1], dtype, n, OFFSETS[features % 4], features, 1);
+          if (!is_left_out(features / 3 + rule))
+            failures += check_rule(RULES[rule][0], RULES[rule][1], dtype, n, OFFSETS[features % 4], features, 1);
         }
       }
     }

@@ -450,7 +450,7 @@ def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
     cxx = os.environ.get("CXX") or shutil.which("c++")
     if not cxx:
         pytest.skip("no C++ compiler")
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }")
     if subprocess.run([cxx, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:

@@ -55,6 +55,12 @@ def told(run: Callable[[], Any]) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, zk.ZOWarning)]
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal losses are told of after fewer steps than elsewhere: what is seen is a count."""
+    monkeypatch.setattr(findings, "EQUAL", 20)
+
+
 def steps(optimizer: zk.ZOStep, closure: Callable[..., Any], n: int, batches: Any = None) -> list[str]:
     return told(lambda: [optimizer.step(closure, batches) for _ in range(n)])
 
@@ -509,6 +515,7 @@ def test_a_step_tells_of_norms_in_16_bits() -> None:
 
 @pytest.mark.parametrize("mode", ["scratch", "inplace"])
 @pytest.mark.parametrize("build", [another_model, an_adapter_switched_off, a_constant, logits_of_before])
+@pytest.mark.usefixtures("soon")
 def test_a_step_tells_that_nothing_is_read(build: Callable[[], Case], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make = zk.MeZOStep
     monkeypatch.setattr(zk, "MeZOStep", lambda *a, **k: make(*a, perturbation=mode, **k))
@@ -564,6 +571,7 @@ def test_a_step_of_chosen_parameters_is_silent_about_the_others() -> None:
         assert not steps(optimizer, lambda: models.loss_of(model, IDS), 3)
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("mode", ["scratch", "inplace"])
 def test_equal_rewards_are_told_after_many(mode: str) -> None:
     """A count over few examples is the same on both sides for a while."""
@@ -583,6 +591,7 @@ def test_equal_rewards_are_told_after_many(mode: str) -> None:
     assert not steps(optimizer, closure, findings.EQUAL - 1)
 
 
+@pytest.mark.usefixtures("soon")
 def test_skipped_steps_in_a_row_are_told() -> None:
     model = models.make("llama")
     good, bad = (lambda: models.loss_of(model, IDS)), (lambda: models.loss_of(model, IDS) * float("nan"))
