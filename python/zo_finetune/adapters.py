@@ -83,11 +83,12 @@ def lora_config(adapter: Adapter, form: Form) -> Any:
     from peft import LoraConfig
 
     # r, alpha and the targets (query and value, which are peft's default where it knows the model) are MeZO's; no dropout, see train.py
-    rank, alpha = (given if given is not None else usual for given, usual in ((adapter.rank, RANK), (adapter.alpha, ALPHA)))
+    rank = RANK if adapter.rank is None else adapter.rank
+    alpha: Any = ALPHA if adapter.alpha is None else adapter.alpha  # peft divides by it, and calls it an int
     return LoraConfig(
         task_type=task_type_of(form),
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=0.0,
         target_modules=ALL_LINEAR if adapter.targets == [ALL_LINEAR] else adapter.targets,
         init_lora_weights=True if adapter.init in (None, "default") else "gaussian",

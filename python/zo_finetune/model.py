@@ -322,8 +322,9 @@ def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None) -> L
         adapter = replace(adapter, length=held.virtual_tokens)
     if (taken := adapter.virtual_tokens) >= base.max_length:
         raise UserError(f"--prefix-length {taken} leaves no room in a context of {base.max_length} tokens: give less")
+    notes: list[str] = []
     if folder is None:
-        model, notes = adapters.add(base.model, base.tokenizer, base.form, adapter), []
+        model = adapters.add(base.model, base.tokenizer, base.form, adapter)
     else:
         model, notes = adapters.go_on(base.model, base.form, Path(folder).expanduser(), adapter.kind)
     return replace(base, model=model.eval(), peft=adapter.kind, virtual_tokens=taken, notes=[*base.notes, *notes])

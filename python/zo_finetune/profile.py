@@ -239,7 +239,7 @@ def table(given: Profile, content: Mapping[str, Any]) -> str:
         "forwards",
     ]
     lines = [head, ["---"] * len(head), *(cells(row, inference) for row in rows)]
-    some = next((r for r in rows if not r["reason"]), {})
+    some: Mapping[str, Any] = next((r for r in rows if not r["reason"]), {})
     where = content.get("machine", {})
     text = (
         f"{name_of(given)}, {some.get('weights', 0):,} weights, {some.get('dtype', given.dtype)}; {given.batch_size} rows of {given.length} tokens; "

@@ -75,7 +75,7 @@ class Rates:
         if not self.factors or len(set(self.factors)) != len(self.factors):
             raise UserError("--lr-factors: give at least one, and none twice")
         for what, rates in (("--lr", self.lrs), ("--eps", self.epses)):
-            if strange := sorted(set(rates) - known):
+            if strange := sorted(set(rates).difference(known)):
                 raise UserError(
                     f"{what} {strange[0]}={rates[strange[0]]:g}: --methods has no {strange[0]!r}: it has {', '.join(sorted(known))}"
                 )

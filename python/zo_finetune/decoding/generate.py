@@ -142,7 +142,8 @@ def write(scorer: Scorer, prompts: Prompts) -> list[str]:
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    model, tokenizer = scorer.model, scorer.tokenizer
+    model: Any = scorer.model
+    tokenizer = scorer.tokenizer
     if not hasattr(model, "generate"):
         raise UserError(f"{type(model).__name__} cannot generate: choose a causal language model")
     ends = end_tokens(model, tokenizer)
