@@ -56,6 +56,7 @@ H = "tests/kernels/test_cuda_host.py"
 U = "tests/kernels/test_update.py"
 C = "tests/kernels/test_cpu.py"
 P = "tests/finetune/test_report.py"
+SUITE = "tests/finetune/test_suite.py"
 V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 
@@ -229,6 +230,15 @@ MUTANTS = tuple(Mutant(*m) for m in [
      ("tests/finetune/test_chat.py::test_tokens_are_the_templates_and_none_is_there_twice",)),
     ("python/zo_finetune/formats.py", "a packed file unpacks to any size", "            content.write(piece)\n            check_size(bytes=content.tell())",
      "            content.write(piece)", ("tests/finetune/test_sources.py::test_the_bound_is_of_what_a_file_unpacks_to",)),
+    ("python/zo_finetune/suite_table.py", "the error of a mean over seeds is their deviation", "statistics.stdev(scores) / math.sqrt(len(scores))",
+     "statistics.stdev(scores)", (f"{SUITE}::test_the_tables_arithmetic",)),
+    ("python/zo_finetune/suite_table.py", "WSC is in the mean", "t not in apart and all(", "all(", (f"{SUITE}::test_the_tables_arithmetic",)),
+    ("python/zo_finetune/suite_table.py", "what only reaches the threshold has no mark", "mean <= least", "mean < least",
+     (f"{SUITE}::test_the_zero_shot_column_has_no_mark_of_its_own_threshold",)),
+    ("python/zo_finetune/metrics/best_threshold.py", "a line lies between rows of one margin", "right[parted].max()", "right.max()",
+     (f"{SUITE}::test_the_best_threshold",)),
+    ("python/zo_finetune/suite_plan.py", "a full tuning's rate is an adapter's", "return self.entry.method.name + (", "return self.entry.method.name or (",
+     (f"{SUITE}::test_columns_of_ones_own",)),
     ("python/zo_finetune/compare.py", "state is divided by steps, not by weights", "mine[0]['state_bytes'] / mine[0]['trained_weights']",
      "mine[0]['state_bytes'] / mine[0]['steps']", (f"{P}::test_the_table_of_a_comparison_has_means_over_seeds",)),
     ("python/zo_finetune/compare.py", "the spread of a whole population", "statistics.stdev(numbers)", "statistics.pstdev(numbers)",

@@ -195,12 +195,12 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
 
         return compare(plan_of(given(Comparison, options), given(Config, options)), command)
     if options.command == "suite":
-        from zo_finetune import suite
+        from zo_finetune.suite import make
+        from zo_finetune.suite_plan import plan_of as suite_of
 
         own = {o.name for o in shared(SuiteRuns)}
-        return suite.make(
-            suite.plan_of(given(SuiteRuns, options), {k: v for k, v in given(Config, options).items() if k in own}), command
-        )
+        of_all = {name: value for name, value in given(Config, options).items() if name in own}
+        return make(suite_of(given(SuiteRuns, options), of_all), command)
     from zo_finetune.run import resume, run
 
     if options.command == "resume":

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import suite as suites
-from zo_finetune import suite_table
+from zo_finetune import suite_plan, suite_table
 from zo_finetune.cli import main
 from zo_finetune.errors import UserError
 from zo_finetune.metrics.best_threshold import best_accuracy
 from zo_finetune.objectives.classification import Classification
-from zo_finetune.suite_table import COLUMNS, Score, Table
+from zo_finetune.suite_table import COLUMNS, Table
 from zo_finetune.suites import SUITES, Column
 from zo_finetune.tasks import get_task
 
@@ -105,9 +104,9 @@ def test_the_tables_arithmetic() -> None:
         *suite_table.paper_rows(SUITES["mezo"], ["sst2", "copa", "wsc"]),
     ]
     table = Table(rows, ("wsc",))
-    assert table.scores["sst2", "mezo"] == Score(
-        pytest.approx(0.62), pytest.approx(math.sqrt((0.03**2 + 0.04**2) / 2)), pytest.approx(0.02)
-    )  # the sample deviation of 0.60 and 0.64 is 0.02 sqrt(2), over sqrt(2)
+    found = table.scores["sst2", "mezo"]
+    assert found.mean == pytest.approx(0.62) and found.over_rows == pytest.approx(math.sqrt((0.03**2 + 0.04**2) / 2))
+    assert found.over_seeds == pytest.approx(0.02)  # the sample deviation of 0.60 and 0.64 is 0.02 sqrt(2), over sqrt(2)
     assert table.scores["wsc", "mezo"].over_seeds is None
     assert table.averaged == ["sst2", "copa"]
     mean = table.average("mezo")
@@ -140,7 +139,7 @@ def test_the_best_threshold() -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_is_whole(name: str) -> None:
     suite = SUITES[name]
-    ways = [suites.Way.of(column) for column in suite.columns]
+    ways = [suite_plan.Way.of(column) for column in suite.columns]
     assert len({way.label for way in ways}) == len(ways) == len({way.column.title for way in ways})
     assert {*suite.scores} <= {*suite.tasks} and {len(row) for row in suite.scores.values()} <= {len(ways)}
     for task in suite.tasks:
@@ -179,7 +178,7 @@ def test_a_masked_model(command: Callable[..., list[str]], capsys: Any) -> None:
 
 def test_where_rows_are(tmp_path: Path) -> None:
     sst2 = get_task("sst2")
-    assert suites.find("hub", sst2) == ("nyu-mll/glue", "sst2")
+    assert suite_plan.find("hub", sst2) == ("nyu-mll/glue", "sst2")
     for made, wanted in (
         ("extras/sst2_small/all.jsonl", "extras/sst2_small/all.jsonl"),
         ("extras/sst2/train32.jsonl", "extras/sst2"),
@@ -188,10 +187,10 @@ def test_where_rows_are(tmp_path: Path) -> None:
     ):  # each is preferred to those before it
         (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / made, make_rows(3, 0))
-        assert suites.find(str(tmp_path), sst2) == (str(tmp_path / wanted), None)
+        assert suite_plan.find(str(tmp_path), sst2) == (str(tmp_path / wanted), None)
     (tmp_path / "sst5x").mkdir()
     with pytest.raises(UserError, match=r"no rows: there is no sst5 or extras/sst5\*"):
-        suites.find(str(tmp_path), get_task("sst5"))
+        suite_plan.find(str(tmp_path), get_task("sst5"))
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------------------
@@ -335,7 +334,7 @@ def test_a_baseline_that_was_changed_is_told(command: Callable[..., list[str]], 
 
 
 def test_columns_of_ones_own() -> None:
-    way = suites.Way.of(Column("mezo:queries=4:peft=lora", "x"))
+    way = suite_plan.Way.of(Column("mezo:queries=4:peft=lora", "x"))
     assert way.entry is not None and way.entry.given == {"queries": "4"}
     assert (way.peft, way.short) == ("lora", "mezo:peft=lora")
 
