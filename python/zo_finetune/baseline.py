@@ -121,7 +121,8 @@ def read_rows(options: Evaluation, config: Config, task: Task, form: Form) -> Sp
     if not options.shots:
         return named
     others = read_splits(replace(config, eval_examples=None), task, form)
-    return replace(named, train=others.train, origin={**named.origin, "train": others.origin["train"]})
+    notes = [*named.notes, *(f"demonstrations: {note}" for note in others.notes)]
+    return replace(named, train=others.train, origin={**named.origin, "train": others.origin["train"]}, notes=notes)
 
 
 def of_split(splits: Splits, name: str) -> list[Example]:

@@ -312,8 +312,15 @@ def load(
 
 
 def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None) -> LanguageModel:
-    """`base` with a new adapter, or that of a folder; the model in it is changed."""
+    """`base` with a new adapter, or that of a folder; the model in it is changed.
+
+    Raises:
+        UserError: it does not fit; or there is none, and something is said of one.
+    """
     if adapter.kind == "none":
+        if folder is not None or adapter != Adapter():
+            said = f"--adapter {folder}" if folder is not None else "a size or a target"
+            raise UserError(f"{said} is of an adapter, and --peft is none: say which kind, or leave it out")
         return base
     if folder is not None:
         held = folders.check_adapter(Path(folder).expanduser())

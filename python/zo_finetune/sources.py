@@ -33,6 +33,7 @@ EVAL_NAMES = (  # in order of preference; hub test splits often have no labels
     "eval",
     "test",
 )
+ALL_NAMES = (*TRAIN_NAMES, *EVAL_NAMES)
 SHARD = re.compile(
     r"(?P<split>.+?)(?P<mark>[-_.]?)(?P<number>\d{1,6})(-of-(?P<all>\d{1,6})(-[0-9a-f]{16})?)?"
 )  # of a name in lower case
@@ -139,6 +140,10 @@ def read_files(paths: Sequence[Path], keep: Collection[str] | None, name: str) -
     return Source(rows, name if len(paths) == 1 else f"{name} ({len(paths)} files)")
 
 
+def was(things: Sequence[Any]) -> str:
+    return "was" if len(things) == 1 else "were"
+
+
 def shown(paths: Sequence[Path]) -> str:
     """What a split's files are called."""
     return str(paths[0]) if len(paths) == 1 else str(paths[0].with_name(Shard.of(paths[0]).split + "*"))
@@ -158,18 +163,21 @@ def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Sour
         of_one = next((found for name in names if (found := [s for s in shards if s.split == name])), None)
         return [] if of_one is None else complete(of_one, str(folder))
 
+    def holds(place: Path, names: Sequence[str]) -> bool:
+        """Whether a folder inside has such splits."""
+        return (
+            place.is_dir() and os.access(place, os.R_OK) and any(Shard.of(p).split in names for p in place.iterdir() if readable(p))
+        )
+
     train = find(TRAIN_NAMES)
-    if (
-        not train
-        and (inner := folder / "data").is_dir()
-        and any(Shard.of(p).split in TRAIN_NAMES for p in inner.iterdir() if readable(p))
-    ):
-        return read_folder(inner, keep)
+    if not train and holds(inner := folder / "data", TRAIN_NAMES):
+        found = read_folder(inner, keep)
+        if shards:
+            found[0].rows.notes.append(f"{shortened(s.path.name for s in shards)} in {folder} {was(shards)} not read")
+        return found
     if not train:
         meant = next((hint for s in shards if (hint := did_you_mean(s.split, TRAIN_NAMES))), "")
-        configs = [
-            p for p in listed if p.is_dir() and os.access(p, os.R_OK) and any(Shard.of(q).split in TRAIN_NAMES for q in p.iterdir())
-        ]
+        configs = [p for p in listed if holds(p, TRAIN_NAMES)]
         meant = f"; or give one of its folders, as {configs[0]}" if configs else meant
         raise UserError(
             f"--data {folder} holds {shortened(s.path.name for s in shards) or 'no data file'}; a folder needs train{{{','.join(SUFFIXES)}}}: "
@@ -177,10 +185,14 @@ def read_folder(folder: Path, keep: Collection[str] | None = None) -> tuple[Sour
         )
     evaluation = find(EVAL_NAMES)
     source = read_files(train, keep, shown(train))
-    begins = tuple(f"{name}{mark}" for name in (*TRAIN_NAMES, *EVAL_NAMES) for mark in ".-_")
-    unread = [p.name for p in listed if p not in (*train, *evaluation) and (readable(p) or p.name.lower().startswith(begins))]
+    begins = tuple(f"{name}{mark}" for name in ALL_NAMES for mark in ".-_")
+    unread = [
+        p.name
+        for p in listed
+        if p not in (*train, *evaluation) and (readable(p) or p.name.lower().startswith(begins) or holds(p, ALL_NAMES))
+    ]
     if unread:
-        source.rows.notes.append(f"beside it, {shortened(unread)} {'was' if len(unread) == 1 else 'were'} not read")
+        source.rows.notes.append(f"beside it, {shortened(unread)} {was(unread)} not read")
     return source, read_files(evaluation, keep, shown(evaluation)) if evaluation else None
 
 
@@ -237,6 +249,11 @@ def read_pattern(spec: str, keep: Collection[str] | None = None) -> Source:
             f"--data {spec} matches {shortened(map(str, strange), 3, 80)}: only files with {', '.join(SUFFIXES)} are read: make the pattern narrower"
         )
     source = read_files(found, keep, spec)
+    splits = [*dict.fromkeys(s.split for s in map(Shard.of, found))]
+    if any(split in TRAIN_NAMES for split in splits) and any(split in EVAL_NAMES for split in splits):
+        source.rows.notes.append(
+            f"warning: the files that match are of {shortened(splits)}, whose rows are mixed here: give a folder, which keeps them apart"
+        )
     for split, count in dict.fromkeys((s.split, s.all) for s in map(Shard.of, found) if s.all is not None):
         numbers = [s.number for s in map(Shard.of, found) if (s.split, s.all) == (split, count)]
         if missing := absent([n for n in numbers if n is not None], count):

@@ -56,6 +56,12 @@ def test_defaults_are_what_they_were(model_folder: Folder) -> None:
             assert plain.virtual_tokens == config.num_virtual_tokens == 5 and plain.max_length == 64 - 5
 
 
+@pytest.mark.parametrize("given", [{"adapter": "folder"}, {"lora_rank": 4}, {"targets": ["q_proj"]}])
+def test_what_is_said_of_an_adapter_is_not_passed_over(given: dict[str, Any], model_folder: Folder) -> None:
+    with pytest.raises(UserError, match="is of an adapter, and --peft is none: say which kind"):
+        load(model_folder("llama"), **given)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_loras_options(family: str, model_folder: Folder) -> None:
     base, folder = load(model_folder(family)), model_folder(family)

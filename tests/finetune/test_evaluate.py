@@ -17,6 +17,7 @@ import pytest
 import torch
 from zo_finetune import baseline
 from zo_finetune.cli import main
+from zo_finetune.config import Config, Evaluation
 from zo_finetune.data import load_split, load_splits
 from zo_finetune.errors import UserError
 from zo_finetune.incontext import Demonstrations, demonstration, neutral
@@ -109,6 +110,17 @@ def test_what_a_run_saved_is_worth_what_it_had_after(
     assert main(words) == 0
     result = result_of(tmp_path / "out")[0]
     assert {**result["metrics"], "examples": 12, "majority": result["majority"]} == saved["after"] != saved["before"]
+
+
+def test_what_is_odd_about_the_rows_of_demonstrations_is_told(tmp_path: Path) -> None:
+    rows = make_rows(30, 3)
+    write_jsonl(tmp_path / "train.jsonl", [{**row, "label": 1} for row in rows[:20]])
+    write_jsonl(tmp_path / "test.jsonl", rows[20:])
+    options = Evaluation(model="m", output="o", task="sst2", data=str(tmp_path), split="test", shots=2)
+    notes = baseline.read_rows(
+        options, Config(model="m", output="o", task="sst2", data=str(tmp_path)), get_task("sst2"), "causal"
+    ).notes
+    assert any(note.startswith("demonstrations: warning: all 16 train examples are 'positive'") for note in notes)
 
 
 def test_demonstrations_are_scored_as_by_hand(

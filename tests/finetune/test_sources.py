@@ -245,6 +245,23 @@ def test_snapshots_of_the_hub(tmp_path: Path) -> None:
     assert content(read(str(data.parent / "sst2"))[0]) == EXPECTED[:20]
 
 
+def test_rows_elsewhere_in_a_folder_are_told(tmp_path: Path) -> None:
+    """Evaluation rows would be cut from the training rows, and nobody know that others are there."""
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:20])
+    validation = write_jsonl(tmp_path / "data" / "validation.jsonl", ROWS[20:])
+    assert read(str(tmp_path))[0].rows.notes == ["beside it, data was not read"]
+    (tmp_path / "train.jsonl").rename(validation.with_name("train.jsonl"))
+    validation.rename(tmp_path / "validation.jsonl")
+    assert read(str(tmp_path))[0].rows.notes == [f"validation.jsonl in {tmp_path} was not read"]
+
+
+def test_a_pattern_that_mixes_splits_is_told(data_folder: Path) -> None:
+    (told,) = read(str(data_folder / "*.jsonl"))[0].rows.notes
+    assert told.startswith("warning: the files that match are of train, validation, whose rows are mixed here")
+    assert read(str(data_folder / "train*"))[0].rows.notes == []
+
+
 def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     import datasets
 
