@@ -243,7 +243,15 @@ def in_folder(
     with explained(lambda: "give the same command again"):
         found = evaluate_model(options, language_model) if isinstance(options, Evaluation) else probe_model(options, language_model)
         write(folder, found, sys.argv if command is None else command)
-    return f"{found.line}; see {folder}/result.json"
+    return f"{way(options)}: {found.line}; see {folder}/result.json"
+
+
+def way(options: Evaluation | Probing) -> str:
+    """How the answers came about, and of which rows."""
+    if isinstance(options, Probing):
+        return "linear probe"
+    shots = f"{options.shots} shots" if options.shots > 1 else "1 shot" if options.shots else "zero-shot"
+    return f"{shots}{', calibrated' if options.calibrated else ''}{'' if options.split == 'eval' else f', split {options.split}'}"
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

@@ -42,7 +42,9 @@ def turns_of(tokenizer: Any) -> Turns:
     """
     name = type(tokenizer).__name__
     if not tokenizer.chat_template:
-        raise UserError(f"--chat: {name} has no chat template: leave it out, or choose a --model that was made for chats")
+        raise UserError(
+            "--chat: the model's tokenizer has no chat template: leave it out, or choose a --model that was made for chats"
+        )
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": MARK}],

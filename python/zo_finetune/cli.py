@@ -208,6 +208,15 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
     return run(Config(**given(Config, options)), command)
 
 
+def in_short(result: dict[str, Any]) -> str:
+    """A run in a line: its metric before and after, with what says how sure that is, and where the weights are."""
+    metric, majority = result["metric"], result["majority"]
+    before, after = (f"{result[when][metric]:.4f} ± {result[when][f'{metric}_stderr']:.4f}" for when in ("before", "after"))
+    rows = f"{result['after']['examples']} examples" + ("" if majority is None else f" (majority {majority:.4f})")
+    weights = f"; the weights are in {result['saved']}" if result.get("saved") else ""
+    return f"{metric} {before} -> {after} on {rows} in {result['steps']} steps{weights}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `zo-finetune`; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -228,8 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return signals.exit_code
         if options.command in ("compare", "suite", "profile"):
             return 0
-        metric = result["metric"]
-        before, after = result["before"][metric], result["after"][metric]
         folder = options.run_dir if options.command == "resume" else options.output
-        console.tell(f"{metric} {before:.4f} -> {after:.4f} in {result['steps']} steps; see {folder}/result.json and curve.png")
+        console.tell(f"{in_short(result)}; see {folder}/result.json and curve.png")
         return 0

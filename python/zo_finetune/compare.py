@@ -152,7 +152,7 @@ def check_runs(plan: Plan) -> None:
         return
     for entry in plan.entries:
         objective_of(plan.config(entry, seeds[0]), plan.base.the_task())
-    console.say(f"checking {len(plan.entries)} methods and {len(seeds)} seeds before the first run")
+    console.say(f"checking the methods ({len(plan.entries)}) and seeds ({len(seeds)}) before the first run")
     model = None
     for seed in seeds:
         model = load(plan.config(plan.entries[0], seed), model).language_model
@@ -299,6 +299,12 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and math.isfinite(mean) else "")
 
 
+def sure(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mean of a metric and, of several seeds, its standard deviation; of one seed the standard error over the rows."""
+    alone = len(rows) == 1 and rows[0][metric] is not None
+    return spread([r[metric] for r in rows], 3) + (f" ± {rows[0][f'{metric}_stderr']:.3f}" if alone else "")
+
+
 def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, a row for each method: means over its seeds ± their standard deviation."""
     by_label: dict[str, list[Mapping[str, Any]]] = {}
@@ -315,7 +321,7 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
                 str(mine[0]["steps"]),
                 str(mine[0]["forwards"]),
                 f"{mine[0]['lr']:g}",
-                spread([r[metric] for r in mine], 3),
+                sure(metric, mine),
                 spread([r[metric] - r[f"{metric}_before"] for r in mine], 3),
                 spread([r["loss"] for r in mine], 3),
                 spread(dev, 3) if plan.options.points and any(d is not None for d in dev) else "",
@@ -325,10 +331,13 @@ def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
         )
     before = {r["seed"]: r for r in rows}.values()
     majority = "" if any(r["majority"] is None for r in before) else f", majority {spread([r['majority'] for r in before], 3)}"
+    meaning = (
+        "means over the seeds ± their standard deviation" if len(before) > 1 else f"{metric} ± its standard error over the rows"
+    )
     text = (
         f"Before: {metric} {spread([r[f'{metric}_before'] for r in before], 3)} on {min(r['examples'] for r in before)} examples{majority}, loss "
         f"{spread([r['loss_before'] for r in before], 3)}. "
-        f"At most {plan.options.forwards} forward passes a run; means over the seeds ± their standard deviation.\n\n"
+        f"At most {plan.options.forwards} forward passes a run; {meaning}.\n\n"
     )
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -72,8 +72,9 @@ class Loaded:
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
+        trained = "all" if trainable == total else f"{trainable:,}" if lm.peft == "none" else f"{trainable:,} ({lm.peft})"
         return (
-            f"{self.config.model}: {total:,} weights, {trainable:,} trained ({lm.peft}) by {self.config.method}, {lm.model.dtype} on {lm.device}; "
+            f"{self.config.model}: {total:,} weights, {trained} trained by {self.config.method}, {lm.model.dtype} on {lm.device}; "
             f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
         )
 

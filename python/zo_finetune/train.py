@@ -118,7 +118,7 @@ class Progress:
         skipped = f"{self.skipped} skipped, " if self.skipped else ""
         steps = len(self.pending)
         self.pending.clear()
-        self.counter.advance(steps, f"{skipped}loss {loss:.3f}, |g| {abs(g):.3g}, {memory:.2f} GiB")
+        self.counter.advance(steps, f"{skipped}loss {loss:.3f}, gradient {abs(g):.3g}, peak memory {memory:.2f} GiB")
 
     def close(self) -> None:
         try:

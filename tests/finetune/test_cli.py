@@ -55,8 +55,13 @@ def test_a_run_and_its_record(
 
     arguments = command("--lr", "1e-3", "--eval-every", "2", "--seed", "5")
     assert main(arguments) == 0
-    assert "accuracy" in capsys.readouterr().out
-    result = result_of(tmp_path)
+    result, said = result_of(tmp_path), capsys.readouterr()
+    numbers = (f"{result[when]['accuracy']:.4f} ± {result[when]['accuracy_stderr']:.4f}" for when in ("before", "after"))
+    assert said.out == (
+        f"accuracy {' -> '.join(numbers)} on 12 examples (majority {result['majority']:.4f}) in 3 steps; the weights are in {result['saved']}; "
+        f"see {tmp_path / 'run'}/result.json and curve.png\n"
+    )
+    assert " weights, all trained by mezo, " in said.err
     for moment in ("before", "after"):
         e = result[moment]
         assert e["examples"] == 12

@@ -94,7 +94,8 @@ def test_zero_shot_is_what_a_run_has_before(
     assert all(p["answer"] == names[p["scores"][1] > p["scores"][0]] for p in predictions)
     rights = [p["right"][0] for p in predictions]
     assert result["majority"] == max(map(rights.count, names)) / 12
-    assert f"on 12 examples (majority {result['majority']:.4f})" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("zero-shot: accuracy ") and f"on 12 examples (majority {result['majority']:.4f})" in said
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
@@ -350,3 +351,16 @@ def test_nothing_before_the_answer(
     assert (
         "--calibrated: the tokenizer adds no start token, and the neutral prompt of task boolq is empty" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "zero-shot"),
+        ({"shots": 1}, "1 shot"),
+        ({"shots": 4, "calibrated": True}, "4 shots, calibrated"),
+        ({"split": "dev"}, "zero-shot, split dev"),
+    ],
+)
+def test_a_score_says_how_it_came_about(more: dict[str, Any], words: str) -> None:
+    assert baseline.way(Evaluation(model="m", task="sst2", data="d", output="o", **more)) == words

@@ -110,7 +110,7 @@ def test_a_probe_is_scikit_learn_on_the_last_hidden_states(
     assert result["majority"] == 0.5 and result["rows"] == 30
     if model == "llama":  # the random masked model says nothing of a sentence in its mask's place
         assert result["metrics"]["accuracy"] >= 0.7
-    assert capsys.readouterr().out.startswith("accuracy ")
+    assert capsys.readouterr().out.startswith("linear probe: accuracy ")
 
 
 def test_candidates_of_their_own_share_a_score(

@@ -86,6 +86,9 @@ def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| mezo"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
+    assert "; means over the seeds ± their standard deviation.\n" in text
+    alone = compare.table(plan, [rows[0] | {"accuracy_stderr": 0.145}])
+    assert "; accuracy ± its standard error over the rows.\n" in alone and "| 0.750 ± 0.145 | 0.250 |" in alone
     assert compare.spread([0.25], 2) == "0.25"
 
 

@@ -14,4 +14,7 @@ def get_task(name: str) -> Task:
     try:
         return TASKS[name]
     except KeyError:
-        raise UserError(f"--task {name!r} is unknown; known tasks are: {', '.join(TASKS)}{did_you_mean(name, TASKS)}") from None
+        raise UserError(
+            f"--task {name!r} is unknown; known tasks are: {', '.join(TASKS)}; one of your own needs --task-file, or --prompt with --words or "
+            f"--answer-column{did_you_mean(name, TASKS)}"
+        ) from None
