@@ -186,7 +186,8 @@ def go_on(model: Any, form: Form, folder: Path, kind: str) -> tuple[Any, list[st
         if p.requires_grad and not torch.isfinite(p).all():
             raise UserError(f"{where}: {name} holds NaN or an infinity")
     now = str(model.config._name_or_path)
-    other = made and Path(made).name != Path(now).name
+    # a model that is gone from where it was has been moved, if it has its name; one that is there yet is another, as all that runs save are called "model"
+    other = made and Path(made).resolve() != Path(now).resolve() and (Path(made).name != Path(now).name or Path(made).exists())
     return adapted, [f"the adapter was made for {made}, and goes on with {now}"] if other else []
 
 

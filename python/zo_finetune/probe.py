@@ -31,7 +31,7 @@ from zo_finetune.scoring import Encoded
 from zo_finetune.tasks.base import Form, Task
 
 PENALTIES = tuple(10.0**k for k in range(-4, 5))  # C of scikit-learn: small ones hold the weights small
-USUAL = 1.0  # without dev rows
+USUAL = 1.0  # without dev rows whose labels the training rows have
 MOST_ITERATIONS = 5000  # MeZO's
 
 
@@ -189,7 +189,7 @@ def probe(train: Rows, dev: Rows | None, evaluation: Rows, labels: int | None) -
     """
     kind = OfCandidates(train) if labels is None else OfLabels(train, labels)
     width = train.states.shape[1]
-    if dev is None:
+    if dev is None or (labels is not None and not {*dev.labels} & {*train.labels}):  # none of whose labels has a probability
         return Probe(kind.tables(USUAL, [evaluation])[0], USUAL, {}, width)
     targets = torch.from_numpy(dev.labels)
     losses: dict[float, float] = {}

@@ -125,6 +125,16 @@ def test_a_folder_holds_the_adapter_that_goes_on(model_folder: Folder, tmp_path:
         assert torch.equal(logits(model), logits(again)) and again.virtual_tokens == model.virtual_tokens and not again.notes
 
 
+def test_another_base_of_the_same_name_is_told(model_folder: Folder, tmp_path: Path) -> None:
+    """What runs save is called "model" every time; one that is gone from where it was is the same, moved."""
+    one, other = (Path(shutil.copytree(model_folder("llama"), tmp_path / name / "model")) for name in ("one", "other"))
+    folder = load(one, peft="lora").save(tmp_path)
+    assert load(other, peft="lora", adapter=str(folder)).notes == [f"the adapter was made for {one}, and goes on with {other}"]
+    assert load(one, peft="lora", adapter=str(folder)).notes == []
+    one.rename(tmp_path / "gone")
+    assert load(other, peft="lora", adapter=str(folder)).notes == []
+
+
 @pytest.fixture
 def first(train_command: Any, tmp_path: Path) -> Path:
     """The adapter of a run of LoRA with rank 2."""

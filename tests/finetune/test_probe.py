@@ -148,6 +148,8 @@ def test_labels_that_training_lacks() -> None:
     made = probe.probe(train, rows_of([[0.0], [5.0], [1.0]], [0, 1, 2]), rows_of([[0.0], [1.0]], [0, 1]), 3)
     assert made.table[:, 1].tolist() == [-torch.inf] * 2 and made.table.argmax(1).tolist() == [0, 2]
     assert all(np.isfinite(loss) for loss in made.dev_losses.values())
+    unseen = probe.probe(train, rows_of([[0.0]], [1]), rows_of([[0.0], [1.0]], [0, 1]), 3)  # nothing to choose by
+    assert (unseen.penalty, unseen.dev_losses) == (probe.USUAL, {}) and unseen.table.argmax(1).tolist() == [0, 2]
 
 
 def test_every_right_candidate_is_spared() -> None:

@@ -149,6 +149,8 @@ def own_task(
     columns = list(dict.fromkeys(c for t in texts.values() for c in t.columns if c != MASK))
     target = (label or "label") if told else str(answer)
     check_texts(name, texts, target)
+    if neutral is not None and (column := next((c for c in columns if f"{{{c}}}" in neutral), None)):
+        raise UserError(f"task {name}: its neutral has {{{column}}}, and is the same for every row, whose columns it does not read")
     if decoding not in (None, own := "scores" if told else "generate"):
         raise UserError(
             f"task {name}: decoding {decoding!r:.80} is not that of {'words' if told else 'free answers'}, {own}: leave it out"
@@ -224,6 +226,11 @@ def checked_words(name: str, words: Sequence[str], labels: Sequence[str] | None)
         raise UserError(f"task {name} needs two or more words to choose from, none of them empty")
     if twin := next((word for word in bare if bare.count(word) > 1), None):
         raise UserError(f"task {name}: the word {twin!r:.80} stands twice: nothing could tell the two apart")
+    if len({word[:1].isspace() for word in words}) > 1:
+        raise UserError(
+            f"task {name}: of its words {', '.join(map(repr, words))} some begin with a blank and others do not: give all with it, or none; a space that "
+            "a prompt needs before a word comes by itself"
+        )
     meanings = bare if labels is None else [one.strip() for one in labels]
     if len(meanings) != len(words):
         raise UserError(
