@@ -158,13 +158,21 @@ class Encoder:
     def _chosen(example: Example, gold_only: bool) -> tuple[Candidate, ...]:
         return (example.candidates[example.label],) if gold_only else example.candidates
 
-    def _causal(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
-        """(input, positions, targets). The text is tokenized as one piece, as the model met such text in training; the answer
-        begins where the tokens part from those of the context alone."""
-        context, full = (self._ids(text) for text in self._texts(candidate))
+    def _parted(self, candidate: Candidate) -> tuple[list[int], list[int]]:
+        """The tokens before the answer, and the answer's. The text is tokenized as one piece, as the model met such text in training; a token that has
+        characters of both is the answer's. The context alone may have others: two new lines at its end are one token of GPT-2's, and before a word two."""
+        before, text = self._texts(candidate)
+        context, full = self._ids(before), self._ids(text)
         start = shared(context, full)
-        targets = full[start:]
-        body = self._fit(full[:start], self.max_length - len(self.before) - len(targets) + 1, candidate)
+        if start < len(context) and self.tokenizer.is_fast:
+            places = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+            start = next((k for k, (_, end) in enumerate(places) if end > len(before)), len(full))
+        return full[:start], full[start:]
+
+    def _causal(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
+        """(input, positions, targets)."""
+        prompt, targets = self._parted(candidate)
+        body = self._fit(prompt, self.max_length - len(self.before) - len(targets) + 1, candidate)
         tokens = [*self.before, *body, *targets[:-1]]
         if len(self.before) + len(body) == 0:
             raise UserError(
@@ -180,7 +188,7 @@ class Encoder:
                 "choose another --model"
             )
         room = self.max_length - len(self.before) - new_tokens(self.max_length)
-        return [*self.before, *self._fit(self._ids(self._context(candidate)), room, candidate)]
+        return [*self.before, *self._fit(self._parted(candidate)[0], room, candidate)]
 
     def _masked(self, candidate: Candidate) -> tuple[list[int], list[int], list[int]]:
         targets, tail = self._ids(candidate.answer), self._ids(candidate.tail)

@@ -110,11 +110,10 @@ def test_labels_that_are_numbers_are_names(tmp_path: Path) -> None:
             labels(names, [value])
 
 
-def test_blanks_at_a_prompts_end_are_the_answers() -> None:
-    """What is trained on follows the very prompt that an answer is written behind; and it is one line, as what is written."""
-    task = config(task="t", prompt="{x} It: ", answer_column="y").the_task()
-    (candidate,) = task.example({"x": "a", "y": "low \r\n and high"}, "causal").candidates
-    assert (candidate.context, candidate.answer) == ("a It:", " low and high\n")
+def test_an_answer_is_trained_on_as_one_line() -> None:
+    """As what is written: scorers read both as the same."""
+    task = config(task="t", prompt="{x} It:", answer_column="y").the_task()
+    assert task.example({"x": "a", "y": "low \r\n and high"}, "causal").candidates[0].answer == " low and high\n"
 
 
 @pytest.mark.parametrize("row", [{"x": float("nan"), "y": "b"}, {"x": "a", "y": float("inf")}])

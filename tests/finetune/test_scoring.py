@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 from zo_finetune import model as models
 from zo_finetune.errors import UserError
 from zo_finetune.objectives import OBJECTIVES
@@ -167,6 +169,32 @@ def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
     scores = wanted.sum(-1) / batch.present.sum(-1)
     torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(scores, batch.labels), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "parted"),
+    [
+        ("a\n\n", "b", (["a", "Ċ", "Ċ"], ["b"])),  # alone, the context ends with one token of two new lines
+        ("ab c", "d", (["ab"], ["Ġcd"])),
+        ("a ", "cd", (["a"], ["Ġcd"])),
+        ("ab", " cd", (["ab"], ["Ġcd"])),
+    ],
+)
+def test_an_answers_tokens_are_those_with_a_character_of_it(context: str, answer: str, parted: tuple[list[str], list[str]]) -> None:
+    """However the context alone is tokenized; and what is written follows the tokens that training has before an answer."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, special_tokens=["<s>"], initial_alphabet=alphabet)
+    core.train_from_iterator(["ab", "a\n\n", " cd"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    assert tokenizer.tokenize("a\n\n")[-1] == "ĊĊ"
+    example = Example((Candidate(context, f"{answer}\n"),), 0, references=((answer,),))
+    encoded = Encoder(tokenizer, "causal", 64).encode(example)
+    (span,) = encoded.spans
+    found = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in (encoded.prompt, span.targets[:-1])]
+    assert found == [*parted] and encoded.inputs[0][: span.positions[0] + 1] == encoded.prompt
 
 
 def test_long_prompts_lose_their_beginning(causal_tokenizer: Any, tokenizer: Any) -> None:

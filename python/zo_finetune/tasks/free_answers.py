@@ -1,8 +1,8 @@
 """Questions whose answers are written freely: what SQuAD, DROP and tasks of one's own have in common.
 
 The form is MeZO's: a prompt that ends with "Answer:", behind it a space, the first accepted answer and a new line, where writing ends. Training is on these
-tokens; an evaluation compares what the model writes with every accepted answer. Blanks at a prompt's end are the answer's: tokens of words begin with them, so
-that a model which has read one writes no word that it has learned. An answer of several lines is trained on as one, which scorers read as the same.
+tokens; an evaluation compares what the model writes with every accepted answer. An answer of several lines is trained on as one, which scorers read
+as the same.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ class FreeAnswers(Task):
 
     def example(self, row: Row, form: Form) -> Example:
         prompt, accepted = self.prompt(row), self.accepted(row)
-        context = prompt.rstrip(" ")
-        space = prompt[len(context) :] or ("" if context[-1:].isspace() else " ")
+        space = "" if prompt[-1:].isspace() else " "
         text = NEWLINES.sub(" ", BETWEEN_SPANS.join(accepted[0]))
-        answer = Candidate(context, f"{space}{text}\n", neutral=self.neutral)
+        answer = Candidate(prompt, f"{space}{text}\n", neutral=self.neutral)
         return Example((answer,), 0, references=accepted)
