@@ -547,4 +547,18 @@ CASES: dict[str, Case] = {
     "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),
 }  # fmt: skip
 EVERY = [(name, mode) for name, case in CASES.items() for mode in case.modes]
+
+
+def in_turn(runs: Sequence[tuple[str, str]], what: Sequence[Any]) -> list[tuple[str, str, Any]]:
+    """Each (name, mode) with some of `what`: a name meets all of it, half in each of its modes, as a mode does over the names."""
+    names, modes = list(dict.fromkeys(name for name, _ in runs)), ("scratch", "inplace")
+    alone = {name for name in names if len([run for run in runs if run[0] == name]) == 1}
+    return [
+        (name, mode, one)
+        for name, mode in runs
+        for k, one in enumerate(what)
+        if name in alone or (k + names.index(name) + modes.index(mode)) % 2 == 0
+    ]
+
+
 JOURNALED = [(name, mode) for name, mode in EVERY if CASES[name].journal]

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor, nn, overrides
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
@@ -929,21 +929,14 @@ def test_parameters_made_in_inference_mode(mode: str) -> None:
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-class Numbers(Dataset):  # type: ignore[type-arg]
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, k: int) -> Tensor:
-        return torch.full((4,), k, dtype=torch.int64)
-
-
 @pytest.mark.parametrize("mode", ["lazy", "resident"])
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_loader_workers(mode: str, context: str) -> None:
     def run(workers: int) -> list[Tensor]:
         model = Net()
         step = optimizer_of(model, mode)
-        loader = DataLoader(Numbers(), batch_size=2, num_workers=workers, multiprocessing_context=context if workers else None)
+        numbers: Any = [torch.full((4,), k) for k in range(6)]  # of which a spawned worker imports no test
+        loader = DataLoader(numbers, batch_size=2, num_workers=workers, multiprocessing_context=context if workers else None)
         torch.manual_seed(0)
         for _ in range(2 if context == "fork" else 1):
             for batch in loader:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
-from tests.optim.methods import CASES, EPS, EVERY, JOURNALED, SEED, Tiny, first_order_of, values
+from tests.optim.methods import CASES, EPS, EVERY, JOURNALED, SEED, Tiny, first_order_of, in_turn, values
 from zo_kernels import journal
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -266,8 +266,7 @@ class Boom(Exception):
     pass
 
 
-@pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize(("name", "mode"), ALL_MODES)
+@pytest.mark.parametrize(("name", "mode", "start"), in_turn(ALL_MODES, [0, 5]))
 def test_a_closure_that_fails_in_any_forward_leaves_no_trace(name: str, mode: str, start: int) -> None:
     """In scratch mode to the bit, weights and what the method remembers; in place to within the rounding of the passes. The next step is that of a run
     without the failure."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from tests.optim.methods import CASES, DIZO, EPS, EVERY, Case, Reference, Tiny, Weights, loss, noise, values
+from tests.optim.methods import CASES, DIZO, EPS, EVERY, Case, Reference, Tiny, Weights, in_turn, loss, noise, values
 
 
 def tolerance(r: Reference, case: Case, mode: str) -> float:
@@ -30,8 +30,7 @@ def test_every_constructor_has_a_case() -> None:
     assert used >= set(zk.optim.METHODS)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize(("name", "mode"), EVERY)
+@pytest.mark.parametrize(("name", "mode", "weight_decay"), in_turn(EVERY, [0.0, 0.3]))
 def test_steps_equal_the_float64_reference(name: str, mode: str, weight_decay: float) -> None:
     """One step and fifty, at each step. Biases and the norm do not decay, by class."""
     case, model = CASES[name], Tiny()
@@ -124,8 +123,7 @@ def spacing(dtype: torch.dtype, x: Tensor) -> Tensor:
     return info.eps * 2.0 ** (1.01 * x.abs()).clamp(min=info.smallest_normal).log2().floor()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("name", "mode"), EVERY)
+@pytest.mark.parametrize(("name", "mode", "form"), in_turn(EVERY, list(FORMS)))
 def test_each_step_is_the_formula_of_the_losses_it_saw(name: str, mode: str, form: str) -> None:
     """In other types, at another eps, of another model, with groups: each step by itself, from the weights as they are, so that 16 bits add up no errors.
 
