@@ -250,7 +250,7 @@ def way(options: Evaluation | Probing) -> str:
     """How the answers came about, and of which rows."""
     if isinstance(options, Probing):
         return "linear probe"
-    shots = f"{options.shots} shots" if options.shots > 1 else "1 shot" if options.shots else "zero-shot"
+    shots = "1 shot" if options.shots == 1 else f"{options.shots} shots"
     return f"{shots}{', calibrated' if options.calibrated else ''}{'' if options.split == 'eval' else f', split {options.split}'}"
 
 

@@ -89,12 +89,17 @@ class Config(TaskChoice):
     )
     data_config: str | None = option(DATA, "configuration of a hub data set, such as sst2 of nyu-mll/glue", None, metavar="NAME")
     columns: dict[str, str] = option(
-        DATA, "the column that holds a task's field", {}, flag="--column", metavar="FIELD=NAME", read=values.column
+        DATA,
+        "the column that holds a task's field, as in sentence=text",
+        {},
+        flag="--column",
+        metavar="FIELD=NAME",
+        read=values.column,
     )
     train_examples: int = option(DATA, "sampled training examples, 0: all", 1000, metavar="N", least=True)
     dev_examples: int | None = option(
         DATA,
-        "training rows held out to watch progress on",
+        "training rows held out to watch progress on, 0: none",
         None,
         metavar="N",
         least=True,
@@ -124,7 +129,8 @@ class Config(TaskChoice):
     )
     objective: str = option(
         METHOD,
-        "what is lowered: loss, the task's own; classification; language-model; or a metric of the task, which is raised, such as accuracy or f1",
+        "what a step lowers: loss, the task's own of the next two; classification, cross-entropy over the answers; language-model, that of the right "
+        "answer's tokens; or a metric of the task, such as accuracy or f1: its loss is 1 - the metric",
         "loss",
         metavar="NAME",
     )
@@ -158,7 +164,7 @@ class Config(TaskChoice):
         choices=("auto", "inplace", "scratch", "lazy"),
     )
     rounding: str = option(METHOD, "of the update to 16-bit weights", "auto", choices=("auto", "nearest", "stochastic"))
-    cuda_graph: bool = option(METHOD, "launch whole steps as CUDA graphs; pads batches", False, negatable=True, usual="no")
+    cuda_graph: bool = option(METHOD, "launch whole steps as CUDA graphs; pads batches", False, negatable=True)
     backend: str | None = option(
         METHOD,
         "of zo_kernels",
@@ -178,7 +184,7 @@ class Config(TaskChoice):
         each=True,
     )
     overwrite: bool = option(RUN, "replace an earlier run in RUN_DIR", False, movable=True, place=True, each=True)
-    save: bool = option(RUN, "save the model or adapter", True, negatable=True, movable=True, each=True)
+    save: bool = option(RUN, "save the model or adapter in RUN_DIR", True, negatable=True, movable=True, each=True)
     eval_every: int | None = option(
         RUN,
         "steps between evaluations on the dev examples, 0: none",

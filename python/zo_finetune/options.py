@@ -100,7 +100,9 @@ class Option:
     def default_in_words(self) -> str:
         if self.usual is not None:
             return self.usual
-        if self.default is None or self.default == {} or self.base is bool:
+        if self.base is bool:
+            return ("yes" if self.default else "no") if self.negatable else ""
+        if self.default is None or self.default == {}:
             return ""
         return ",".join(map(str, self.default)) if isinstance(self.default, list) else values.written(self.default)
 

@@ -95,7 +95,7 @@ def test_zero_shot_is_what_a_run_has_before(
     rights = [p["right"][0] for p in predictions]
     assert result["majority"] == max(map(rights.count, names)) / 12
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("zero-shot: accuracy ") and f"on 12 examples (majority {result['majority']:.4f})" in said
+    assert said.startswith("0 shots: accuracy ") and f"on 12 examples (majority {result['majority']:.4f})" in said
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
@@ -356,10 +356,10 @@ def test_nothing_before_the_answer(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({}, "zero-shot"),
+        ({}, "0 shots"),
         ({"shots": 1}, "1 shot"),
         ({"shots": 4, "calibrated": True}, "4 shots, calibrated"),
-        ({"split": "dev"}, "zero-shot, split dev"),
+        ({"split": "dev"}, "0 shots, split dev"),
     ],
 )
 def test_a_score_says_how_it_came_about(more: dict[str, Any], words: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +16,7 @@ import torch
 from zo_finetune import config as configuration
 from zo_finetune import options, tasks, values
 from zo_finetune.cli import build_parser
-from zo_finetune.config import COMMANDS, Comparison, Config
+from zo_finetune.config import COMMANDS, Config
 from zo_finetune.decoding import DECODINGS
 from zo_finetune.errors import UserError
 from zo_finetune.metrics import METRICS
@@ -96,7 +98,7 @@ def test_help_has_every_default_and_choice() -> None:
     words = {o.name: o.words() for o in options.options_of(Small)}
     assert words == {
         "name": "what", "count": "how many (default: 3)", "share": "of it (default: all)", "kind": "which (default: a)",
-        "words": "more; repeatable", "loud": "or not",
+        "words": "more; repeatable", "loud": "or not (default: no)",
     }  # fmt: skip
 
 
@@ -109,12 +111,14 @@ def test_every_option_of_a_set_is_its_commands() -> None:
         "probe": ["--model", "m", "--task", "t", "--data", "d", "--output", "o"],
         "resume": ["o"],
         "replay": ["o", "--model", "m", "--output", "p"],
+        "profile": ["--shape", "s", "--output", "o"],
+        "suite": ["--suite", "mezo", "--model", "m", "--data", "d", "--output", "o"],
         "demo": [],
         "tasks": [],
     }
     for name, kind in COMMANDS.items():
         found = set(vars(build_parser().parse_args([name, *required[name]]))) - {"command"}
-        assert found == {f.name for f in fields(kind)} | ({o.name for o in configuration.shared()} if kind is Comparison else set())
+        assert found == {f.name for f in fields(kind)} | {o.name for o in configuration.shared(kind)}
     with pytest.raises(UserError, match="--form 'nonsense' must be one of auto, causal, masked"):
         Config(model="m", task="sst2", data="d", output="o", form="nonsense").check()
 
@@ -129,6 +133,19 @@ def test_choices_are_the_librarys() -> None:
 
 def test_the_page_of_options_is_current() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == configuration.page(), "python -m zo_finetune.config > docs/options.md"
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_that_are_shown_are_read(page: Path) -> None:
+    """Their options are there, with what they need; what stands in brackets is left out."""
+    for line in page.read_text().splitlines():
+        if not line.strip().startswith("zo-finetune "):
+            continue
+        read = build_parser().parse_args(shlex.split(re.sub(r"\[.*?\]", "", line))[1:])
+        assert set(options.given(kind := COMMANDS[read.command], read)) <= {f.name for f in fields(kind)}
 
 
 def test_help_does_not_wait_for_torch() -> None:
