@@ -47,6 +47,11 @@ def replay(given: Replay) -> Path:
         console.say(
             f"the run was recorded for {len(past.steps)} of its {config.steps} steps: these are the weights that it had then"
         )
+    if given.upto is None and config.keep == "best":
+        console.say(
+            "these are the weights after the last step, and the run kept those of its best evaluation on the dev examples: for them give --upto with "
+            'the step that its result.json has under "kept"'
+        )
     if given.adapter is not None and config.adapter is None:
         raise UserError(f"--adapter {given.adapter}: the run started from none: leave it out")
     adapter = config.adapter if given.adapter is None else given.adapter

@@ -87,6 +87,14 @@ def test_the_best_weights_are_the_journals_at_that_step(
     assert told["steps"] == 6 and not (tmp_path / "run" / BEST).exists()
 
 
+def test_a_replay_to_the_end_says_that_another_step_was_kept(
+    whole: Path, model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay = ["replay", str(whole), "--model", str(model_folder("llama")), "--device", "cpu", "--output", str(tmp_path / "again")]
+    assert main(replay) == 0
+    assert "these are the weights after the last step, and the run kept those of its best evaluation" in capsys.readouterr().err
+
+
 def test_the_best_are_other_weights_than_the_last(whole: Path, arguments: Arguments, tmp_path: Path) -> None:
     """In the run of these tests, whose best is neither the first nor the last; everything before the choice is the same."""
     best = result(whole)
