@@ -27,11 +27,11 @@ from zo_finetune.errors import UserError, shortened
 from zo_finetune.evaluate import describe, measure
 from zo_finetune.files import PART, check_plain, path_of, plain_json
 from zo_finetune.incontext import Demonstrations, neutral
-from zo_finetune.load import Materials, cut_note, prepare, read_splits, sample_seed
+from zo_finetune.load import Materials, notes_on_texts, prepare, read_splits, sample_seed
 from zo_finetune.model import LanguageModel
 from zo_finetune.run import explained
 from zo_finetune.run_folder import check_run_dir
-from zo_finetune.scoring import Encoded
+from zo_finetune.scoring import Encoded, Encoder
 from zo_finetune.tasks.base import Example, Form, Task
 
 OWN = ("predictions.jsonl", "result.json")
@@ -78,7 +78,7 @@ def evaluate_model(options: Evaluation, language_model: LanguageModel | None = N
     with console.Phase("tokenizing"):
         for part in in_batches(list(enumerate(examples)), PIECE):
             encoded += encoder.encode_all([e if drawn is None else drawn.around(k, e) for k, e in part])
-    notes = said(found, encoder.cut, len(examples))
+    notes = said(found, encoder, len(examples))
     started = time.perf_counter()
     with found.scorer() as scorer, console.Counter("evaluating", len(examples), "example") as progress:
         if options.calibrated:
@@ -148,7 +148,7 @@ def probe_model(options: Probing, language_model: LanguageModel | None = None) -
     started = time.perf_counter()
     with console.Phase("tokenizing"):
         encoded = {name: encoder.encode_all(getattr(splits, name)) for name in SPLITS}
-    notes = said(found, encoder.cut, sum(map(len, encoded.values())))
+    notes = said(found, encoder, sum(map(len, encoded.values())))
     rows: dict[str, probe.Rows] = {}
     for name, examples in encoded.items():
         total = sum(len(probe.spots(task, e, lm.form)) for e in examples)
@@ -165,11 +165,9 @@ def probe_model(options: Probing, language_model: LanguageModel | None = None) -
     return measured(options, found, answers, splits.eval, more, time.perf_counter() - started, notes)
 
 
-def said(found: Materials, cut: int, total: int) -> list[str]:
-    """What the user is told before the work begins: about the rows, the model, and the `cut` texts of `total`."""
-    notes = [*found.splits.notes, *found.language_model.notes]
-    if cut:
-        notes.append(cut_note(cut, total, found.max_length))
+def said(found: Materials, encoder: Encoder, total: int) -> list[str]:
+    """What the user is told before the work begins: about the rows, the model, and the `total` texts that `encoder` has met."""
+    notes = [*found.splits.notes, *found.language_model.notes, *notes_on_texts(encoder, total, found.max_length)]
     for note in notes:
         console.say(note)
     return notes

@@ -187,8 +187,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         train_set = encoder.encode_all(splits.train, gold_only=objective.gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *found.language_model.notes]
-    if encoder.cut:
-        notes.append(cut_note(encoder.cut, len(train_set) + len(dev_set) + len(eval_set), found.max_length))
+    notes += notes_on_texts(encoder, len(train_set) + len(dev_set) + len(eval_set), found.max_length)
     return Loaded(
         config=config,
         task=task,
@@ -204,5 +203,14 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     )
 
 
-def cut_note(cut: int, total: int, max_length: int) -> str:
-    return f"{cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out"
+def notes_on_texts(encoder: Encoder, total: int, max_length: int) -> list[str]:
+    """Lines about what `encoder` has met in `total` texts."""
+    notes = []
+    if encoder.cut:
+        notes.append(f"{encoder.cut:,} of {total:,} texts are longer than {max_length:,} tokens: their beginnings are left out")
+    if encoder.special:
+        notes.append(
+            f"warning: {encoder.special:,} of {total:,} texts hold special tokens of the tokenizer, which the model reads as such, as an end in the middle: "
+            "take them out of the data"
+        )
+    return notes

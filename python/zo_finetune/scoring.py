@@ -82,7 +82,7 @@ class Encoder:
         vocabulary: tokens that the model knows; one beyond, added to the tokenizer alone, would read other memory or fail.
         chat: a context is the user's turn of a chat, in the tokenizer's template, and an answer begins the assistant's (chat.py).
 
-    `cut` counts the examples whose context lost its beginning.
+    `cut` counts the examples whose context lost its beginning, `special` those whose texts hold special tokens.
 
     Raises:
         UserError: a masked model's tokenizer has no mask token, a chat's no template, the special tokens around a text cannot be told from it, or
@@ -91,7 +91,12 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, form: Form, max_length: int, vocabulary: int | None = None, chat: bool = False) -> None:
         self.tokenizer, self.form, self.max_length, self.vocabulary = tokenizer, form, max_length, vocabulary
-        self.cut = 0
+        self.cut = self.special = 0
+        unread = {
+            tokenizer.unk_token_id,
+            tokenizer.pad_token_id,
+        }  # what stands for other text; of some tokenizers the end token, too
+        self._special = ({*tokenizer.all_special_ids} - unread) | {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self._lost = 0
         self._known: dict[str, list[int]] = {}  # texts of the examples at hand -> tokens
         if form == "masked" and tokenizer.mask_token_id is None:
@@ -229,6 +234,8 @@ class Encoder:
             spans.append(span)
         prompt = self._prompt(chosen[0], spans[0]) if example.references else []
         self.cut += self._lost > before
+        if self.turns is None:  # a chat's own are in its every text
+            self.special += any(not self._special.isdisjoint(self._ids(text)) for c in chosen for text in self._texts(c))
         label, right = (0, frozenset[int]()) if gold_only else (example.label, example.right)
         return Encoded(tuple(rows), tuple(spans), label, right, example.references, tuple(prompt))
 

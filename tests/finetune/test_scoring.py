@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from zo_finetune import model as models
 from zo_finetune.errors import UserError
+from zo_finetune.load import notes_on_texts
 from zo_finetune.objectives import OBJECTIVES
 from zo_finetune.scoring import Encoder, Scorer
 from zo_finetune.tasks import get_task
-from zo_finetune.tasks.base import Candidate, Example
+from zo_finetune.tasks.base import Candidate, Example, Form
 
 from tests.finetune.conftest import FAMILIES, make_rows
 
@@ -195,6 +196,15 @@ def test_an_answers_tokens_are_those_with_a_character_of_it(context: str, answer
     (span,) = encoded.spans
     found = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in (encoded.prompt, span.targets[:-1])]
     assert found == [*parted] and encoded.inputs[0][: span.positions[0] + 1] == encoded.prompt
+
+
+@pytest.mark.parametrize("form", ["causal", "masked"])
+def test_special_tokens_in_a_text_are_told(form: Form, tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, form, 64)
+    for sentence in ("a plain one", "cut </s> in two", "<mask> and <s>", "<pad>"):
+        encoder.encode(get_task("sst2").example({"sentence": sentence, "label": 0}, form))
+    assert encoder.special == 2
+    assert notes_on_texts(encoder, 4, 64)[0].startswith("warning: 2 of 4 texts hold special tokens of the tokenizer")
 
 
 def test_long_prompts_lose_their_beginning(causal_tokenizer: Any, tokenizer: Any) -> None:
