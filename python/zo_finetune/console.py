@@ -70,12 +70,14 @@ class Phase:
 
 
 class Counter:
-    """How far something of known length is: a bar on a terminal; elsewhere lines, `every` so many, or where that is 0 after two seconds and
-    then ever more rarely, but at least one a minute."""
+    """How far something of known length is: a bar on a terminal; elsewhere lines, `every` so many and at least one a minute, or where that is 0 after
+    two seconds and then ever more rarely, but at least one a minute. What has said nothing in two seconds says that it has begun."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, every: int = 0) -> None:
         self.what, self.total, self.unit, self.done, self.every = what, total, unit, done, every
-        self._since, self._wait, self._first = time.monotonic(), PATIENCE, done
+        self._since, self._wait, self._first, self._last = time.monotonic(), PATIENCE, done, 0.0
+        self._begun = threading.Timer(PATIENCE, lambda: say(f"{what} ..."))
+        self._begun.daemon = True
         self._bar: Any = None
         if is_terminal():
             from tqdm import tqdm
@@ -89,6 +91,8 @@ class Counter:
                 delay=0 if every else PATIENCE,
                 leave=bool(every),
             )
+        else:
+            self._begun.start()
 
     def advance(self, n: int, note: str = "") -> None:
         before, self.done = self.done, self.done + n
@@ -99,10 +103,12 @@ class Counter:
             return
         seconds = time.monotonic() - self._since
         if self.every:
-            due = self.done // self.every > before // self.every or self.done == self.total
+            due = self.done // self.every > before // self.every or self.done == self.total or seconds - self._last >= LONGEST
         else:
             due = self._wait <= seconds and self.done < self.total
         if due:
+            self._begun.cancel()
+            self._last = seconds
             while self._wait <= seconds:
                 self._wait += min(self._wait, LONGEST)
             left = seconds / (self.done - self._first) * (self.total - self.done)
@@ -110,6 +116,7 @@ class Counter:
             say(f"{self.what}: {self.done} of {self.total} {self.unit}s, {seconds:.0f} s{rest}{', ' + note if note else ''}")
 
     def close(self) -> None:
+        self._begun.cancel()
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.close()

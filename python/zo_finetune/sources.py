@@ -120,7 +120,7 @@ def complete(shards: Sequence[Shard], where: str) -> list[Path]:
         if missing := absent(numbers, count):
             raise UserError(
                 f"--data {where}: of {shards[0].split}, the files number {shortened(map(str, missing))} are missing beside {shards[0].path.name}: "
-                "fetch them, or give the others by a pattern"
+                f"fetch them, give the others by a pattern, or rename what is no part of a set, as to {shards[0].split}"
             )
         if count is not None and len(numbers) > count:
             raise UserError(

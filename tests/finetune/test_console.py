@@ -45,6 +45,30 @@ def test_what_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     assert lines == [f"before: {n} of 400 examples" for n in (2, 4, 8, 16, 32, 64, 124, 184, 244, 304, 364)]
 
 
+def test_slow_steps_have_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A run of many steps says so every so many, which of slow ones takes an hour."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with console.Counter("training", 20_000, "step", every=1000) as counter:
+        for _ in range(8):
+            clock[0] += 25.0
+            counter.advance(1)
+    lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [f"training: {n} of 20000 steps" for n in (3, 6)]
+
+
+def test_a_long_first_batch_has_begun(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.05)
+    with console.Counter("before", 2, "example") as counter:
+        counter._begun.join(10)
+        counter.advance(2)
+    assert capsys.readouterr().err == "before ...\n"
+    with console.Counter("before", 2, "example") as counter:
+        counter.advance(2)
+    counter._begun.join(10)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_phase_says_so_after_a_while(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with console.Phase("loading"):
         pass
