@@ -167,7 +167,7 @@ def test_a_fused_replay_is_closer_to_fp32_than_the_run(tmp_path: Path) -> None:
         base, path = Small(dtype), tmp_path / f"{dtype}.zoj"
         live = copy.deepcopy(base)
         optimizer = optimizer_of(live, "scratch", "nearest", journal=path)
-        for k in range(1500):
+        for k in range(750):
             optimizer.step(lambda k=k, live=live: live(k))
         optimizer.close_journal()
         past = journal.read(path)
