@@ -178,7 +178,11 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
     if options.command == "replay":
         from zo_finetune.replay import replay
 
-        console.tell(f"saved in {replay(Replay(**given(Replay, options)))}")
+        wanted = Replay(**given(Replay, options))
+        folder = replay(wanted)
+        console.tell(
+            f"the weights {'of the whole journal' if wanted.upto is None else f'after {wanted.upto} steps'} are in {folder}"
+        )
         return None
     if options.command in ("evaluate", "probe"):
         from zo_finetune.baseline import in_folder

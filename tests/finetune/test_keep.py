@@ -90,9 +90,13 @@ def test_the_best_weights_are_the_journals_at_that_step(
 def test_a_replay_to_the_end_says_that_another_step_was_kept(
     whole: Path, model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replay = ["replay", str(whole), "--model", str(model_folder("llama")), "--device", "cpu", "--output", str(tmp_path / "again")]
-    assert main(replay) == 0
-    assert "these are the weights after the last step, and the run kept those of its best evaluation" in capsys.readouterr().err
+    replay = ["replay", str(whole), "--model", str(model_folder("llama")), "--device", "cpu", "--output"]
+    assert main([*replay, str(tmp_path / "again")]) == 0
+    said = capsys.readouterr()
+    assert "these are the weights after the last step, and the run kept those of its best evaluation" in said.err
+    assert said.out == f"the weights of the whole journal are in {tmp_path / 'again' / 'model'}\n"
+    assert main([*replay, str(tmp_path / "two"), "--upto", "2"]) == 0
+    assert capsys.readouterr().out == f"the weights after 2 steps are in {tmp_path / 'two' / 'model'}\n"
 
 
 def test_the_best_are_other_weights_than_the_last(whole: Path, arguments: Arguments, tmp_path: Path) -> None:
