@@ -132,7 +132,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, causa
 
     def folder(family: str) -> Path:
         if family not in made:
-            torch.manual_seed(len(made))
+            torch.manual_seed(list(builders).index(family))  # whatever was made before
             path = tmp_path_factory.mktemp(family)
             model = builders[family]()
             with torch.no_grad():  # wider than the usual 0.02, so that predictions depend on what is read
