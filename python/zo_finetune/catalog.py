@@ -40,7 +40,7 @@ prompt = "{review}\\nIs the customer happy?"  # what a causal model goes on with
 masked = "{review} The customer is {mask}."  # the same for a masked model; one of both is enough
 words = ["No", "Yes"]
 labels = ["unhappy", "happy"]  # what the words stand for; by default they themselves
-label = "mood"  # the column with a label, or its number; by default "label"
+label = "mood"  # the column with a label, or its number, counted from 0; by default "label"
 ```
 
 With answers that a model writes:
@@ -57,7 +57,9 @@ zo-finetune train --model MODEL --task mood --prompt '{review} The customer is' 
 ```
 
 `{{` and `}}` are braces. Between a prompt and a word that begins with a letter or digit there is a space, unless the prompt ends with one or with a new
-line. `neutral` is the prompt of the calibrated score; `objective` is what `--objective` says, `decoding` follows from the rest.
+line. A token that has characters of a prompt's end and of an answer's beginning is the answer's. An answer of several lines is trained on as one. Where
+`labels` are numbers, as of stars, a number in the column is one of these, and none is counted from 0. `neutral` is the prompt of the calibrated score;
+`objective` is what `--objective` says, `decoding` follows from the rest.
 `metrics` (`--task-metrics`), the first of which curves and tables show, are of WORDS for words (`auc` for two of
 them), and of ANSWERS for answers; the loss is always among them.
 

@@ -448,7 +448,8 @@ def test_a_tokenizer_with_dropout_cuts_a_text_the_same_way_every_time(copy: Copy
 
 def test_a_tokenizer_without_words_is_refused() -> None:
     class Silent:
-        mask_token_id = None
+        mask_token_id = unk_token_id = pad_token_id = bos_token_id = eos_token_id = None
+        all_special_ids: tuple[int, ...] = ()
 
         def __call__(self, text: Any, **_: Any) -> Any:
             class Ids:

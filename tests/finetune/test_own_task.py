@@ -85,7 +85,8 @@ def test_a_description_with_answers() -> None:
     [("{x} It is", "low", " low"), ("{x} It is", " low", " low"), ("{x}?\n", "low", "low"), ("{x} (", "-", "-"), ("{x} ", "low", "low")],
 )  # fmt: skip
 def test_a_word_is_parted_from_the_prompt(prompt: str, word: str, answer: str) -> None:
-    task = config(task="t", prompt=prompt, words=[word, "other"]).the_task()
+    other = " other" if word.startswith(" ") else "other"  # all words with a blank, or none
+    task = config(task="t", prompt=prompt, words=[word, other]).the_task()
     assert task.example({"x": "a", "label": 0}, "causal").candidates[0].answer == answer
 
 
