@@ -7,6 +7,7 @@ go together (config.py).
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zo_finetune.blocks import inside_blocks
 from zo_finetune.errors import UserError, did_you_mean, one_line, shortened
 from zo_finetune.tasks.base import Form
 
@@ -103,8 +105,9 @@ def soft_text(tokenizer: Any, length: int, **more: Any) -> str:
     return text
 
 
-def add(model: Any, tokenizer: Any, form: Form, adapter: Adapter) -> Any:
-    """`model` inside a peft model, whose new adapter alone is trainable; a function of torch's random state."""
+def add(model: Any, tokenizer: Any, form: Form, adapter: Adapter, train_blocks: str | None = None) -> Any:
+    """`model` inside a peft model, whose new adapter alone is trainable; a function of torch's random state. `train_blocks`: lora and ln adapt modules of
+    these blocks alone."""
     from peft import (
         LNTuningConfig,
         PeftConfig,
@@ -116,10 +119,17 @@ def add(model: Any, tokenizer: Any, form: Form, adapter: Adapter) -> Any:
 
     peft, targets, length = adapter.kind, adapter.targets, adapter.virtual_tokens
     config: PeftConfig
+    inside = None if train_blocks is None else inside_blocks(model, train_blocks)
     if peft == "lora":
         config = lora_config(adapter, form)
+        config.exclude_modules = None if inside is None else f"(?!{inside}).*"
     elif peft == "ln":
-        config = LNTuningConfig(task_type=task_type_of(form), target_modules=norm_modules(model, targets))
+        norms = [name for name in norm_modules(model, targets) if inside is None or re.match(inside, name)]
+        if not norms:
+            raise UserError(
+                f"--train-blocks {train_blocks}: no normalisation module that --peft ln adapts lies there: choose others"
+            )
+        config = LNTuningConfig(task_type=task_type_of(form), target_modules=norms)
     elif peft == "prefix":
         refuse_masked_prefix(form)
         config = PrefixTuningConfig(task_type=task_type_of(form), num_virtual_tokens=length)

@@ -71,6 +71,20 @@ class Config(TaskChoice):
     adapter: str | None = option(
         MODEL, "an adapter's folder of peft to go on from; it decides --peft", None, metavar="FOLDER", path=True, movable=True
     )
+    train_blocks: str | None = option(
+        MODEL,
+        "train these blocks of the model alone, or adapters in them alone: by number, counted from 0, as 24- or 20-25, or last:4",
+        None,
+        metavar="BLOCKS",
+        usual="all",
+    )
+    train_only: list[str] | None = option(
+        MODEL,
+        "train only weights in whose name this regular expression occurs, of an adapter or of --train-blocks if they are given",
+        None,
+        metavar="PATTERN",
+        usual="all",
+    )
     max_length: int | None = option(
         MODEL, "longest input; longer ones lose their beginning", None, metavar="TOKENS", positive=True, usual="the model's"
     )
@@ -164,6 +178,13 @@ class Config(TaskChoice):
         choices=("auto", "inplace", "scratch", "lazy"),
     )
     rounding: str = option(METHOD, "of the update to 16-bit weights", "auto", choices=("auto", "nearest", "stochastic"))
+    cache: str = option(
+        METHOD,
+        "where all that is trained lies in upper blocks, keep the hidden states that enter them, in memory or a file on RUN_DIR's disk, so that a forward "
+        "runs these blocks alone; auto: where it is exact and saves time",
+        "auto",
+        choices=("auto", "memory", "disk", "off"),
+    )
     cuda_graph: bool = option(METHOD, "launch whole steps as CUDA graphs; pads batches", False, negatable=True)
     backend: str | None = option(
         METHOD,
@@ -212,6 +233,8 @@ class Config(TaskChoice):
     def check(self) -> None:
         """Values that no part of the run could use; each error names the option."""
         options.check(self)
+        if self.train_blocks is not None:
+            values.blocks("--train-blocks", self.train_blocks)
         self.recipe()
 
     def check_use(self) -> None:
@@ -233,6 +256,17 @@ class Config(TaskChoice):
                 )
             if self.peft not in (kinds := ADAPTERS[o.name]):
                 raise UserError(f"{o.spelling} {value} is of --peft {' or '.join(kinds)}, and --peft is {self.peft}: leave it out")
+        part = (
+            f"--train-blocks {self.train_blocks}"
+            if self.train_blocks
+            else f"--train-only {self.train_only[0]!r:.80}"
+            if self.train_only
+            else None
+        )
+        if part is not None and self.peft in SOFT:
+            raise UserError(
+                f"{part}: --peft {self.peft} puts something before what every block sees: leave one out, or choose lora or ln"
+            )
         if methods.get(self.method).first_order:
             for o in options.options_of(Config):
                 if o.name in PERTURBING and (value := getattr(self, o.name)) != o.default:

@@ -17,7 +17,7 @@ from zo_finetune import console
 from zo_finetune import model as models
 from zo_finetune.config import Config
 from zo_finetune.data import Splits, load_splits
-from zo_finetune.errors import UserError
+from zo_finetune.errors import UserError, shortened
 from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks.base import Form, Task
@@ -72,11 +72,19 @@ class Loaded:
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
-        trained = "all" if trainable == total else f"{trainable:,}" if lm.peft == "none" else f"{trainable:,} ({lm.peft})"
+        kind = ", ".join(filter(None, ("" if lm.peft == "none" else lm.peft, part_of(self.config))))
+        trained = "all" if trainable == total else f"{trainable:,} ({kind})" if kind else f"{trainable:,}"
         return (
             f"{self.config.model}: {total:,} weights, {trained} trained by {self.config.method}, {lm.model.dtype} on {lm.device}; "
             f"{len(self.train_set)} training, {len(self.dev_set)} dev, {len(self.eval_set)} evaluation examples"
         )
+
+
+def part_of(config: Config) -> str:
+    """Which part of the weights --train-blocks and --train-only choose, in words; "" where they are not given."""
+    blocks = f"blocks {config.train_blocks}" if config.train_blocks else ""
+    names = f"names with {shortened(config.train_only, 3)}" if config.train_only else ""
+    return ", ".join(filter(None, (blocks, names)))
 
 
 MODEL_OPTIONS = (
@@ -91,6 +99,8 @@ MODEL_OPTIONS = (
     "lora_init",
     "prefix_length",
     "adapter",
+    "train_blocks",
+    "train_only",
 )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zo_finetune import adapters, folders
+from zo_finetune import adapters, blocks, folders
 from zo_finetune.adapters import Adapter
 from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
@@ -263,6 +263,8 @@ def load(
     lora_init: str | None = None,
     prefix_length: int | None = None,
     adapter: str | None = None,
+    train_blocks: str | None = None,
+    train_only: Sequence[str] | None = None,
 ) -> LanguageModel:
     """Load a model, in eval mode.
 
@@ -275,9 +277,10 @@ def load(
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
         targets, lora_rank, lora_alpha, lora_init, prefix_length: of a new adapter, see `adapters.Adapter`.
         adapter: an adapter's folder, of the kind `peft`, to go on from.
+        train_blocks, train_only: which part of the model, or of an adapter, is trained, see `blocks.train_part`.
 
     Raises:
-        UserError: no such model, or the device, the dtype or the adapter does not fit it.
+        UserError: no such model, or the device, the dtype, the adapter or the part does not fit it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
     from transformers.utils import logging
@@ -304,15 +307,18 @@ def load(
     notes = [*check_loaded(spec, model, report), *cut_anew]
     model = model.to(found.place).eval()
     check_forward(spec, model, found.form)
-    return adapt(
+    adapted = adapt(
         LanguageModel(model, tokenizer, found.form, "none", found.place, notes),
         Adapter(peft, targets, lora_rank, lora_alpha, lora_init, prefix_length),
         adapter,
+        train_blocks,
     )
+    blocks.train_part(adapted.model, train_blocks, train_only)
+    return adapted
 
 
-def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None) -> LanguageModel:
-    """`base` with a new adapter, or that of a folder; the model in it is changed.
+def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None, train_blocks: str | None = None) -> LanguageModel:
+    """`base` with a new adapter, in some of its blocks alone if `train_blocks` says so, or that of a folder; the model in it is changed.
 
     Raises:
         UserError: it does not fit; or there is none, and something is said of one.
@@ -331,7 +337,7 @@ def adapt(base: LanguageModel, adapter: Adapter, folder: str | None = None) -> L
         raise UserError(f"--prefix-length {taken} leaves no room in a context of {base.max_length} tokens: give less")
     notes: list[str] = []
     if folder is None:
-        model = adapters.add(base.model, base.tokenizer, base.form, adapter)
+        model = adapters.add(base.model, base.tokenizer, base.form, adapter, train_blocks)
     else:
         model, notes = adapters.go_on(base.model, base.form, Path(folder).expanduser(), adapter.kind)
     return replace(base, model=model.eval(), peft=adapter.kind, virtual_tokens=taken, notes=[*base.notes, *notes])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import figures, machine
-from zo_finetune.load import Loaded
+from zo_finetune.load import Loaded, part_of
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Outcome:
     skipped: int = 0
     state_bytes: int = 0
     kept: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] | None = None  # what is said of hidden states that were kept
 
 
 def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
         "interrupted": outcome.interrupted,
         "steps": outcome.steps,
         "forwards": recipe.forwards(outcome.steps),
+        "cache": outcome.cache,
         "skipped_steps": outcome.skipped,
         "zero_gradient_steps": outcome.still,
         "seconds_per_step": outcome.training_seconds / outcome.steps if outcome.steps else None,
@@ -83,10 +85,10 @@ def draw(loaded: Loaded, outcome: Outcome, path: Path) -> None:
     ends = [{"step": 0, **outcome.before}]
     if outcome.after:
         ends.append({"step": outcome.kept["step"], **outcome.after})
-    what = "all weights" if loaded.config.peft == "none" else loaded.config.peft
+    what = ", ".join(filter(None, ("" if loaded.config.peft == "none" else loaded.config.peft, part_of(loaded.config))))
     figures.draw_curve(
         path,
-        f"{loaded.task.name}, {Path(loaded.config.model).name}: {loaded.config.method}, {what}",
+        f"{loaded.task.name}, {Path(loaded.config.model).name}: {loaded.config.method}, {what or 'all weights'}",
         loaded.task.metrics[0],
         outcome.losses,
         {f"evaluation ({len(loaded.eval_set)} examples)": ends, f"dev ({len(loaded.dev_set)} examples)": outcome.history},

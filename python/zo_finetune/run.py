@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from zo_finetune import console, files, methods, report, run_folder, sources
+from zo_finetune.cached import keep
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import describe, evaluate
@@ -214,9 +215,10 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure) -> 
         before = evaluations.read()[0] if resumed else None
         measured = measure(scorer, "before", loaded.eval_set) if before is None else before
         console.say(f"before: {describe(task, measured)}")
+        cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
             past = open_journal(loaded, optimizer, resumed)
-        outcome, rows = Outcome(before=measured), []
+        outcome, rows = Outcome(before=measured, cache=cache), []
         if past is None:
             run_folder.clear_run_dir(output)
             run_folder.write_config(output, config)

@@ -12,8 +12,9 @@ optimizers."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from zo_finetune.chat import turns_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
+from zo_finetune.frozen import States
 from zo_finetune.tasks.base import Candidate, Example, Form
 
 MOST_NEW = 50  # tokens of a free answer (MeZO's)
@@ -261,6 +263,18 @@ class Batch:
     present: Tensor  # [B, C, T], fp32: 1 where the candidate has a t-th answer token
     labels: Tensor  # [B]
     right: Tensor  # [B, C], bool: whether the candidate counts as right
+    states: Tensor | None = None  # [R, L, H]: what comes out of the blocks that need not run again (frozen.py)
+
+
+def padded(inputs: Sequence[Sequence[int]], form: Form, pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens as `input_ids` and `attention_mask` of a `Batch`, on the CPU."""
+    width = -(-max(map(len, inputs)) // multiple) * multiple
+    input_ids = torch.full((len(inputs), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(inputs), width), dtype=torch.long)
+    for r, tokens in enumerate(inputs):
+        input_ids[r, : len(tokens)] = torch.tensor(tokens)
+        mask[r, : len(tokens)] = 1
+    return input_ids, mask if form == "masked" else None
 
 
 def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.device, multiple: int = 1) -> Batch:
@@ -275,16 +289,11 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
                 where[b, c, t] = points.setdefault((len(inputs) + span.row, position), len(points))
                 targets[b, c, t], present[b, c, t] = target, 1.0
         inputs.extend(example.inputs)
-    width = -(-max(map(len, inputs)) // multiple) * multiple
-    input_ids = torch.full((len(inputs), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(inputs), width), dtype=torch.long)
-    for r, tokens in enumerate(inputs):
-        input_ids[r, : len(tokens)] = torch.tensor(tokens)
-        mask[r, : len(tokens)] = 1
+    input_ids, mask = padded(inputs, form, pad_id, multiple)
     spots = torch.tensor(list(points))
     labels, right = torch.tensor([e.label for e in examples]), right_ones(examples, shape[1])
-    fields = (spots[:, 0], spots[:, 1] - width, where, targets, present, labels, right)
-    return Batch(input_ids.to(device), mask.to(device) if form == "masked" else None, *(f.to(device) for f in fields))
+    fields = (spots[:, 0], spots[:, 1] - input_ids.shape[1], where, targets, present, labels, right)
+    return Batch(input_ids.to(device), None if mask is None else mask.to(device), *(f.to(device) for f in fields))
 
 
 class Scorer:
@@ -310,6 +319,7 @@ class Scorer:
             raise UserError(f"{type(model).__name__} has no output embedding: choose a causal or masked language model")
         self.model, self.form, self.pad_id, self.tokenizer, self.max_length = model, form, pad_id, tokenizer, max_length
         self.device = next(model.parameters()).device
+        self.states: States | None = None  # of inputs whose forwards need not run the lower blocks
         self._points: tuple[Tensor, Tensor] | None = None
         self._hook = head.register_forward_pre_hook(self._keep_points)
 
@@ -330,21 +340,28 @@ class Scorer:
         return (hidden[rows, hidden.shape[1] + columns], *args[1:])
 
     def collate(self, examples: Sequence[Encoded], multiple: int = 1) -> Batch:
-        return collate(examples, self.form, self.pad_id, self.device, multiple)
+        batch = collate(examples, self.form, self.pad_id, self.device, multiple)
+        if self.states is None:
+            return batch
+        inputs = [tokens for example in examples for tokens in example.inputs]
+        return replace(batch, states=self.states.of(inputs, batch.input_ids.shape[1], self.device))
+
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        """What the model returns for rows as a `Batch` has them."""
+        if attention_mask is not None:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return self.model(input_ids=input_ids, use_cache=False)
 
     def token_log_probs(self, batch: Batch) -> Tensor:
         """log p of every answer token, fp32 [B, C, T]; 0 where there is none.
 
         The logits go to fp32 before the logarithm: SPSA divides a difference of two losses by 2 eps, and a loss of 0.7 rounded
         to fp16 would come in steps of 0.24 at eps = 1e-3."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-        if batch.attention_mask is not None:
-            inputs["attention_mask"] = batch.attention_mask
-        else:
-            inputs["use_cache"] = False
+        kept = self.states is not None and batch.states is not None
         self._points = batch.point_rows, batch.point_columns
         try:
-            logits = self.model(**inputs).logits
+            with self.states.lower.instead(batch.states) if kept else contextlib.nullcontext():
+                logits = self.outputs(batch.input_ids, batch.attention_mask).logits
         finally:
             self._points = None
         if logits.ndim != 2 or logits.shape[0] != batch.point_rows.shape[0]:

@@ -90,6 +90,23 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
 
 
+def blocks(where: str, text: str) -> slice:
+    """Which of a model's blocks: from one number on (24-), from one to another (20-25), one alone (7), or the last so many (last:4).
+
+    Raises:
+        UserError: begins with `where`, and says what is wanted.
+    """
+    if (found := re.fullmatch(r"last:([0-9]{1,6})", text, re.ASCII)) and int(found[1]):
+        return slice(-int(found[1]), None)
+    if found := re.fullmatch(r"([0-9]{1,6})(-?)([0-9]{0,6})", text, re.ASCII):
+        first, last = int(found[1]), int(found[3] or found[1])
+        if (found[2] or not found[3]) and first <= last:
+            return slice(first, last + 1 if found[3] or not found[2] else None)
+    raise UserError(
+        f"{where} {text!r:.80}: give numbers of blocks, counted from 0, as 24-, 20-25 or 7, or last:4 for the last four"
+    )
+
+
 # ---- options of a method: by the type that its constructor has for it ----------------------------------------------------------
 
 

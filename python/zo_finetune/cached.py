@@ -1,0 +1,200 @@
+"""Whether a run keeps the hidden states of its frozen lower blocks, and what shows that they are right.
+
+Belongs here: when it pays, the checks on real batches before the first step, the filling. Does not belong here: how a forward begins with kept states
+(frozen.py).
+
+Three things have to hold, and each is looked at before the run's first step, at the weights that it starts from, so that a resumed run decides the same:
+
+- nothing that is trained is read before the cut (`frozen.cut_of`, by one forward);
+- the blocks behind the cut read nothing of the others but their states: one batch with the states of that very forward must give the same numbers to the bit;
+- the states that were kept are those: on a batch of the first examples and one of the longest, log-probabilities within `bound` of those without.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetune import console
+from zo_finetune.blocks import blocks_of
+from zo_finetune.data import in_batches
+from zo_finetune.errors import UserError
+from zo_finetune.frozen import CannotKeep, Lower, States, Tokens, cut_of, room
+from zo_finetune.load import Loaded, part_of
+from zo_finetune.scoring import Encoded, Scorer, padded
+
+LEAST_USES, LEAST_SHARE = 2.0, 0.1  # of each kept example; of the weights that a forward reads, those below the cut
+MOST_IN_MEMORY = 2 << 30  # bytes; more goes to the disk by itself
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What result.json says of the states that were kept. `blocks`: how many need not run; `examples`: forwards of these that filled it."""
+
+    blocks: int
+    of_blocks: int
+    examples: int
+    bytes: int
+    where: str
+    seconds: float
+
+    def __str__(self) -> str:
+        where, rest = "in memory" if self.where == "memory" else "on disk", self.of_blocks - self.blocks
+        return (
+            f"hidden states of {self.examples:,} inputs behind {self.blocks} of {self.of_blocks} blocks: {self.bytes:,} bytes {where}, "
+            f"in {self.seconds:.1f} s; a forward runs the other {rest} alone"
+        )
+
+
+def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | None:
+    """Give `scorer` the states of the training examples, and of the dev examples if they are evaluated more than once, where --cache says so.
+
+    Args:
+        evaluations: on the dev examples in the whole run.
+
+    Returns:
+        what result.json says; None: nothing is kept.
+
+    Raises:
+        UserError: states were asked for, and there can be none.
+    """
+    config = loaded.config
+    if config.cache == "off":
+        return None
+    examples = loaded.train_set + (loaded.dev_set if evaluations > 1 else [])
+    if config.cache == "auto" and not used_again(loaded, len(examples), evaluations):
+        return None
+    try:
+        lower = lower_blocks(loaded, scorer)
+        if config.cache == "auto" and not large(loaded.language_model.model, lower):
+            return None
+        scorer.states, cache = filled(loaded, scorer, lower, examples)
+        if reason := wrong(loaded, scorer, examples):
+            raise CannotKeep(reason)
+    except CannotKeep as reason:
+        scorer.states = None
+        if config.cache != "auto":
+            raise UserError(f"--cache {config.cache}: {reason}; leave it out, or give --cache off") from reason
+        if part_of(config):
+            console.say(f"no hidden states are kept: {reason}; every forward runs the whole model")
+        return None
+    console.say(str(cache))
+    return asdict(cache)
+
+
+def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
+    """The blocks that need not run again. Raises CannotKeep: there are none, or the model's shape does not allow it."""
+    lm, config, objective = loaded.language_model, loaded.config, loaded.objective
+    if lm.virtual_tokens:
+        raise CannotKeep(f"--peft {lm.peft} puts something before what every block sees")
+    if any(p.requires_grad for p in lm.model.get_input_embeddings().parameters()):
+        raise CannotKeep("the input embedding is trained, perhaps as a part of the output's")
+    try:
+        name, _ = blocks_of(lm.model)
+    except UserError as error:
+        raise CannotKeep(f"{type(lm.model).__name__} has no list of blocks") from error
+    first = loaded.train_set[: config.batch_size]
+    with torch.no_grad():
+        batch = scorer.collate(first)
+        cut = cut_of(lm.model, lambda: scorer.outputs(batch.input_ids, batch.attention_mask))
+        if cut == 0:
+            raise CannotKeep(f"the first of {name}, or what is before it, reads weights that are trained")
+        lower = Lower(lm.model, cut)
+        with lower.recording(stop=False) as found:
+            plain = scorer.token_log_probs(batch)
+        (states,) = found
+        if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
+            raise CannotKeep(f"the states of {name} have the shape {tuple(states.shape)}, and not rows, tokens, width")
+        scorer.states = states_of(scorer, lower, first, config.eval_batch_size)
+        again = scorer.token_log_probs(replace(batch, states=states))
+        if not torch.equal(plain, again) and torch.equal(plain, scorer.token_log_probs(batch)):
+            raise CannotKeep(f"later blocks of {type(lm.model).__name__} read more of the earlier ones than their hidden states")
+        objective.loss(scorer, objective.batch(scorer, first))
+        if not scorer.states.served:
+            raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
+        scorer.states = None
+    return lower
+
+
+def used_again(loaded: Loaded, examples: int, evaluations: int) -> bool:
+    """Whether examples come back often enough in the whole run."""
+    config = loaded.config
+    uses = config.recipe().forwards(config.steps) * config.batch_size * config.accumulate + evaluations * len(loaded.dev_set)
+    return uses >= LEAST_USES * examples
+
+
+def large(model: Any, lower: Lower) -> bool:
+    """Whether the blocks that need not run are enough of a forward, by their weights."""
+    _, blocks = blocks_of(model)
+    below, rest = (sum(map(weights, part)) for part in (lower.blocks, [*blocks[lower.cut :], model.get_output_embeddings()]))
+    return below >= LEAST_SHARE * (below + rest)
+
+
+def weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def filled(loaded: Loaded, scorer: Scorer, lower: Lower, examples: Sequence[Encoded]) -> tuple[States, Cache]:
+    """The states of these examples."""
+    config, started = loaded.config, time.perf_counter()
+    size = sum(map(len, inputs_of(examples))) * lower.width * lower.dtype.itemsize
+    disk = config.cache == "disk" or (config.cache == "auto" and size > MOST_IN_MEMORY)
+    states = states_of(scorer, lower, examples, config.eval_batch_size, Path(config.output) if disk else None)
+    seconds = time.perf_counter() - started
+    return states, Cache(lower.cut, lower.total, len(states.places), size, "disk" if disk else "memory", seconds)
+
+
+def inputs_of(examples: Sequence[Encoded]) -> list[Tokens]:
+    """Each distinct input, short ones first: states are computed in batches of these, the same in every run of a configuration."""
+    return sorted(dict.fromkeys(tokens for example in examples for tokens in example.inputs), key=len)
+
+
+@torch.no_grad()
+def states_of(scorer: Scorer, lower: Lower, examples: Sequence[Encoded], rows: int, folder: Path | None = None) -> States:
+    """The states of the inputs of some examples, `rows` of them computed at once. Raises OSError: no space in `folder`."""
+    inputs = inputs_of(examples)
+    store, places, end = room(sum(map(len, inputs)), lower, folder), dict[Tokens, int](), 0
+    with console.Counter("computing hidden states", len(inputs), "input") as counter:
+        for part in in_batches(inputs, rows):
+            with lower.recording() as found:
+                scorer.outputs(*(None if t is None else t.to(scorer.device) for t in padded(part, scorer.form, scorer.pad_id)))
+            for tokens, states in zip(part, found[0].cpu(), strict=True):
+                places[tokens], end = end, end + len(tokens)
+                store[places[tokens] : end] = states[: len(tokens)]
+            counter.advance(len(part))
+    return States(lower, store, places)
+
+
+@torch.no_grad()
+def wrong(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> str | None:
+    """Whether log-probabilities with kept states are further from those without than `bound` says, in words."""
+    rows = loaded.config.batch_size
+    for part in (examples[:rows], sorted(examples, key=lambda e: -e.length)[:rows]):
+        batch = scorer.collate(part)
+        plain, kept = scorer.token_log_probs(replace(batch, states=None)), scorer.token_log_probs(batch)
+        most = bound(loaded.language_model.model, plain)
+        if not (off := (kept - plain).abs().max().item()) <= most:
+            return f"with them log-probabilities are up to {off:.2g} from those without, and rounding explains {most:.2g}"
+    return None
+
+
+def bound(model: nn.Module, log_probs: Tensor) -> float:
+    """How far apart log-probabilities of one model may be that differ in the shapes of their products alone, and so in the order of their sums.
+
+    A sum of k products in fp32, added up in another order, moves by about sqrt(k) u of its size, u = 2^-24 (Higham and Mary 2019, with high probability),
+    and by one rounding to the type of the weights where that is coarser. The two sums that each of n blocks adds to the residual stream move on their own,
+    so that the states move by sqrt(2 n) of that; what is behind the blocks is a norm and a product, so logits move by that share of their spread, for which
+    the largest |log p| stands, and a log-probability by twice that. Four times this is allowed.
+    """
+    _, blocks = blocks_of(model)
+    k = max(max(p.shape) for p in blocks.parameters())
+    dtype = next(blocks.parameters()).dtype
+    one = max(math.sqrt(k) * 2.0**-24, torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0)
+    return 4 * 2 * math.sqrt(2 * len(blocks)) * one * max(1.0, log_probs.abs().max().item())

@@ -1,0 +1,164 @@
+"""What lies below all that is trained runs once: the hidden states that come out of a model's lower blocks, and forwards that begin with them.
+
+Belongs here: where the cut is, the states as data, the blocks that step aside for the time of a forward. Does not belong here: whether a run keeps states
+and what shows that they are right (cached.py), scores (scoring.py).
+
+For the time of a forward each block below the cut has a `forward` of its own that gives back the kept states. Nothing else of the model is touched: the list
+keeps its length and its modules, parameters keep their names, and what a model computes before its blocks, such as embeddings and the positions that OPT and
+GPT-2 add to them, is computed and thrown away, which is cheap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_finetune.blocks import blocks_of
+
+Tokens = tuple[int, ...]
+
+
+class CannotKeep(Exception):
+    """Why no states can be kept, in words that follow a colon."""
+
+
+class _Enough(Exception):
+    """The states are there; the rest of the forward is not needed."""
+
+
+def cut_of(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """How many blocks come before the first one that reads a trained parameter: all of them, where only what is behind them does.
+
+    Args:
+        forward: makes one forward of the model. Modules with trained parameters are noted as it calls them, so that tied weights count where they are read
+            first; one that it does not call counts by its name, or as the first of all.
+    """
+    name, blocks = blocks_of(model)
+    owners = {n: m for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+    first = {n: next((k for k in range(len(blocks)) if n.startswith(f"{name}.{k}.") or n == f"{name}.{k}"), 0) for n in owners}
+    ended: set[int] = set()
+    called: dict[str, int] = {}
+
+    def begins(owner: str) -> None:
+        called.setdefault(owner, len(ended))
+
+    handles = [b.register_forward_hook(lambda *_, k=k: ended.add(k)) for k, b in enumerate(blocks)]
+    handles += [m.register_forward_pre_hook(lambda *_, n=n: begins(n)) for n, m in owners.items()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min((called.get(n, k) for n, k in first.items()), default=len(blocks))
+
+
+class Lower:
+    """The first `cut` blocks of a model."""
+
+    def __init__(self, model: nn.Module, cut: int) -> None:
+        self.name, blocks = blocks_of(model)
+        self.cut, self.total = cut, len(blocks)
+        self.blocks = [blocks[k] for k in range(cut)]
+        self.width, self.dtype = 0, torch.float32  # of states, once they were recorded
+        self._wrapped: list[Callable[[Tensor], Any]] = []  # what each returns, made of states
+
+    @contextlib.contextmanager
+    def recording(self, stop: bool = True) -> Iterator[list[Tensor]]:
+        """A forward inside puts the states that the last block returns into the list; with `stop` it ends there.
+
+        Raises:
+            CannotKeep: the blocks pass on more than one tensor, or are not called once each, in order.
+        """
+        found: list[Tensor] = []
+        order: list[int] = []
+        wrapped: list[Callable[[Tensor], Any]] = []
+
+        def saw(k: int, output: Any) -> None:
+            order.append(k)
+            wrapped.append(_form(output))
+            if k == self.cut - 1:
+                found.append((output if isinstance(output, Tensor) else output[0]).detach())
+                if stop:
+                    raise _Enough
+
+        handles = [block.register_forward_hook(lambda m, a, output, k=k: saw(k, output)) for k, block in enumerate(self.blocks)]
+        try:
+            with contextlib.suppress(_Enough):
+                yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+        if order != list(range(self.cut)):
+            raise CannotKeep("its blocks are not called once each, one after the other")
+        self._wrapped, self.width, self.dtype = wrapped, found[0].shape[-1], found[0].dtype
+
+    @contextlib.contextmanager
+    def instead(self, states: Tensor) -> Iterator[None]:
+        """Forwards inside take `states` for what the last of these blocks returns, and run none of them."""
+        own = [block.__dict__.get("forward") for block in self.blocks]
+        for block, wrap in zip(self.blocks, self._wrapped, strict=True):
+            block.__dict__["forward"] = lambda *_, wrap=wrap, **__: wrap(states)
+        try:
+            yield
+        finally:
+            for block, before in zip(self.blocks, own, strict=True):
+                if before is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.__dict__["forward"] = before
+
+
+def _form(output: Any) -> Callable[[Tensor], Any]:
+    """From states to what a block returns. Raises CannotKeep: it returns more than states."""
+    if isinstance(output, Tensor):
+        return lambda states: states
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and all(more is None for more in output[1:]):
+        return lambda states: (states, *output[1:])
+    raise CannotKeep("its blocks pass on more than the hidden states")
+
+
+def room(tokens: int, lower: Lower, folder: Path | None) -> Tensor:
+    """[tokens, H]: memory for states; with a folder, of a file on its disk that has no name: it is gone when nothing refers to it, however the process ends.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if folder is None:
+        return torch.empty(tokens, lower.width, dtype=lower.dtype)
+    size = tokens * lower.width * lower.dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=lower.dtype).view(tokens, lower.width)
+
+
+class States:
+    """The states of some inputs, unpadded, in host memory or on disk.
+
+    Args:
+        store: [T, H], those of all inputs one after another.
+        places: where each input's first row is.
+    """
+
+    def __init__(self, lower: Lower, store: Tensor, places: Mapping[Tokens, int]) -> None:
+        self.lower, self.store, self.places = lower, store, places
+        self.served = 0  # batches
+
+    def of(self, inputs: Sequence[Tokens], width: int, device: torch.device) -> Tensor | None:
+        """[R, width, H], 0 behind each input's end; None where one of them is not kept."""
+        if not all(tokens in self.places for tokens in inputs):
+            return None
+        self.served += 1
+        padded = self.store.new_zeros(len(inputs), width, self.store.shape[1])
+        for row, tokens in zip(padded, inputs, strict=True):
+            start = self.places[tokens]
+            row[: len(tokens)] = self.store[start : start + len(tokens)]
+        return padded.to(device)

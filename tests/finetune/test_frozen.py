@@ -1,0 +1,386 @@
+"""What is frozen runs once: which part is trained, where the cut is, and that forwards which begin with kept states are the forwards without.
+
+Belongs here: blocks.py, frozen.py, cached.py, and whole runs with them. Does not belong here: adapters (test_adapters.py), scores (test_scoring.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from zo_finetune import blocks, cached, files, frozen
+from zo_finetune import model as models
+from zo_finetune.cli import main
+from zo_finetune.config import Config
+from zo_finetune.errors import UserError
+from zo_finetune.load import Loaded, load
+from zo_finetune.objectives.classification import Classification
+from zo_finetune.scoring import Scorer
+
+from tests.finetune.test_resume import assert_same
+from tests.kernels.cases import same_bits
+
+FAMILIES = ("llama", "gpt2", "opt", "roberta", "bert")
+Folder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def deep(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Name of a family -> a folder with a random model of it with four blocks; `tied`: input and output embedding are one."""
+    import transformers as tf
+
+    made: dict[tuple[str, bool], Path] = {}
+
+    def folder(family: str, tied: bool = True) -> Path:
+        if (family, tied) not in made:
+            source = model_folder("roberta" if family == "bert" else family)
+            config = tf.AutoConfig.from_pretrained(source)
+            if family == "bert":
+                config = tf.BertConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=32,
+                    num_attention_heads=4,
+                    intermediate_size=64,
+                    max_position_embeddings=64,
+                )
+            config.num_hidden_layers, config.tie_word_embeddings = 4, tied
+            kind = tf.AutoModelForMaskedLM if family in ("roberta", "bert") else tf.AutoModelForCausalLM
+            torch.manual_seed(5)
+            model = kind.from_config(config)
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if p.ndim == 2:
+                        p.normal_(0, 0.3 if "embed" in name or "wte" in name else 0.2)
+            path = tmp_path_factory.mktemp(f"deep_{family}")
+            model.save_pretrained(path)
+            tf.AutoTokenizer.from_pretrained(source).save_pretrained(path)
+            made[family, tied] = path
+        return made[family, tied]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(deep: Folder, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Loaded]:
+    def build(family: str = "llama", tied: bool = True, **options: Any) -> Loaded:
+        sizes: dict[str, Any] = {"train_examples": 20, "dev_examples": 8, "eval_examples": 4, "batch_size": 4, "steps": 40}
+        given = {
+            "task": "sst2",
+            "data": str(data_folder),
+            "device": "cpu",
+            "output": str(tmp_path_factory.mktemp("frozen") / "run"),
+        }
+        return load(Config(model=str(deep(family, tied)), **given, **{**sizes, "cache": "memory", **options}))
+
+    return build
+
+
+@contextlib.contextmanager
+def kept(loaded: Loaded) -> Iterator[tuple[Scorer, Any]]:
+    with loaded.scorer() as scorer:
+        yield scorer, cached.keep(loaded, scorer, 6)
+
+
+def trained(model: torch.nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+# ---- which part is trained -----------------------------------------------------------------------------------------------------------
+
+
+BLOCKS = {"2-": {2, 3}, "1-2": {1, 2}, "3": {3}, "last:1": {3}, "last:4": {0, 1, 2, 3}, "0": {0}}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "model.layers"), ("gpt2", "transformer.h"), ("opt", "model.decoder.layers"), ("roberta", "roberta.encoder.layer")],
+)
+def test_blocks_by_number_or_from_the_end(family: str, name: str, deep: Folder) -> None:
+    model = models.load(str(deep(family)), device="cpu").model
+    for text, numbers in BLOCKS.items():
+        model.requires_grad_(True)
+        blocks.train_part(model, text, None)
+        prefixes = tuple(f"{name}.{k}." for k in numbers)
+        assert trained(model) == [n for n, _ in model.named_parameters() if n.startswith(prefixes)] != []
+
+
+def test_names_by_patterns(deep: Folder) -> None:
+    def names(**options: Any) -> list[str]:
+        return trained(models.load(str(deep("llama")), device="cpu", **options).model)
+
+    assert names(train_only=[r"norm\.weight$"], train_blocks="3") == [
+        f"model.layers.3.{n}_layernorm.weight" for n in ("input", "post_attention")
+    ]
+    assert names(train_only=["q_proj", "^model.norm"]) == [
+        *(f"model.layers.{k}.self_attn.q_proj.weight" for k in range(4)),
+        "model.norm.weight",
+    ]
+    assert names(train_only=["lm_head"]) == ["model.embed_tokens.weight"]  # tied: one parameter, by either name
+    lora = names(peft="lora", train_only=[r"layers\.2\..*lora_B"])
+    assert len(lora) == 2 and all("layers.2" in n and "lora_B" in n for n in lora)
+
+
+def test_adapters_lie_in_the_chosen_blocks_alone(deep: Folder, tmp_path: Path) -> None:
+    for peft, more in (("lora", {}), ("lora", {"targets": ["all-linear"]}), ("lora", {"targets": ["k_proj"]}), ("ln", {})):
+        model = models.load(str(deep("llama")), device="cpu", peft=peft, train_blocks="2-3", **more)
+        names = trained(model.model)
+        assert names and all("layers.2." in n or "layers.3." in n for n in names)
+        folder = model.save(tmp_path / f"{peft}{len(more)}")
+        again = models.load(str(deep("llama")), device="cpu", peft=peft, adapter=str(folder), train_blocks="3")
+        assert trained(again.model) == [n for n in names if "layers.3." in n]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--train-blocks", "4"], "--train-blocks 4: LlamaForCausalLM has 4 blocks, model.layers.0 to model.layers.3"),
+        (["--train-blocks", "last:5"], "has 4 blocks"),
+        (["--train-blocks", "1-4"], "has 4 blocks"),
+        (["--train-blocks", "3-1"], "--train-blocks '3-1': give numbers of blocks"),
+        (["--train-blocks", "last:0"], "'last:0': give numbers"),
+        (
+            ["--train-only", "nothing"],
+            "--train-only 'nothing' occurs in no name of what could be trained: model.embed_tokens.weight, lm_head.weight, model.layers.N.",
+        ),
+        (["--train-only", "("], "--train-only: '(' is no regular expression"),
+        (["--train-blocks", "3", "--peft", "ln", "--peft-target", "model.norm"], "--train-blocks 3: no normalisation module"),
+        (["--train-blocks", "3", "--peft", "prompt"], "--train-blocks 3: --peft prompt puts something before"),
+        (["--train-only", "norm", "--cache", "disk"], "--cache disk: the first of model.layers"),
+        (["--cache", "memory"], "--cache memory: the input embedding is trained"),
+        (["--peft", "prefix", "--cache", "memory"], "--peft prefix puts something before"),
+    ],
+)
+def test_what_is_refused(options: list[str], said: str, train_command: Any, deep: Folder, tmp_path: Path, capsys: Any) -> None:
+    assert main(train_command(tmp_path / "run", *options, model=str(deep("llama")))) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.zoj").exists()
+
+
+# ---- where the cut is ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        ({"train_blocks": "last:1"}, 3),
+        ({"train_blocks": "2-"}, 2),
+        ({"train_blocks": "1-2"}, 1),
+        ({"train_only": ["^model.norm"]}, 4),
+        ({"train_only": ["lm_head"]}, 4),
+        ({"train_only": ["lm_head", r"layers\.2\."]}, 2),
+        ({"train_only": ["lm_head"], "tied": True}, 0),
+        ({"train_only": ["embed"]}, 0),
+        ({"train_only": ["q_proj"]}, 0),
+        ({"peft": "lora", "train_blocks": "2-"}, 2),
+        ({"peft": "ln", "train_blocks": "3"}, 3),
+    ],
+)
+def test_the_cut_is_before_what_reads_trained_weights(options: dict[str, Any], cut: int, loaded: Callable[..., Loaded]) -> None:
+    one = loaded(**{"tied": False, **options})
+    ids = torch.arange(8).reshape(2, 4)
+    assert frozen.cut_of(one.language_model.model, lambda: one.language_model.model(input_ids=ids)) == cut
+
+
+# ---- the same numbers --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_those_without(family: str, dtype: str, loaded: Callable[..., Loaded]) -> None:
+    """In batches as the states were computed in, to the bit; in others within the bound. Rounding is there to be seen, and no more than that."""
+    one = loaded(family, train_blocks="last:2", dtype=dtype, eval_batch_size=8)
+    with kept(one) as (scorer, said):
+        assert said["blocks"] == 2 and said["examples"] == 28 and said["where"] == "memory"
+        inputs = cached.inputs_of(one.train_set + one.dev_set)
+        owner = {e.inputs[0]: e for e in one.train_set + one.dev_set}
+        same = [owner[tokens] for tokens in inputs[8:16]]
+        for part, exact in ((same, True), (one.train_set[:4], False), (one.dev_set, False), (one.train_set[3:4], False)):
+            batch = scorer.collate(part, 1 if exact else 4)
+            assert batch.states is not None and batch.states.shape[:2] == batch.input_ids.shape
+            with_, without = scorer.token_log_probs(batch), scorer.token_log_probs(replace(batch, states=None))
+            if exact:
+                assert same_bits(with_, without)
+            most = cached.bound(one.language_model.model, without)
+            assert (with_ - without).abs().max() <= most
+            assert most < (1e-3 if dtype == "float32" else 1.0)
+        assert scorer.collate(one.eval_set).states is None  # not kept: the whole model runs
+
+
+@torch.no_grad()
+def test_states_of_others_are_noticed(loaded: Callable[..., Loaded]) -> None:
+    one = loaded(train_blocks="last:1")
+    with kept(one) as (scorer, _):
+        assert cached.wrong(one, scorer, one.train_set) is None
+        scorer.states.store += 1e-3
+        assert "rounding explains" in str(cached.wrong(one, scorer, one.train_set))
+        scorer.states.store.fill_(torch.nan)
+        assert cached.wrong(one, scorer, one.train_set) is not None
+
+
+def earlier(layers: torch.nn.ModuleList) -> str:
+    """The last block's output has a part of the first one's own."""
+    seen: list[torch.Tensor] = []
+    layers[0].register_forward_hook(lambda m, a, out: seen.append(out))
+    layers[3].register_forward_hook(lambda m, a, out: out + 0.1 * seen[-1])
+    return "later blocks of LlamaForCausalLM read more"
+
+
+def pair(layers: torch.nn.ModuleList) -> str:
+    """A block hands two tensors on."""
+    layers[1].register_forward_hook(lambda m, a, out: (out, out))
+    layers[2].register_forward_pre_hook(lambda m, a: (a[0][0], *a[1:]))
+    return "its blocks pass on more than the hidden states"
+
+
+@pytest.mark.parametrize("spoil", [earlier, pair])
+def test_blocks_that_read_more_than_states_are_noticed(spoil: Any, loaded: Callable[..., Loaded], capsys: Any) -> None:
+    """As cross-layer keys and values, or sums over all layers, are: the run goes on without, and says so."""
+    one = loaded(train_blocks="last:1", cache="auto")
+    why = spoil(one.language_model.model.model.layers)
+    with kept(one) as (scorer, said):
+        assert said is None and scorer.states is None
+    assert f"no hidden states are kept: {why}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--cache memory: "), kept(replace(one, config=replace(one.config, cache="memory"))):
+        pass
+
+
+def test_automatic_where_it_pays(loaded: Callable[..., Loaded], capsys: Any) -> None:
+    for options, yes in (
+        ({"steps": 40}, True),
+        ({"steps": 1, "dev_examples": 0}, False),
+        ({"train_only": ["lm_head"]}, False),
+        ({"train_blocks": "0-"}, False),
+    ):
+        one = loaded(**{"train_blocks": None if "train_only" in options else "last:1", "cache": "auto", **options})
+        with kept(one) as (_, said):
+            assert (said is not None) == yes
+    assert "no hidden states are kept: the input embedding is trained" in capsys.readouterr().err
+    one = loaded(cache="auto")
+    with kept(one) as (_, said):
+        assert said is None
+    assert "no hidden states" not in capsys.readouterr().err  # nobody asked for a part
+
+
+def test_a_forward_runs_the_upper_blocks_alone(loaded: Callable[..., Loaded]) -> None:
+    one = loaded(train_blocks="last:1")
+    ran: list[int] = []
+    for k, block in enumerate(one.language_model.model.model.layers):
+        block.self_attn.register_forward_pre_hook(lambda m, a, k=k: ran.append(k))
+    names = [n for n, _ in one.language_model.model.named_parameters()]
+    with kept(one) as (scorer, _):
+        ran.clear()
+        scorer.scores(scorer.collate(one.train_set[:4]))
+        assert ran == [3]
+        ran.clear()
+        scorer.scores(scorer.collate(one.eval_set[:2]))
+        assert ran == [0, 1, 2, 3]
+    assert [n for n, _ in one.language_model.model.named_parameters()] == names
+    assert all("forward" not in vars(m) for m in one.language_model.model.modules())
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    "scratch": {"train_blocks": "last:1"},
+    "inplace": {"train_blocks": "last:2", "perturbation": "inplace", "dtype": "bfloat16", "model": "gpt2"},
+    "fzoo": {"train_blocks": "last:1", "method": "fzoo", "model": "opt"},
+    "lora": {"peft": "lora", "train_blocks": "2-", "accumulate": 2},
+    "masked": {"train_blocks": "last:1", "model": "roberta", "keep": "best"},
+}
+
+
+@pytest.fixture
+def command(train_command: Any, deep: Folder) -> Callable[..., list[str]]:
+    def build(output: Path, name: str, **more: Any) -> list[str]:
+        options = {
+            "steps": 6,
+            "lr": "1e-2",
+            "eval_every": 2,
+            "seed": 4,
+            "train_examples": 12,
+            "cache": "memory",
+            **RUNS[name],
+            **more,
+        }
+        return train_command(output, **{**options, "model": str(deep(options.pop("model", "llama")))})
+
+    return build
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(line.split(",")[1]) for line in (folder / "log.csv").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_resumed_and_replayed(
+    name: str, command: Any, deep: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run computes the states again, to the bit; a replay needs none."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert main(command(run, name)) == 0
+    result = files.read_json(run / "result.json")
+    assert result["cache"]["examples"] == 20 and result["cache"]["bytes"] > 0
+    loss, calls = Classification.loss, [0]
+
+    def stop(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(Classification, "loss", stop)
+    assert main(command(again, name)) == 130
+    assert main(["resume", str(again)]) == 0
+    mine, other = (json.loads((at / "result.json").read_text()) for at in (again, run))
+    assert mine["cache"].pop("seconds") and other["cache"].pop("seconds")
+    for at, content in ((again, mine), (run, other)):
+        (at / "result.json").write_text(json.dumps(content).replace(str(again), str(run)))
+    assert_same(again, run)
+    out = tmp_path / "out"
+    base = ["--model", str(deep(RUNS[name].get("model", "llama"))), "--device", "cpu"]
+    more = ["--upto", str(result["kept"]["step"])] if result["kept"]["step"] != 6 else []
+    assert main(["replay", str(run), *base, *more, "--output", str(out)]) == 0
+    kind = "adapter/adapter_model" if name == "lora" else "model/model"
+    saved, replayed = (load_file(at / f"{kind}.safetensors") for at in (run, out))
+    assert saved.keys() == replayed.keys() and all(same_bits(saved[n], replayed[n]) for n in saved)
+
+
+def test_memory_disk_and_without(command: Any, tmp_path: Path, capsys: Any) -> None:
+    """On disk the same bits, and nothing is left of it; without, the same losses within rounding, and no word of it."""
+    for cache in ("memory", "disk", "off"):
+        assert main(command(tmp_path / cache, "scratch", cache=cache)) == 0
+    said = capsys.readouterr().err
+    assert (
+        "hidden states of 20 inputs behind 3 of 4 blocks" in said
+        and "bytes on disk" in said
+        and "forward runs the other 1 alone" in said
+    )
+    one, other, without = (files.read_json(tmp_path / cache / "result.json") for cache in ("memory", "disk", "off"))
+    assert other["cache"] == {**one["cache"], "where": "disk", "seconds": other["cache"]["seconds"]} and without["cache"] is None
+    assert losses(tmp_path / "memory") == losses(tmp_path / "disk")
+    assert losses(tmp_path / "memory") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+    assert one["weights"] == without["weights"] and one["forwards"] == without["forwards"]
+    assert sorted(os.listdir(tmp_path / "disk")) == sorted(os.listdir(tmp_path / "memory")) == sorted(os.listdir(tmp_path / "off"))
+
+
+def test_first_order_methods_too(command: Any, tmp_path: Path) -> None:
+    for cache in ("memory", "off"):
+        assert main(command(tmp_path / cache, "scratch", cache=cache, method="adam", lr="1e-3")) == 0
+    assert losses(tmp_path / "memory") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+
+
+def test_the_blocks_are_found(deep: Folder) -> None:
+    model = models.load(str(deep("gpt2")), device="cpu", peft="lora").model
+    name, found = blocks.blocks_of(model)
+    assert name == "base_model.model.transformer.h" and len(found) == 4
+    with pytest.raises(UserError, match="has no list of blocks"):
+        blocks.blocks_of(torch.nn.Linear(2, 2))
