@@ -4,3 +4,20 @@ Belongs here: the command line, tasks and their prompts, data, models, evaluatio
 belong here: noise, weights' arithmetic and step rules; those are `zo_kernels`, which in turn knows nothing of tasks.
 
 From Python: `run.run(config.Config(...))` is a whole run with its folder; `load.load`, `evaluate.evaluate` and `train.train` are its parts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zo_finetune.trainer import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+
+__all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer's names are loaded when they are asked for: the command line answers at once, without torch."""
+    if name in __all__:
+        return getattr(importlib.import_module("zo_finetune.trainer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

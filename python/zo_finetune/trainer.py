@@ -1,0 +1,326 @@
+"""`transformers.Trainer` with zeroth-order training steps: from the micro-batches that its loop hands over to one `zo_kernels.ZOStep`.
+
+Belongs here: the arguments, what of a Trainer's loop is meant for backpropagation and is done otherwise, and the journal beside the checkpoints. Does not
+belong here: how a step perturbs and updates (zo_kernels), methods and their presets (methods.py), the command line's own loop (train.py).
+
+A Trainer calls `training_step` for each micro-batch and `optimizer.step()` at the last one. A zeroth-order step needs all micro-batches at once: it is made
+in the last `training_step`, and `optimizer.step()` finds nothing left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
+
+import zo_kernels as zk
+from zo_finetune import methods, values
+from zo_finetune.errors import UserError
+from zo_finetune.methods import Recipe
+from zo_finetune.train import view_options
+
+PERTURBATIONS = ("auto", "scratch", "inplace", "lazy")
+OF_A_STEP = ("backend", "clip", "rounding", "scratch_bytes")  # zo_options that every method takes
+PEFTS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "LN_TUNING": "ln"}  # names of peft: of our presets
+HALF = (torch.float16, torch.bfloat16)
+LOSSES = frozenset(
+    getattr(nn.functional, name)
+    for name in (
+        "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "cross_entropy", "ctc_loss", "gaussian_nll_loss",
+        "hinge_embedding_loss", "huber_loss", "kl_div", "l1_loss", "log_softmax", "margin_ranking_loss", "mse_loss", "multi_margin_loss",
+        "multilabel_margin_loss", "multilabel_soft_margin_loss", "nll_loss", "poisson_nll_loss", "smooth_l1_loss", "soft_margin_loss",
+        "triplet_margin_loss",
+    )
+)  # fmt: skip
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ZOArguments:
+    """What zeroth-order steps add to the arguments of a Trainer: mixed into `transformers.TrainingArguments`, or into a class made of it.
+
+    Args:
+        learning_rate: None: the method's preset for the model, or for its kind of adapter (`zo-finetune --list-methods` prints them).
+        zo_method: a name of `zo-finetune --list-methods`, but for those that backpropagate.
+        zo_options: the method's own options, and `clip`, `rounding`, `backend`, `scratch_bytes` of `zo_kernels.ZOStep`; as a dict or its JSON.
+        zo_eps: perturbation scale; None: the method's preset.
+        zo_seed: of the run's noise; None: `seed`.
+        zo_perturbation: "auto", "scratch", "inplace" or "lazy" (`zo_kernels.ZOStep`).
+
+    Raises:
+        ValueError: an argument is wrong, or one of a Trainer's that zeroth-order steps have no use for and that changes what a user gets; names it and
+            the remedy. What is harmless is switched off with a warning.
+    """
+
+    learning_rate: float | None = None
+    zo_method: str = "mezo"
+    zo_options: dict[str, Any] | str | None = None
+    zo_eps: float | None = None
+    zo_seed: int | None = None
+    zo_perturbation: str = "auto"
+    # Replaced by what a step computes; a NaN of a skipped step is to be seen.
+    logging_nan_inf_filter: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        for name, why in _REFUSED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name}={getattr(self, name)!r} with zeroth-order steps: {why}")
+        if isinstance(self.zo_options, str):
+            try:
+                self.zo_options = json.loads(self.zo_options)
+            except ValueError as error:
+                raise ValueError(f"zo_options={self.zo_options!r}: give a dict, or its JSON: {error}") from None
+        if self.zo_options is not None and not isinstance(self.zo_options, dict):
+            raise ValueError(f"zo_options={self.zo_options!r}: give a dict of options, for example {{'queries': 4}}")
+        if self.zo_perturbation not in PERTURBATIONS:
+            raise ValueError(f"zo_perturbation={self.zo_perturbation!r} must be one of {', '.join(PERTURBATIONS)}")
+        if self.zo_seed is not None and not (isinstance(self.zo_seed, int) and 0 <= self.zo_seed < 1 << 64):
+            raise ValueError(f"zo_seed={self.zo_seed!r} must be an integer of 0 .. 2^64 - 1, or None for seed")
+        self.recipe("none")
+        super().__post_init__()  # type: ignore[misc]
+        args: Any = self
+        defaults: Any = type(self)
+        if args.torch_compile and self.zo_perturbation != "inplace":
+            raise ValueError(
+                f"torch_compile=True with zo_perturbation={self.zo_perturbation!r}: a compiled graph reads the weights themselves; give 'inplace'"
+            )
+        if args.optim != TrainingArguments.optim and args.optim != defaults.optim:
+            raise ValueError(f"optim={str(args.optim)!r}: training steps are those of zo_method; leave optim out")
+        if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+            warnings.warn(
+                "gradient_checkpointing is switched off: zeroth-order steps keep no activations", zk.ZOWarning, stacklevel=3
+            )
+            args.gradient_checkpointing = args.activation_checkpointing = False
+
+    def recipe(self, peft: str) -> tuple[Recipe, dict[str, Any]]:
+        """The method with all its numbers for a kind of tuning, and the options that every step takes.
+
+        Raises:
+            ValueError: no such method or option, or a method that a Trainer cannot run.
+        """
+        given = dict(self.zo_options) if isinstance(self.zo_options, dict) else {}
+        common = {name: given.pop(name) for name in OF_A_STEP if name in given}
+        try:
+            method = methods.get(self.zo_method)
+            if method.no_journal:  # backpropagation
+                raise ValueError(
+                    f"zo_method={self.zo_method!r} backpropagates, with an optimizer that no checkpoint of this Trainer holds; take transformers.Trainer, or "
+                    "another zo_method"
+                )
+            words = {name: value if isinstance(value, str) else values.written(value) for name, value in given.items()}
+            return method.recipe(peft, words, self.learning_rate, self.zo_eps), common
+        except UserError as error:
+            raise ValueError(f"zo_method={self.zo_method!r}, zo_options={self.zo_options!r}: {error}") from None
+
+
+_REFUSED: Mapping[str, str] = {
+    "fp16": "its gradient scaler has no gradients to scale; load the model with dtype=torch.float16, or give bf16=True",
+    "deepspeed": "it shards optimizer states and gradients, of which there are none; leave it out",
+    "fsdp": "sharded weights are not supported; leave it out",
+    "parallelism_config": "it is not supported; leave it out",
+    "auto_find_batch_size": "steps that were done would be done again; give per_device_train_batch_size",
+    "neftune_noise_alpha": "embeddings get no noise where dropout is off; leave it out",
+    "optim_args": "training steps are those of zo_method; give zo_options",
+}
+
+
+@dataclass
+class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
+    __doc__ = f"""`transformers.TrainingArguments` with those of a zeroth-order step.
+
+    {(ZOArguments.__doc__ or "").split(chr(10), 2)[2].strip()}
+    """
+
+
+# ---- losses in fp32 -----------------------------------------------------------------------------------------------------
+
+
+class _WideLosses(TorchFunctionMode):
+    """Loss functions take 16-bit tensors as fp32: in 16 bits a loss has larger grains than the difference of two that a step is made of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in LOSSES:
+            return func(*args, **(kwargs or {}))
+
+        def wide(value: Any) -> Any:
+            return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def _dropout_off(model: nn.Module, *outermost: nn.Module) -> Iterator[None]:
+    """Every module within a model is in eval mode. The outermost ones stay in training mode: trainers (TRL's) tell by them whether a loss is for training."""
+    keep = {id(m) for m in (model, *outermost)}
+    quiet = [m for m in model.modules() if m.training and id(m) not in keep]
+    for module in quiet:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in quiet:
+            module.training = True
+
+
+# ---- the trainer --------------------------------------------------------------------------------------------------------
+
+
+class _Driven(AcceleratedOptimizer):
+    """A `ZOStep` as a Trainer's loop holds it: when the loop says `step()`, `training_step` has made the step."""
+
+    def __init__(self, optimizer: zk.ZOStep) -> None:
+        super().__init__(optimizer, device_placement=False)
+        self._is_accelerate_prepared = True  # accelerate's own mark: it wraps nothing twice
+
+    def step(self, closure: Any = None) -> None:
+        return
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ZOTrainerMixin(_Base):
+    """Zeroth-order steps for `transformers.Trainer` or a trainer made of it: ``class Mine(ZOTrainerMixin, TheirTrainer)``. Its arguments are a
+    dataclass that `ZOArguments` is mixed into.
+
+    A step takes the micro-batches of an accumulation together: the loss at each point is their mean, or with `num_items_in_batch` their sum over all
+    items, as in the Trainer's own accumulation, in float64. Dropout is off in steps: every module but the outermost is in eval mode. `grad_norm` is
+    logged as |g|, the projected gradient of the step.
+
+    Raises:
+        TypeError: other arguments, or another optimizer than a `zo_kernels.ZOStep`.
+        ValueError: more than one process or GPU.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._zo_batches: list[Any] = []  # those of this accumulation so far
+        super().__init__(*args, **kwargs)
+        given, processes, gpus = self.args, self.args.world_size, self.args.n_gpu
+        if not isinstance(given, ZOArguments):
+            raise TypeError(
+                f"args is a {type(given).__name__}: give ZOTrainingArguments, or a class that ZOArguments is mixed into"
+            )
+        if self.optimizer is not None and not isinstance(self.optimizer, zk.ZOStep):
+            raise TypeError(
+                f"optimizers=({type(self.optimizer).__name__}, ...): a step without gradients needs a zo_kernels.ZOStep, or None"
+            )
+        if self.optimizer_cls_and_kwargs is not None:
+            raise TypeError(
+                "optimizer_cls_and_kwargs: training steps are those of zo_method; leave it out, or give optimizers=(a ZOStep, None)"
+            )
+        if processes > 1:
+            raise ValueError(f"{processes} processes: they would take steps of their own; start one")
+        if gpus > 1:
+            raise ValueError(f"{gpus} GPUs are DataParallel's, which copies the weights; set CUDA_VISIBLE_DEVICES to one of them")
+
+    @property
+    def zo_step(self) -> zk.ZOStep:
+        """The optimizer itself, from the beginning of `train()` on."""
+        found = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(found, zk.ZOStep)
+        return found
+
+    # -- the optimizer --
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: nn.Module = self.model if model is None else model
+            recipe, common = self.args.recipe(_peft(trained))
+            self.args.learning_rate = recipe.lr
+            seed = self.args.seed if self.args.zo_seed is None else self.args.zo_seed
+            self.optimizer = recipe.make(
+                trained, seed=seed, weight_decay=self.args.weight_decay, **view_options(self.args.zo_perturbation), **common
+            )
+        if isinstance(self.optimizer, zk.ZOStep):
+            self.optimizer = _Driven(self.optimizer)
+        return self.optimizer
+
+    # -- a step --
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._zo_batches = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        self.optimizer.train()
+        self._zo_batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._zo_batches = self._zo_batches, []
+        if (scaled := getattr(self, "loss_is_scaled_for_ga", None)) is None:
+            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+        half = self.args.bf16 or any(p.dtype in HALF for p in self.model.parameters())
+
+        def closure(batch: Any) -> Tensor:
+            with self.compute_loss_context_manager(), _WideLosses() if half else contextlib.nullcontext():
+                # Losses take labels out of what they are given.
+                loss: Any = self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+            return loss.double() * len(batches) if scaled else loss
+
+        with _dropout_off(model, self.model):
+            loss = self.zo_step.step(closure, batches)
+        return loss.detach().to(self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        g = self.zo_step.projected_gradient
+        return None if g is None else g.abs()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of forwards alone: theirs counts a forward and a backward, which is three."""
+        return super().floating_point_ops(inputs) // 3 * self.zo_step.forwards()
+
+    # -- checkpoints --
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.zo_step.flush()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or by another trainer, and the run's "
+                "noise would begin again. Give the checkpoint's folder as the model, and begin a new run"
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """`transformers.Trainer` whose training steps are zeroth-order: forward passes only. See `ZOTrainerMixin`, and docs/trainer.md.
+
+    Args:
+        args: `ZOTrainingArguments`. optimizers: a `zo_kernels.ZOStep` of your own instead of `zo_method`, and a scheduler; or None. Everything else is
+            the Trainer's.
+    """
+
+
+def _peft(model: nn.Module) -> str:
+    """The kind of tuning, for presets. Adapters of other kinds are taken for LoRA's: small matrices that begin at nothing."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        return "none"
+    return PEFTS.get(str(next(iter(configs.values())).peft_type.value), "lora")

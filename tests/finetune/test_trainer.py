@@ -1,0 +1,268 @@
+"""A Trainer's run is the hand-written loop's, on every bit; and what a Trainer has besides works with it.
+
+Belongs here: runs of `ZOTrainer` with tiny models. Does not belong here: what a step computes (tests/optim).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from zo_finetune import ZOTrainer, ZOTrainingArguments, methods
+
+import zo_kernels as zk
+
+LENGTH = 10
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sentences of different lengths, padded, with what is to be predicted."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.rows = []
+        for _ in range(n):
+            ids = torch.randint(4, 40, (LENGTH,), generator=draw)
+            filled = int(torch.randint(4, LENGTH + 1, (), generator=draw))
+            mask = (torch.arange(LENGTH) < filled).long()
+            self.rows.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        return self.rows[k]
+
+
+class Plain(nn.Module):
+    """A module that is no PreTrainedModel, has dropout, and takes no num_items_in_batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.drop, self.head = nn.Embedding(40, 8), nn.Dropout(0.5), nn.Linear(8, 40)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.drop(self.embed(input_ids)))
+        return {"loss": nn.functional.cross_entropy(logits.view(-1, 40), labels.view(-1)), "logits": logits}
+
+
+def llama() -> tf.PreTrainedModel:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, max_position_embeddings=16, attention_dropout=0.5))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(1)
+    return Plain()
+
+
+class Watched(ZOTrainer):
+    """Keeps what its steps were given, and the weights that they began with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Any] = []
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self.seen.append((copy.copy(inputs), num_items_in_batch, self.accelerator.sync_gradients))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def arguments(folder: Path, **more: Any) -> ZOTrainingArguments:
+    usual = {
+        "learning_rate": 0.05, "zo_eps": 1e-2, "max_steps": 6, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return ZOTrainingArguments(str(folder), **{**usual, **more})
+
+
+def trainer(model: nn.Module, args: ZOTrainingArguments, cls: type = Watched, **more: Any) -> Any:
+    return cls(model=model, args=args, train_dataset=Rows(13, 0), eval_dataset=Rows(5, 1), **more)
+
+
+def by_hand(model: nn.Module, seen: list[Any], args: ZOTrainingArguments, make: Callable[..., Any]) -> list[float]:
+    """The same steps in a loop of one's own; their losses."""
+    step = make(model.eval())
+    scheduler = tf.get_scheduler("linear", step, 0, args.max_steps)
+    losses, batches = [], []
+    for inputs, items, last in seen:
+        batches.append(inputs)
+        if not last:
+            continue
+        if items is None:
+            losses.append(float(step.step(lambda batch: model(**batch)["loss"], batches)))
+        else:  # each is a part of the sum over all items; a step takes means
+            parts = len(batches)
+            losses.append(float(step.step(lambda b, n=items, k=parts: model(**b, num_items_in_batch=n).loss.double() * k, batches)))
+        step.flush()  # as an evaluation or a checkpoint does
+        scheduler.step()
+        batches = []
+    return losses
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def losses_of(made: Any) -> list[float]:
+    return [row["loss"] for row in made.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("build", [llama, plain])
+def test_a_run_is_the_hand_written_loops(tmp_path: Path, build: Callable[[], nn.Module], accumulate: int) -> None:
+    """With a schedule, over the end of an epoch, which a shorter accumulation closes, with evaluations in between."""
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=accumulate, eval_strategy="steps", eval_steps=2, zo_options={"clip": 1.5}
+    )
+    made = trainer(model := build(), args)
+    made.train()
+    losses = by_hand(other := build(), made.seen, args, lambda m: zk.MeZOStep(m, lr=0.05, eps=1e-2, seed=3, clip=1.5))
+    assert same(model, other) and not same(model, build())
+    assert losses_of(made) == pytest.approx(losses, rel=1e-6)
+    rows = [row for row in made.state.log_history if "grad_norm" in row]
+    assert len(rows) == 6 and [row["learning_rate"] for row in rows] == pytest.approx([0.05 * (1 - k / 6) for k in range(6)])
+    assert rows[-1]["grad_norm"] == float(made.zo_step.projected_gradient.abs())
+    assert sum("eval_loss" in row for row in made.state.log_history) == 3
+
+
+@pytest.mark.parametrize("more", [{}, {"zo_perturbation": "lazy"}, {"zo_method": "zo-adam", "gradient_accumulation_steps": 2}])
+def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_an_epoch(tmp_path: Path, more: dict[str, Any]) -> None:
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=5, **more)
+    whole = trainer(model := llama(), args)
+    whole.train()
+    again = trainer(other := llama(), args)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.zo_step.steps == 8 and same(model, other)
+    assert losses_of(again) == losses_of(whole)
+    assert [s[0]["input_ids"].tolist() for s in again.seen] == [s[0]["input_ids"].tolist() for s in whole.seen[-len(again.seen) :]]
+
+
+def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
+    trainer(llama(), args).train()
+    with pytest.raises(ValueError, match=r"no optimizer\.pt"):
+        trainer(llama(), args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_models_in_16_bits_are_in_fp32(tmp_path: Path, dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
+    """Where the model's own loss function takes its logits as they are, too."""
+    found: list[Tensor] = []
+
+    class Kept(Watched):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            found.append(super().compute_loss(*args, **kwargs))
+            return found[-1]
+
+    trainer(plain().to(dtype), arguments(tmp_path, max_steps=2), Kept).train()
+    assert len(found) == 4 and {loss.dtype for loss in found} == {torch.float32}
+    assert not any(issubclass(w.category, zk.ZOWarning) for w in recwarn)
+
+
+def test_callbacks_metrics_and_the_best_model(tmp_path: Path) -> None:
+    """The Trainer's own, each at its time; the weights in the end are those of the best evaluation."""
+    events: list[str] = []
+
+    class Listener(tf.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            events.append(f"begin {state.global_step}")
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            events.append("substep")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            events.append(f"end {state.global_step}")
+            control.should_training_stop = state.global_step == 3
+
+    scores = iter([0.5, 0.9, 0.1])
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True, zo_perturbation="lazy",
+    )  # fmt: skip
+    made = trainer(model := plain(), args, compute_metrics=lambda _: {"score": next(scores)}, callbacks=[Listener()])
+    made.train()
+    assert events == [e for k in range(3) for e in (f"begin {k}", "substep", f"end {k + 1}")]
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    by_hand(
+        other := plain(),
+        made.seen[:4],
+        args,
+        lambda m: zk.MeZOStep(m, lr=0.05, eps=1e-2, seed=3, perturbation="inplace", lazy=True),
+    )
+    assert same(model, other)
+
+
+def test_pushing_to_a_hub_that_is_not_there_says_so_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"(?i)offline|token|login"):
+        trainer(llama(), arguments(tmp_path, push_to_hub=True, hub_model_id="a/b"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"zo_method": "mezzo"}, "zo_method='mezzo'.*mezo"),
+        ({"zo_method": "adamw"}, "backpropagates"),
+        ({"zo_method": "hybrid"}, "backpropagates"),
+        ({"zo_options": {"querries": 2}}, "querries.*queries"),
+        ({"zo_options": "[1"}, "its JSON"),
+        ({"zo_options": "[1]"}, "a dict of options"),
+        ({"zo_perturbation": "scrach"}, "scratch"),
+        ({"zo_seed": -1}, "2\\^64"),
+        ({"fp16": True}, "fp16=True.*bf16"),
+        ({"fsdp": "full_shard"}, "sharded"),
+        ({"deepspeed": "x.json"}, "shards"),
+        ({"torch_compile": True}, "inplace"),
+        ({"optim": "sgd"}, "optim='?sgd|optim='OptimizerNames"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"neftune_noise_alpha": 5.0}, "neftune"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_told_as_they_are_made(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path / "run", **more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_arguments_and_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ZOTrainingArguments"):
+        ZOTrainer(llama(), tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    model = llama()
+    with pytest.raises(TypeError, match=r"SGD.*ZOStep"):
+        trainer(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters(), 0.1), None))
+    with pytest.raises(TypeError, match="optimizer_cls_and_kwargs"):
+        trainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
+
+
+def test_checkpointing_of_activations_is_switched_off(tmp_path: Path) -> None:
+    with pytest.warns(zk.ZOWarning, match="switched off"):
+        args = arguments(tmp_path, gradient_checkpointing=True)
+    assert not args.gradient_checkpointing and not getattr(args, "activation_checkpointing", False)
+
+
+def test_presets_and_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    """Without learning rate and eps the method's are taken, for an adapter its own; a step made of parts is taken as it is."""
+    import peft
+
+    args = arguments(tmp_path, max_steps=1, learning_rate=None, zo_eps=None, zo_options='{"queries": 2}')
+    made = trainer(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2)), args)
+    made.train()
+    (group,) = made.zo_step.param_groups
+    preset = methods.get("mezo").preset("lora")
+    assert (group["initial_lr"], group["eps"], args.learning_rate) == (preset.lr, preset.eps, preset.lr)
+    assert (
+        made.zo_step.forwards() == 4
+        and not made.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad
+    )
+    model = llama()
+    own = zk.ZOStep(model, 0.1, rule=zk.Sign(), estimator=zk.OneSided())
+    made = trainer(model, arguments(tmp_path, max_steps=2), optimizers=(own, None))
+    made.train()
+    assert made.zo_step is own and own.steps == 2
