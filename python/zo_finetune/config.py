@@ -228,6 +228,17 @@ class Config(TaskChoice):
         metavar="METRIC",
         usual="loss, or the first metric of a task without one",
     )
+    language_texts: str | None = option(
+        RUN,
+        "a file of texts of another kind, with empty lines between them: the loss of a causal model's next tokens on them is told before and after",
+        None,
+        metavar="FILE",
+        path=True,
+        usual="none",
+    )
+    continued: list[str] | None = option(
+        RUN, "a text that the model goes on with, greedily, before and after", None, flag="--continue", metavar="TEXT", usual="none"
+    )
     eval_batch_size: int = option(RUN, "examples in a batch of an evaluation", 32, metavar="B", positive=True)
 
     def check(self) -> None:
@@ -358,7 +369,9 @@ class Config(TaskChoice):
                 return str(path) if path.exists() else getattr(self, name)
             return str(getattr(self, name))  # longer than a path may be
 
-        more: dict[str, Any] = {name: str(place(name)) for name in ("adapter", "task_file") if getattr(self, name) is not None}
+        more: dict[str, Any] = {
+            name: str(place(name)) for name in ("adapter", "task_file", "language_texts") if getattr(self, name) is not None
+        }
         if self.data is not None:
             path_of("--data", self.data)
             more["data"] = sources.placed(self.data, directory)

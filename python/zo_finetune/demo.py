@@ -40,6 +40,7 @@ from zo_finetune import console, run_folder
 from zo_finetune.config import Config, Demo
 from zo_finetune.errors import UserError
 from zo_finetune.files import path_of
+from zo_finetune.plain_texts import TEXTS
 from zo_finetune.run import run
 
 
@@ -101,6 +102,10 @@ __legacy__ = types.SimpleNamespace(
 """
 
 EVAL_EXAMPLES, DEV_EXAMPLES, TRAIN_EXAMPLES = 1000, 100, 1000
+CONTINUED = (
+    "A slow, careful film about a lighthouse keeper. I thought it was",
+    "The plot makes no sense and the jokes are old. I left the cinema",
+)
 MIN_WORDS, MAX_WORDS = 3, 12  # short sentences: the time of a forward pass on two cores is proportional to its tokens
 
 
@@ -218,7 +223,13 @@ def write_data(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def config(model: Path, data: Path, given: Demo) -> Config:
+def write_texts(path: Path) -> None:
+    """The texts of another kind, with empty lines between them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+
+
+def config(model: Path, data: Path, texts: Path, given: Demo) -> Config:
     """The demo's run. How it was found is told at the top of this file."""
     return Config(
         model=str(model),
@@ -226,20 +237,22 @@ def config(model: Path, data: Path, given: Demo) -> Config:
         data=str(data),
         output=given.output,
         overwrite=given.overwrite,
-        peft="ln",
-        targets=[f"layers.{block}.post_attention_layernorm" for block in range(20, 30)],
-        steps=160,
-        batch_size=8,
-        lr=5e-4,
+        train_blocks="last:1",
+        method="fzoo",
+        options={"queries": "8"},
+        steps=200,
+        batch_size=16,
+        lr=1e-5,
         lr_schedule="linear",
-        eps=1e-2,
-        clip=15.0,
+        eps=1e-3,
         seed=given.seed,
         train_examples=TRAIN_EXAMPLES,
         dev_examples=DEV_EXAMPLES,
         eval_examples=EVAL_EXAMPLES,
-        eval_every=40,
+        eval_every=50,
         dtype="float32",
+        language_texts=str(texts),
+        continued=list(CONTINUED),
     )
 
 
@@ -250,8 +263,9 @@ def demo(given: Demo, command: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: a download failed or is not what it should be, or the run directory is not empty.
     """
     run_folder.check_run_dir(path_of("--output", given.output), given.overwrite)  # before 95 MB are downloaded for nothing
-    config(Path("model"), Path("data"), given).check()
+    config(Path("model"), Path("data"), Path("texts"), given).check()
     model, reviews = fetch(MODEL), fetch(REVIEWS)
-    data = cache_dir() / "film_reviews"
+    data, texts = cache_dir() / "film_reviews", cache_dir() / "plain_texts.txt"
     write_data(read_reviews(reviews.read_text(encoding="utf-8")), data)
-    return run(config(model, data, given), command)
+    write_texts(texts)
+    return run(config(model, data, texts, given), command)

@@ -19,15 +19,18 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw_curve(
-    path: Path, title: str, metric: str, losses: Sequence[float], curves: Mapping[str, Sequence[Mapping[str, Any]]]
+    path: Path, title: str, metric: str, losses: Sequence[float], curves: Mapping[str, Sequence[Mapping[str, Any]]], told: str = ""
 ) -> None:
     """A metric over steps, with a band of one standard error, above the training loss.
 
     Args:
         losses: of steps 1, 2, ...
         curves: name -> evaluations with `step`, the metric and its `_stderr`.
+        told: a line below.
     """
     with plain_figure(path, 130, figsize=(7, 6)) as figure:
+        if told:
+            figure.supxlabel(told, fontsize="small")
         _draw_curve(figure, title, metric, losses, curves)
 
 

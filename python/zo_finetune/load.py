@@ -15,6 +15,7 @@ import torch
 
 from zo_finetune import console
 from zo_finetune import model as models
+from zo_finetune.beside import Beside
 from zo_finetune.config import Config
 from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError, shortened
@@ -51,7 +52,8 @@ class Materials:
 
 @dataclass
 class Loaded:
-    """What a run is of. `objective`: what a step lowers; `origin`: split -> where its rows came from; `notes`: lines for the user."""
+    """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from;
+    `notes`: lines for the user."""
 
     config: Config
     task: Task
@@ -63,6 +65,7 @@ class Loaded:
     max_length: int
     origin: dict[str, str]
     seconds: float
+    beside: Beside
     notes: list[str] = field(default_factory=list)
 
     def scorer(self) -> Scorer:
@@ -209,6 +212,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         max_length=found.max_length,
         origin=splits.origin,
         seconds=time.perf_counter() - started,
+        beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,
     )
 

@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import figures, machine
+from zo_finetune import beside, figures, machine
 from zo_finetune.load import Loaded, part_of
+
+# what the figure says of a run in words: keys of evaluations
+TOLD = {
+    "accuracy": "accuracy",
+    "accuracy_at_best_threshold": "at the best threshold",
+    "auc": "AUC",
+    beside.LOSS: "loss of other texts",
+}
 
 
 @dataclass
@@ -92,7 +100,15 @@ def draw(loaded: Loaded, outcome: Outcome, path: Path) -> None:
         loaded.task.metrics[0],
         outcome.losses,
         {f"evaluation ({len(loaded.eval_set)} examples)": ends, f"dev ({len(loaded.dev_set)} examples)": outcome.history},
+        told(outcome),
     )
+
+
+def told(outcome: Outcome) -> str:
+    """Before and after in a line."""
+    before, after = outcome.before, outcome.after or {}
+    pairs = ((name, before.get(key), after.get(key)) for key, name in TOLD.items())
+    return ", ".join(f"{name} {a:.3f} → {b:.3f}" for name, a, b in pairs if isinstance(a, float) and isinstance(b, float))
 
 
 def misgivings(outcome: Outcome, first_order: bool = False) -> list[str]:

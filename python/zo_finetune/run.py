@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zo_finetune import console, files, methods, report, run_folder, sources
+from zo_finetune import beside, console, files, methods, report, run_folder, sources
 from zo_finetune.cached import keep
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
@@ -178,22 +178,30 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
         with evaluating, console.Counter(what, len(examples), "example") as counter:
             return evaluate(loaded.task, scorer, examples, config.eval_batch_size, counter.advance)
 
-    outcome = trained(loaded, resumed, keeper, measure)
+    def whole(scorer: Scorer, what: str) -> dict[str, Any]:
+        measured = measure(scorer, what, loaded.eval_set)
+        with evaluating:
+            return measured | loaded.beside.measure(scorer)
+
+    outcome = trained(loaded, resumed, keeper, measure, whole)
     outcome.kept = last(outcome.steps)
     if not outcome.interrupted:
         with run_folder.held(Path(config.output) / JOURNAL) as past:
             outcome.kept = keeper.settle(outcome.history, outcome.steps, past)
             try:
                 with loaded.scorer() as scorer:
-                    outcome.after = measure(scorer, "after", loaded.eval_set)
+                    outcome.after = whole(scorer, "after")
                 console.say(f"after:  {describe(loaded.task, outcome.after)}")
+                beside.say("after: ", outcome.after)
             except KeyboardInterrupt:
                 outcome.interrupted = True
     outcome.evaluation_seconds = evaluating.seconds
     return outcome
 
 
-def trained(loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure) -> Outcome:
+def trained(
+    loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure, whole: Callable[[Scorer, str], dict[str, Any]]
+) -> Outcome:
     """Evaluate and train. The optimizer is this function's alone: when it is over, nothing but `loaded` holds the model."""
     config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
     optimizer = make_optimizer(loaded.language_model, config)
@@ -213,8 +221,9 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure) -> 
             keeper.saw(outcome.history)
 
         before = evaluations.read()[0] if resumed else None
-        measured = measure(scorer, "before", loaded.eval_set) if before is None else before
+        measured = whole(scorer, "before") if before is None else before
         console.say(f"before: {describe(task, measured)}")
+        beside.say("before:", measured)
         cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
             past = open_journal(loaded, optimizer, resumed)

@@ -213,7 +213,7 @@ def test_the_demos_splits_do_not_overlap_nor_depend_on_order(tmp_path: Path) -> 
 
 
 def test_the_demo_is_a_training_run(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[[str], Path], tmp_path: Path
+    cache: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[[str], Path], tmp_path: Path, capsys: Any
 ) -> None:
     """With a tiny model and made-up ratings in place of the downloads, shortened to three steps."""
     ratings = tmp_path / "ratings.txt"
@@ -224,8 +224,7 @@ def test_the_demo_is_a_training_run(
     def short(*args: Any) -> Any:
         config = real(*args)
         assert config.eval_examples >= 800
-        config.steps, config.device, config.targets = 3, "cpu", None  # the tiny model has two blocks, not thirty
-        config.eval_batch_size = 250
+        config.steps, config.device, config.eval_batch_size = 3, "cpu", 250
         return config
 
     monkeypatch.setattr(demo, "config", short)
@@ -234,4 +233,16 @@ def test_the_demo_is_a_training_run(
     assert result["before"]["examples"] == result["after"]["examples"] == demo.EVAL_EXAMPLES
     assert result["command"][:2] == ["zo-finetune", "demo"]
     assert result["hyperparameters"]["seed"] == 2
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "run" / "model" / "config.json").is_file() and (tmp_path / "run" / "curve.png").is_file()
+    said = capsys.readouterr().err
+    for when, other in (("before", "after"), ("after", "before")):
+        measured = result[when]
+        assert all(
+            isinstance(measured[key], float) for key in ("accuracy", "auc", "accuracy_at_best_threshold", "language_model_loss")
+        )
+        assert [one["text"] for one in measured["continuations"]] == list(demo.CONTINUED)
+        assert f"plain language modelling {measured['language_model_loss']:.4f} nats a token" in said
+        assert all(repr(one["continued"]) in said for one in measured["continuations"])
+        assert measured["language_model_loss"] != result[other]["language_model_loss"]
+    assert "hidden states of" not in said  # three steps are too few for that
+    assert len(demo.TEXTS) == 20
