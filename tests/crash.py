@@ -50,6 +50,14 @@ MOST_DEATHS = 3
 PLAIN = ("MeZO", "sign")  # whose failed attempts in place are records
 HALVES = ["weight$", "bias$"]
 DIZO: dict[str, Any] = {"every": 5, "inner": 2, "inner_lr": 0.1, "layers": HALVES[:1]}
+
+
+def given_of(model: nn.Module) -> zk.InputFactors:
+    """A right factor of every matrix."""
+    matrices = {n: p.numel() // p.shape[0] for n, p in model.named_parameters() if p.ndim > 1}
+    return zk.InputFactors({n: (torch.arange(2.0 * cols).view(cols, 2) % 7 - 3) / 4 for n, cols in matrices.items()})
+
+
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "MeZO": zk.MeZOStep,
     "sign": zk.ZOSignSGD,
@@ -63,6 +71,7 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "DiZO": lambda m, **k: zk.DiZO(m, **DIZO, **k),
     "DiZO by backpropagation": lambda m, **k: zk.DiZO(m, learn="backpropagation", **DIZO, **k),
     "LOZO": lambda m, **k: zk.LOZO(m, every=5, **k),
+    "input subspace": lambda m, **k: zk.MeZOStep(m, queries=2, direction=zk.InputSubspace(given_of(m)), **k),
     "LOZO with momentum": lambda m, **k: zk.LOZO(m, every=5, momentum=0.9, **k),
 }
 MODES_OF = {name: ("scratch",) if name == "forward gradient" else tuple(MODES)[: 3 if name in PLAIN else 2] for name in METHODS}

@@ -2,6 +2,7 @@
 
 from zo_kernels._backends import _extension, backends
 from zo_kernels._version import __version__ as __version__
+from zo_kernels.journal import InputFactors
 from zo_kernels.linear import perturbed_linear
 from zo_kernels.ops import normal, perturb_, perturb_sequence_
 from zo_kernels.optim import (
@@ -20,6 +21,7 @@ from zo_kernels.optim import (
     HessianDiagonal,
     HiZOO,
     HybridZO,
+    InputSubspace,
     InverseRoot,
     LayerScale,
     LowRank,
@@ -66,6 +68,8 @@ __all__ = [
     "HessianDiagonal",
     "HiZOO",
     "HybridZO",
+    "InputFactors",
+    "InputSubspace",
     "InverseRoot",
     "LayerScale",
     "LowRank",

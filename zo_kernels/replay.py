@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks, journal, ops, views
+from zo_kernels.optim.factored import InputSubspace
 from zo_kernels.optim.method import Method
 from zo_kernels.optim.refresh import Groups, Views, trained
 from zo_kernels.optim.repeat import queue, repeat
@@ -48,9 +49,8 @@ class _Recorded:
         """A journal's table was compared with the weights before."""
 
 
-def _sequential(header: journal.Header, records: np.ndarray, weights: list[Weights], backend: str | None) -> None:
+def _sequential(header: journal.Header, records: np.ndarray, weights: list[Weights], backend: str | None, method: Method) -> None:
     """Every pass of the run in its order."""
-    method = Method.of_header(header)
     if method.terms != header.terms:
         raise ValueError(
             f"the journal has {header.terms} numbers a record, its method needs {method.terms}: it was not written by zo_kernels"
@@ -173,6 +173,7 @@ def replay(
     check: bool = True,
     masks: Mapping[str, Any] | None = None,
     scales: Mapping[str, Any] | None = None,
+    factors: journal.InputFactors | str | os.PathLike[str] | None = None,
 ) -> journal.Journal:
     """Apply a recorded run to the weights that it started from, in place. To go back to an earlier step, load the base again and
     replay up to that step.
@@ -187,6 +188,7 @@ def replay(
         backend: see `perturb_`.
         check: compare names, shapes, dtypes and the SHA-256 of all weights, and of a module's buffers, with the journal's first.
         masks, scales: stored masks and scales of the run, by parameter name, as `perturb_` takes them (the journal has their digests).
+        factors: of a run along `InputSubspace`, or the path of their file; None: they lie beside `source`, a path. The journal has their digest.
 
     Returns:
         The journal.
@@ -202,6 +204,10 @@ def replay(
         raise ValueError(
             "mode='fused' sums the terms of plain updates; this run's method has steps that depend on each other: take 'sequential'"
         )
+    method = Method.of_header(past.header)
+    if isinstance(method.direction, InputSubspace):
+        found = journal.factors_of(factors, method.direction.sha256, source)
+        method = changed(method, direction=changed(method.direction, factors=found))
     records = until(past, upto)
     if check:
         buffers = model.named_buffers(remove_duplicate=False) if isinstance(model, nn.Module) else None
@@ -213,5 +219,5 @@ def replay(
         for k, w in enumerate(groups):
             _fuse(w, past.header, records, k, backend)
     else:
-        _sequential(past.header, records, groups, backend)
+        _sequential(past.header, records, groups, backend, method)
     return past

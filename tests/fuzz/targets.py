@@ -36,6 +36,7 @@ from zo_kernels.optim import (
     Adam,
     Blocks,
     HessianDiagonal,
+    InputSubspace,
     InverseRoot,
     LowRank,
     Momentum,
@@ -46,6 +47,7 @@ from zo_kernels.optim import (
     ThreePoint,
 )  # fmt: skip
 from zo_kernels.optim.method import describe, parts_of
+from zo_kernels.parameters import canonical_name
 from zo_kernels.plan import make_plans
 
 INTERESTING = (
@@ -207,6 +209,7 @@ METHODS = [
         "direction": describe(RandomSparse()),
         "blocks": describe(Blocks(["a", "b+"])),
     },
+    {"direction": describe(InputSubspace("0" * 64))},
     {"direction": describe(LowRank()), "projection": describe(Projection())},
     {
         "estimator": describe(ThreePoint()),
@@ -341,6 +344,53 @@ class Journal(Target):
 
 
 # ---- masks and scales -------------------------------------------------------------------------------------------------
+
+
+class Factors(Target):
+    """`journal.InputFactors.decode`. Beside it, the safetensors library reads what was accepted, and must find the same numbers under the same names."""
+
+    name = "factors"
+
+    def seeds(self) -> list[bytes]:
+        one, two = torch.arange(6.0).view(3, 2) / 8, torch.ones(1, 2)
+        found = [journal.InputFactors({"a.weight": one}), journal.InputFactors({"b": two, "c": one}, {"d": one, "é": two})]
+        return [f.encode() for f in found]
+
+    def mutate(self, data: bytes, rng: random.Random) -> bytes:
+        if rng.random() < 0.6 and len(data) > 8:
+            with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError, RuntimeError):
+                (length,) = struct.unpack_from("<Q", data)
+                head, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+                if rng.random() < 0.5:
+                    head = mutate_json(head, rng)
+                else:
+                    body = mutate_bytes(body, rng)
+                if rng.random() < 0.8:  # with the digest of what is there now
+                    tensors = {k: e for k, e in head.items() if k != "__metadata__"}
+                    values = {
+                        k: torch.frombuffer(bytearray(body[slice(*e["data_offsets"])]), dtype=torch.float32)
+                        for k, e in tensors.items()
+                    }
+                    head["__metadata__"]["sha256"] = journal.fingerprint(
+                        (k, values[k].view(e["shape"])) for k, e in tensors.items()
+                    )
+                text = json.dumps(head).encode("utf-8", "surrogatepass")
+                return struct.pack("<Q", len(text)) + text + body
+        return mutate_bytes(data, rng)
+
+    def check(self, data: bytes) -> bool:
+        from safetensors.torch import load
+
+        try:
+            got = journal.InputFactors.decode(data)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+            return False
+        held = {canonical_name(name.partition("/")[2]): t for name, t in load(data).items()}
+        assert held.keys() == got.matrices.keys()
+        for name, (_, values) in got.matrices.items():
+            assert values.view(torch.int32).equal(held[name].view(torch.int32))
+        assert journal.InputFactors.decode(got.encode()) == got
+        return True
 
 
 class Draw:
@@ -861,4 +911,4 @@ class Tables(Target):
         return True
 
 
-TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Masks, Scales, Options, Folder, Rows, Tables)}
+TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Factors, Masks, Scales, Options, Folder, Rows, Tables)}

@@ -88,6 +88,9 @@ class Reference:
     path: float = 0.0
     memory: dict[str, Any] = field(default_factory=dict)
     g: float = 0.0  # of the last step, first query
+    z_of: Callable[[str, tuple[int, ...], int, str], Tensor | None] | None = (
+        None  # of a parameter, instead of noise; None: it stays
+    )
 
     @classmethod
     def of(cls, model: Tiny, lr: float, eps: float = EPS, weight_decay: float = 0.0, **more: Any) -> Reference:
@@ -97,7 +100,8 @@ class Reference:
         return cls(theta, lambda w: loss(w, x, y), dict.fromkeys(theta, lr), dict.fromkeys(theta, eps), decay, **more)
 
     def z(self, tag: int) -> Weights:
-        return {n: noise(n, t.shape, tag, self.kind) for n, t in self.theta.items()}
+        found = {n: (self.z_of or noise)(n, tuple(t.shape), tag, self.kind) for n, t in self.theta.items()}
+        return {n: z for n, z in found.items() if z is not None}
 
     def at(self, direction: Weights, factor: float) -> float:
         return float(
@@ -323,15 +327,59 @@ def lozo_momentum(rank: int, every: int, beta: float) -> Callable[[Reference, Se
 
 def lozo(rank: int, every: int) -> Callable[[Reference, Sequence[int]], None]:
     def step(r: Reference, tags: Sequence[int]) -> None:
-        z = r.z(tags[0])
-        for n, t in r.theta.items():
-            if t.ndim == 2:
-                z[n] = low_rank(n, t.shape[0], t.shape[1], rank, tags[0], r.step // every)
-        g = r.two_sided(z)
-        r.g = g["layers.0.weight"]
-        r.move({n: -r.lr[n] * g[n] * z[n] / (rank if z[n].ndim == 2 else 1) for n in z})
+        zs = [r.z(t) for t in tags]
+        for z, tag in zip(zs, tags, strict=True):
+            for n, t in r.theta.items():
+                if t.ndim == 2:
+                    z[n] = low_rank(n, t.shape[0], t.shape[1], rank, tag, r.step // every)
+        u, _ = average(r, [r.two_sided(z) for z in zs], zs)
+        r.move({n: -r.lr[n] * u[n] / (rank if u[n].ndim == 2 else 1) for n in u})
 
     return step
+
+
+def along(
+    z_of: Callable[[str, tuple[int, ...], int, str], Tensor | None], method: Callable[[Reference, Sequence[int]], None]
+) -> Callable[[Reference, Sequence[int]], None]:
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        r.z_of = z_of
+        method(r, tags)
+
+    return step
+
+
+def _given(sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Of the first layer the right factor, of the second the left one, as where a weight is stored transposed."""
+    g = torch.Generator().manual_seed(7)
+    right, left = torch.randn(sizes[0], 2, generator=g), torch.randn(sizes[2], 2, generator=g)
+    return {"right": {"layers.0.weight": right}, "left": {"layers.1.weight": left}}
+
+
+GIVEN = {sizes: zk.InputFactors(**_given(sizes)) for sizes in ((7, 5, 4), (19, 13, 6))}
+
+
+def given_of(named: Any) -> zk.InputFactors:
+    """The factors that fit a `Tiny`, or groups of its parameters."""
+    pairs = named.named_parameters() if isinstance(named, nn.Module) else [pair for g in named for pair in g["params"]]
+    cols = next(p.shape[1] for n, p in pairs if n == "layers.0.weight")
+    return next(factors for sizes, factors in GIVEN.items() if sizes[0] == cols)
+
+
+def subspace(name: str, shape: tuple[int, ...], tag: int, kind: str) -> Tensor | None:
+    """U V^T, V given, by the formula in zo_kernels/lowrank.py; None: no factors."""
+    factors = next(f for f in GIVEN.values() if name not in f.matrices or f.matrices[name][1].shape[0] in shape)
+    if name not in factors.matrices:
+        return None
+    side, v = factors.matrices[name]
+    rows, columns = shape
+    if side == "right":
+        return torch.from_numpy(to_12_bits(noise(name, (rows, 2), tag, kind).numpy())) @ v.double().T
+    return v.double() @ torch.from_numpy(to_12_bits(noise(name, (2, columns), tag, kind, offset=1 << 55).numpy()))
+
+
+def subspace_or_dense(name: str, shape: tuple[int, ...], tag: int, kind: str) -> Tensor:
+    z = subspace(name, shape, tag, kind)
+    return noise(name, shape, tag, kind) if z is None else z
 
 
 def low_rank(name: str, rows: int, columns: int, rank: int, tag_u: int, tag_v: int) -> Tensor:
@@ -481,6 +529,13 @@ def _of(cls: Any, **own: Any) -> Callable[..., zk.ZOStep]:
 LR: dict[Any, float] = {zk.FZOO: 2e-4, zk.ZOAdam: 1e-3, zk.ZOMomentum: 5e-4}
 
 
+def _in_subspace(cls: Any, others: str = "dense", **own: Any) -> Callable[..., zk.ZOStep]:
+    def make(model: Any, /, **more: Any) -> zk.ZOStep:
+        return _of(cls, direction=zk.InputSubspace(given_of(model), others), **own)(model, **more)
+
+    return make
+
+
 def _hybrid(model: Any, /, **more: Any) -> zk.ZOStep:
     return _of(zk.HybridZO, first_order=first_order_of(model))(model, **more)
 
@@ -542,6 +597,15 @@ CASES: dict[str, Case] = {
         5,
     ),
     "lozo": Case(_of(zk.LOZO, rank=2, every=5), lozo(2, 5)),
+    # The sum over the queries is rounded to 12 bits: 2^-12, and as much for what each U lost by it in the forwards.
+    "lozo-3": Case(_of(zk.LOZO, rank=2, every=5, estimator=zk.TwoSided(3), lr=8e-3), lozo(2, 5), 6, lr=8e-3, sharp=8),
+    "input-subspace": Case(_in_subspace(zk.MeZOStep), along(subspace_or_dense, sgd(estimate_two_sided))),
+    "input-subspace-still-3": Case(
+        _in_subspace(zk.MeZOStep, "still", queries=3), along(subspace, sgd(estimate_two_sided)), 6, sharp=8
+    ),
+    "input-subspace-fzoo": Case(
+        _in_subspace(zk.FZOO, queries=4), along(subspace_or_dense, fzoo), 5, lr=2e-4, kind="rademacher", sharp=8
+    ),
     # N is rounded to 12 bits for each update, and what carries it to the next V too: 2^-13 each, where a coefficient has 2^-17.
     "lozo-m": Case(_of(zk.LOZO, rank=2, every=5, momentum=0.8, lr=4e-3), lozo_momentum(2, 5, 0.8), lr=4e-3, sharp=8),
     "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),

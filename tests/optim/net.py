@@ -230,6 +230,21 @@ def stored_limits(model: Exact) -> dict[str, Any]:
     }
 
 
+def in_subspace(cls: type[zk.ZOStep], others: str = "dense", **own: Any) -> Make:
+    """Along given factors: of one matrix the left one, of the others the right one; small integers over 64."""
+
+    def make(model: Exact, **more: Any) -> zk.ZOStep:
+        given: dict[str, dict[str, Tensor]] = {"right": {}, "left": {}}
+        for k, (name, p) in enumerate(model.named_parameters()):
+            if p.ndim == 2 and p.requires_grad:
+                side = "left" if name.startswith("plain") else "right"
+                n = torch.arange(p.shape[side == "right"] * 2, dtype=torch.int64)
+                given[side][name] = ((n * (37 + k)) % 61 - 30).float().div(64).view(-1, 2)
+        return of(cls, direction=zk.InputSubspace(zk.InputFactors(**given), others), **own)(model, **more)
+
+    return make
+
+
 LAYERS = {"layers": [r"layers\.\d\.weight"]}
 DIZO = {"every": 2, "inner": 2, "inner_lr": 1e-3, **LAYERS}
 RECOMPUTED = {"state": "recomputed", "history": 3}
@@ -283,6 +298,11 @@ OTHERS: dict[str, Method] = {
     "dizo-momentum-maximize": Method(of(zk.DiZO, lr=1e-4, maximize=True, rule=zk.Momentum(0.8), **DIZO)),
     "dizo-scale-gradient": Method(of(zk.DiZO, direction=zk.LayerScale("gradient", every=2), **DIZO)),
     "lozo": Method(of(zk.LOZO, every=3)),
+    "lozo-queries": Method(of(zk.LOZO, every=3, estimator=zk.OneSided(3))),
+    "input-subspace": Method(in_subspace(zk.MeZOStep)),
+    "input-subspace-queries": Method(in_subspace(zk.MeZOStep, queries=3)),
+    "input-subspace-fzoo": Method(in_subspace(zk.FZOO, "still", lr=3e-3, queries=4)),
+    "input-subspace-blocks": Method(in_subspace(zk.MeZOStep, queries=2, blocks=zk.Blocks())),
     "lozo-momentum": Method(of(zk.LOZO, every=2, momentum=0.8)),
     "lozo-momentum-blocks": Method(of(zk.LOZO, every=3, rank=1, momentum=0.8, blocks=zk.Blocks())),
 }  # fmt: skip
@@ -314,6 +334,7 @@ KEPT = (
     "scale-gradient-variance",
     "magnitude-sparse",
     "lozo-momentum",
+    "input-subspace-queries",
 )
 
 

@@ -16,6 +16,7 @@ import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from zo_kernels.optim import evaluate
 
+GIVEN = zk.InputFactors({"0.weight": torch.eye(9, 2)}, {"1.weight": torch.eye(5, 2) - 0.25})
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "mezo": lambda m, **k: zk.MeZOStep(m, 1e-3, clip=0.5, weight_decay=0.1, **k),
     "queries": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=3, **k),
@@ -34,6 +35,8 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "hizoo": lambda m, **k: zk.HiZOO(m, 1e-3, alpha=1e-3, **k),
     "dizo": lambda m, **k: zk.DiZO(m, 1e-3, every=2, inner=2, layers=["0"], **k),
     "lozo": lambda m, **k: zk.LOZO(m, 1e-3, every=2, **k),
+    "lozo-queries": lambda m, **k: zk.LOZO(m, 1e-3, every=2, estimator=zk.OneSided(3), **k),
+    "input-subspace": lambda m, **k: zk.FZOO(m, 1e-4, queries=3, direction=zk.InputSubspace(GIVEN), **k),
     "quantile": lambda m, **k: zk.ZOStep(m, 1e-3, clip=zk.QuantileClip(0.5, 4, 2), **k),
     "forward-gradient": lambda m, **k: zk.ForwardGrad(m, 1e-3, **k),
 }

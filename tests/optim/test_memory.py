@@ -40,6 +40,7 @@ class Stack(nn.Module):
 
 Make = Callable[..., zk.ZOStep]
 RANK, QUERIES = 2, 3
+GIVEN = zk.InputFactors({f"layers.{k}.weight": torch.eye(WIDTH, RANK) for k in range(DEPTH)})
 # Bytes that a weight costs besides its own, or 0; `b` is the size of a weight.
 HELD: dict[str, tuple[Make, Callable[[int], float]]] = {
     "mezo": (zk.MeZOStep, lambda b: 0),
@@ -69,6 +70,10 @@ HELD: dict[str, tuple[Make, Callable[[int], float]]] = {
         lambda m, lr, **k: zk.LOZO(m, lr, rank=RANK, every=2, momentum=0.9, **k), lambda b: 4 * RANK * 3 * WIDTH / LAYER
     ),
     "lozo": (lambda m, lr, **k: zk.LOZO(m, lr, rank=RANK, every=2, **k), lambda b: 4 * RANK * 2 * WIDTH / LAYER),
+    "input subspace": (
+        lambda m, lr, **k: zk.MeZOStep(m, lr, queries=QUERIES, direction=zk.InputSubspace(GIVEN), **k),
+        lambda b: 4 * RANK * 2 * WIDTH / LAYER,
+    ),
 }  # fmt: skip
 STATELESS = [name for name, (_, held) in HELD.items() if not held(2)]
 

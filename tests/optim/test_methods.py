@@ -54,6 +54,7 @@ def test_steps_equal_the_float64_reference(name: str, mode: str, weight_decay: f
 
 GROUPED = (
     "mezo", "mezo-3", "one-sided-3", "sign", "momentum", "adam", "conservative", "blockwise", "sparse-mezo", "layer-scale", "hizoo", "lozo", "fzoo",
+    "lozo-3", "input-subspace",
 )  # fmt: skip
 
 

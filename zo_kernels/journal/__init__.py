@@ -5,7 +5,8 @@
 The public names, nothing else. What a step decides belongs to optim/, applying a record to weights to optim/run.py.
 """
 
-from zo_kernels.journal.header import Frozen, Header, Parameter, described, digest, find, fingerprint, verify_base
+from zo_kernels.journal.factors import InputFactors, factors_of, factors_path
+from zo_kernels.journal.header import Frozen, Header, Parameter, check_sha256, described, digest, find, fingerprint, verify_base
 from zo_kernels.journal.layout import (
     CONTRACT,
     FLAGS,
@@ -25,7 +26,7 @@ from zo_kernels.journal.layout import (
     UnbegunError,
 )
 from zo_kernels.journal.reader import Journal, Tail, loads, read
-from zo_kernels.journal.writer import Writer, create, recover, reopen
+from zo_kernels.journal.writer import Writer, create, recover, reopen, write_factors
 
 __all__ = [
     "CONTRACT",
@@ -43,6 +44,7 @@ __all__ = [
     "DamagedError",
     "Frozen",
     "Header",
+    "InputFactors",
     "Journal",
     "LockedError",
     "Parameter",
@@ -50,9 +52,12 @@ __all__ = [
     "TornError",
     "UnbegunError",
     "Writer",
+    "check_sha256",
     "create",
     "described",
     "digest",
+    "factors_of",
+    "factors_path",
     "find",
     "fingerprint",
     "loads",
@@ -60,4 +65,5 @@ __all__ = [
     "recover",
     "reopen",
     "verify_base",
+    "write_factors",
 ]

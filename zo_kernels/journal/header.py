@@ -50,7 +50,7 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _strict_json(text: bytes) -> Any:
+def strict_json(text: bytes) -> Any:
     """JSON as its standard has it. Python's own reader also takes NaN, a key twice and numbers beyond float64."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def fingerprint(named_params: Iterable[tuple[str, Tensor]]) -> str:
     return _combined((name, _dtype_name(p), tuple(p.shape), digest(p)) for name, p in named_params)
 
 
-def _check_sha256(name: str, value: Any) -> None:
+def check_sha256(name: str, value: Any) -> None:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         raise ValueError(f"{name}={value!r:.80} must be a SHA-256 of 64 hex digits")
 
@@ -136,7 +136,7 @@ class Frozen:
         _check_shape(f"parameter {self.name!r:.80}", self.shape)
         if not isinstance(self.dtype, str) or len(self.dtype) > 32:
             raise ValueError(f"parameter {self.name!r:.80}: dtype={self.dtype!r:.40} must be the name of a dtype")
-        _check_sha256(f"parameter {self.name!r:.80}: sha256", self.sha256)
+        check_sha256(f"parameter {self.name!r:.80}: sha256", self.sha256)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Frozen:
@@ -171,7 +171,7 @@ class Parameter(Frozen):
                 checks.check_word(f"{where}: mask keep", mask["keep"])
                 checks.check_word(f"{where}: mask tag", mask["tag"])
             elif set(mask) == {"sha256"}:
-                _check_sha256(f"{where}: mask sha256", mask["sha256"])
+                check_sha256(f"{where}: mask sha256", mask["sha256"])
             else:
                 raise ValueError(f"{where}: the mask has the keys {sorted(mask)!r:.80}; known are keep and tag, or sha256")
         if (scale := self.scale) is not None:
@@ -180,7 +180,7 @@ class Parameter(Frozen):
                     raise ValueError(f"{where}: scale value={scale['value']!r:.40} must be a number")
                 checks.check_fp32(f"{where}: scale value", scale["value"])
             elif set(scale) == {"sha256", "values", "block"}:
-                _check_sha256(f"{where}: scale sha256", scale["sha256"])
+                check_sha256(f"{where}: scale sha256", scale["sha256"])
                 checks.check_word(f"{where}: scale values", scale["values"], 57)
                 checks.check_word(f"{where}: scale block", scale["block"], 57)
             else:
@@ -335,7 +335,7 @@ class Header:
     def parse(cls, text: bytes) -> Header:
         """The header of a JSON text; ValueError or TypeError if it is none."""
         try:
-            content = _strict_json(text)
+            content = strict_json(text)
         except RecursionError:
             raise ValueError("the JSON is nested too deeply") from None
         if not isinstance(content, dict):

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from zo_kernels import checks, interrupts
+from zo_kernels.journal.factors import InputFactors, factors_path
 from zo_kernels.journal.header import Header
 from zo_kernels.journal.layout import CRC, FAILED, FLAGS, DamagedError, LockedError, checksum, open_file
 from zo_kernels.journal.reader import Journal, Tail, of_descriptor, read_source
@@ -283,13 +284,40 @@ def _sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 100, replace: bool = False) -> Writer:
+def write_factors(journal: str | os.PathLike[str], factors: InputFactors) -> None:
+    """The file beside a journal that holds the factors of its run: whole and durable, or as it was."""
+    path, data = factors_path(journal), factors.encode()
+    part = path.with_name(path.name + ".part")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(part)
+    fd = open_file(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+def create(
+    path: str | os.PathLike[str],
+    header: Header,
+    *,
+    fsync_every: int = 100,
+    replace: bool = False,
+    factors: InputFactors | None = None,
+) -> Writer:
     """Start a journal; when this returns, file, header and directory entry are durable.
 
     Args:
         fsync_every: records between two `fsync`; 1: each, 0: only on close. A killed process loses no record in any case; a power failure
             up to so many.
         replace: overwrite what is there (unless it is locked); otherwise an existing file is refused.
+        factors: of the run, written beside it (`factors_path`).
 
     Raises:
         FileExistsError: there is something at `path`.
@@ -313,6 +341,11 @@ def create(path: str | os.PathLike[str], header: Header, *, fsync_every: int = 1
         try:
             _lock(fd, path)
             os.ftruncate(fd, 0)
+            if factors is not None:  # before the header, which says that they are there
+                write_factors(path, factors)
+            elif existing:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(factors_path(path))
             if (written := os.write(fd, head)) != len(head):
                 raise OSError(
                     errno.ENOSPC, f"the journal's header could not be written: {written} of {len(head)} bytes were taken", path

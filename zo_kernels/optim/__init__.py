@@ -3,7 +3,7 @@
 from zo_kernels.optim.blocks import Blocks
 from zo_kernels.optim.check import Finding, Report, check
 from zo_kernels.optim.clip import QuantileClip
-from zo_kernels.optim.directions import Dense, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
+from zo_kernels.optim.directions import Dense, InputSubspace, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
 from zo_kernels.optim.estimators import ForwardGradient, OneSided, ThreePoint, TwoSided
 from zo_kernels.optim.findings import ZOWarning
 from zo_kernels.optim.methods import (
@@ -57,6 +57,7 @@ __all__ = [
     "HessianDiagonal",
     "HiZOO",
     "HybridZO",
+    "InputSubspace",
     "InverseRoot",
     "LayerScale",
     "LowRank",

@@ -223,14 +223,13 @@ class _Check:
 
     def differences(self, mine: views.View) -> list[tuple[list[float], list[float]]]:
         """Losses on both sides along DIRECTIONS directions; of forward gradients the slopes, twice."""
-        count = 1 if self.run.method.direction.alone else DIRECTIONS
-        tags = [t for t in range(self.run.tag, self.run.tag + count) if t < 1 << 32]
+        tags = [t for t in range(self.run.tag, self.run.tag + DIRECTIONS) if t < 1 << 32]
         found = []
         with mine.step():
             for tag in tags:
                 pair = []
                 for side in (1.0, -1.0):
-                    mine.see([[(tag, side * float(g["eps"]))] for g in self.step.param_groups])
+                    self.run.see(mine, [[(tag, side * float(g["eps"]))] for g in self.step.param_groups])
                     pair.append(self.evaluate(self.dual))
                     mine.check()
                     if self.dual:

@@ -1,8 +1,8 @@
-"""Which directions a step perturbs along: what limits, scales or replaces z in each parameter.
+"""Which directions a step perturbs along: what limits or scales z in each parameter.
 
-Belongs here: masks, scales and factors as functions of the step and of the clean weights, held in tensors that keep their addresses, so that
-plans, tables in device memory and views stay what they are while the contents change. Does not belong here: the noise (zo_kernels.ops), which
-parameters take part in a step (blocks.py).
+Belongs here: masks and scales as functions of the step and of the clean weights, held in tensors that keep their addresses, so that
+plans, tables in device memory and views stay what they are while the contents change. Does not belong here: z from
+factors (factored.py), the noise (zo_kernels.ops), which parameters take part in a step (blocks.py).
 
 Everything that a direction holds is a function of the seed, the step and the weights before it, so that a replay makes it again.
 """
@@ -17,36 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import checks, lowrank, ops
-from zo_kernels.optim.limits import DirectionState, Limits
+from zo_kernels import checks, ops
+from zo_kernels.optim.factored import InputSubspace, LowRank
+from zo_kernels.optim.limits import Direction, DirectionState, Limits, check_every
 from zo_kernels.optim.points import Losses, Point
 from zo_kernels.parameters import canonical_name
 from zo_kernels.plan import Mask, RandomMask, pack_mask
 
 CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
-
-
-class Direction:
-    """A configuration; `of` makes what holds its tensors in one optimizer."""
-
-    name: ClassVar[str]
-    plain: ClassVar[bool] = False  # z is the noise itself, which is known at any later time by its tag
-    factored: ClassVar[bool] = False  # z of a matrix is a product of factors
-    diagonal: ClassVar[bool] = False  # z is scaled by an H that a rule updates
-    update_differs: ClassVar[bool] = False  # perturbation and update use different scales
-    alone: ClassVar[bool] = False  # a step has one direction: what is held is that one's
-
-    @property
-    def size(self) -> int:
-        """Numbers of a step's record that are the direction's own."""
-        return 0
-
-    def check(self, directions: int, kind: str, blocks: bool) -> None:
-        """ValueError where it makes no sense with so many directions a step, this kind of noise, or steps of blocks."""
-
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
-        """What holds the tensors of one optimizer, whose noise is of this seed and kind, made by this backend."""
-        return DirectionState(self, seed, kind, backend)
 
 
 @dataclass(frozen=True)
@@ -71,7 +49,7 @@ class RandomSparse(Direction):
 
     def __post_init__(self) -> None:
         RandomMask(self.keep)
-        _check_every(self.every)
+        check_every(self.every)
 
     def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
         return _Random(self, seed, kind, backend)
@@ -175,7 +153,7 @@ class LayerScale(Direction):
     def __post_init__(self) -> None:
         checks.check_choice("by", self.by, ("rms", "gradient"))
         checks.check_choice("estimate", self.estimate, ("variance", "expectation"))
-        _check_every(self.every)
+        check_every(self.every)
         if not (isinstance(self.beta, (int, float)) and 0 <= self.beta < 1):
             raise ValueError(f"beta={self.beta!r} must be in [0, 1)")
         if not 0 < checks.check_fp32("least", self.least) <= 1:
@@ -333,82 +311,4 @@ class _InverseRoot(DirectionState):
                 self.made[name] = Limits(scale=(values.clone(), 1, "rsqrt"))
 
 
-# ---- low rank ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LowRank(Direction):
-    """LOZO (Chen et al. 2024, arXiv 2410.07698): z = U V^T for matrices, U [rows, rank] new in each step, V [columns, rank] kept for `every` steps; other
-    parameters are perturbed densely. The product is formed in the kernel; only the factors are held. Perturbation and update of a step share
-    both factors. The update has the paper's factor 1 / rank, since E[z z^T] is rank times the identity."""
-
-    rank: int = 2
-    every: int = 50
-    name: ClassVar[str] = "low-rank"
-    factored: ClassVar[bool] = True
-    update_differs: ClassVar[bool] = True
-    alone: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 1 <= checks.check_word("rank", self.rank) <= checks.MAX_RANK:
-            raise ValueError(f"rank={self.rank} must be in 1 .. {checks.MAX_RANK}")
-        _check_every(self.every)
-
-    def check(self, directions: int, kind: str, blocks: bool) -> None:
-        if directions != 1 or kind != "gaussian":
-            raise ValueError("direction=LowRank() has one pair of Gaussian factors a step: give queries=1 and kind='gaussian'")
-
-    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
-        return _LowRank(self, seed, kind, backend)
-
-
-class _LowRank(DirectionState):
-    """Factors, made for all matrices of a view at once, so that one launch fills them."""
-
-    def __init__(self, config: LowRank, *of: Any) -> None:
-        super().__init__(config, *of)
-        self.tables: list[tuple[list[str], lowrank.Factors]] = []
-        self.v_tags: list[int | None] = []  # of the tables' V; None: not filled yet
-        self.v_of: dict[str, int] = {}  # the same, by parameter
-
-    def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
-        by_device: dict[torch.device, list[tuple[str, Tensor, int]]] = {}
-        for name, p, stream in params:
-            known = self.made.get(name)
-            if p.ndim >= 2 and p.numel() and (known is None or not self.fits(known, p)):
-                by_device.setdefault(p.device, []).append((name, p, stream))
-        for device, members in by_device.items():
-            shapes = [(p.shape[0], p.numel() // p.shape[0]) for _, p, _ in members]
-            streams = [stream for _, _, stream in members]
-            factors = lowrank.Factors(shapes, streams, seed=self.seed, rank=self.config.rank, device=device, backend=self.backend)
-            self.tables.append(([name for name, _, _ in members], factors))
-            self.v_tags.append(None)
-            for (name, _, _), pair in zip(members, factors.pairs, strict=True):
-                self.made[name] = Limits(factors=pair, update_scale=1.0 / self.config.rank)
-
-    def v_tag(self, name: str) -> int:
-        return self.v_of[name]
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.made, self.tables, self.v_tags, self.v_of = {}, [], [], {}  # made anew, of the loaded run's seed
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own: plans know the tensors' memory."""
-        return {**self.__dict__, "made": {}, "tables": [], "v_tags": [], "v_of": {}}
-
-    def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
-        v = step // self.config.every
-        for k, (names, factors) in enumerate(self.tables):
-            if any(n in params for n in names):
-                factors.fill(tag, None if self.v_tags[k] == v else v)
-                if self.v_tags[k] != v:
-                    self.v_of.update(dict.fromkeys(names, v))
-                self.v_tags[k] = v
-
-
-def _check_every(every: Any) -> None:
-    if checks.check_word("every", every) < 1:
-        raise ValueError("every=0: give a number of steps, at least 1")
-
-
-DIRECTIONS: Sequence[type[Direction]] = (Dense, RandomSparse, MagnitudeSparse, LayerScale, InverseRoot, LowRank)
+DIRECTIONS: Sequence[type[Direction]] = (Dense, RandomSparse, MagnitudeSparse, LayerScale, InverseRoot, LowRank, InputSubspace)

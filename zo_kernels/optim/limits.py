@@ -1,19 +1,23 @@
 """What a direction does to each parameter, and what holds its tensors in one optimizer.
 
-Belongs here: `Limits`, and what every `DirectionState` has, as views, rules and a run ask for it. Does not belong here: any particular direction
-(directions.py).
+Belongs here: `Limits`, and what every `Direction` and every `DirectionState` has, as views, rules and a run ask for it. Does not belong here: any particular
+direction (directions.py, factored.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zo_kernels import checks
+from zo_kernels.journal import InputFactors
 from zo_kernels.optim.points import Losses
+from zo_kernels.parameters import Weights
 from zo_kernels.plan import Mask
+from zo_kernels.views import Shift, Work
 
 
 class Limits(NamedTuple):
@@ -25,6 +29,31 @@ class Limits(NamedTuple):
     update_scale: Any = None
 
 
+class Direction:
+    """A configuration; `of` makes what holds its tensors in one optimizer."""
+
+    name: ClassVar[str]
+    plain: ClassVar[bool] = False  # z is the noise itself, which is known at any later time by its tag
+    factored: ClassVar[bool] = False  # z of a matrix is a product of factors
+    diagonal: ClassVar[bool] = False  # z is scaled by an H that a rule updates
+    update_differs: ClassVar[bool] = False  # perturbation and update use different scales
+
+    @property
+    def size(self) -> int:
+        """Numbers of a step's record that are the direction's own."""
+        return 0
+
+    def check(self, directions: int, kind: str, blocks: bool) -> None:
+        """ValueError where it makes no sense with so many directions a step, this kind of noise, or steps of blocks."""
+
+    def over(self, names: Collection[str]) -> None:
+        """ValueError where it makes no sense for a run that trains the parameters of these names."""
+
+    def of(self, seed: int, kind: str = "gaussian", backend: str | None = None) -> DirectionState:
+        """What holds the tensors of one optimizer, whose noise is of this seed and kind, made by this backend."""
+        return DirectionState(self, seed, kind, backend)
+
+
 class DirectionState:
     """The tensors of one optimizer's direction, by parameter name."""
 
@@ -34,6 +63,15 @@ class DirectionState:
         self.config, self.seed, self.kind, self.backend = config, seed, kind, backend
         self.made: dict[str, Limits] = {}
         self.mask_tag: int | None = None  # of random masks, where it changes
+
+    @property
+    def given(self) -> InputFactors | None:
+        """What a replay needs besides the journal, and the journal has the digest of."""
+        return None
+
+    def moving(self, names: Collection[str]) -> Collection[str] | None:
+        """Which of these parameters a step may change; None: all."""
+        return None
 
     def expect(self, params: Sequence[tuple[str, Tensor, int]]) -> None:
         """The (name, parameter, stream) of a new view, before `limits` is asked for each."""
@@ -53,6 +91,13 @@ class DirectionState:
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
         """Before the forwards of a step, the weights being clean: contents for this step of the parameters that take part."""
+
+    def follow(self, shifts: Sequence[Shift], back: Callable[[], Any]) -> None:
+        """Before the weights of each group go to theta + shift: contents for it. `back` brings them to theta along what is held now."""
+
+    def parted(self, work: Work, weights: Weights) -> Iterable[Work]:
+        """A rule's work on these weights, as passes that what is held can serve."""
+        return [work]
 
     def undo(self) -> None:
         """The step that was prepared last did not take place: what `state` gives is as before."""
@@ -108,3 +153,8 @@ def tensors_of(limits: Limits) -> list[Tensor]:
             if isinstance(x, Tensor):
                 found.append(x)
     return found
+
+
+def check_every(every: Any) -> None:
+    if checks.check_word("every", every) < 1:
+        raise ValueError("every=0: give a number of steps, at least 1")

@@ -66,6 +66,12 @@ class Method:
     def terms(self) -> int:
         return self.measured + self.direction.size
 
+    @property
+    def from_clean(self) -> bool:
+        """Whether an update begins at the clean weights, and is not one pass with the way back to them: its rule says so, or several directions have their
+        sum where the factors of the last one lie."""
+        return self.rule.stateful or (self.direction.factored and self.estimator.directions > 1)
+
     def tags(self, tag: Tag) -> list[Tag]:
         """Of the directions of the step whose first tag this is."""
         return [tag + i if i else tag for i in range(self.estimator.directions)]
@@ -132,8 +138,9 @@ class Method:
         """The same for a run that trains the parameters of these names.
 
         Raises:
-            ValueError: none of them is one that the projection moves.
+            ValueError: none of them is one that the projection moves, or that the direction has factors of.
         """
+        self.direction.over(names)
         return self if self.projection is None else replace(self, layers=len(self.projection.matching(names)))
 
 
@@ -142,7 +149,8 @@ class Method:
 
 def describe(part: Any) -> dict[str, Any]:
     """A part (a frozen dataclass with a name) as JSON."""
-    content: dict[str, Any] = json.loads(json.dumps({"name": part.name, **{f.name: getattr(part, f.name) for f in fields(part)}}))
+    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    content: dict[str, Any] = json.loads(json.dumps({"name": part.name, **values}, default=lambda factors: factors.sha256))
     return content
 
 

@@ -281,6 +281,7 @@ class Start:
     Attributes:
         fixed: seed, kind, perturbation, terms and method: a run with others cannot go on. about: numbers that no record depends on.
         groups: the weights, with the masks and scales that stay. model: whose other parameters and buffers are to be the same; None: none.
+        factors: that lie beside the journal; None: none.
     """
 
     fixed: Mapping[str, Any]
@@ -288,6 +289,7 @@ class Start:
     groups: Sequence[Weights]
     model: nn.Module | None
     rounding: str
+    factors: journal.InputFactors | None = None
 
     def _frozen(self) -> list[tuple[str, Tensor]]:
         ids = {id(p) for w in self.groups for p in w.params}
@@ -340,11 +342,14 @@ def open_(
         else:
             try:
                 go_on(past, start.check(past))
+                if start.factors is not None and not journal.factors_path(path).exists():  # a copy of the journal alone
+                    journal.write_factors(path, start.factors)
             except BaseException:
                 writer.close()
                 raise
             return Recorder(writer), past
-    return Recorder(journal.create(path, begin(), fsync_every=fsync_every, replace=replace)), None
+    made = journal.create(path, begin(), fsync_every=fsync_every, replace=replace, factors=start.factors)
+    return Recorder(made), None
 
 
 def check_recorded(recorder: Recorder, groups: Sequence[Weights]) -> None:

@@ -6,7 +6,7 @@ Belongs here: from parameter groups to a view, and whether it is still true. Doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -58,8 +58,10 @@ class Views:
         blocks = self.run.method.blocks
         return blocks.at(self.run.steps, len(self.blocks), self.run.seed) if blocks is not None and self.blocks else None
 
-    def _among(self, block: int | None) -> set[str] | None:
-        return None if block is None else set(self.blocks[block])
+    def _among(self, block: int | None) -> Collection[str] | None:
+        """The parameters that a step may change; None: all."""
+        moving = self.run.direction.moving(self.run.streams)
+        return moving if block is None else set(self.blocks[block]).intersection(self.blocks[block] if moving is None else moving)
 
     def _current(self, view: View, groups: Groups, block: int | None) -> bool:
         among = self._among(block)

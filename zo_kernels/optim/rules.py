@@ -18,8 +18,8 @@ from torch import Tensor
 
 from zo_kernels import checks, lowrank, update
 from zo_kernels.optim.decision import Share
-from zo_kernels.optim.directions import Direction
-from zo_kernels.optim.limits import DirectionState
+from zo_kernels.optim.factored import LowRank
+from zo_kernels.optim.limits import Direction, DirectionState
 from zo_kernels.optim.states import FactorState, RuleState
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Entry, move
@@ -244,9 +244,10 @@ class Momentum(_Rated):
 
     def check(self, directions: int, direction: Direction) -> None:
         if direction.factored:
-            raise ValueError(
-                "rule=Momentum() with direction=LowRank(): V changes and the sum of z is of no low rank; take LowRankMomentum()"
-            )
+            remedy = "the sum of z is of no low rank once V changes; take LowRankMomentum()"
+            if not isinstance(direction, LowRank):
+                remedy = "a pass with state forms dense directions; take SGD()"
+            raise ValueError(f"rule=Momentum() with direction={type(direction).__name__}(): {remedy}")
         if self.state == "recomputed":
             _check_past(direction)
 
@@ -317,7 +318,7 @@ class Adam(_Rated):
     def check(self, directions: int, direction: Direction) -> None:
         if direction.factored:
             raise ValueError(
-                "rule=Adam() with direction=LowRank(): a pass with state forms dense directions; take SGD() or LowRankMomentum()"
+                f"rule=Adam() with direction={type(direction).__name__}(): a pass with state forms dense directions; take SGD() or LowRankMomentum()"
             )
         if self.state == "recomputed" and directions != 1:
             raise ValueError(
@@ -426,10 +427,13 @@ class LowRankMomentum(_Rated):
         return FactorState(self)
 
     def check(self, directions: int, direction: Direction) -> None:
-        if not direction.factored:
+        if not isinstance(direction, LowRank):
+            other = "SGD" if direction.factored else "Momentum"
             raise ValueError(
-                f"rule=LowRankMomentum() with {direction.name} directions: it keeps momentum in a factor of LowRank(); take Momentum()"
+                f"rule=LowRankMomentum() with {direction.name} directions: it keeps momentum in a factor of LowRank(); take {other}()"
             )
+        if directions != 1:
+            raise ValueError(f"rule=LowRankMomentum() with {directions} queries: one U lies beside N; give queries=1")
 
     def work(self, state: RuleState, share: Share, weights: Weights, direction: DirectionState) -> list[Work]:
         assert isinstance(state, FactorState)
@@ -478,7 +482,7 @@ class LowRankMomentum(_Rated):
         new = new * self.beta
         new += share_of_u
         n.copy_(share.either(new, n))
-        entry.left.copy_(torch.where(n.abs() < 2.0**-60, 0.0, n))
+        entry.left.copy_(torch.where(n.abs() < lowrank.LEAST, 0.0, n))
         lowrank.round_to_12_bits_(entry.left)
 
 

@@ -51,6 +51,11 @@ class Run:
             view.retag(tag)
             view.mask_tag = tag
 
+    def see(self, view: View, shifts: Sequence[Shift]) -> None:
+        """The view at theta + shift of each group, along the direction of its tag."""
+        self.direction.follow(shifts, view.restore)
+        view.see(shifts)
+
     def apply(self, decision: Decision, tags: Sequence[Tag], view: View, ahead: list[Shift] | None = None) -> None:
         """Weights and state as a function of the step's numbers.
 
@@ -62,10 +67,11 @@ class Run:
 
         def works() -> Iterator[Work]:
             for k, weights in enumerate(view.groups):
-                yield from rule.work(self.rule, decision.share(k, tags, own), weights, self.direction)
+                for work in rule.work(self.rule, decision.share(k, tags, own), weights, self.direction):
+                    yield from self.direction.parted(work, weights)
 
         try:
-            view.execute(works(), from_clean=rule.stateful, ahead=ahead)
+            view.execute(works(), from_clean=self.method.from_clean, ahead=ahead)
         except BaseException:
             self.rule.cohorts = before
             raise
@@ -128,7 +134,7 @@ class Run:
             elif method.rule.tries and decision.go:
                 points += method.trials(decision.tag, decision.coefs)
             for shifts in points:
-                view.see(shifts)
+                self.see(view, shifts)
         if decision.failed:
             view.restore()
             return

@@ -178,7 +178,7 @@ class Schedule:
         """The losses at theta + each of these shifts of the groups."""
 
         def point(shift: Any) -> Point:
-            return Point(lambda: view.see(shift), view.check)
+            return Point(lambda: self.run.see(view, shift), view.check)
 
         evaluate = forwards.dual if self.run.method.estimator.dual else forwards.forward
         return evaluate([point(shift) for shift in shifts])

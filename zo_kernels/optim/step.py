@@ -404,7 +404,7 @@ class ZOStep(torch.optim.Optimizer):
         """Record every step from now on. The journal's base are the weights as they are now; nothing but steps may change them.
 
         Args:
-            path: of the file, which must not exist; its folder must.
+            path: of the file, which must not exist; its folder must. Factors of `InputSubspace` are written beside it.
             resume: go on with the run in it, if it exists: it is recovered, its steps are replayed onto the weights, which must be those
                 that it started from, and the next step is the run's next.
             replace, fsync_every: see `journal.create`.
@@ -433,7 +433,8 @@ class ZOStep(torch.optim.Optimizer):
             "terms": run.method.terms,
         }
         fixed |= {"method": self.method()}
-        start = record.Start(fixed, record.about(run, self.param_groups), self._weights(), self._model, self._rounding)
+        about = record.about(run, self.param_groups)
+        start = record.Start(fixed, about, self._weights(), self._model, self._rounding, run.direction.given)
         if resume and os.path.lexists(path) and run.tag:
             raise RuntimeError(f"resume=True after {run.tag} steps: only an optimizer that has not stepped can resume a journal")
 
