@@ -45,6 +45,7 @@ from zo_kernels.optim import (
     ZOStep,
     ZOWarning,
     check,
+    input_factors,
 )
 from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
@@ -95,6 +96,7 @@ __all__ = [
     "ZOWarning",
     "backends",
     "check",
+    "input_factors",
     "normal",
     "pack_mask",
     "perturb_",

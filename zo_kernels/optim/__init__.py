@@ -6,6 +6,7 @@ from zo_kernels.optim.clip import QuantileClip
 from zo_kernels.optim.directions import Dense, InputSubspace, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
 from zo_kernels.optim.estimators import ForwardGradient, OneSided, ThreePoint, TwoSided
 from zo_kernels.optim.findings import ZOWarning
+from zo_kernels.optim.inputs import input_factors
 from zo_kernels.optim.methods import (
     FZOO,
     LOZO,
@@ -81,4 +82,5 @@ __all__ = [
     "ZOStep",
     "ZOWarning",
     "check",
+    "input_factors",
 ]
