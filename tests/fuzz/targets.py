@@ -770,7 +770,7 @@ class Folder(Target):
             except Loading as loading:
                 (config,) = loading.args
                 said = json.loads((self._path / "config.json").read_text(encoding="utf-8"))["config"]
-                placed = {"model", "data", "output"}  # absolute, where there is such a thing
+                placed = {"model", "data", "output", "language_texts"}  # absolute, where there is such a thing
                 assert {k: v for k, v in dataclasses.asdict(config).items() if k not in placed} == {
                     k: v for k, v in said.items() if k not in placed
                 }
