@@ -61,6 +61,12 @@ V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
+    ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "return min((called.get", "return max((called.get",
+     ("tests/finetune/test_frozen.py::test_the_cut_is_before_what_reads_trained_weights",)),
+    ("python/zo_finetune/frozen.py", "kept states stand at the end of their row", "row[: len(tokens)] = self.store", "row[-len(tokens) :] = self.store",
+     ("tests/finetune/test_frozen.py::test_scores_are_those_without",)),
+    ("python/zo_finetune/cached.py", "later blocks may read more than states", "if not torch.equal(plain, again) and", "if False and",
+     ("tests/finetune/test_frozen.py::test_blocks_that_read_more_than_states_are_noticed",)),
     ("zo_kernels/optim/estimators.py", "the loss of several queries is the first pair's",
      "        return torch.as_tensor(losses).mean()\n", "        return torch.as_tensor(losses)[:2].mean()\n",
      (f"{E}::test_the_loss_of_a_step_is_what_its_losses_tell",)),

@@ -14,10 +14,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from zo_finetune import shapes
 
 import zo_kernels
 
@@ -332,6 +333,22 @@ def test_told(tmp_path: Path) -> None:
         for contender in ("silent", "told")
     ]
     assert all(bool(r["told_us"]) == bool(r["percent"]) == (r["contender"] == "told") for r in table)
+
+
+def test_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8}
+    monkeypatch.setitem(cast(dict[str, Any], shapes.SHAPES), "tiny", tiny)
+    path = tmp_path / "frozen.csv"
+    done = run("frozen", "--out", str(path), "--rounds=2", "--shape=tiny", "--tokens=2x8")
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [(r["trained"], r["cache"], r["blocks_not_run"]) for r in table] == [
+        (trained, cache, "1" if cache == "memory" else "0")
+        for trained in ("last block", "last quarter", "lora in the last half")
+        for cache in ("off", "memory")
+    ]
+    assert all(float(r["loss_difference"]) <= float(r["bound"]) for r in table if r["cache"] == "memory")
+    assert {r["state_bytes"] for r in table} == {"", str(2 * 8 * 16 * 4)}
 
 
 def test_against(tmp_path: Path) -> None:

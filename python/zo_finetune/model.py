@@ -305,6 +305,9 @@ def load(
         )
     model, report = loaded
     notes = [*check_loaded(spec, model, report), *cut_anew]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and "gguf_file" in found.where and not quantizer.packed_modules:
+        quantizer.remove_quantization_config(model)  # its weights are numbers as any others, and transformers would not save them
     model = model.to(found.place).eval()
     check_forward(spec, model, found.form)
     adapted = adapt(

@@ -83,6 +83,19 @@ def test_a_gguf_file_is_a_model(gguf_path: Path, causal_tokenizer: Any) -> None:
     assert a.std() > 0.1
 
 
+@torch.no_grad()
+def test_all_of_its_weights_can_be_trained_and_saved(gguf_path: Path, tmp_path: Path) -> None:
+    lm = models.load(str(gguf_path), device="cpu", train_blocks="last:1")
+    for p in lm.model.parameters():
+        if p.requires_grad:
+            p += 0.1
+    again = models.load(str(lm.save(tmp_path)), device="cpu")
+    saved, read = dict(lm.model.named_parameters()), dict(again.model.named_parameters())
+    assert saved.keys() == read.keys() and all(torch.equal(saved[name], read[name]) for name in saved)
+    ids = torch.arange(8)[None]
+    assert torch.equal(lm.model(input_ids=ids).logits, again.model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("name", ["blk.0.ffn_down", "token_embd", "output_norm"])
 def test_a_gguf_file_without_a_tensor_is_refused(name: str, tmp_path: Path, causal_tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"tiny\.gguf lacks \d tensors of LlamaForCausalLM: .*(down_proj|embed_tokens|model\.norm)"):
