@@ -144,10 +144,20 @@ class Config(TaskChoice):
     objective: str = option(
         METHOD,
         "what a step lowers: loss, the task's own of the next two; classification, cross-entropy over the answers; language-model, that of the right "
-        "answer's tokens; or a metric of the task, such as accuracy or f1: its loss is 1 - the metric",
+        "answer's tokens; pairs, a ranking loss over pairs of rows with different labels, or of right and wrong candidates, with --balanced; or a metric "
+        "of the task, such as accuracy or f1: its loss is 1 - the metric",
         "loss",
         metavar="NAME",
     )
+    centre: float | None = option(
+        METHOD,
+        "of --objective pairs: weight of the squared mean score, which decides between labels where their order does not",
+        None,
+        metavar="W",
+        least=True,
+        usual="0.02",
+    )
+    balanced: bool = option(METHOD, "batches with each label equally often; rows of the rarer ones come again sooner", False)
     steps: int = option(METHOD, "training steps", 20_000, metavar="N", positive=True, each=True)
     batch_size: int = option(METHOD, "examples in a micro-batch", 16, metavar="B", positive=True)
     accumulate: int = option(

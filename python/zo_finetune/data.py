@@ -371,27 +371,48 @@ def load_split(
     return Splits(**parts, origin={"eval": source.name}, rows={"eval": counted(indices)}, notes=notes_on(parts, [source], task, ()))
 
 
-class Batches:
-    """The training batches: the batch of step s is a function of (items, batch size, seed, s) and of nothing that happened before.
+class Walk:
+    """Items without an end: all of them in a new order every epoch, without a break between epochs. The k-th is a function of (items, seed, lane, k)."""
 
-    The items are walked through in a new order every epoch, without a break between epochs, so that every batch is full.
-    """
-
-    def __init__(self, items: Sequence[Any], batch_size: int, seed: int) -> None:
-        if not items or batch_size < 1:
-            raise ValueError(f"Batches: {len(items)} items in batches of {batch_size}; both must be at least 1")
-        self.items, self.batch_size, self.seed = items, batch_size, seed
+    def __init__(self, items: Sequence[Any], seed: int, lane: int = 0) -> None:
+        self.items, self.seed, self.lane = items, seed, lane
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def _order(self, epoch: int) -> list[int]:
         if self._epoch[0] != epoch:
-            # distinct for distinct (seed, epoch) as long as there are fewer than 2^32 epochs
-            self._epoch = (epoch, shuffled(len(self.items), (self.seed << 32) + epoch))
+            # distinct for distinct (lane, seed, epoch) as long as there are fewer than 2^32 epochs
+            self._epoch = (epoch, shuffled(len(self.items), (((self.lane << 64) + self.seed) << 32) + epoch))
         return self._epoch[1]
 
+    def __getitem__(self, k: int) -> Any:
+        epoch, place = divmod(k, len(self.items))
+        return self.items[self._order(epoch)[place]]
+
+
+class Batches:
+    """The training batches: the batch of step s is a function of (items, batch size, seed, labels, s) and of nothing that happened before.
+
+    The items are walked through in a new order every epoch, without a break between epochs, so that every batch is full.
+
+    Args:
+        labels: one for each item, whole numbers; each batch then holds each label equally often, or once more or less, in turn, where their number does
+            not divide the batch. Each label's items have a walk of their own, so that a rarer one's come again sooner. Items of one label stand together,
+            so that every n-th of a batch of n or more of each is a batch that holds each label, too.
+    """
+
+    def __init__(self, items: Sequence[Any], batch_size: int, seed: int, labels: Sequence[int] | None = None) -> None:
+        if not items or batch_size < 1:
+            raise ValueError(f"Batches: {len(items)} items in batches of {batch_size}; both must be at least 1")
+        if labels is None:
+            labels = [0] * len(items)
+        self.batch_size = batch_size
+        pairs = list(zip(items, labels, strict=True))
+        self.walks = [Walk([item for item, one in pairs if one == label], seed, label) for label in sorted(set(labels))]
+
     def __getitem__(self, step: int) -> list[Any]:
-        n, start = len(self.items), step * self.batch_size
-        return [self.items[self._order(k // n)[k % n]] for k in range(start, start + self.batch_size)]
+        n, start = len(self.walks), step * self.batch_size
+        places = sorted(range(start, start + self.batch_size), key=lambda k: k % n)
+        return [self.walks[k % n][k // n] for k in places]
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -7,7 +7,7 @@ is read, the optimizer (train.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError, shortened
 from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
-from zo_finetune.tasks.base import Form, Task
+from zo_finetune.tasks.base import Example, Form, Task
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Materials:
 @dataclass
 class Loaded:
     """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from;
-    `notes`: lines for the user."""
+    `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally often."""
 
     config: Config
     task: Task
@@ -67,6 +67,7 @@ class Loaded:
     seconds: float
     beside: Beside
     notes: list[str] = field(default_factory=list)
+    labels: list[int] | None = None
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
@@ -124,7 +125,7 @@ def objective_of(config: Config, task: Task) -> Objective:
     Raises:
         UserError: the task has none of that name, or the method can do nothing with it.
     """
-    objective, recipe = get_objective(config.objective, task), config.recipe()
+    objective, recipe = get_objective(config.objective, task, config.centre), config.recipe()
     if not objective.differentiable and recipe.method.differentiates(recipe.options):
         raise UserError(
             f"--objective {config.objective} has no derivative, and --method {config.method} differentiates the loss: "
@@ -134,7 +135,29 @@ def objective_of(config: Config, task: Task) -> Objective:
         raise UserError(
             f"--objective {config.objective} writes answers, as many tokens as it takes, and a CUDA graph has a fixed number: leave --cuda-graph out"
         )
+    names = task.class_names
+    if config.balanced and names is None:
+        raise UserError(f"--balanced takes as many rows of each label, and task {task.name} has none: leave it out")
+    if (config.balanced or objective.balanced) and names is not None and config.batch_size < len(names):
+        raise UserError(
+            f"--batch-size {config.batch_size}: a balanced batch holds each of the {len(names)} labels of task {task.name}: give at least as much"
+        )
     return objective
+
+
+def labels_of(examples: Sequence[Example], task: Task) -> list[int]:
+    """Of training examples whose batches hold each label equally often.
+
+    Raises:
+        UserError: no example has one of them.
+    """
+    labels = [example.label for example in examples]
+    if missing := [name for k, name in enumerate(task.class_names or ()) if k not in labels]:
+        raise UserError(
+            f"a balanced batch holds each label, and none of the {len(labels):,} training rows is {' or '.join(map(repr, missing))}: add such rows, raise "
+            "--train-examples, or train without --balanced and --objective pairs"
+        )
+    return labels
 
 
 def sample_seed(config: Config) -> int:
@@ -196,10 +219,17 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     objective = objective_of(config, config.the_task())
     found = prepare(config, language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
+    balanced = config.balanced or (objective.balanced and task.class_names is not None)
+    labels = labels_of(splits.train, task) if balanced else None
     with console.Phase("tokenizing"):
         train_set = encoder.encode_all(splits.train, gold_only=objective.gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *found.language_model.notes]
+    notes += objective.check(train_set)
+    if balanced and not config.balanced:
+        notes.append(
+            f"--objective {config.objective}: each batch holds {', '.join(task.class_names or ())} equally often, as by --balanced"
+        )
     notes += notes_on_texts(encoder, len(train_set) + len(dev_set) + len(eval_set), found.max_length)
     return Loaded(
         config=config,
@@ -214,6 +244,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         seconds=time.perf_counter() - started,
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,
+        labels=labels,
     )
 
 

@@ -61,7 +61,8 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
                 f"--batch-size {config.batch_size} with --accumulate {config.accumulate}: a step would take {batch} examples, and there are {rows} to "
                 "train on: give less"
             )
-        note = f"--batch-size {config.batch_size}: there are {rows} examples to train on, and each step takes all of them"
+        taken = "as many" if loaded.labels else "all of them"
+        note = f"--batch-size {config.batch_size}: there are {rows} examples to train on, and each step takes {taken}"
         loaded = replace(loaded, config=replace(config, batch_size=rows), notes=[*loaded.notes, note])
     return complete(loaded, command)
 

@@ -198,7 +198,7 @@ def train(
     """
     config, every, objective = loaded.config, eval_every(loaded), loaded.objective
     scheduler = scheduled(optimizer, config)
-    batches = Batches(loaded.train_set, config.batch_size * config.accumulate, config.seed)
+    batches = Batches(loaded.train_set, config.batch_size * config.accumulate, config.seed, loaded.labels)
     width = GRAPH_WIDTH if config.cuda_graph else 1
 
     def closure(batch: Any) -> Tensor:

@@ -327,7 +327,7 @@ def test_accuracy_as_objective_raises_accuracy(train_command: Callable[..., list
         ({"objective": "accuracy", "method": "hybrid"}, "--objective accuracy has no derivative"),
         ({"objective": "accuracy", "method": "adam"}, "--objective accuracy has no derivative"),
         ({"objective": "accuracy", "method": "dizo", "options": "learn=backpropagation"}, "--objective accuracy has no derivative"),
-        ({"objective": "f1"}, "--objective 'f1': task sst2: give loss, classification, language-model, accuracy, auc"),
+        ({"objective": "f1"}, "--objective 'f1': task sst2: give loss, classification, language-model, pairs, accuracy, auc"),
         ({"objective": "acuracy"}, "did you mean 'accuracy'?"),
         ({"objective": "f1", "task": "last", "cuda_graph": True}, "writes answers, as many tokens as it takes"),
         ({"objective": "classification", "task": "last"}, "task last has one candidate for an answer: give loss, language-model, f1, em"),

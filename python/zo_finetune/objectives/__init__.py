@@ -13,8 +13,11 @@ from zo_finetune.tasks.base import Task
 OBJECTIVES: dict[str, Objective] = discovered(__name__, __path__, Objective)
 
 
-def get_objective(name: str, task: Task) -> Objective:
+def get_objective(name: str, task: Task, centre: float | None = None) -> Objective:
     """What is lowered: of the name "loss" the task's own; one of `OBJECTIVES`; or of a metric of the task what it lacks to 1.
+
+    Args:
+        centre: --centre, which one of them has.
 
     Raises:
         UserError: it is none of them, or says nothing of the task.
@@ -23,11 +26,11 @@ def get_objective(name: str, task: Task) -> Objective:
         name = task.objective
     goals = {m: goal for m in task.metrics if isinstance(goal := METRICS[m], Goal) and goal.suits(task.class_names)}
     if name in goals:
-        return OfMetric(task, goals[name])
-    losses = [one for one in OBJECTIVES if one != "classification" or task.decoding == "scores"]
+        return OfMetric(task, goals[name]).of(task, centre)
+    losses = [one for one, objective in OBJECTIVES.items() if not objective.chooses or task.decoding == "scores"]
     if name not in losses:
-        why = " has one candidate for an answer:" if name == "classification" else ":"
+        why = " has one candidate for an answer:" if name in OBJECTIVES else ":"
         raise UserError(
             f"--objective {name!r:.80}: task {task.name}{why} give loss, {', '.join([*losses, *goals])}{did_you_mean(name, [*losses, *goals])}"
         )
-    return OBJECTIVES[name]
+    return OBJECTIVES[name].of(task, centre)

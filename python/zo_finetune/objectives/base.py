@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from zo_finetune.errors import UserError
 from zo_finetune.scoring import Encoded, Scorer
+from zo_finetune.tasks.base import Task
 
 
 class Objective(ABC):
@@ -20,8 +22,31 @@ class Objective(ABC):
 
     name: ClassVar[str]
     gold_only: ClassVar[bool] = False  # training examples are encoded with the right candidate alone
+    chooses: ClassVar[bool] = False  # it compares the candidates of a task, and says nothing of a free answer
+    balanced: ClassVar[bool] = False  # its batches hold each label equally often
     differentiable: ClassVar[bool] = True
     captured: bool = True  # whether `loss` may be a part of a CUDA graph: the host reads nothing in it
+
+    def of(self, task: Task, centre: float | None) -> Objective:
+        """The objective as it is of a task.
+
+        Args:
+            centre: --centre.
+
+        Raises:
+            UserError: an option says nothing of it.
+        """
+        if centre is not None:
+            raise UserError(f"--centre {centre:g} is of --objective pairs: leave it out")
+        return self
+
+    def check(self, examples: Sequence[Encoded]) -> list[str]:
+        """Lines about what it cannot learn from training examples.
+
+        Raises:
+            UserError: it can learn from none of them.
+        """
+        return []
 
     def batch(self, scorer: Scorer, examples: Sequence[Encoded], multiple: int = 1) -> Any:
         """What `loss` takes; once a step, whatever the number of forward passes. `multiple`: of tokens that widths are padded to."""

@@ -11,6 +11,7 @@ from zo_finetune.scoring import Batch, Scorer
 
 class Classification(Objective):
     name = "classification"
+    chooses = True
 
     def loss(self, scorer: Scorer, batch: Batch) -> Tensor:
         return torch.nn.functional.cross_entropy(scorer.scores(batch), batch.labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zo_finetune.losses import token_loss
 from zo_finetune.objectives.base import Objective
 from zo_finetune.scoring import Batch, Scorer
 
@@ -13,4 +14,4 @@ class LanguageModelling(Objective):
     gold_only = True
 
     def loss(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return -scorer.token_log_probs(batch).sum() / batch.present.sum()
+        return token_loss(scorer.token_log_probs(batch), batch.present)
