@@ -46,6 +46,7 @@ from zo_kernels.optim import (
     ZOWarning,
     check,
     input_factors,
+    perturbed,
 )
 from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
@@ -101,6 +102,7 @@ __all__ = [
     "pack_mask",
     "perturb_",
     "perturb_sequence_",
+    "perturbed",
     "perturbed_linear",
     "replay",
     "stream_of",

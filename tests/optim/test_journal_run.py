@@ -522,6 +522,8 @@ def test_what_does_not_fit_a_journal_is_refused(tmp_path: Path) -> None:
     live = Small()
     optimizer = optimizer_of(live, "scratch", journal=tmp_path / "run.zoj")
     state = optimizer.state_dict()
+    optimizer.load_state_dict(state)  # of where the run is
+    go_on(optimizer, live, 1)
     with pytest.raises(RuntimeError, match="load first, then open_journal"):
         optimizer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="are recorded already"):

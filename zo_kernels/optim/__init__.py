@@ -22,6 +22,7 @@ from zo_kernels.optim.methods import (
     ZOMomentum,
     ZOSignSGD,
 )  # fmt: skip
+from zo_kernels.optim.perturbed import perturbed
 from zo_kernels.optim.projection import Projection
 from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, Sign
 from zo_kernels.optim.step import ZOStep
@@ -83,4 +84,5 @@ __all__ = [
     "ZOWarning",
     "check",
     "input_factors",
+    "perturbed",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zo_kernels import interrupts, views
 from zo_kernels.optim import evaluate, findings, generators, refresh
+from zo_kernels.optim.perturbed import prepared
 from zo_kernels.optim.schedule import Paused
 from zo_kernels.optim.step import ZOStep
 from zo_kernels.views import tangents
@@ -125,21 +126,16 @@ def _unchanged(paused: Paused, view: views.View) -> Iterator[None]:
     """The next step is prepared; what that and the evaluations touch is, afterwards, what it was."""
     rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
     states = rng.get()
-    copies = [(p, p.detach().clone()) for p in view.params.values()] if view.mode != "scratch" else []
     model = paused.warner.model
     every = list(model.parameters()) if model is not None else list(view.params.values())
     grads = [(p, p.grad) for p in every]
     try:
-        paused.run.prepare(view)
         for p in every:
             p.grad = None
-        yield
+        with prepared(paused, view):
+            yield
     finally:
         with interrupts.uninterrupted():
-            paused.run.direction.undo()
-            with torch.inference_mode():  # writes to parameters that were made in it, too
-                for p, clean in copies:
-                    p.copy_(clean)
             for p, gradient in grads:
                 p.grad = gradient
             rng.set(states)

@@ -125,6 +125,29 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
     return {"state": state, "param_groups": groups}
 
 
+def asked_for(param_groups: Groups) -> bool:
+    """Whether a step without a closure is torch.distributed.checkpoint's, which makes an optimizer's state by one with lr = 0 and gradients of zero."""
+    params = [p for g in param_groups for p in g["params"] if p.requires_grad]
+    return all(float(g.get("lr", 1)) == 0 for g in param_groups) and all(p.grad is not None and not p.grad.any() for p in params)
+
+
+def same(a: Run, b: Run) -> bool:
+    """Whether two runs of one method are at the same place, with the same memory, to the bit."""
+    numbers = [(run.seed, run.tag, run.first_tag, int(run.skipped), [float(g) for g in run.past]) for run in (a, b)]
+    mine, theirs = ({what: keeper.state() for what, keeper in _keepers(run).items()} for run in (a, b))
+    return numbers[0] == numbers[1] and _alike(mine, theirs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_alike(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
+    return bool(a == b)
+
+
 # ---- back -------------------------------------------------------------------------------------------------------------
 
 

@@ -275,6 +275,13 @@ class ZOStep(torch.optim.Optimizer):
                 self._recording.flushed |= self._views.now.restore()
         self._recording.drain()
 
+    def train(self) -> None:
+        """For trainers that say so to optimizers whose weights differ in training (schedule-free's): nothing is to be done."""
+
+    def eval(self) -> None:
+        """Before an evaluation: as `flush`."""
+        self.flush()
+
     def step(self, closure: Callable[..., Loss] | None = None, batches: Sequence[Any] | None = None) -> Tensor:  # type: ignore[override]
         """One step.
 
@@ -293,7 +300,7 @@ class ZOStep(torch.optim.Optimizer):
             within the rounding of the passes). TypeError if the closure returns no loss. RuntimeError if it changes the weights, or steps
             this optimizer, or if the module lost a parameter since it was given; docs/faults.md has every case.
         """
-        if closure is None and self._is_dummy():
+        if closure is None and saved.asked_for(self.param_groups):
             self._complete = True
             return torch.full((), math.nan)
         evaluate.check_call(closure, batches)
@@ -337,13 +344,6 @@ class ZOStep(torch.optim.Optimizer):
             run.direction.undo()
             self._recording.failed(view, run.tag != tag, ahead, attempt)
             raise
-
-    def _is_dummy(self) -> bool:
-        """torch.distributed.checkpoint makes an optimizer's state by a step without a closure, with lr = 0 and gradients of zero."""
-        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-        return all(float(g.get("lr", 1)) == 0 for g in self.param_groups) and all(
-            p.grad is not None and not p.grad.any() for p in trained
-        )
 
     # -- where a run is --
 
@@ -499,18 +499,19 @@ class ZOStep(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: not a state of this class, or one of another method, of other parameters, or with a part lost or damaged; says what
-            differs. Nothing was changed.
+            differs. RuntimeError: a journal is open, and the state is not of where its run is. Nothing was changed.
         """
         self._refuse_inside("load_state_dict()")
-        if self._recording.recorder is not None:
-            raise RuntimeError(
-                "load_state_dict() of an optimizer with a journal: load first, then open_journal(); or resume the journal"
-            )
         given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
             given = given if changed is None else changed
         loaded = saved.read(self._run, self.param_groups, given)
+        if self._recording.recorder is not None and not saved.same(self._run, loaded.run):
+            raise RuntimeError(
+                "load_state_dict() of an optimizer with a journal, and the state is not of where the run is: load first, then open_journal(); or resume "
+                "the journal"
+            )
         check_signs(loaded.groups, self._run.method, self._first_order)
         self.flush()
         with interrupts.uninterrupted():
