@@ -39,9 +39,7 @@ X86_FLAGS = {
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
     ],
 }
-# SASS for A100 and H100/H200, PTX for whatever comes after.
 NVCC_FLAGS = ["-O3", "--std=c++17", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{a},code={b}_{a}" for a, b in (("80", "sm"), ("90", "sm"), ("90", "compute"))]
 
 
 def find_nvcc() -> str | None:
@@ -65,6 +63,13 @@ def pick_nvcc() -> str | None:
             "toolkit or set CUDA_HOME; ZO_KERNELS_CUDA=0 builds without CUDA"
         )
     return nvcc
+
+
+def gpu_flags(nvcc: str) -> list[str]:
+    """SASS for A100, for H100/H200 and, where nvcc knows it, for B200; PTX of the newest of these for whatever comes after."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = ["80", "90", *(["100"] if "compute_100" in known else [])]
+    return [f"-gencode=arch=compute_{a},code={b}_{a}" for a, b in (*((a, "sm") for a in archs), (archs[-1], "compute"))]
 
 
 def pybind11_include() -> str:
@@ -119,7 +124,7 @@ def ninja_file(objects: Path, target: Path, cxx: list[str], nvcc: str | None) ->
             compile_one(source, [*cxx, *CXX_FLAGS, *WARNINGS, *(isa or []), *define, *includes])
     for source in cuda_sources:
         assert nvcc is not None
-        compile_one(source, [nvcc, *NVCC_FLAGS, "-ccbin", cxx[0], f"-I{CSRC}"])
+        compile_one(source, [nvcc, *NVCC_FLAGS, *gpu_flags(nvcc), "-ccbin", cxx[0], f"-I{CSRC}"])
     # nvcc as the linker knows where its own static cudart lies, which looks for libcuda only when it is first called.
     linker = [str(nvcc), "-shared", "-cudart", "static", "-ccbin", cxx[0]] if cuda_sources else [*cxx, "-shared", "-pthread"]
     lines.append(f"build {ninja_path(target)}: link {' '.join(outputs)}")

@@ -128,7 +128,7 @@ def compile_kernel(arch: int, dtype: str, flags: dict[str, Any]) -> Any:
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
     source = ASTSource(kernels.perturb_kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **loop_options(constants["SEQUENCE"], constants["KIND"])}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **loop_options(constants)}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -145,6 +145,7 @@ UPDATE_PLAIN: dict[str, Any] = {"KIND": 0, "BIT_MASK": False, "RANDOM_MASK": Fal
 
 def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str, Any]) -> Any:
     """`update_kernel` as `zo_kernels._backends.triton.update` would launch it."""
+    import torch
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -152,7 +153,7 @@ def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str
 
     from zo_kernels import update
     from zo_kernels._backends import _triton_update as kernels
-    from zo_kernels._backends.triton import GPU, UPDATE_OPTIONS
+    from zo_kernels._backends.triton import GPU, update_options
 
     launch, chosen = GPU, update.RULES[rule]
     constants = {**UPDATE_PLAIN, **flags, "DTYPE": getattr(tl, dtype), "STATE": getattr(tl, state), "P": launch.groups}
@@ -166,7 +167,7 @@ def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
     source = ASTSource(kernels.update_kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **UPDATE_OPTIONS}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False, **update_options(rule, getattr(torch, state), constants)}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -179,8 +179,19 @@ void cpu_update(uint64_t table, uint64_t states, int64_t n, uint64_t seed, int d
 }
 
 #ifdef ZO_WITH_CUDA
-void check_cuda(int code) {
+/* A launch blocks while the stream's queue is full, and other threads go on meanwhile. */
+template <typename Launch> void launch_cuda(Launch launch) {
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = launch();
+  }
   if (code) throw std::runtime_error(std::string("zo_kernels: CUDA launch: ") + zo_cuda_error_string(code));
+}
+
+std::string cuda_status() {
+  const int code = zo_cuda_status();
+  return code ? zo_cuda_error_string(code) : "";
 }
 
 void cuda_perturb(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, int form, uint64_t seed, int dtype,
@@ -188,8 +199,10 @@ void cuda_perturb(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, int
                   uint64_t stream) {
   const Pass pass(seed, dtype, kind, rounding, tags, coefs, n_terms, decay);
   if (!pass.tags.empty()) throw py::value_error("more than INLINE_TERMS numbers: put them into device memory");
-  check_cuda(zo_cuda_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles,
-                             tile, form, (void *)(uintptr_t)stream));
+  launch_cuda([&] {
+    return zo_cuda_perturb(&pass.c, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
+                           form, (void *)(uintptr_t)stream);
+  });
 }
 
 void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, int form, uint64_t seed, int dtype,
@@ -197,8 +210,10 @@ void cuda_sequence(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, in
                    uint64_t roundings, int64_t n_passes, uint64_t scratch, uint64_t stream) {
   zo_pass pass = sequence(seed, dtype, kind, tags, coefs, n_terms, first, decays, roundings, n_passes);
   pass.scratch = (void *)(uintptr_t)scratch;
-  check_cuda(zo_cuda_perturb(&pass, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
-                             form, (void *)(uintptr_t)stream));
+  launch_cuda([&] {
+    return zo_cuda_perturb(&pass, (const zo_tensor *)(uintptr_t)table, (const uint32_t *)(uintptr_t)map, tiles, tile,
+                           form, (void *)(uintptr_t)stream);
+  });
 }
 
 void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint64_t states, uint64_t seed, int dtype,
@@ -210,8 +225,10 @@ void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint
   update.pass = pass.c;
   update.rule = rule, update.state_dtype = state_dtype;
   fill(update, numbers, squares);
-  check_cuda(zo_cuda_update(&update, (const zo_tensor *)(uintptr_t)table, (const zo_states *)(uintptr_t)states,
-                            (const uint32_t *)(uintptr_t)map, tiles, tile, (void *)(uintptr_t)stream));
+  launch_cuda([&] {
+    return zo_cuda_update(&update, (const zo_tensor *)(uintptr_t)table, (const zo_states *)(uintptr_t)states,
+                          (const uint32_t *)(uintptr_t)map, tiles, tile, (void *)(uintptr_t)stream);
+  });
 }
 #endif
 
@@ -287,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("squares"), py::arg("stream"),
         "zo_cuda_update of csrc/zo_kernels.h; states is an address in device memory; numbers and squares are lists or "
         "such addresses (squares may be None); the rest as in cuda_perturb.");
+  m.def("cuda_status", &cuda_status, "Why the runtime finds no device; empty where it does.");
 #else
   m.attr("WITH_CUDA") = false;
 #endif

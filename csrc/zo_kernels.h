@@ -122,6 +122,8 @@ int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t 
 int zo_cuda_update(const zo_update *update, const zo_tensor *table, const zo_states *states, const uint32_t *map,
                    int64_t tiles, int64_t tile, void *stream);
 const char *zo_cuda_error_string(int code);
+/* 0 where this runtime finds a device; it may need a newer driver than others in the process. */
+int zo_cuda_status(void);
 
 #ifdef __cplusplus
 }

@@ -268,10 +268,16 @@ class Passes:
 def move(t: Tensor, device: torch.device) -> Tensor:
     """`t` on `device`. The host does not wait for a GPU (from pageable memory it would; torch keeps the pinned copy until it is over)."""
     if device.type == "cuda" and t.device.type == "cpu":
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             raise RuntimeError("numbers in host memory cannot be captured in a CUDA graph: run this pass or sequence outside of it")
         t = t.pin_memory()
     return _sent(t, device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of this GPU is being captured in a CUDA graph; torch tells that of the current device's alone."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:

@@ -64,4 +64,9 @@ extern "C" int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, cons
   });
 }
 
+extern "C" int zo_cuda_status(void) {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices);
+}
+
 extern "C" const char *zo_cuda_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

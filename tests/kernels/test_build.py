@@ -81,6 +81,18 @@ def test_cuda_modes(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.Monke
         setup.pick_nvcc()
 
 
+@pytest.mark.parametrize(
+    ("known", "newest"), [("compute_80\\ncompute_90", "90"), ("compute_80\\ncompute_90\\ncompute_100\\ncompute_103", "100")]
+)
+def test_every_gpu_that_nvcc_knows_has_its_own_code(setup: ModuleType, tmp_path: Path, known: str, newest: str) -> None:
+    """PTX is compiled at the first use, which takes as long as this build: only what is newer than all of these runs from it."""
+    nvcc = script(tmp_path / "nvcc", f'[ "$1" = --list-gpu-arch ] && printf "{known}\\n"\n')
+    text = setup.ninja_file(tmp_path, tmp_path / "_C.so", [compiler_for(tmp_path / "c++", "x86_64-linux-gnu")], nvcc)
+    codes = re.findall(r"-gencode=arch=compute_(\d+),code=(\w+)_\1", next(line for line in text.splitlines() if "-gencode" in line))
+    real = sorted({"80", "90", newest}, key=int)
+    assert codes == [*((a, "sm") for a in real), (newest, "compute")]
+
+
 def test_headers_of_torch_serve_where_pybind11_is_missing(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pybind11" else find(name))

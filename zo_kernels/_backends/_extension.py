@@ -33,6 +33,7 @@ CUDA_FUNCTIONS = {
     "cuda_perturb": f"{_CUDA} form {_PASS} {_TERMS} decay stream",
     "cuda_sequence": f"{_CUDA} form {_SEQUENCE} scratch stream",
     "cuda_update": f"{_CUDA} states {_RULE} stream",
+    "cuda_status": "",
 }
 
 

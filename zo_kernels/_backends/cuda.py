@@ -46,6 +46,8 @@ def status() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if problem := module.cuda_status():
+        return f"the CUDA runtime that the extension was built with finds no device ({problem}): it may need a newer driver than torch's"
     return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import update as rules
-from zo_kernels.plan import Pass, move
+from zo_kernels.plan import Pass, capturing, move
 
 if TYPE_CHECKING:
     from zo_kernels.plan import Entry, Passes, Plan
@@ -66,14 +67,24 @@ LINEAR_GPU = LinearLaunch(x_rows=64, w_rows=64, columns=64, warps=4, stages=3, p
 LINEAR_GPU_FP32 = replace(LINEAR_GPU, x_rows=32, stages=2)  # twice the bytes, and registers hold less without tensor cores
 LINEAR_INTERPRETER = LinearLaunch(x_rows=64, w_rows=256, columns=512, warps=1, stages=1, programs=1, least_tiles=1)
 F_BASE = 0x3C240000
-LOOP_OPTIONS = {
-    "maxnreg": 128
-}  # without a limit ptxas (of Triton 3.7) takes 96 registers for loops over passes and ranks, and spills
-UPDATE_OPTIONS: dict[str, Any] = {"maxnreg": 128}  # weights, two states and the sum of a lane are 64 registers
+# Registers of a thread. Without a limit ptxas (of Triton 3.7) takes 96 for loops over passes and ranks, and spills; weights, two states and the sum
+# of a lane are 64 of a rule's. Those with the most to keep spill at 128 too, and a block fewer on a multiprocessor costs less than that.
+SOME, MANY = {"maxnreg": 128}, {"maxnreg": 168}
 
 
-def loop_options(sequence: bool, kind: int) -> dict[str, Any]:
-    return LOOP_OPTIONS if sequence or kind == _kernels().LOW_RANK_8.value else {}
+def loop_options(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `perturb_kernel` with these constants."""
+    full = constants["STOCHASTIC"] and constants["SCALE"] and (constants["BIT_MASK"] or constants["RANDOM_MASK"])
+    if constants["SEQUENCE"]:
+        return MANY if full else SOME
+    return SOME if constants["KIND"] == _kernels().LOW_RANK_8.value else {}
+
+
+def update_options(rule: str, state: torch.dtype, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `update_kernel` for a rule whose state has this type, with these constants."""
+    masked = constants["BIT_MASK"] or constants["RANDOM_MASK"]
+    full = masked and (rule == "hizoo" or (rule == "adam" and state == torch.bfloat16 and constants["SCALE"]))
+    return MANY if full else SOME
 
 
 def gpu_linear_launch(dtype: torch.dtype) -> LinearLaunch:
@@ -189,14 +200,21 @@ def _batches(plan: Plan, launch: Launch) -> list[Batch]:
         for k, e in enumerate(plan.entries):
             members.setdefault((e.rows is not None, e.rank > 0), []).append(k)
         batches = [b for some in members.values() if (b := _batch(plan, some, launch))]
-        uploaded = None
+        stream = uploaded = None
         if plan.device.type == "cuda":
-            uploaded = torch.cuda.Event()
-            uploaded.record(torch.cuda.current_stream(plan.device))
-        plan.cache["triton"] = batches, uploaded
-    batches, uploaded = plan.cache["triton"]
-    if uploaded is not None and not torch.cuda.is_current_stream_capturing():  # a capture begins with a synchronisation
-        torch.cuda.current_stream(plan.device).wait_event(uploaded)
+            stream, uploaded = torch.cuda.current_stream(plan.device), torch.cuda.Event()
+            uploaded.record(stream)
+        plan.cache["triton"] = batches, stream, uploaded
+    batches, stream, uploaded = plan.cache["triton"]
+    if uploaded is not None and not capturing(plan.device):  # a capture begins with a synchronisation
+        current = torch.cuda.current_stream(plan.device)
+        if (
+            current != stream
+        ):  # on its own one the tables are in order, and their memory is not used again before its kernels are over
+            current.wait_event(uploaded)
+            for batch in batches:
+                batch.table.record_stream(current)
+                batch.spans.record_stream(current)
     return batches
 
 
@@ -306,7 +324,7 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
         given = arguments | batch.flags
         options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
         if not interpreted:
-            options |= loop_options(given["SEQUENCE"], given["KIND"])
+            options |= loop_options(given)
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **given, **options)
 
@@ -325,7 +343,7 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
 
     interpreted = _interpreted()
     launch = INTERPRETER if interpreted else GPU
-    rule = rules.RULES[p.rule]
+    rule, held_as = rules.RULES[p.rule], rules.state_dtype(states)
 
     def there(x: Any, dtype: torch.dtype) -> Tensor:
         return x.contiguous() if isinstance(x, Tensor) else move(torch.tensor(x, dtype=dtype), plan.device)
@@ -337,12 +355,14 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
         **_common(p.seed, p.kind, plan.dtype),
         **{"n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "squares": squares, "numbers": numbers},
         **{"RULE": rule.code, "NUMBERS": len(rule.numbers), "P": launch.groups},
-        "STATE": tl.bfloat16 if rules.state_dtype(states) == torch.bfloat16 else tl.float32,
+        "STATE": tl.bfloat16 if held_as == torch.bfloat16 else tl.float32,
         "STOCHASTIC": p.rounding == "stochastic" and plan.dtype != torch.float32,
     }
-    options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False, **UPDATE_OPTIONS}
     for batch in _batches(plan, launch):
         flags = {name: batch.flags[name] for name in ("BIT_MASK", "RANDOM_MASK")} | {"SCALE": batch.flags["SCALE"] > 0}
+        options: dict[str, Any] = {}
+        if not interpreted:
+            options = {"num_warps": launch.warps, "enable_fp_fusion": False, **update_options(p.rule, held_as, flags)}
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.update_kernel[(batch.spans.numel(),)](
                 batch.table, table, batch.spans, batch.tiles, **arguments, **flags, **options

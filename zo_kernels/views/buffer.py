@@ -122,7 +122,7 @@ class Buffer:
         try:
             for group, plan, backend in fill.launches:
                 if (p := forward.passes[group]) is not None:
-                    backend.perturb(plan, p)
+                    backend.perturb(plan, p.on(plan.device))
                 else:
                     for e in plan.entries:
                         e.dst.view(-1).copy_(e.src.view(-1))

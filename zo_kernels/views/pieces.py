@@ -143,7 +143,7 @@ class Pieces:
                 torch.index_select(table, 0, gather.rows, out=gather.values)
                 if gather.mask is not None and entry.mask is not None:
                     torch.index_select(entry.mask.view(table.shape[0], -1), 0, gather.rows, out=gather.mask)
-                gather.backend.perturb(gather.plan, p)
+                gather.backend.perturb(gather.plan, p.on(table.device))
                 result[start : start + at_once] = gather.values
         finally:
             self.forward.inside = False
