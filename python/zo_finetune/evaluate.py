@@ -30,7 +30,18 @@ def evaluate(
         batch_size: examples in a batch.
         progress: called with the number of examples of each batch that is done.
     """
-    return measure(task, DECODINGS[task.decoding].answers(task, scorer, examples, batch_size, progress))
+    return measure(task, answers_of(task, scorer, examples, batch_size, progress))
+
+
+def answers_of(
+    task: Task,
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Answers:
+    """The model's answers to `examples`, as the task decodes them; arguments as `evaluate`'s."""
+    return DECODINGS[task.decoding].answers(task, scorer, examples, batch_size, progress)
 
 
 def measure(task: Task, answers: Answers) -> dict[str, Any]:

@@ -52,8 +52,9 @@ class Materials:
 
 @dataclass
 class Loaded:
-    """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from;
-    `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally often."""
+    """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from; `rows`:
+    split -> the number of each example's row there; `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally
+    often."""
 
     config: Config
     task: Task
@@ -68,6 +69,7 @@ class Loaded:
     beside: Beside
     notes: list[str] = field(default_factory=list)
     labels: list[int] | None = None
+    rows: dict[str, list[int]] = field(default_factory=dict)
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
@@ -241,6 +243,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         eval_set=eval_set,
         max_length=found.max_length,
         origin=splits.origin,
+        rows=splits.rows,
         seconds=time.perf_counter() - started,
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from zo_finetune import beside, console, files, methods, report, run_folder, sources
+from zo_finetune import beside, console, files, methods, outcomes, report, run_folder, sources
 from zo_finetune.cached import keep
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
-from zo_finetune.evaluate import describe, evaluate
+from zo_finetune.evaluate import answers_of, describe, measure
 from zo_finetune.files import JOURNAL, path_of
+from zo_finetune.intervals import Outcomes
 from zo_finetune.keep import Keeper, last
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
@@ -167,7 +168,7 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
     return past
 
 
-Measure = Callable[[Scorer, str, list[Encoded]], dict[str, Any]]
+Measure = Callable[[Scorer, str, str], tuple[dict[str, Any], Outcomes]]  # words for the user, split -> the evaluation, and each row
 
 
 def perform(loaded: Loaded, resumed: bool) -> Outcome:
@@ -175,23 +176,22 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
     before and between it ends the run."""
     config, keeper, evaluating = loaded.config, Keeper(loaded), Stopwatch()
 
-    def measure(scorer: Scorer, what: str, examples: list[Encoded]) -> dict[str, Any]:
+    def evaluated(scorer: Scorer, what: str, split: str) -> tuple[dict[str, Any], Outcomes]:
+        examples = loaded.dev_set if split == "dev" else loaded.eval_set
         with evaluating, console.Counter(what, len(examples), "example") as counter:
-            return evaluate(loaded.task, scorer, examples, config.eval_batch_size, counter.advance)
+            answers = answers_of(loaded.task, scorer, examples, config.eval_batch_size, counter.advance)
+            measured = measure(loaded.task, answers) | (loaded.beside.measure(scorer) if split == "eval" else {})
+            return measured, outcomes.outcomes_of(loaded.task, answers, loaded.rows[split])
 
-    def whole(scorer: Scorer, what: str) -> dict[str, Any]:
-        measured = measure(scorer, what, loaded.eval_set)
-        with evaluating:
-            return measured | loaded.beside.measure(scorer)
-
-    outcome = trained(loaded, resumed, keeper, measure, whole)
+    outcome = trained(loaded, resumed, keeper, evaluated)
     outcome.kept = last(outcome.steps)
     if not outcome.interrupted:
         with run_folder.held(Path(config.output) / JOURNAL) as past:
             outcome.kept = keeper.settle(outcome.history, outcome.steps, past)
             try:
                 with loaded.scorer() as scorer:
-                    outcome.after = whole(scorer, "after")
+                    outcome.after, found = evaluated(scorer, "after", "eval")
+                outcomes.write(Path(config.output) / outcomes.AFTER, found)
                 console.say(f"after:  {describe(loaded.task, outcome.after)}")
                 beside.say("after: ", outcome.after)
             except KeyboardInterrupt:
@@ -200,9 +200,7 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
     return outcome
 
 
-def trained(
-    loaded: Loaded, resumed: bool, keeper: Keeper, measure: Measure, whole: Callable[[Scorer, str], dict[str, Any]]
-) -> Outcome:
+def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -> Outcome:
     """Evaluate and train. The optimizer is this function's alone: when it is over, nothing but `loaded` holds the model."""
     config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
     optimizer = make_optimizer(loaded.language_model, config)
@@ -216,13 +214,16 @@ def trained(
     with loaded.scorer() as scorer:
 
         def watch(step: int) -> None:
-            outcome.history.append({"step": step, **measure(scorer, f"step {step}, dev", loaded.dev_set)})
+            measured, found = evaluated(scorer, f"step {step}, dev", "dev")
+            outcome.history.append({"step": step, **measured})
+            if step == 0:
+                outcomes.write(output / outcomes.DEV, found)
             evaluations.add("dev", outcome.history[-1])
             console.say(f"step {step}, dev: {describe(task, outcome.history[-1])}")
             keeper.saw(outcome.history)
 
         before = evaluations.read()[0] if resumed else None
-        measured = whole(scorer, "before") if before is None else before
+        measured, found = evaluated(scorer, "before", "eval") if before is None else (before, None)
         console.say(f"before: {describe(task, measured)}")
         beside.say("before:", measured)
         cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
@@ -246,7 +247,8 @@ def trained(
             training = Stopwatch(last)
             torn = f"; cut off: {past.tail.reason}" if past.tail else ""
             console.say(f"resumed after {optimizer.steps} of {config.steps} steps{torn}")
-        if before is None:
+        if found is not None:
+            outcomes.write(output / outcomes.BEFORE, found)
             evaluations.add("before", measured)
         log = run_folder.Log(output / "log.csv", rows)
         progress = Progress(log, config.steps, optimizer, loaded.language_model.device)

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, run.zoj (zo_kernels' journal), evaluations.jsonl, log.csv, result.json, curve.png, and its weights.
+"""The folder of a run: config.json, run.zoj (zo_kernels' journal), evaluations.jsonl, scores_*.csv, log.csv, result.json, curve.png, and its weights.
 
 Belongs here: which files there are, what each holds, which folder may be used. Does not belong here: one file's safety (files.py), what a result
 says (report.py), when a run writes what (run.py).
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import files
+from zo_finetune import files, outcomes
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line, shortened
 from zo_finetune.evaluate import is_evaluation
@@ -33,6 +33,7 @@ FILES = (
     "curve.png",
     "config.json",
     "evaluations.jsonl",
+    *outcomes.NAMES,
     BEST,
 )  # what a run writes besides its journal and weights
 SAVING = "weights" + PART
