@@ -32,10 +32,10 @@ RATES = {  # by --peft: the lower of two; the other is four times as large
     "none": {"mezo": 1e-6, "lozo": 1e-6, "dizo:every=20": 1e-6},
 }  # fmt: skip
 SIZES = {
-    "forwards": 200, "seeds": "0,1,2", "lr-factors": "1,4", "points": 4, "clip": 15, "batch-size": 8, "train-examples": 1000,
+    "forwards": "200", "seeds": "0,1,2", "lr-factors": "1,4", "points": 4, "clip": 15, "batch-size": 8, "train-examples": 1000,
     "dev-examples": 100, "eval-examples": 300, "max-length": 32,
 }  # fmt: skip
-QUICK = {"forwards": 10, "seeds": "0,1", "lr-factors": "1", "train-examples": 20, "dev-examples": 4, "eval-examples": 6}
+QUICK = {"forwards": "10", "seeds": "0,1", "lr-factors": "1", "train-examples": 20, "dev-examples": 4, "eval-examples": 6}
 OWN = (
     "model",
     "task",

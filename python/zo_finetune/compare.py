@@ -1,10 +1,14 @@
 """`zo-finetune compare`: several methods on the same data, noise seeds and number of forward passes.
 
-Belongs here: which runs there are, the table and curves of what came out. Does not belong here: a run (run.py), what stays of it in a folder of several
-(runs.py), what a method costs and its defaults (methods.py).
+Belongs here: which runs there are, the curves and files of what came out. Does not belong here: a run (run.py), what stays of it in a folder of several
+(runs.py), which method is above which (ranking.py), what a method costs and its defaults (methods.py).
 
 Equal cost means equal forward passes of a step's batch (`Method.forwards`), evaluations not counted: a method that needs more of them a step
-takes fewer steps. Runs of one seed share the sampled examples, the order of the batches and the noise's seed.
+takes fewer steps. Where what is frozen runs once (cached.py), a forward is of what is trained alone, and that once is counted beside it, in forwards of a
+batch, and in the seconds. Runs of one seed share the sampled examples, the order of the batches and the noise's seed.
+
+Nothing is chosen by the evaluation rows: a learning rate by the dev examples, which are training rows that no run trains on, and so a run's weights, if
+--keep says best.
 """
 
 from __future__ import annotations
@@ -21,26 +25,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zo_finetune import console, figures, files, run_folder
+from zo_finetune import console, figures, files, outcomes, ranking, run_folder
 from zo_finetune.config import Comparison, Config
-from zo_finetune.errors import UserError, one_line
+from zo_finetune.errors import UserError, did_you_mean, one_line
 from zo_finetune.files import path_of
+from zo_finetune.intervals import Outcomes
+from zo_finetune.keep import criterion
 from zo_finetune.load import load, objective_of
 from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.run import remedy
-from zo_finetune.runs import Entry, Interrupted, Rates, check_own, dev_loss, earlier, run_one, tune
+from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, folder_name, on_dev, run_one, tune
+from zo_finetune.tasks.base import Task
 from zo_finetune.train import make_optimizer
 
 ABOUT = ("task", "weights", "data", "versions", "machine")  # of result.json, in compare.json
-OWN = ("compare.json", "compare.csv", "table.md", "curves.png")
+OWN = ("compare.json", "compare.csv", "ranking.csv", "table.md", "curves.png", "ranking.png")
 
 
-def columns(metric: str) -> tuple[str, ...]:
-    """Of compare.csv, for tasks of this metric."""
-    scores = (f"{metric}_before", metric, f"{metric}_stderr", "examples", "majority", "loss_before", "loss", "dev_loss")
+def columns(task: Task) -> tuple[str, ...]:
+    """Of compare.csv."""
+    metric, others = task.metrics[0], [name for name in ranking.measures(task) if name not in (task.metrics[0], "loss")]
+    scores = (f"{metric}_before", metric, f"{metric}_stderr", "examples", "majority", "loss_before", "loss", "dev_loss", *others)
     cost = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
-    return ("method", "seed", "forwards", "steps", "lr", "eps", *scores, *cost)
+    return ("method", "objective", "budget", "seed", "forwards", "frozen_forwards", "steps", "lr", "eps", *scores, *cost)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with an objective and the most forward passes that it may make. `label`: what tells it from the others, and names its folder."""
+
+    entry: Entry
+    objective: str
+    budget: int
+    label: str
+
+    @property
+    def folder(self) -> str:
+        return "@".join(map(folder_name, self.label.split(", ")))
 
 
 @dataclass
@@ -59,30 +81,56 @@ class Plan:
     def root(self) -> Path:
         return self.output.absolute()
 
-    @property
-    def metric(self) -> str:
-        return self.base.the_task().metrics[0]
+    @functools.cached_property
+    def task(self) -> Task:
+        return self.base.the_task()
 
     @property
     def rates(self) -> Rates:
-        return Rates(self.options.lrs, self.options.epses, self.options.lr_factors)
+        return Rates(self.options.lrs, self.options.epses, self.options.lr_factors, self.options.lr_grid or ())
 
-    def recipe(self, entry: Entry) -> Recipe:
-        return self.rates.recipe(entry, self.base.peft, entry.method.name)
+    @property
+    def objectives(self) -> list[str]:
+        return self.options.objectives or [self.base.objective]
 
-    def tried(self, entry: Entry) -> list[float]:
-        return self.rates.tried(self.recipe(entry).lr)
+    @property
+    def lr_seeds(self) -> list[int]:
+        return self.options.seeds[: self.options.lr_seeds]
 
-    def config(self, entry: Entry, seed: int, lr: float | None = None) -> Config:
+    @functools.cached_property
+    def contenders(self) -> list[Contender]:
+        """Every method with every objective and number of forward passes, the most of them first."""
+        most, found = max(self.options.forwards), []
+        for budget in sorted(self.options.forwards, reverse=True):
+            for objective in self.objectives:
+                more = [objective] if objective != self.base.objective else []
+                more += [str(budget)] if budget != most else []
+                found += [Contender(e, objective, budget, ", ".join([e.label, *more])) for e in self.entries]
+        return found
+
+    @property
+    def baseline(self) -> str:
+        """The label of the contender that the others are set against."""
+        wanted = self.options.baseline or "mezo"
+        return next((c.label for c in self.contenders if c.entry.label == wanted), self.contenders[0].label)
+
+    def recipe(self, one: Contender) -> Recipe:
+        return self.rates.recipe(one.entry, self.base.peft, one.entry.method.name)
+
+    def tried(self, one: Contender) -> list[float]:
+        return self.rates.tried(self.recipe(one).lr)
+
+    def config(self, one: Contender, seed: int, lr: float | None = None) -> Config:
         """Of one run; `lr`: in place of the recipe's."""
-        recipe, points = self.recipe(entry), self.options.points
-        steps = recipe.steps(self.options.forwards)
+        recipe, points, method = self.recipe(one), self.options.points, one.entry.method
+        steps = recipe.steps(one.budget)
         lr = recipe.lr if lr is None else lr
         config = replace(
             self.base,
-            output=str(self.output / "runs" / entry.folder / f"lr{lr:g}-seed{seed}"),
-            method=entry.method.name,
-            options=dict(entry.given),
+            output=str(self.output / "runs" / one.folder / f"lr{lr:g}-seed{seed}"),
+            method=method.name,
+            options=dict(one.entry.given),
+            objective=one.objective,
             steps=steps,
             lr=lr,
             eps=recipe.eps,
@@ -92,7 +140,7 @@ class Plan:
             overwrite=True,
         )
         others = any(not e.method.first_order for e in self.entries)
-        if entry.method.first_order and others and recipe.eps is None:
+        if method.first_order and others and recipe.eps is None:
             config = config.without_perturbing()
         return config.placed(os.getcwd())
 
@@ -107,19 +155,27 @@ class Plan:
         for what, values in (
             ("--methods", [e.folder for e in self.entries]),
             ("--seeds", given.seeds),
+            ("--forwards", given.forwards),
+            ("--objectives", self.objectives),
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
+        if given.objectives and self.base.objective not in given.objectives and self.base.objective != "loss":
+            raise UserError(f"--objective {self.base.objective} is none of --objectives: leave it out")
+        if given.baseline is not None and given.baseline not in (labels := [e.label for e in self.entries]):
+            raise UserError(f"--baseline {given.baseline!r:.80} must be one of --methods{did_you_mean(given.baseline, labels)}")
         self.rates.check({name for e in self.entries for name in (e.label, e.method.name)})
-        if len(given.lr_factors) > 1 and (not given.points or self.base.dev_examples == 0):
+        if self.rates.several and (not given.points or self.base.dev_examples == 0):
             raise UserError(
-                "--lr-factors chooses by the dev examples: give --dev-examples and --points greater than 0, or one factor"
+                "--lr-factors and --lr-grid choose by the dev examples: give --dev-examples and --points greater than 0, or one factor"
             )
-        for entry in self.entries:
-            if given.forwards < (least := self.recipe(entry).forwards(1)):
-                raise UserError(f"--forwards {given.forwards}: a step of {entry.label} needs {least}; give more")
+        if given.lr_seeds > len(given.seeds):
+            raise UserError(f"--lr-seeds {given.lr_seeds}: there are {len(given.seeds)} --seeds: give more, or less")
+        for one in self.contenders:
+            if one.budget < (least := self.recipe(one).forwards(1)):
+                raise UserError(f"--forwards {one.budget}: a step of {one.entry.label} needs {least}; give more")
             for seed in given.seeds:
-                config = self.config(entry, seed)
+                config = self.config(one, seed)
                 config.check()
                 config.check_use()
 
@@ -140,50 +196,66 @@ def check_runs(plan: Plan) -> None:
     """
     run_folder.check_run_dir(plan.output, overwrite=False, others=True)
     check_own(plan.output, OWN, ("runs", "curves"), "comparison")
+    criterion(plan.options.lr_by, plan.task, "--lr-by")
     seeds = plan.options.seeds
-    planned = [(e, plan.config(e, seeds[0], lr)) for e in plan.entries for lr in plan.tried(e)]
+    planned = [(c, plan.config(c, seed, lr)) for c in plan.contenders for lr in plan.tried(c) for seed in plan.lr_seeds]
     tuning = bool(planned)
-    planned += [] if tuning else [(e, plan.config(e, seed)) for seed in seeds for e in plan.entries]
+    planned += [] if tuning else [(c, plan.config(c, seed)) for seed in seeds for c in plan.contenders]
     results = [earlier(config, plan.root)[1] for _, config in planned]
-    for (entry, config), result in zip(planned, results, strict=True):
+    for (one, config), result in zip(planned, results, strict=True):
         if result is not None:
-            finished(entry, config, result)
+            Finished.of(one, config, result)
     if all(results) and not tuning:
         return
-    for entry in plan.entries:
-        objective_of(plan.config(entry, seeds[0]), plan.base.the_task())
-    console.say(f"checking the methods ({len(plan.entries)}) and seeds ({len(seeds)}) before the first run")
+    for one in plan.contenders:
+        objective_of(plan.config(one, seeds[0]), plan.task)
+    console.say(f"checking the methods ({len(plan.contenders)}) and seeds ({len(seeds)}) before the first run")
     model = None
     for seed in seeds:
-        model = load(plan.config(plan.entries[0], seed), model).language_model
+        model = load(plan.config(plan.contenders[0], seed), model).language_model
     if model is not None:
-        for entry in plan.entries:
-            make_optimizer(model, plan.config(entry, seeds[0]))
+        for one in plan.contenders:
+            make_optimizer(model, plan.config(one, seeds[0]))
 
 
-def finished(entry: Entry, config: Config, result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a finished run is in the table and in the figure.
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end: its row in compare.csv, its curve, and what each row of the evaluations came to."""
 
-    Raises:
-        UserError: its files are not as a run wrote them.
-    """
-    try:
-        _ = [result[name] for name in ABOUT]
-        return row_of(entry, config, result), curve_of(config, result)
-    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{config.output}: its result.json or log.csv is not as the run wrote it ({one_line(error)}): delete that folder, and the same command "
-            "makes the run again"
-        ) from error
+    row: dict[str, Any]
+    curve: dict[str, Any]
+    about: dict[str, Any]
+    outcomes: dict[str, Outcomes | None]  # by the names of the files
+
+    @classmethod
+    def of(cls, one: Contender, config: Config, result: Mapping[str, Any]) -> Finished:
+        """Raises UserError: its files are not as a run wrote them."""
+        try:
+            task, after = config.the_task(), result["after"]
+            about = {name: result[name] for name in ABOUT}
+            found = {name: outcomes.read(Path(config.output) / name) for name in outcomes.NAMES}
+            if (last := found[outcomes.AFTER]) and not outcomes.fits(last, after["examples"], after[outcomes.value_name(task)]):
+                raise ValueError(f"{outcomes.AFTER} is of another evaluation")
+            return cls(row_of(one, config, result), curve_of(config, result), about, found)
+        except (OSError, LookupError, TypeError, ValueError, csv.Error, UserError) as error:
+            raise UserError(
+                f"{config.output}: its result.json, log.csv or scores are not as the run wrote them ({one_line(error)}): delete that folder, and the same "
+                "command makes the run again"
+            ) from error
 
 
-def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
-    before, after = result["before"], result["after"]
-    metric = config.the_task().metrics[0]
+def row_of(one: Contender, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
+    before, after, task = result["before"], result["after"], config.the_task()
+    metric, kept = task.metrics[0], result["cache"]
+    # every forward runs the frozen part, too, or it ran once for each kept example
+    frozen = result["forwards"] if kept is None else round(kept["examples"] / (config.batch_size * config.accumulate), 1)
     return {
-        "method": entry.label,
+        "method": one.entry.label,
+        "objective": one.objective,
+        "budget": one.budget,
         "seed": config.seed,
         "forwards": result["forwards"],
+        "frozen_forwards": frozen,
         "steps": result["steps"],
         "lr": result["hyperparameters"]["lr"],
         "eps": result["hyperparameters"]["eps"],
@@ -194,8 +266,9 @@ def row_of(entry: Entry, config: Config, result: Mapping[str, Any]) -> dict[str,
         "majority": result["majority"],
         "loss_before": before["loss"],
         "loss": after["loss"],
-        "dev_loss": dev_loss(result),
-        "seconds": round(result["training_seconds"], 2),
+        "dev_loss": on_dev(result),
+        **{name: after.get(name) for name in ranking.measures(task) if name not in (metric, "loss")},
+        "seconds": round(result["training_seconds"] + (0.0 if kept is None else kept["seconds"]), 2),
         "state_bytes": result["state_bytes"],
         "trained_weights": result["weights"]["trainable"],
         "skipped_steps": result["skipped_steps"],
@@ -212,50 +285,84 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     options = plan.options
     chosen: dict[str, float] = {}
     tuned: dict[str, dict[str, float]] = {}  # an infinity is null in the file
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, list[dict[str, Any]]] = {}
-    about: dict[str, Any] = {}
+    found: dict[str, list[Finished]] = {}
     interrupted = False
     check_runs(plan)
+    by = criterion(options.lr_by, plan.task, "--lr-by")
     try:
-        for entry in plan.entries:
-            if rates := plan.tried(entry):
-                config_of = functools.partial(plan.config, entry, options.seeds[0])
-                chosen[entry.label], tuned[entry.label] = tune(entry.label, config_of, rates, plan.root)
+        for one in plan.contenders:
+            if rates := plan.tried(one):
+                configs_of = functools.partial(configs, plan, one)
+                chosen[one.label], tuned[one.label] = tune(one.label, configs_of, rates, plan.root, by)
         for seed in options.seeds:
-            for entry in plan.entries:
-                config = plan.config(entry, seed, chosen.get(entry.label))
-                console.say(f"{entry.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
-                result = run_one(config, plan.root)
-                row, curve = finished(entry, config, result)
-                rows.append(row)
-                curves.setdefault(entry.label, []).append(curve)
-                about = {name: result[name] for name in ABOUT}
+            for one in plan.contenders:
+                config = plan.config(one, seed, chosen.get(one.label))
+                console.say(f"{one.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
+                finished = Finished.of(one, config, run_one(config, plan.root))
+                found.setdefault(one.label, []).append(finished)
     except (KeyboardInterrupt, Interrupted):
         interrupted = True
-    content = {
+    content: dict[str, Any] = {
         "interrupted": interrupted,
         "model": Path(plan.base.model).name,
         "forwards": options.forwards,
+        "objectives": plan.objectives,
         "seeds": options.seeds,
         "peft": plan.base.peft,
-        "methods": {e.label: plan.recipe(e).options for e in plan.entries},
+        "methods": {c.entry.label: plan.recipe(c).options for c in plan.contenders},
+        "lr_by": by,
         "tuned": tuned,
-        **about,
-        "runs": rows,
-        "curves": curves,
+        **next((mine[-1].about for mine in found.values()), {}),
+        "runs": [f.row for f in sorted_by_seed(options.seeds, found)],
+        "curves": {label: [f.curve for f in mine] for label, mine in found.items()},
         "command": list(command or sys.argv),
     }
-    if rows:
+    if found:
         try:
-            write(plan, content)
+            write(plan, content, standing_of(plan, found, tuned))
         except OSError as error:
             raise UserError(
                 f"{one_line(error)}; {remedy(error)}, then give the same command again: finished runs are kept"
             ) from error
     if interrupted:
-        console.say(f"interrupted: {len(rows)} runs are finished and kept in {plan.output}; the same command goes on")
+        console.say(f"interrupted: {len(content['runs'])} runs are finished and kept in {plan.output}; the same command goes on")
     return content
+
+
+def configs(plan: Plan, one: Contender, lr: float) -> list[Config]:
+    """Of the runs that say what a learning rate is worth."""
+    return [plan.config(one, seed, lr) for seed in plan.lr_seeds]
+
+
+def sorted_by_seed(seeds: Sequence[int], found: Mapping[str, Sequence[Finished]]) -> list[Finished]:
+    """As they were made."""
+    return [f for seed in seeds for mine in found.values() for f in mine if f.row["seed"] == seed]
+
+
+def standing_of(plan: Plan, found: Mapping[str, Sequence[Finished]], tuned: Mapping[str, Mapping[str, float]]) -> ranking.Standing:
+    """The methods against the baseline."""
+    runs = []
+    for one in plan.contenders:
+        made = ranking.Runs(
+            one.label, one.entry.label, one.objective, one.budget, edge=edge_of(found.get(one.label, []), tuned.get(one.label, {}))
+        )
+        for f in found.get(one.label, []):
+            seed = f.row["seed"]
+            made.rows[seed] = f.row
+            for kept, name in ((made.before, outcomes.BEFORE), (made.dev, outcomes.DEV), (made.after, outcomes.AFTER)):
+                if (of_run := f.outcomes[name]) is not None:
+                    kept[seed] = of_run
+        runs.append(made)
+    return ranking.Standing(plan.task, runs, plan.baseline)
+
+
+def edge_of(mine: Sequence[Finished], tried: Mapping[str, float]) -> str:
+    """Whether the learning rate is the lowest or the highest of those that were tried, beyond which a better one may lie."""
+    rates = [float(lr) for lr in tried]
+    if not mine or len(rates) < 2:
+        return ""
+    lr = float(f"{mine[0].row['lr']:g}")
+    return "low" if lr == min(rates) else "high" if lr == max(rates) else ""
 
 
 def curve_of(config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,72 +381,51 @@ def curve_of(config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(plan: Plan, content: Mapping[str, Any]) -> None:
-    """compare.json, compare.csv, table.md, curves.png; the table is printed too."""
+def write(plan: Plan, content: dict[str, Any], standing: ranking.Standing) -> None:
+    """compare.json, compare.csv, ranking.csv, table.md and the figures; the table is printed too."""
     plan.output.mkdir(parents=True, exist_ok=True)
+    content["ranking"] = {
+        "baseline": plan.baseline,
+        "resamples": standing.resamples,
+        "seed": standing.seed,
+        "methods": standing.lines,
+    }
     files.write_json(plan.output / "compare.json", content)
-    rows = io.StringIO(newline="")
-    writer = csv.DictWriter(rows, columns(plan.metric))
-    writer.writeheader()
-    writer.writerows(content["runs"])
-    files.write_text(plan.output / "compare.csv", rows.getvalue())
-    text = table(plan, content["runs"])
-    files.write_text(plan.output / "table.md", text)
-    console.tell(text)
-    try:
-        draw(plan.output / "curves.png", content)
-    except Exception as error:  # as of a run's curve
-        console.say(f"curves.png could not be drawn ({one_line(error)}); compare.json has what it shows")
+    for name, names, rows in (
+        ("compare.csv", columns(plan.task), content["runs"]),
+        ("ranking.csv", ranking.columns(plan.task), standing.lines),
+    ):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write_text(plan.output / name, text.getvalue())
+    table = page(plan, content, standing)
+    files.write_text(plan.output / "table.md", table)
+    console.tell(table)
+    for name, drawn in (("curves.png", lambda path: draw(path, content)), ("ranking.png", standing.draw)):
+        try:
+            drawn(plan.output / name)
+        except Exception as error:  # as of a run's curve
+            console.say(f"{name} could not be drawn ({one_line(error)}); compare.json has what it shows")
 
 
-def spread(values: Sequence[float | None], digits: int) -> str:
-    """Mean and, of several, the sample standard deviation; None is a number that was not finite."""
-    numbers = [math.nan if value is None else value for value in values]
-    mean = statistics.fmean(numbers)
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 and math.isfinite(mean) else "")
-
-
-def sure(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The mean of a metric and, of several seeds, its standard deviation; of one seed the standard error over the rows."""
-    alone = len(rows) == 1 and rows[0][metric] is not None
-    return spread([r[metric] for r in rows], 3) + (f" ± {rows[0][f'{metric}_stderr']:.3f}" if alone else "")
-
-
-def table(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a row for each method: means over its seeds ± their standard deviation."""
-    by_label: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_label.setdefault(row["method"], []).append(row)
-    metric = plan.metric
-    head = ("method", "steps", "forwards", "lr", metric, "gain", "loss", "dev loss", "state, bytes a weight", "seeds")
-    lines = [head, tuple("---" for _ in head)]
-    for label, mine in by_label.items():
-        dev = [r["dev_loss"] for r in mine]
-        lines.append(
-            (
-                label,
-                str(mine[0]["steps"]),
-                str(mine[0]["forwards"]),
-                f"{mine[0]['lr']:g}",
-                sure(metric, mine),
-                spread([r[metric] - r[f"{metric}_before"] for r in mine], 3),
-                spread([r["loss"] for r in mine], 3),
-                spread(dev, 3) if plan.options.points and any(d is not None for d in dev) else "",
-                f"{mine[0]['state_bytes'] / mine[0]['trained_weights']:.3g}",
-                str(len(mine)),
-            )
+def page(plan: Plan, content: Mapping[str, Any], standing: ranking.Standing) -> str:
+    """table.md: what was done, and the standing."""
+    options, rows = plan.options, content["runs"]
+    count = len({row["seed"] for row in rows})
+    said = [f"Means over {count} seeds ± their standard deviation, {min(r['examples'] for r in rows):,} evaluation rows." if count > 1 else
+            f"One seed, {rows[0]['examples']:,} evaluation rows."]  # fmt: skip
+    said.append(f"At most {' or '.join(f'{n:,}' for n in options.forwards)} forward passes of a batch a run.")
+    if content["tuned"]:
+        dev = content["data"]["dev"]["rows"]
+        tried = max(len(rates) for rates in content["tuned"].values())
+        said.append(
+            f"Each learning rate is the best of {tried} by the {content['lr_by']} on {dev:,} held-out training rows with {len(plan.lr_seeds)} of the "
+            "seeds; an arrow: it is the last of those tried, and a better one may lie beyond."
         )
-    before = {r["seed"]: r for r in rows}.values()
-    majority = "" if any(r["majority"] is None for r in before) else f", majority {spread([r['majority'] for r in before], 3)}"
-    meaning = (
-        "means over the seeds ± their standard deviation" if len(before) > 1 else f"{metric} ± its standard error over the rows"
-    )
-    text = (
-        f"Before: {metric} {spread([r[f'{metric}_before'] for r in before], 3)} on {min(r['examples'] for r in before)} examples{majority}, loss "
-        f"{spread([r['loss_before'] for r in before], 3)}. "
-        f"At most {plan.options.forwards} forward passes a run; {meaning}.\n\n"
-    )
-    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    said.append(standing.words())
+    return " ".join(filter(None, said)) + "\n\n" + standing.markdown()
 
 
 def draw(path: Path, content: Mapping[str, Any]) -> None:

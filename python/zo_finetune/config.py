@@ -397,9 +397,29 @@ class Comparison:
         "with a method's own options behind it, as in mezo,mezo:queries=4,momentum:state=recomputed:history=16",
         metavar="METHOD,...",
     )
-    forwards: int = option(METHOD, "forward passes of each run; --list-methods says what a step costs", metavar="N", below=1 << 63)
+    forwards: list[int] = option(
+        METHOD,
+        "forward passes of each run, or several such numbers: each method then runs with each; --list-methods says what a step costs",
+        metavar="N,...",
+        read=values.whole_numbers,
+    )
+    objectives: list[str] | None = option(
+        METHOD,
+        "each method with each of these, in place of --objective; the first is the baseline's",
+        None,
+        metavar="NAME,...",
+        usual="--objective alone",
+        read=values.texts,
+    )
+    baseline: str | None = option(
+        METHOD,
+        "the method that the others are set against, with the first objective and the most forward passes",
+        None,
+        metavar="METHOD",
+        usual="mezo, or the first",
+    )
     seeds: list[int] = option(
-        METHOD, "of noise, sample and order of the data", [0, 1, 2], metavar="S,...", read=values.whole_numbers
+        METHOD, "of noise, sample and order of the data", [0, 1, 2, 3, 4], metavar="S,...", read=values.whole_numbers
     )
     lrs: dict[str, float] = option(
         METHOD, "instead of the method's default", {}, flag="--lr", metavar="METHOD=LR", read=values.number_of
@@ -415,10 +435,26 @@ class Comparison:
         usual="1",
         read=values.numbers,
     )
+    lr_grid: list[float] | None = option(
+        METHOD,
+        "try these learning rates with every method, in place of --lr-factors",
+        None,
+        metavar="LR,...",
+        usual="not",
+        read=values.numbers,
+    )
+    lr_seeds: int = option(METHOD, "seeds that a learning rate is chosen with, the first ones", 1, metavar="N", positive=True)
+    lr_by: str | None = option(
+        METHOD,
+        "what chooses a learning rate on the dev examples",
+        None,
+        metavar="METRIC",
+        usual="loss, or the first metric of a task without one",
+    )
     points: int = option(RUN, "evaluations on the dev examples along a run", 5, metavar="N", least=True, below=1 << 63)
     output: str = option(
         RUN,
-        "table.md, curves.png, compare.csv, compare.json and a folder of each run go here; finished runs in it are kept",
+        "table.md, ranking.csv, ranking.png, curves.png, compare.csv, compare.json and a folder of each run go here; finished runs in it are kept",
         metavar="DIR",
         path=True,
     )

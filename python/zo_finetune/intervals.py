@@ -52,7 +52,9 @@ class Outcomes:
         return Outcomes(self.rows[at], self.value[at], self.label[at], None if self.scores is None else self.scores[at])
 
 
-Draws = Callable[[], Iterator[Floats]]  # how often each row is drawn, a block of resamples [B, N] at a time; the same ones at every call
+Draws = Callable[
+    [], Iterator[Floats]
+]  # how often each row is drawn, a block of resamples [B, N] at a time; the same ones at every call
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,11 @@ def measured(name: str, found: Outcomes, weights: Floats) -> Floats:
     """
     if name not in ("loss", "auc", "accuracy_at_best_threshold"):
         return mean_of(found.value, weights)
-    if found.scores is None or not np.isfinite(found.scores[np.arange(len(found.label)), found.label]).all() or np.isnan(found.scores).any():
+    if (
+        found.scores is None
+        or not np.isfinite(found.scores[np.arange(len(found.label)), found.label]).all()
+        or np.isnan(found.scores).any()
+    ):
         return np.full(len(weights), np.nan)
     if name == "loss":
         return mean_of(losses_of(found), weights)
@@ -196,9 +202,7 @@ class Resampling:
         self.like = [one.ordered() for one in like]
         self.resamples = resamples
         self.crossed = all(np.array_equal(one.rows, self.like[0].rows) for one in self.like)
-        self.draws = [
-            draws_of(len(one.rows), resamples, (seed, 0 if self.crossed else 1 + k)) for k, one in enumerate(self.like)
-        ]
+        self.draws = [draws_of(len(one.rows), resamples, (seed, 0 if self.crossed else 1 + k)) for k, one in enumerate(self.like)]
         seeds = len(like)
         self.seeds = np.random.default_rng((seed, 1 << 32)).integers(seeds, size=(resamples, seeds))
 

@@ -31,8 +31,11 @@ from zo_kernels import journal
 from zo_kernels.interrupts import uninterrupted
 
 
-def criterion(config: Config, task: Task) -> str:
-    """What an evaluation is judged by: `--keep-by`, else the loss, or the first metric of a task that has no loss.
+def criterion(given: str | None, task: Task, option: str = "--keep-by") -> str:
+    """What an evaluation on the dev examples is judged by: what is given, else the loss, or the first metric of a task that has no loss.
+
+    Args:
+        option: that gave it.
 
     Raises:
         UserError: the task has no such number.
@@ -42,11 +45,11 @@ def criterion(config: Config, task: Task) -> str:
         raise UserError(
             f"--keep best: no metric of task {task.name} ({', '.join(task.metrics)}) says what is better: give it the loss, or --keep last"
         )
-    if config.keep_by is None:
+    if given is None:
         return "loss" if "loss" in known else known[0]
-    if config.keep_by not in known:
-        raise UserError(f"--keep-by {config.keep_by!r:.80} must be one of {', '.join(known)}{did_you_mean(config.keep_by, known)}")
-    return config.keep_by
+    if given not in known:
+        raise UserError(f"{option} {given!r:.80} must be one of {', '.join(known)}{did_you_mean(given, known)}")
+    return given
 
 
 def best(history: Sequence[Mapping[str, Any]], by: str) -> Mapping[str, Any] | None:
@@ -85,7 +88,7 @@ class Keeper:
     def __init__(self, loaded: Loaded) -> None:
         config, self.loaded = loaded.config, loaded
         self.best = config.keep == "best"
-        self.by = criterion(config, loaded.task) if self.best else "last"
+        self.by = criterion(config.keep_by, loaded.task) if self.best else "last"
         if self.best and not loaded.dev_set:
             raise UserError("--keep best chooses by the dev examples, and there are none: give --dev-examples, or --keep last")
         self.copies = self.best and bool(methods.get(config.method).no_journal)

@@ -73,10 +73,17 @@ def read(path: Path) -> Outcomes | None:
         if tuple(head[: len(OWN)]) != OWN or not lines:
             raise ValueError(f"its first line is {','.join(head)!r:.80}")
         table = np.array([[float(word) for word in line] for line in lines])
+        if not (np.abs(table[:, [0, 2]]) < 1 << 53).all():
+            raise ValueError("a row's number or label is none")
         whole = table[:, [0, 2]].astype(np.int64)
         width = len(head) - len(OWN)
         labels = whole[:, 1]
-        if table.shape[1] != len(head) or (whole != table[:, [0, 2]]).any() or labels.min() < 0 or (width and labels.max() >= width):
+        if (
+            table.shape[1] != len(head)
+            or (whole != table[:, [0, 2]]).any()
+            or labels.min() < 0
+            or (width and labels.max() >= width)
+        ):
             raise ValueError("a row's number or label is none")
         if len(np.unique(whole[:, 0])) != len(whole):
             raise ValueError("a row is there twice")

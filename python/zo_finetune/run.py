@@ -33,7 +33,7 @@ from zo_finetune.keep import Keeper, last
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
 from zo_finetune.report import Outcome
-from zo_finetune.scoring import Encoded, Scorer
+from zo_finetune.scoring import Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train
 from zo_kernels import journal
 
@@ -180,8 +180,9 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
         examples = loaded.dev_set if split == "dev" else loaded.eval_set
         with evaluating, console.Counter(what, len(examples), "example") as counter:
             answers = answers_of(loaded.task, scorer, examples, config.eval_batch_size, counter.advance)
-            measured = measure(loaded.task, answers) | (loaded.beside.measure(scorer) if split == "eval" else {})
-            return measured, outcomes.outcomes_of(loaded.task, answers, loaded.rows[split])
+        with evaluating:
+            more = loaded.beside.measure(scorer) if split == "eval" else {}
+        return measure(loaded.task, answers) | more, outcomes.outcomes_of(loaded.task, answers, loaded.rows[split])
 
     outcome = trained(loaded, resumed, keeper, evaluated)
     outcome.kept = last(outcome.steps)

@@ -55,11 +55,18 @@ def folder_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates and eps that are given in place of a method's own, by its label or a shorter name; `factors`: of the rates to try."""
+    """Learning rates and eps that are given in place of a method's own, by its label or a shorter name; `factors`: of the rates to try; `grid`: the rates to
+    try instead, of every method."""
 
     lrs: Mapping[str, float]
     epses: Mapping[str, float]
     factors: Sequence[float]
+    grid: Sequence[float] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether there is a choice to be made."""
+        return bool(self.grid) or len(self.factors) > 1
 
     def recipe(self, entry: Entry, peft: str, name: str) -> Recipe:
         """The method, its learning rate and eps those given for its label, for its shorter name, or the preset's."""
@@ -68,6 +75,8 @@ class Rates:
 
     def tried(self, lr: float) -> list[float]:
         """The learning rates to choose from, if there is more than one."""
+        if self.grid:
+            return list(self.grid)
         return [float(f"{lr * factor:.6g}") for factor in self.factors] if len(self.factors) > 1 else []
 
     def check(self, known: Collection[str]) -> None:
@@ -81,31 +90,42 @@ class Rates:
                 )
         if not all(math.isfinite(f) and f > 0 for f in self.factors):
             raise UserError("--lr-factors must be finite and greater than 0")
+        if not all(math.isfinite(lr) and lr > 0 for lr in self.grid) or len(set(self.grid)) != len(self.grid):
+            raise UserError("--lr-grid must be finite and greater than 0, and none twice")
+        if self.grid and (len(self.factors) > 1 or self.lrs):
+            raise UserError(f"--lr-grid has the rates of every method: leave out {'--lr' if self.lrs else '--lr-factors'}")
         if not all(math.isfinite(lr) for lr in (*self.lrs.values(), *self.epses.values())):
             raise UserError("--lr and --eps must be finite")
 
 
-def tune(what: str, config: Callable[[float], Config], rates: Sequence[float], root: Path) -> tuple[float, dict[str, float]]:
-    """Make a run with each learning rate; the one whose kept weights have the lowest loss on the dev examples, and the losses by rate, as text.
+def tune(
+    what: str, configs: Callable[[float], Sequence[Config]], rates: Sequence[float], root: Path, by: str = "loss"
+) -> tuple[float, dict[str, float]]:
+    """Make runs with each learning rate; the rate whose kept weights are the best on the dev examples, and the numbers by rate, as text. Nothing of the
+    evaluation rows is looked at.
 
     Args:
         what: the method, in a line for the user.
-        config: of the run with a learning rate.
+        configs: of the runs with a learning rate, of several seeds; their mean counts.
         root: see `earlier`.
+        by: what is judged: loss, or a metric, the larger the better. No number, or none that is finite, is the worst.
     """
-    losses: dict[float, float] = {}
+    found: dict[float, float] = {}
+    worst = math.inf if by == "loss" else -math.inf
     for lr in rates:
-        tried = config(lr)
-        console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
-        loss = dev_loss(run_one(tried, root))
-        losses[lr] = math.inf if loss is None else loss
-    return min(losses, key=losses.__getitem__), {f"{lr:g}": loss for lr, loss in losses.items()}
+        numbers = []
+        for tried in configs(lr):
+            console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
+            numbers.append(on_dev(run_one(tried, root), by))
+        found[lr] = worst if any(n is None for n in numbers) else sum(n for n in numbers if n is not None) / len(numbers)
+    best = (min if by == "loss" else max)(found, key=found.__getitem__)
+    return best, {f"{lr:g}": number for lr, number in found.items()}
 
 
-def dev_loss(result: Mapping[str, Any]) -> float | None:
-    """On the dev examples, of the weights that a run kept; None: it has no evaluation of them, or the loss is not finite."""
-    loss: float | None = next((e.get("loss") for e in result["history"] if e["step"] == result["kept"]["step"]), None)
-    return loss
+def on_dev(result: Mapping[str, Any], name: str = "loss") -> float | None:
+    """A number of the dev examples, of the weights that a run kept; None: it has no evaluation of them, or the number is not finite."""
+    number: float | None = next((e.get(name) for e in result["history"] if e["step"] == result["kept"]["step"]), None)
+    return number
 
 
 # ---- what is there already -----------------------------------------------------------------------------------------------------

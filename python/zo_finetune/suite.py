@@ -25,7 +25,7 @@ from zo_finetune.metrics.best_threshold import KEY as THRESHOLD
 from zo_finetune.model import LanguageModel
 from zo_finetune.options import difference
 from zo_finetune.run import remedy
-from zo_finetune.runs import Interrupted, check_folders, check_own, dev_loss, earlier, run_one, tune
+from zo_finetune.runs import Interrupted, check_folders, check_own, earlier, on_dev, run_one, tune
 from zo_finetune.suite_plan import Cell, Plan, describe, left_out, look
 from zo_finetune.tasks import get_task
 
@@ -127,7 +127,7 @@ def row_of_run(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
         "lr": chosen["lr"],
         "eps": chosen["eps"],
         "loss": after.get("loss"),
-        "dev_loss": dev_loss(result),
+        "dev_loss": on_dev(result),
         "seconds": round(result["training_seconds"], 2),
         "peak_memory_bytes": result["peak_memory_bytes"],
         "state_bytes": result["state_bytes"],
@@ -162,7 +162,7 @@ def chosen_rates(plan: Plan) -> Callable[[Cell], float | None]:
         place = cell.task, cell.way.label
         if place not in best:
             first = replace(cell, seed=plan.seeds[0])
-            best[place], _ = tune(f"{cell.task}, {cell.way.label}", lambda lr: plan.config(first, lr), tried, plan.root)
+            best[place], _ = tune(f"{cell.task}, {cell.way.label}", lambda lr: [plan.config(first, lr)], tried, plan.root)
         return best[place]
 
     return rate

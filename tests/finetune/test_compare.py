@@ -17,6 +17,7 @@ from zo_finetune import compare as comparing
 from zo_finetune import files
 from zo_finetune.cli import main
 from zo_finetune.objectives.classification import Classification
+from zo_finetune.tasks import get_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,7 @@ def test_two_methods_and_two_seeds(
     assert [point[0] for point in mezo[0]["dev"]] == [0, 6, 12]
     assert [point[0] for point in content["curves"]["fzoo:queries=3"][0]["dev"]] == [0, 8, 12]
     table = (out / "table.md").read_text()
-    assert table.count("\n| mezo | 6 | 12 | 0.001 |") == 1 and table in capsys.readouterr().out
+    assert len(re.findall(r"\n\| mezo \| 12 \| 12 \| \d+ \| 0.001 \|", table)) == 1 and table in capsys.readouterr().out
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     # Without a journal, only finished runs are kept; here all of them are.
     calls[0] = 0
@@ -121,9 +122,16 @@ def test_state_is_counted(command: Callable[..., list[str]], tmp_path: Path, mon
         ("mezo", ["--lr", "mezo=-1"], "--lr -1.0 must be at least 0"),
         ("mezo,conservative", ["--forwards", "4"], "--forwards 4: a step of conservative needs 5"),
         ("mezo", ["--lr-factors", "1,0"], "--lr-factors must be finite and greater than 0"),
-        ("mezo", ["--lr-factors", "1,2", "--points", "0"], "--lr-factors chooses by the dev examples"),
+        ("mezo", ["--lr-factors", "1,2", "--points", "0"], "--lr-factors and --lr-grid choose by the dev examples"),
         ("mezo", ["--seeds", "1,1"], "--seeds: give at least one, and none twice"),
         ("mezo", ["--points", "-1"], "--points -1 must be at least 0"),
+        ("mezo", ["--forwards", "4,4"], "--forwards: give at least one, and none twice"),
+        ("mezo", ["--objectives", "loss,loss"], "--objectives: give at least one, and none twice"),
+        ("mezo,sign", ["--baseline", "sing"], "--baseline 'sing' must be one of --methods; did you mean 'sign'"),
+        ("mezo", ["--lr-grid", "1e-3,1e-2", "--lr", "mezo=1"], "--lr-grid has the rates of every method: leave out --lr"),
+        ("mezo", ["--lr-grid", "0,1"], "--lr-grid must be finite and greater than 0"),
+        ("mezo", ["--lr-seeds", "3"], "--lr-seeds 3: there are 2 --seeds"),
+        ("mezo", ["--lr-by", "f1"], "--lr-by 'f1' must be one of accuracy, loss, auc"),
     ],
 )
 def test_what_is_refused(
@@ -205,7 +213,7 @@ def test_the_benchmark_of_the_documentation(
     assert str(tmp_path) not in out.read_text()
     assert (tmp_path / "compare-ln.png").read_bytes().startswith(b"\x89PNG")
     filled = page.read_text()
-    assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "| sign | 5 | 10 |" in filled and "old" not in filled
+    assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "| sign | 10 | 10 |" in filled and "old" not in filled
 
 
 @pytest.mark.parametrize("option", [["--lr", "1e-3"], ["--seeds", "a"], ["--lr-factors", "1,,2"]])
@@ -232,7 +240,7 @@ def test_an_unfinished_run_without_a_journal_begins_anew(
     assert not (tmp_path / "out" / "compare.csv").exists()
     assert main(arguments) == 0
     assert [row["steps"] for row in rows_of(tmp_path / "out")] == ["2"]
-    assert tuple(rows_of(tmp_path / "out")[0]) == comparing.columns("accuracy")
+    assert tuple(rows_of(tmp_path / "out")[0]) == comparing.columns(get_task("sst2"))
 
 
 @pytest.fixture
@@ -266,12 +274,12 @@ def test_finished_runs_that_were_changed_are_refused_before_the_first_step(
     for name, content in damaged:
         (compared / name).unlink() if content is None else (compared / name).write_bytes(content)
         assert main(command("mezo,sign", forwards=4, seeds="0")) == 2, (name, content)
-        assert "is not as the run wrote it" in capsys.readouterr().err.splitlines()[-1]
+        assert "are not as the run wrote them" in capsys.readouterr().err.splitlines()[-1]
         (compared / name).write_bytes(good[name])
     assert main(command("mezo", forwards=4, seeds="0")) == 0
 
 
-@pytest.mark.parametrize("name", ["compare.json", "compare.csv", "table.md", "curves.png"])
+@pytest.mark.parametrize("name", comparing.OWN)
 def test_what_a_comparison_did_not_write_is_kept(
     name: str, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -142,9 +142,8 @@ def test_a_task_without_a_number_to_choose_by() -> None:
     class Told(SST2):
         metrics = ("predicted",)
 
-    config = Config(model="m", task="sst2", data="d", output="o", keep="best")
     with pytest.raises(UserError, match=r"no metric of task sst2 \(predicted\) says what is better"):
-        keep.criterion(config, Told())
+        keep.criterion(None, Told())
 
 
 def test_a_killed_run_keeps_what_one_never_killed_does(
