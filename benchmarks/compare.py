@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -101,15 +100,7 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(rows)
     if options.page:
-        text = options.page.read_text(encoding="utf-8")
-        table = "\n".join(tables)
-        filled, found = re.subn(
-            r"(<!-- table compare -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}\n{table}\n{m[2]}", text, flags=re.DOTALL
-        )
-        if not found:
-            print(f"{options.page} has no <!-- table compare --> ... <!-- end -->", file=sys.stderr)
-            return 1
-        options.page.write_text(filled, encoding="utf-8")
+        harness.fill(options.page, "compare", "\n".join(tables))
     return 0
 
 

@@ -15,6 +15,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -352,3 +353,17 @@ def write_csv(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping[s
 def read_csv(path: Path | str) -> list[dict[str, str]]:
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Put `text` between <!-- table NAME --> and <!-- end --> of a page.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    old = page.read_text(encoding="utf-8")
+    place = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    filled, found = place.subn(lambda m: f"{m[1]}\n{text}\n{m[2]}", old)
+    if not found:
+        raise ValueError(f"{page} has no <!-- table {name} --> ... <!-- end -->")
+    page.write_text(filled, encoding="utf-8")

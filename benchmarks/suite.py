@@ -9,7 +9,6 @@ the first was stopped, and --written takes what is there. The CSV holds ours alo
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -71,14 +70,7 @@ def main() -> int:
         title = f"suite {SUITE.name}, {rows[0]['model']}"
         suite_table.draw(options.figures / "suite.png", title, written, SUITE.apart)
     if options.page:
-        text, table = options.page.read_text(encoding="utf-8"), suite_table.page(written, SUITE.apart)
-        filled, found = re.subn(
-            r"(<!-- table suite -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}\n{table}\n{m[2]}", text, flags=re.DOTALL
-        )
-        if not found:
-            print(f"{options.page} has no <!-- table suite --> ... <!-- end -->", file=sys.stderr)
-            return 1
-        options.page.write_text(filled, encoding="utf-8")
+        harness.fill(options.page, "suite", suite_table.page(written, SUITE.apart))
     return 0
 
 

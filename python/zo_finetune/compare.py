@@ -18,6 +18,7 @@ import functools
 import io
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,18 @@ OWN = ("compare.json", "compare.csv", "ranking.csv", "table.md", "curves.png", "
 def columns(task: Task) -> tuple[str, ...]:
     """Of compare.csv."""
     metric, others = task.metrics[0], [name for name in ranking.measures(task) if name not in (task.metrics[0], "loss")]
-    scores = (f"{metric}_before", metric, f"{metric}_stderr", "examples", "majority", "loss_before", "loss", "dev_loss", *others)
+    scores = (
+        f"{metric}_before",
+        metric,
+        f"{metric}_stderr",
+        "examples",
+        "majority",
+        "loss_before",
+        "loss",
+        "dev_loss",
+        "dev_score",
+        *others,
+    )
     cost = ("seconds", "state_bytes", "trained_weights", "skipped_steps")
     return ("method", "objective", "budget", "seed", "forwards", "frozen_forwards", "steps", "lr", "eps", *scores, *cost)
 
@@ -67,11 +79,17 @@ class Contender:
 
 @dataclass
 class Plan:
-    """A comparison. `base`: the options that all of its runs share; its others are the defaults, which `config` replaces."""
+    """A comparison. `base`: the options that all of its runs share; its others are the defaults, which `config` replaces. `wanted`: each method with the one
+    objective and the one number of forwards that its label asks for; None: with all of them."""
 
-    entries: list[Entry]
+    wanted: list[tuple[Entry, str | None, int | None]]
     options: Comparison
     base: Config
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The methods, each once."""
+        return list({e.label: e for e, _, _ in self.wanted}.values())
 
     @property
     def output(self) -> Path:
@@ -94,18 +112,26 @@ class Plan:
         return self.options.objectives or [self.base.objective]
 
     @property
+    def budgets(self) -> list[int]:
+        return self.options.forwards
+
+    @property
     def lr_seeds(self) -> list[int]:
         return self.options.seeds[: self.options.lr_seeds]
 
     @functools.cached_property
     def contenders(self) -> list[Contender]:
-        """Every method with every objective and number of forward passes, the most of them first."""
-        most, found = max(self.options.forwards), []
-        for budget in sorted(self.options.forwards, reverse=True):
+        """Every method with every objective and number of forward passes that it is wanted with, the most of them first."""
+        most, found = max(self.budgets, default=0), []
+        for budget in sorted(self.budgets, reverse=True):
             for objective in self.objectives:
                 more = [objective] if objective != self.base.objective else []
                 more += [str(budget)] if budget != most else []
-                found += [Contender(e, objective, budget, ", ".join([e.label, *more])) for e in self.entries]
+                found += [
+                    Contender(e, objective, budget, ", ".join([e.label, *more]))
+                    for e, with_objective, with_budget in self.wanted
+                    if with_objective in (None, objective) and with_budget in (None, budget)
+                ]
         return found
 
     @property
@@ -152,11 +178,18 @@ class Plan:
         """
         given = self.options
         check(given)
+        for entry, objective, budget in self.wanted:
+            if objective not in (None, *self.objectives) or budget not in (None, *self.budgets):
+                what = f"@{objective}" if objective not in (None, *self.objectives) else f"@{budget}"
+                raise UserError(
+                    f"--methods {entry.label}{what}: it is none of --objectives ({', '.join(self.objectives)}) and --forwards "
+                    f"({', '.join(map(str, self.budgets))}): add it there"
+                )
         for what, values in (
-            ("--methods", [e.folder for e in self.entries]),
             ("--seeds", given.seeds),
             ("--forwards", given.forwards),
             ("--objectives", self.objectives),
+            ("--methods", [c.folder for c in self.contenders]),
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
@@ -184,7 +217,17 @@ def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
     """From the command line's values: the comparison's own, and those of its runs."""
     options = Comparison(**given)
     path_of("--output", options.output)
-    return Plan([Entry.of(label) for label in options.methods.split(",")], options, Config(**base).settled())
+    return Plan([wanted_of(label) for label in options.methods.split(",")], options, Config(**base).settled())
+
+
+def wanted_of(label: str) -> tuple[Entry, str | None, int | None]:
+    """METHOD[:KEY=VALUE...][@OBJECTIVE][@FORWARDS]. Raises UserError: there is no such method, or something is said twice."""
+    name, *more = label.split("@")
+    budgets = [int(word) for word in more if re.fullmatch("[0-9]{1,18}", word, re.ASCII)]
+    objectives = [word for word in more if not re.fullmatch("[0-9]{1,18}", word, re.ASCII)]
+    if len(budgets) > 1 or len(objectives) > 1:
+        raise UserError(f"--methods {label:.80}: behind @ is one objective, and one number of forwards")
+    return Entry.of(name), next(iter(objectives), None), next(iter(budgets), None)
 
 
 def check_runs(plan: Plan) -> None:
@@ -196,7 +239,7 @@ def check_runs(plan: Plan) -> None:
     """
     run_folder.check_run_dir(plan.output, overwrite=False, others=True)
     check_own(plan.output, OWN, ("runs", "curves"), "comparison")
-    criterion(plan.options.lr_by, plan.task, "--lr-by")
+    by = criterion(plan.options.lr_by, plan.task, "--lr-by")
     seeds = plan.options.seeds
     planned = [(c, plan.config(c, seed, lr)) for c in plan.contenders for lr in plan.tried(c) for seed in plan.lr_seeds]
     tuning = bool(planned)
@@ -204,7 +247,7 @@ def check_runs(plan: Plan) -> None:
     results = [earlier(config, plan.root)[1] for _, config in planned]
     for (one, config), result in zip(planned, results, strict=True):
         if result is not None:
-            Finished.of(one, config, result)
+            Finished.of(one, config, result, by)
     if all(results) and not tuning:
         return
     for one in plan.contenders:
@@ -228,15 +271,15 @@ class Finished:
     outcomes: dict[str, Outcomes | None]  # by the names of the files
 
     @classmethod
-    def of(cls, one: Contender, config: Config, result: Mapping[str, Any]) -> Finished:
-        """Raises UserError: its files are not as a run wrote them."""
+    def of(cls, one: Contender, config: Config, result: Mapping[str, Any], by: str) -> Finished:
+        """`by`: what chooses learning rates. Raises UserError: its files are not as a run wrote them."""
         try:
             task, after = config.the_task(), result["after"]
             about = {name: result[name] for name in ABOUT}
             found = {name: outcomes.read(Path(config.output) / name) for name in outcomes.NAMES}
             if (last := found[outcomes.AFTER]) and not outcomes.fits(last, after["examples"], after[outcomes.value_name(task)]):
                 raise ValueError(f"{outcomes.AFTER} is of another evaluation")
-            return cls(row_of(one, config, result), curve_of(config, result), about, found)
+            return cls(row_of(one, config, result, by), curve_of(config, result), about, found)
         except (OSError, LookupError, TypeError, ValueError, csv.Error, UserError) as error:
             raise UserError(
                 f"{config.output}: its result.json, log.csv or scores are not as the run wrote them ({one_line(error)}): delete that folder, and the same "
@@ -244,7 +287,7 @@ class Finished:
             ) from error
 
 
-def row_of(one: Contender, config: Config, result: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(one: Contender, config: Config, result: Mapping[str, Any], by: str) -> dict[str, Any]:
     before, after, task = result["before"], result["after"], config.the_task()
     metric, kept = task.metrics[0], result["cache"]
     # every forward runs the frozen part, too, or it ran once for each kept example
@@ -267,6 +310,7 @@ def row_of(one: Contender, config: Config, result: Mapping[str, Any]) -> dict[st
         "loss_before": before["loss"],
         "loss": after["loss"],
         "dev_loss": on_dev(result),
+        "dev_score": on_dev(result, by),
         **{name: after.get(name) for name in ranking.measures(task) if name not in (metric, "loss")},
         "seconds": round(result["training_seconds"] + (0.0 if kept is None else kept["seconds"]), 2),
         "state_bytes": result["state_bytes"],
@@ -298,7 +342,7 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
             for one in plan.contenders:
                 config = plan.config(one, seed, chosen.get(one.label))
                 console.say(f"{one.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
-                finished = Finished.of(one, config, run_one(config, plan.root))
+                finished = Finished.of(one, config, run_one(config, plan.root), by)
                 found.setdefault(one.label, []).append(finished)
     except (KeyboardInterrupt, Interrupted):
         interrupted = True

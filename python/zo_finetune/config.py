@@ -394,7 +394,8 @@ class Comparison:
 
     methods: str = option(
         METHOD,
-        "with a method's own options behind it, as in mezo,mezo:queries=4,momentum:state=recomputed:history=16",
+        "with a method's own options behind it, as in mezo,mezo:queries=4,momentum:state=recomputed:history=16; behind @ one of --objectives or --forwards, "
+        "where it is wanted with that alone, as in mezo@loss,fzoo@pairs@900",
         metavar="METHOD,...",
     )
     forwards: list[int] = option(

@@ -256,6 +256,15 @@ def test_objectives_and_half_of_the_forwards(compared: Callable[..., list[str]],
     assert "resamples of rows and seeds, paired by both" in table and "on 8 held-out training rows with 1 of the seeds" in table
 
 
+def test_a_method_with_one_objective_and_number_of_forwards(compared: Callable[..., list[str]], tmp_path: Path) -> None:
+    methods = "mezo@loss@12,sign@4,sign@language-model@12"
+    assert main(compared(tmp_path / "out", "--objectives", "loss,language-model", methods=methods, lr_factors=None, seeds="0")) == 0
+    rows = [r for r in read_rows(tmp_path / "out" / "ranking.csv") if r["kind"] == "method"]
+    assert {(r["method"], r["objective"], r["budget"]) for r in rows} == {
+        ("mezo", "loss", "12"), ("sign", "loss", "4"), ("sign", "language-model", "4"), ("sign", "language-model", "12"),
+    }  # fmt: skip
+
+
 def test_no_choice_sees_an_evaluation_row(compared: Callable[..., list[str]], data_folder: Path, tmp_path: Path) -> None:
     """With the labels of all evaluation rows shuffled, learning rates, kept steps and every number of the dev examples are the same."""
     rows = [json.loads(line) for line in (data_folder / "validation.jsonl").read_text().splitlines()]
