@@ -30,6 +30,7 @@ from zo_finetune import methods, values
 from zo_finetune.errors import UserError
 from zo_finetune.methods import Recipe
 from zo_finetune.train import view_options
+from zo_kernels import journal
 
 PERTURBATIONS = ("auto", "scratch", "inplace", "lazy")
 OF_A_STEP = ("backend", "clip", "rounding", "scratch_bytes")  # zo_options that every method takes
@@ -60,6 +61,7 @@ class ZOArguments:
         zo_eps: perturbation scale; None: the method's preset.
         zo_seed: of the run's noise; None: `seed`.
         zo_perturbation: "auto", "scratch", "inplace" or "lazy" (`zo_kernels.ZOStep`).
+        zo_journal: path of a journal of the run (docs/journal.md), from `output_dir`; None: none.
 
     Raises:
         ValueError: an argument is wrong, or one of a Trainer's that zeroth-order steps have no use for and that changes what a user gets; names it and
@@ -72,6 +74,7 @@ class ZOArguments:
     zo_eps: float | None = None
     zo_seed: int | None = None
     zo_perturbation: str = "auto"
+    zo_journal: str | None = None
     # Replaced by what a step computes; a NaN of a skipped step is to be seen.
     logging_nan_inf_filter: bool = field(default=False)
 
@@ -215,6 +218,7 @@ class ZOTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._zo_batches: list[Any] = []  # those of this accumulation so far
+        self._zo_resumes = False
         super().__init__(*args, **kwargs)
         given, processes, gpus = self.args, self.args.world_size, self.args.n_gpu
         if not isinstance(given, ZOArguments):
@@ -254,7 +258,50 @@ class ZOTrainerMixin(_Base):
             )
         if isinstance(self.optimizer, zk.ZOStep):
             self.optimizer = _Driven(self.optimizer)
+        if self.args.zo_journal and not self._zo_resumes:
+            self._open_journal(resume=False)
         return self.optimizer
+
+    # -- the journal --
+
+    @property
+    def _journal(self) -> str:
+        return os.path.join(self.args.output_dir, self.args.zo_journal)
+
+    def _open_journal(self, resume: bool) -> None:
+        config = getattr(self.model, "config", None)
+        named = {"model": name} if (name := getattr(config, "_name_or_path", "")) else {}
+        self.zo_step.open_journal(self._journal, resume=resume, hyperparameters=named)
+
+    def _replay(self, steps: int) -> None:
+        """Take base weights to so many steps of the journal, which goes on from there: what was recorded behind them, the run will do again.
+
+        Raises:
+            ValueError: it has fewer, or the weights are not those that its run began with; neither was changed.
+        """
+        past = journal.read(self._journal, strict=False)
+        if len(past.steps) < steps:
+            raise ValueError(
+                f"{self._journal} has {len(past.steps)} steps, and the checkpoint is of step {steps}: it is not the journal of its run"
+            )
+        if len(past.steps) > steps:
+            journal.verify_base(past.header, self.model.named_parameters(), self.model.named_buffers(remove_duplicate=False))
+            counted = [k for k, failed in enumerate(past.flag("failed_plus") | past.flag("failed_minus")) if not failed]
+            journal.recover(self._journal, keep=counted[steps])
+        self._open_journal(resume=True)
+
+    def _digests(self) -> dict[str, str]:
+        self.zo_step.flush()
+        return {n: journal.digest(p) for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._zo_resumes = False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.optimizer is not None:
+                self.zo_step.flush()
+                self.zo_step.close_journal()
 
     # -- a step --
 
@@ -300,13 +347,31 @@ class ZOTrainerMixin(_Base):
         self.zo_step.flush()
         super()._save_checkpoint(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """With a journal the weights stay those that its run began with, until it is replayed."""
+        self._zo_resumes = bool(self.args.zo_journal)
+        if not self._zo_resumes:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or by another trainer, and the run's "
                 "noise would begin again. Give the checkpoint's folder as the model, and begin a new run"
             )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._zo_resumes:
+            self._replay(self.state.global_step)
+        super()._load_optimizer_and_scheduler(
+            checkpoint
+        )  # with a journal: refused where the state is not of the journal's last step
+        if checkpoint is not None and self._zo_resumes:
+            replayed = self._digests()
+            super()._load_from_checkpoint(checkpoint)  # what is in no record: buffers
+            if different := [name for name, digest in self._digests().items() if digest != replayed[name]]:
+                raise ValueError(
+                    f"{self._journal} is not the journal of {checkpoint}: after {self.state.global_step} steps {len(different)} weights differ "
+                    f"({', '.join(different[:3])})"
+                )
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

@@ -6,6 +6,7 @@ Belongs here: runs of `ZOTrainer` with tiny models. Does not belong here: what a
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from zo_finetune import ZOTrainer, ZOTrainingArguments, methods
 
 import zo_kernels as zk
+from zo_kernels import journal
 
 LENGTH = 10
 
@@ -266,3 +268,44 @@ def test_presets_and_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     made = trainer(model, arguments(tmp_path, max_steps=2), optimizers=(own, None))
     made.train()
     assert made.zo_step is own and own.steps == 2
+
+
+@pytest.mark.parametrize("more", [{"zo_perturbation": "lazy"}, {"zo_method": "zo-adam"}])
+def test_a_journal_beside_the_checkpoints_is_the_whole_run(tmp_path: Path, more: dict[str, Any]) -> None:
+    """It goes on with a checkpoint, cut to its steps; and from the base weights it makes those of the end."""
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=5, zo_journal="run.zoj", **more)
+    trainer(model := llama(), args).train()
+    whole = (tmp_path / "run.zoj").read_bytes()
+    again = trainer(other := llama(), args)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.zo_step.steps == 8 and same(model, other)
+    assert (tmp_path / "run.zoj").read_bytes() == whole
+    zk.replay(replayed := llama(), tmp_path / "run.zoj")
+    assert same(model, replayed)
+
+
+def test_a_journal_of_another_run_is_refused_as_it_is(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, zo_journal="run.zoj")
+    trainer(llama(), args).train()
+    path = tmp_path / "run.zoj"
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="a journal is there"):
+        trainer(llama(), args).train()
+    for name, words in (("checkpoint-2", "base"), ("checkpoint-4", "base")):
+        other = llama()
+        next(other.parameters()).data.mul_(2)
+        with pytest.raises(ValueError, match=words):
+            trainer(other, args).train(resume_from_checkpoint=str(tmp_path / name))
+    assert path.read_bytes() == before
+    journal.recover(path, keep=3)
+    with pytest.raises(ValueError, match="has 3 steps, and the checkpoint is of step 4"):
+        trainer(llama(), args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name in ("optimizer.pt", "model.safetensors"):  # of another run
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "other" / "checkpoint-2", dirs_exist_ok=True)
+        shutil.copy(path, tmp_path / "other" / "run.zoj")
+        args = arguments(tmp_path / "other", max_steps=4, zo_journal="run.zoj")
+        made = arguments(tmp_path / "third", max_steps=2, save_strategy="steps", save_steps=2, seed=4)
+        trainer(llama(), made).train()
+        shutil.copy(tmp_path / "third" / "checkpoint-2" / name, tmp_path / "other" / "checkpoint-2")
+        with pytest.raises((ValueError, RuntimeError), match=r"not of where the run is|is not the journal of"):
+            trainer(llama(), args).train(resume_from_checkpoint=True)
