@@ -265,6 +265,7 @@ claim(
     lambda: [number("gpu_pass", "percent_of_copy", contender="cuda", feature="decay", dtype="float32", weights=1 << 27)],
 )
 claim(B, "the bound to be shown is 64 MiB over inference", "tests/optim/test_gpu.py: 64")
+claim("docs/learning.md", "in memory up to 2 GiB", "python/zo_finetune/cached.py: 2 << 30")
 claim(B, "with a buffer of 32 MiB", "zo_kernels/views/memory.py: 1 << 25")
 
 

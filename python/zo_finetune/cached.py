@@ -116,7 +116,7 @@ def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
         again = scorer.token_log_probs(replace(batch, states=states))
         if not torch.equal(plain, again) and torch.equal(plain, scorer.token_log_probs(batch)):
             raise CannotKeep(f"later blocks of {type(lm.model).__name__} read more of the earlier ones than their hidden states")
-        objective.loss(scorer, objective.batch(scorer, first))
+        objective.batch(scorer, first)
         if not scorer.states.served:
             raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
         scorer.states = None

@@ -23,6 +23,7 @@ from zo_finetune.config import Config
 from zo_finetune.errors import UserError
 from zo_finetune.load import Loaded, load
 from zo_finetune.objectives.classification import Classification
+from zo_finetune.objectives.pairs import Pairs
 from zo_finetune.scoring import Scorer
 
 from tests.finetune.test_resume import assert_same
@@ -293,6 +294,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "scratch": {"train_blocks": "last:1"},
     "inplace": {"train_blocks": "last:2", "perturbation": "inplace", "dtype": "bfloat16", "model": "gpt2"},
     "fzoo": {"train_blocks": "last:1", "method": "fzoo", "model": "opt"},
+    "pairs": {"train_blocks": "last:1", "objective": "pairs"},
     "lora": {"peft": "lora", "train_blocks": "2-", "accumulate": 2},
     "masked": {"train_blocks": "last:1", "model": "roberta", "keep": "best"},
 }
@@ -329,7 +331,8 @@ def test_killed_and_resumed_and_replayed(
     assert main(command(run, name)) == 0
     result = files.read_json(run / "result.json")
     assert result["cache"]["examples"] == 20 and result["cache"]["bytes"] > 0
-    loss, calls = Classification.loss, [0]
+    kind: Any = Pairs if name == "pairs" else Classification
+    loss, calls = kind.loss, [0]
 
     def stop(*args: Any) -> Any:
         calls[0] += 1
@@ -337,7 +340,7 @@ def test_killed_and_resumed_and_replayed(
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(Classification, "loss", stop)
+    monkeypatch.setattr(kind, "loss", stop)
     assert main(command(again, name)) == 130
     assert main(["resume", str(again)]) == 0
     mine, other = (json.loads((at / "result.json").read_text()) for at in (again, run))
