@@ -4,13 +4,14 @@ Belongs here: the arguments, what of a Trainer's loop is meant for backpropagati
 belong here: how a step perturbs and updates (zo_kernels), methods and their presets (methods.py), the command line's own loop (train.py).
 
 A Trainer calls `training_step` for each micro-batch and `optimizer.step()` at the last one. A zeroth-order step needs all micro-batches at once: it is made
-in the last `training_step`, and `optimizer.step()` finds nothing left to do.
+in the loss of the last `training_step`, and neither the backward pass nor `optimizer.step()` finds anything left to do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import warnings
@@ -35,6 +36,7 @@ from zo_kernels import journal
 PERTURBATIONS = ("auto", "scratch", "inplace", "lazy")
 OF_A_STEP = ("backend", "clip", "rounding", "scratch_bytes")  # zo_options that every method takes
 PEFTS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "LN_TUNING": "ln"}  # names of peft: of our presets
+COUNTS = ("_metrics", "_total_train_tokens")  # of TRL's trainers
 HALF = (torch.float16, torch.bfloat16)
 LOSSES = frozenset(
     getattr(nn.functional, name)
@@ -104,9 +106,10 @@ class ZOArguments:
         if args.optim != TrainingArguments.optim and args.optim != defaults.optim:
             raise ValueError(f"optim={str(args.optim)!r}: training steps are those of zo_method; leave optim out")
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-            warnings.warn(
-                "gradient_checkpointing is switched off: zeroth-order steps keep no activations", zk.ZOWarning, stacklevel=3
-            )
+            if not defaults.gradient_checkpointing:  # TRL's arguments have it on
+                warnings.warn(
+                    "gradient_checkpointing is switched off: zeroth-order steps keep no activations", zk.ZOWarning, stacklevel=3
+                )
             args.gradient_checkpointing = args.activation_checkpointing = False
 
     def recipe(self, peft: str) -> tuple[Recipe, dict[str, Any]]:
@@ -177,6 +180,17 @@ def _dropout_off(model: nn.Module, *outermost: nn.Module) -> Iterator[None]:
     finally:
         for module in quiet:
             module.training = True
+
+
+@contextlib.contextmanager
+def _as_they_were(trainer: Any) -> Iterator[None]:
+    """What trainers of TRL count in their losses is counted at the first point of a step alone."""
+    before = {name: copy.deepcopy(getattr(trainer, name)) for name in COUNTS if hasattr(trainer, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
 
 
 # ---- the trainer --------------------------------------------------------------------------------------------------------
@@ -310,25 +324,40 @@ class ZOTrainerMixin(_Base):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        model.train()
-        self.optimizer.train()
-        self._zo_batches.append(self._prepare_inputs(inputs))
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
+        """Theirs, with a loss that gathers its batches, and in the last one is a whole step: nothing is left for its backward pass."""
+        evaluate = self.compute_loss
+
+        def collect(model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            self._zo_batches.append(inputs)
+            loss = torch.zeros((), device=self.args.device)
+            if self.accelerator.sync_gradients:
+                loss = self._step(evaluate, model, num_items_in_batch).to(self.args.device)
+            return loss.requires_grad_()
+
+        self.compute_loss = collect  # type: ignore[method-assign]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            del self.compute_loss
+
+    def _step(self, evaluate: Any, model: nn.Module, items: Any) -> Tensor:
+        """A step on the batches that are there. Returns its loss as `compute_loss` would: what its caller divides, where that is not done yet."""
         batches, self._zo_batches = self._zo_batches, []
         if (scaled := getattr(self, "loss_is_scaled_for_ga", None)) is None:
-            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         half = self.args.bf16 or any(p.dtype in HALF for p in self.model.parameters())
+        calls = itertools.count()
 
         def closure(batch: Any) -> Tensor:
-            with self.compute_loss_context_manager(), _WideLosses() if half else contextlib.nullcontext():
+            once = _as_they_were(self) if next(calls) >= len(batches) else contextlib.nullcontext()
+            with once, _WideLosses() if half else contextlib.nullcontext():
                 # Losses take labels out of what they are given.
-                loss: Any = self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+                loss: Any = evaluate(model, copy.copy(batch), num_items_in_batch=items)
             return loss.double() * len(batches) if scaled else loss
 
         with _dropout_off(model, self.model):
-            loss = self.zo_step.step(closure, batches)
-        return loss.detach().to(self.args.device)
+            loss = self.zo_step.step(closure, batches).detach()
+        return loss if scaled else loss * self.current_gradient_accumulation_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._get_grad_norm(model)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
-from zo_finetune import ZOTrainer, ZOTrainingArguments, methods
+from zo_finetune import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments, methods
 
 import zo_kernels as zk
 from zo_kernels import journal
@@ -309,3 +309,46 @@ def test_a_journal_of_another_run_is_refused_as_it_is(tmp_path: Path) -> None:
         shutil.copy(tmp_path / "third" / "checkpoint-2" / name, tmp_path / "other" / "checkpoint-2")
         with pytest.raises((ValueError, RuntimeError), match=r"not of where the run is|is not the journal of"):
             trainer(llama(), args).train(resume_from_checkpoint=True)
+
+
+class Theirs(tf.Trainer):
+    """A trainer as TRL's: work of its own around a step, a loss of its own that counts what it sees and looks at the model's mode."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": {"ids": []}, "eval": {"ids": []}}
+        self._total_train_tokens = self.around = 0
+        self.seen: list[Any] = []
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self.around += 1
+        self.seen.append((copy.copy(inputs), None, self.accelerator.sync_gradients))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        ids = inputs.pop("input_ids")
+        if self.model.training:
+            self._total_train_tokens += ids.numel()
+        self._metrics["train" if self.model.training else "eval"]["ids"].append(float(ids.sum()))
+        return 2 * model(input_ids=ids, labels=inputs["labels"])["loss"]
+
+
+class Ours(ZOTrainerMixin, Theirs):
+    pass
+
+
+def test_a_trainer_that_is_made_of_theirs_counts_once_a_step(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=3)
+    made = trainer(model := plain(), args, Ours)
+    made.train()
+    assert made.around == len(made.seen) == 7  # the first epoch ends within an accumulation
+    assert made._metrics["train"]["ids"] == [float(inputs["input_ids"].sum()) for inputs, _, _ in made.seen]
+    assert made._total_train_tokens == sum(inputs["input_ids"].numel() for inputs, _, _ in made.seen)
+    assert not made._metrics["eval"]["ids"] and all(m.training for m in model.modules())
+    other = plain()
+    step = zk.MeZOStep(other.eval(), lr=0.05, eps=1e-2, seed=3)
+    scheduler = tf.get_scheduler("linear", step, 0, 3)
+    for batches in (made.seen[:3], made.seen[3:6], made.seen[6:]):
+        step.step(lambda inputs: 2 * other(inputs["input_ids"], inputs["labels"])["loss"], [inputs for inputs, _, _ in batches])
+        scheduler.step()
+    assert same(model, other)
