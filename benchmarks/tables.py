@@ -400,7 +400,8 @@ def objectives(rows: list[Row]) -> str:
         losses = (f"{float(row[name]):.3f}" for name in ("loss_before", "loss_after"))
         what = (row[name] for name in ("task", "metric", "objective", "steps", "batch", "lr", "eps"))
         seed = row["seed"] + ("" if row["chosen"] == "1" else " (rate not chosen)")
-        body.append([*what, seed, f"{float(row['before']):.3f}", after, row["rows"], *losses, row["zero_gradient_steps"]])
+        always = f"{float(row['constant']):.3f}"
+        body.append([*what, seed, always, f"{float(row['before']):.3f}", after, row["rows"], *losses, row["zero_gradient_steps"]])
     header = [
         "task",
         "metric",
@@ -410,6 +411,7 @@ def objectives(rows: list[Row]) -> str:
         "lr",
         "ε",
         "seed",
+        "best constant answer",
         "before",
         "after",
         "rows",

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from zo_finetune import catalog, console
 from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Profile, Replay, SuiteRuns, Tasks, shared
-from zo_finetune.errors import UserError, did_you_mean
+from zo_finetune.errors import UserError, did_you_mean, plural
 from zo_finetune.machine import versions
 from zo_finetune.methods import METHODS, MEZO, listing
 from zo_finetune.options import add_options, given, options_of
@@ -180,9 +180,8 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any] |
 
         wanted = Replay(**given(Replay, options))
         folder = replay(wanted)
-        console.tell(
-            f"the weights {'of the whole journal' if wanted.upto is None else f'after {wanted.upto} steps'} are in {folder}"
-        )
+        what = "of the whole journal" if wanted.upto is None else f"after {plural(wanted.upto, 'step')}"
+        console.tell(f"the weights {what} are in {folder}")
         return None
     if options.command in ("evaluate", "probe"):
         from zo_finetune.baseline import in_folder
@@ -216,9 +215,9 @@ def in_short(result: dict[str, Any]) -> str:
     """A run in a line: its metric before and after, with what says how sure that is, and where the weights are."""
     metric, majority = result["metric"], result["majority"]
     before, after = (f"{result[when][metric]:.4f} ± {result[when][f'{metric}_stderr']:.4f}" for when in ("before", "after"))
-    rows = f"{result['after']['examples']} examples" + ("" if majority is None else f" (majority {majority:.4f})")
+    rows = plural(result["after"]["examples"], "example") + ("" if majority is None else f" (majority {majority:.4f})")
     weights = f"; the weights are in {result['saved']}" if result.get("saved") else ""
-    return f"{metric} {before} -> {after} on {rows} in {result['steps']} steps{weights}"
+    return f"{metric} {before} -> {after} on {rows} in {plural(result['steps'], 'step')}{weights}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

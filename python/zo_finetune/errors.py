@@ -46,6 +46,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
+def plural(n: int, what: str) -> str:
+    """ "1 step", "2 steps", "1,000 steps"."""
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
 def once(what: str, pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
     """The dict of what a user gave as KEY=VALUE, `what` saying where; a key given twice is refused, where `dict` would take the last."""
     made: dict[str, T] = {}

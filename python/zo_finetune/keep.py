@@ -20,7 +20,7 @@ import torch
 import zo_kernels
 from zo_finetune import console, methods
 from zo_finetune.config import Config
-from zo_finetune.errors import UserError, did_you_mean, one_line
+from zo_finetune.errors import UserError, did_you_mean, one_line, plural
 from zo_finetune.files import BEST, PART
 from zo_finetune.load import Loaded, load_model
 from zo_finetune.metrics import METRICS
@@ -71,7 +71,7 @@ def made_again(config: Config, past: journal.Journal, upto: int | None, mode: st
     with console.Phase(f"loading the model {config.model}"):
         language_model = load_model(config)
     try:
-        with console.Phase(f"replaying {len(past.steps) if upto is None else upto} steps"):
+        with console.Phase(f"replaying {plural(len(past.steps) if upto is None else upto, 'step')}"):
             zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=config.backend)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error

@@ -223,7 +223,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
     task, splits, encoder = found.task, found.splits, found.encoder()
     balanced = config.balanced or (objective.balanced and task.class_names is not None)
     labels = labels_of(splits.train, task) if balanced else None
-    with console.Phase("tokenizing"):
+    with console.Phase(f"tokenizing the rows of {task.name}"):
         train_set = encoder.encode_all(splits.train, gold_only=objective.gold_only)
         dev_set, eval_set = encoder.encode_all(splits.dev), encoder.encode_all(splits.eval)
     notes = [*splits.notes, *found.language_model.notes]

@@ -22,7 +22,7 @@ from typing import Any
 
 from zo_finetune import console, figures, files, methods, run_folder, shapes
 from zo_finetune.config import Profile
-from zo_finetune.errors import UserError, one_line
+from zo_finetune.errors import UserError, one_line, plural
 from zo_finetune.files import check_plain, path_of
 from zo_finetune.methods import PEFTS
 from zo_finetune.runs import Entry
@@ -146,6 +146,9 @@ def profile(given: Profile, command: Sequence[str] | None = None) -> dict[str, A
     for name in OWN:
         check_plain(output / name)
         check_plain(output / (name + files.PART))
+    console.say(
+        f"{name_of(given)}: {plural(len(rows), 'row')}, each measured in a process of its own, the first of them {rows[0].label}"
+    )
     found: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
     interrupted = False
@@ -241,9 +244,11 @@ def table(given: Profile, content: Mapping[str, Any]) -> str:
     lines = [head, ["---"] * len(head), *(cells(row, inference) for row in rows)]
     some: Mapping[str, Any] = next((r for r in rows if not r["reason"]), {})
     where = content.get("machine", {})
+    threads = plural(where["torch_threads"], "thread") if "torch_threads" in where else ""
+    batch = f"{plural(given.batch_size, 'row')} of {plural(given.length, 'token')}"
     text = (
-        f"{name_of(given)}, {some.get('weights', 0):,} weights, {some.get('dtype', given.dtype)}; {given.batch_size} rows of {given.length} tokens; "
-        f"{where.get('device', '')}, {where.get('torch_threads', '')} threads. MiB; seconds: the median of {given.steps} steps.\n\n"
+        f"{name_of(given)}, {some.get('weights', 0):,} weights, {some.get('dtype', given.dtype)}; {batch}; {where.get('device', '')}, {threads}. "
+        f"MiB; seconds: the median of {plural(given.steps, 'step')}.\n\n"
     )
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -263,6 +268,9 @@ def draw(path: Path, given: Profile, rows: Sequence[Mapping[str, Any]]) -> None:
                 axes.axvline(row["peak_bytes"] / MIB, color="0.4", linestyle=":")
         axes.set_yticks(range(len(shown)), [row["method"] for row in shown])
         axes.invert_yaxis()
-        axes.set(xlabel="peak memory, MiB", title=f"{name_of(given)}: {given.batch_size} rows of {given.length} tokens")
+        axes.set(
+            xlabel="peak memory, MiB",
+            title=f"{name_of(given)}: {plural(given.batch_size, 'row')} of {plural(given.length, 'token')}",
+        )
         axes.grid(alpha=0.3, axis="x")
         axes.legend(loc="best")

@@ -56,6 +56,8 @@ def replay(given: Replay) -> Path:
         raise UserError(f"--adapter {given.adapter}: the run started from none: leave it out")
     adapter = config.adapter if given.adapter is None else given.adapter
     config = replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device, backend=given.backend)
+    if given.upto is not None and not 0 <= given.upto <= len(past.steps):
+        raise UserError(f"--upto {given.upto} must be 0 to {len(past.steps)}: so many steps are in {path}")
     language_model = made_again(config, past, given.upto, given.mode, given.source)
     try:
         with console.Phase("saving the weights"):

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zo_finetune import console
 from zo_finetune.config import ADAPTERS, Baseline, Config, Evaluation, Probing, SuiteRuns
-from zo_finetune.errors import UserError, did_you_mean
+from zo_finetune.errors import UserError, did_you_mean, plural
 from zo_finetune.files import path_of
 from zo_finetune.load import Loaded, load, load_model
 from zo_finetune.methods import PEFTS, Recipe
@@ -22,7 +23,7 @@ from zo_finetune.runs import Entry, Rates, folder_name
 from zo_finetune.sources import TRAIN_NAMES, Shard, readable
 from zo_finetune.suites import SUITES, Column, Suite
 from zo_finetune.suites.base import BASELINES, SHOTS
-from zo_finetune.tasks import get_task
+from zo_finetune.tasks import TASKS, get_task
 from zo_finetune.tasks.base import Task
 from zo_finetune.train import make_optimizer
 
@@ -218,8 +219,8 @@ def plan_of(own: dict[str, Any], given: dict[str, Any]) -> Plan:
     if options.pefts is not None:
         ways = [way for way in ways if way.entry is None or way.peft in options.pefts]
     tasks = [*suite.tasks] if options.tasks is None else options.tasks
-    for task in tasks:
-        get_task(task)
+    if strange := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"--tasks {strange[0]!r:.80} must be of {', '.join(TASKS)}{did_you_mean(strange[0], TASKS)}")
     return Plan(suite, options, given, ways, tasks)
 
 
@@ -270,27 +271,32 @@ def look(plan: Plan) -> None:
     """
     ways = plan.ways
     model = None
-    for name in plan.tasks:
-        task = get_task(name)
-        try:
-            plan.data[name] = find(plan.options.data, task)
-        except UserError as error:
-            plan.skipped[name, ""] = str(error)
-            continue
-        for seed in plan.seeds:
-            config = Config(**plan.shared(Cell(name, ways[0], seed), "")).placed(os.getcwd())
-            model = model or load_model(config)
+    with console.Counter("looking at the rows", len(plan.tasks) * len(plan.seeds), "sample") as counter:
+        for name in plan.tasks:
+            task = get_task(name)
             try:
-                loaded = load(config, model)
+                plan.data[name] = find(plan.options.data, task)
             except UserError as error:
                 plan.skipped[name, ""] = str(error)
-                break
-            if seed == plan.seeds[0]:
-                plan.looks[name] = look_at(loaded)
-                leave_out(plan, task, loaded)
+                counter.advance(len(plan.seeds), name)
+                continue
+            for seed in plan.seeds:
+                config = Config(**plan.shared(Cell(name, ways[0], seed), "")).placed(os.getcwd())
+                model = model or load_model(config)
+                try:
+                    loaded = load(config, model)
+                except UserError as error:
+                    plan.skipped[name, ""] = str(error)
+                    counter.advance(len(plan.seeds) - plan.seeds.index(seed), name)
+                    break
+                if seed == plan.seeds[0]:
+                    plan.looks[name] = look_at(loaded)
+                    leave_out(plan, task, loaded)
+                counter.advance(1, f"{name}, seed {seed}")
     del model
     for peft in dict.fromkeys(way.peft for way in ways if way.entry):
-        try_methods(plan, [way for way in ways if way.entry and way.peft == peft])
+        with console.Phase("trying the methods on the model" + ("" if peft == "none" else f" with {peft}")):
+            try_methods(plan, [way for way in ways if way.entry and way.peft == peft])
     if not any(plan.cells()):
         raise UserError("nothing can be done: " + "; ".join(f"{left_out(place)}: {why}" for place, why in plan.skipped.items()))
 
@@ -350,7 +356,7 @@ def describe(plan: Plan, finished: int) -> str:
     `finished`: cells that are made already."""
     cells = list(plan.cells())
     lines = [
-        f"suite {plan.suite.name} for {plan.given['model']}: {len(cells)} cells, {finished} of them finished; seeds "
+        f"suite {plan.suite.name} for {plan.given['model']}: {plural(len(cells), 'cell')}, {finished} of them finished; seeds "
         f"{', '.join(map(str, plan.seeds))}",
         "",
         "| task | data | train | dev | evaluated | tokens an example | longest |",

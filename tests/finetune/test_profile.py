@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,10 @@ def test_a_profile(tmp_path: Path, capsys: Any) -> None:
     command = ["profile", "--shape", "small", "--methods", ",".join(labels), "--batch-size", "2", "--length", "8", "--steps", "1"]
     out = tmp_path / "out"
     assert main([*command, "--device", "cpu", "--output", str(out)]) == 0
-    table = capsys.readouterr().out
+    said = capsys.readouterr()
+    table = said.out
+    assert said.err.startswith("small: 4 rows, each measured in a process of its own, the first of them inference\n")
+    assert re.search(r"; 2 rows of 8 tokens; .*, [0-9]+ threads?\. MiB; seconds: the median of 1 step\.\n", table)
     assert table.strip() == (out / "table.md").read_text().strip() and "| mezo:queries=2 | " in table
     with (out / "profile.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -169,7 +169,7 @@ def test_a_journal_is_a_checkpoint(
     wrong = capsys.readouterr().err
     assert "not the one that this run started from" in wrong or "--peft" in wrong
     assert main(["replay", str(run), "--model", model, "--upto", "8", *more]) == 2
-    assert "upto=8 must be a number of steps, 0 .. 7" in capsys.readouterr().err
+    assert "--upto 8 must be 0 to 7: so many steps are in " in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

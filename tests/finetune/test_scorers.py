@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from zo_finetune.decoding import Answers
 from zo_finetune.metrics import METRICS
 from zo_finetune.metrics.base import standard_error
@@ -105,8 +107,30 @@ def test_macro_f1_and_standard_error() -> None:
     """Worked by hand. Three classes: F1 of 2/3, 0 (never answered) and, of the one without an example or an answer, none."""
     labels, chosen = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, -1, 0])
     given = Answers(torch.zeros(4, 3), labels, chosen, ("a", "b", "c"))
-    assert METRICS["macro-f1"].measure(given) == {"macro-f1": pytest.approx((2 * 2 / (3 + 3) + 0) / 2)}
+    # each example adds (2 both - F1 either) / b, b = 6/4 and 1/4: to the first class 4/9, 4/9, -4/9, -4/9, to the second nothing
+    error = (4 / 9 / 2) / 4**0.5
+    assert METRICS["macro-f1"].measure(given) == {
+        "macro-f1": pytest.approx((2 * 2 / (3 + 3) + 0) / 2), "macro-f1_stderr": pytest.approx(error)
+    }  # fmt: skip
     even = Answers(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), ("a", "b"))
     assert METRICS["macro-f1"].measure(even)["macro-f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert standard_error(torch.tensor([0.2, 0.4, 0.9])) == pytest.approx((((0.3**2 + 0.1**2 + 0.4**2) / 3) / 3) ** 0.5)
     assert standard_error(torch.tensor([1.0])) == 0
+
+
+def test_macro_f1s_standard_error_is_that_of_resampled_rows() -> None:
+    """The bootstrap's; where all answers are right, or one class is all there is, it is 0."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), 400, True, generator=g)
+    chosen = torch.where(torch.rand(400, generator=g) < 0.7, labels, torch.randint(3, (400,), generator=g))
+    macro = METRICS["macro-f1"]
+
+    def of(rows: Tensor) -> dict[str, Any]:
+        return macro.measure(Answers(torch.zeros(len(rows), 3), labels[rows], chosen[rows], ("a", "b", "c")))
+
+    drawn = torch.tensor([of(torch.randint(400, (400,), generator=g))["macro-f1"] for _ in range(600)])
+    assert of(torch.arange(400))["macro-f1_stderr"] == pytest.approx(drawn.std().item(), rel=0.1)
+    right = Answers(torch.zeros(3, 2), labels[:3] % 2, labels[:3] % 2, ("a", "b"))
+    assert macro.measure(right) == {"macro-f1": 1.0, "macro-f1_stderr": 0.0}
+    assert macro.fits({"macro-f1": 1.0}) and macro.words({"macro-f1": 1.0}) == "macro-F1 1.0000"
+    assert macro.words(of(torch.arange(400))).count("±") == 1

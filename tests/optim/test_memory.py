@@ -159,6 +159,17 @@ def test_bytes_within_a_step(name: str, mode: str, dtype: torch.dtype) -> None:
         assert largest.bytes <= (max(FEW, looked) if dtype == torch.bfloat16 else FEW)
 
 
+@pytest.mark.usefixtures("frozen")
+def test_squares_are_summed_in_parts() -> None:
+    """Of a parameter as large as an embedding the float64 copies of all its weights would be a peak of their own, in one step of `every`."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(3 << 20))
+    step = zk.ZOStep(model, 1e-4, seed=1, perturbation="inplace", direction=zk.LayerScale())
+    with Largest({model.w.untyped_storage().data_ptr()}) as largest:
+        step.step(lambda: model.w[:8].square().sum())
+    assert 0 < largest.bytes <= 8 << 20
+
+
 IN_ONE_PASS = (
     "mezo",
     "queries",

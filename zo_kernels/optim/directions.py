@@ -25,6 +25,7 @@ from zo_kernels.parameters import canonical_name
 from zo_kernels.plan import Mask, RandomMask, pack_mask
 
 CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
+SUMMED = 1 << 20  # weights whose float64 copies are summed at a time
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,11 @@ class _LayerScale(DirectionState):
         if self.config.by == "gradient":
             total, weight = self.squares.get(name, (0.0, 0.0))
             return math.sqrt(total / weight / max(1, p.numel())) if weight else 0.0
-        square = sum(float(part.double().square().sum()) for part in p.detach().view(-1).split(CHUNK))
-        return math.sqrt(square / max(1, p.numel()))
+        square = torch.zeros((), dtype=torch.float64, device=p.device)  # read once: a GPU waits for no part
+        for part in p.detach().view(-1).split(SUMMED):
+            wide = part.double()
+            square += torch.dot(wide, wide)
+        return math.sqrt(float(square) / max(1, p.numel()))
 
     def learn(
         self, step: int, tag: int, params: Mapping[str, Tensor], masks: Mapping[str, Mask], eps: float, losses: Losses
