@@ -26,13 +26,13 @@ class Emulated:
     made: list[Emulated] = []  # noqa: RUF012
     recording: Emulated | None = None
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, place: Any) -> None:
         self.tape: list[Callable[[], Any]] = []
         self.replays = 0
         Emulated.made.append(self)
 
     @staticmethod
-    def new_pool() -> Any:
+    def place_on(device: torch.device) -> Any:
         return None
 
     @staticmethod
@@ -75,8 +75,14 @@ class _Tape(TorchDispatchMode):
 
 
 def _recorded_perturb(plan: Any, p: Any, isa: int | None = None) -> None:
+    # A kernel for each form of a pass, and a table for each plan: the first launch loads them, which no capture survives.
+    form = isinstance(p.tags, Tensor), len(p.tags), type(p.decay), p.kind, p.rounding
+    loaded = plan.cache.setdefault("emulated", set())
     if Emulated.recording is None:
+        loaded.add(form)
         _perturb(plan, p, isa)
+    elif form not in loaded:
+        raise RuntimeError(f"operation not permitted when stream is capturing: the kernel of {form} is loaded")
     else:
         Emulated.recording.tape.append(lambda: _perturb(plan, p, isa))
 

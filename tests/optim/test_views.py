@@ -372,7 +372,8 @@ def test_what_may_be_asked_of_any_view() -> None:
         in_place = mode in ("inplace", "lazy")
         assert view.mode == ("scratch" if mode == "dual" else mode)
         assert view.limit == (1 << 10 if mode == "scratch" else 0)
-        assert bool(view.rehearses) == (not in_place)
+        assert view.rehearses == (2 if mode == "scratch" else 1)
+        assert view.unrecordable() is None
         assert view.ahead(6, [0.5]) == ([[(7, 0.5)]] if mode == "lazy" else None)
         assert view.news() is None
         assert not view.begin() and view.standing() == [()] and not view.restore()

@@ -112,6 +112,7 @@ class Evaluation:
     Args:
         warner: is told what the closure returns, and watches what it reads.
         devices: of the weights, whose generators count; None: no generator is touched (a graph is being captured).
+        reads: losses on the host are read. Of a step that is, or will be, a graph none is.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class Evaluation:
         batches: Sequence[Any] | None,
         warner: findings.Warner,
         devices: Iterable[torch.device] | None,
+        reads: bool = True,
     ) -> None:
         self.closure, self.warner = closure, warner
+        self.convert: Callable[[Any], Loss] = as_loss if reads else as_tensor
         self.calls: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
         self.rng = generators.Generators(devices) if devices is not None else None
         self.before: list[Any] = self.rng.get() if self.rng is not None else []
@@ -153,8 +156,7 @@ class Evaluation:
 
     def forward(self, points: Sequence[Point]) -> Tensor:
         """`Losses` of plain forwards."""
-        convert = as_loss if self.rng is not None else as_tensor  # a graph reads nothing
-        return self.losses(points, self._one(self.warner.hearing(convert)))
+        return self.losses(points, self._one(self.warner.hearing(self.convert)))
 
     def dual(self, points: Sequence[Point]) -> Tensor:
         """`Losses` with their tangents: float64 [points, 2]."""

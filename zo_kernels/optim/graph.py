@@ -11,6 +11,7 @@ graph's key; another key is another graph. All graphs share one memory pool, sin
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -25,15 +26,29 @@ class Refused(Exception):
     """The step cannot be captured; says why."""
 
 
-class Recording:
-    """Kernels recorded once and launched again and again; a thin front of `torch.cuda.CUDAGraph` that tests replace."""
+@dataclass(frozen=True)
+class Place:
+    """Where the graphs of one optimizer are recorded: the weights' device, a stream of it that serves nothing else, a memory pool."""
 
-    def __init__(self, pool: Any) -> None:
-        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
+    device: torch.device
+    stream: Any
+    pool: Any
+
+
+class Recording:
+    """Kernels recorded once and launched again and again; a thin front of `torch.cuda.CUDAGraph` that tests replace.
+
+    Not `torch.cuda.graph`: its stream is of the device that was current when the first graph of the process was made, and it stays on it where a
+    capture that was broken cannot be ended.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.graph = place, torch.cuda.CUDAGraph()
 
     @staticmethod
-    def new_pool() -> Any:
-        return torch.cuda.graph_pool_handle()
+    def place_on(device: torch.device) -> Place:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return Place(torch.device("cuda", index), torch.cuda.Stream(index), torch.cuda.graph_pool_handle())
 
     @staticmethod
     def refuses(device: torch.device) -> str | None:
@@ -41,12 +56,59 @@ class Recording:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        # Other threads (a loader that pins memory) may go on using CUDA.
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-            yield
+        """What is launched inside is recorded. If that fails, stream, generator and allocator are as before."""
+        device, stream, pool = self.place.device, self.place.stream, self.place.pool
+        with torch.cuda.device(device), uncollected():
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            try:
+                with torch.cuda.stream(stream):
+                    # Other threads (a loader that pins memory) may go on using CUDA.
+                    self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    try:
+                        yield
+                    except BaseException:
+                        with contextlib.suppress(RuntimeError):  # which says less than what broke the capture
+                            self.graph.capture_end()
+                        raise
+                    self.graph.capture_end()
+            except BaseException:
+                self._discard()
+                raise
+
+    def _discard(self) -> None:
+        """What a capture that torch could not end leaves behind: an allocator that goes on asking this graph which memory is its own, and a generator that
+        counts for it and refuses to draw."""
+        device, pool = self.place.device, self.place.pool
+        try:
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        except RuntimeError:
+            self.graph.reset()  # the capture was ended whole
+        else:
+            torch._C._cuda_releasePool(device.index, pool)
+        generator = torch.cuda.default_generators[device.index]
+        state = generator.get_state()
+        try:
+            torch.rand((), device=device)
+        except RuntimeError:
+            generator.graphsafe_set_state(generator.clone_state())  # a state that counts for no graph
+        generator.set_state(state)
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which may find modules and events in its rubbish: no capture survives their end."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass
@@ -170,10 +232,20 @@ class Graphs:
     def __init__(self, device: torch.device, groups: int, numbers: int) -> None:
         if (reason := Recording.refuses(device)) is not None:
             raise Refused(reason)
-        self.inputs = Inputs.on(device, groups, numbers)
+        self.device, self.inputs = device, Inputs.on(device, groups, numbers)
         self.captured: dict[Any, Captured] = {}
         self.seen: dict[Any, Key] = {}
-        self.pool = Recording.new_pool()
+        self.place = Recording.place_on(device)
+
+    def check(self, batches: Sequence[Any]) -> None:
+        """Refuse batches that lie elsewhere: a graph reads them from host memory when it runs, and by then the next step's are there.
+
+        Raises:
+            Refused: says where they are to be.
+        """
+        for t in _tensors(list(batches)):
+            if t.device != self.device:
+                raise Refused(f"a batch has a tensor on {t.device}: move it to {self.device} before the step")
 
     def known(self, key: Key) -> bool:
         """Whether a step with this key has run before; notes that one has now.
@@ -200,7 +272,7 @@ class Graphs:
             Refused: something in it cannot be captured; says what.
         """
         static = _copy(list(batches))
-        recording = Recording(self.pool)
+        recording = Recording(self.place)
         try:
             with recording.record():
                 results = step(static)

@@ -79,11 +79,8 @@ class Schedule:
 
     # -- operation by operation --
 
-    def _eager(
-        self, view: views.View, groups: Groups, closure: Callable[..., Any], batches: Any, rehearsal: bool = False
-    ) -> Outcome:
-        """A rehearsal has lr = 0 and leaves the random state, too, as it was."""
-        run, numbers = self.run, Numbers.of(groups, still=rehearsal)
+    def _eager(self, view: views.View, groups: Groups, closure: Callable[..., Any], batches: Any) -> Outcome:
+        run, numbers = self.run, Numbers.of(groups)
         forwards = Evaluation(closure, batches, self.warner, (plan.device for w in view.groups for plan in w.plans))
         fresh: list[str] = []
         try:
@@ -91,9 +88,12 @@ class Schedule:
             if run.projector is not None:
                 fresh = run.projector.hold(trained(groups))
             behind = self._measure(view, forwards, groups, numbers)
-            commit = None if rehearsal else lambda decision: run.commit(decision, lambda: trained(groups))
+
+            def commit(decision: Decision) -> None:
+                run.commit(decision, lambda: trained(groups))
+
             found, decision, back = self._decide_and_apply(view, forwards, numbers, run.tag, first, behind, commit)
-            if back is not None and commit is not None:
+            if back is not None:
                 try:
                     decision = self._project(view, forwards, groups, decision)
                     self.recording.before(decision)
@@ -108,9 +108,7 @@ class Schedule:
                 self.first_order.zero_grad()
             forwards.finish(keep=True)
             raise
-        forwards.finish(keep=rehearsal)
-        if self.graphs_wanted and forwards.draws():
-            self._refuse("the forwards draw random numbers (dropout? call model.eval())")
+        forwards.finish(keep=False)
         return found
 
     def _measure(self, view: views.View, forwards: Evaluation, groups: Groups, numbers: Numbers) -> list[float]:
@@ -132,25 +130,26 @@ class Schedule:
         first: Tensor | None = None,
         behind: Sequence[float] = (),
         commit: Callable[[Decision], None] | None = None,
+        recorded: bool = False,
     ) -> tuple[Outcome, Decision, Callable[[], None] | None]:
         """The forwards and the update of a step, whose numbers may lie on a device.
 
         Args:
             tag: of the first direction. first: the loss that the first-order optimizer's gradients are of. behind: see `decide`. commit: makes the
-                step count; None: it does not, and is not recorded.
+                step count; None: it does not, and has no record. recorded: for a graph, and not executed.
 
         Returns:
             What was found and decided. A step that ends with a projection is neither recorded nor committed yet; last is what takes it back.
         """
-        run, method, captured = self.run, self.run.method, numbers.table is not None
+        run, method = self.run, self.run.method
         tags = method.tags(tag)
         self.warner.begin(view.params)
-        with view.step(recorded=captured):
+        with view.step(recorded=recorded):
             losses = self._losses(view, forwards, method.shifts(tags, numbers.eps))
             if first is not None:  # a loss at theta that is no number spoils both halves
                 losses[0] += 0 * first.to(losses.device)
             decided = decide(method, numbers, losses, self.recording.planned(tag, numbers, self.rounding), run.past, behind)
-            if not captured:
+            if numbers.table is None:
                 self.warner.note(losses, decided.decision.gradient, decided.decision.go)
             decision = self._try(view, forwards, decided, numbers).decision
             for weights in view.groups:
@@ -257,27 +256,27 @@ class Schedule:
                     raise graph.Refused(f"the weights lie on {len(devices)} devices")
                 self.graphs = graph.Graphs(devices.pop(), len(groups), 3)
             graphs, numbers = self.graphs, Numbers.of(groups)
+            graphs.check(batches)
             training = self.model.training if self.model is not None else None
             decays = tuple(g["weight_decay"] != 0 for g in groups)  # with the signs, constants of the captured kernels
             key = graph.key_of(closure, batches, training, (*decays, *numbers.signs), len(groups))
+            inputs = graphs.inputs
+            read = numbers.captured(inputs.numbers, decays)
             if not graphs.known(key):
-                if not view.rehearses:
-                    return None  # in place a rehearsal would round the weights
                 # What must have run once before it can be captured, without a trace in the weights: the same kernels may not give the same bits in a
                 # graph and outside (models choose others), so that every step of a run is a graph's. The first step of all finds out how the forwards go.
+                inputs.set(run.tag, [[0.0, 0.0, 1.0]] * len(groups))
                 for _ in range(view.rehearses):
-                    self._eager(view, groups, closure, batches, rehearsal=True)
-                if not self.graphs_wanted:
-                    return None
-            graphs.inputs.set(run.tag, numbers.rows())
+                    self._rehearse(view, closure, batches, read, inputs.tag)
+            inputs.set(run.tag, numbers.rows())
             if key.value not in graphs.captured:
-                inputs = graphs.inputs
+                if (why := view.unrecordable()) is not None:
+                    raise graph.Refused(why)
                 run.skipped = torch.as_tensor(run.skipped, device=inputs.tag.device)
-                read = numbers.captured(inputs.numbers, decays)
 
                 def whole(static: list[Any]) -> tuple[Tensor, ...]:
-                    forwards = Evaluation(closure, static, self.warner, None)
-                    found, decision, _ = self._decide_and_apply(view, forwards, read, inputs.tag)
+                    forwards = Evaluation(closure, static, self.warner, None, reads=False)
+                    found, decision, _ = self._decide_and_apply(view, forwards, read, inputs.tag, recorded=True)
                     run.count(decision)
                     return *found, decision.unknown()
 
@@ -291,6 +290,24 @@ class Schedule:
         except graph.Refused as refused:
             self._refuse(str(refused))
             return None
+
+    def _rehearse(self, view: views.View, closure: Callable[..., Any], batches: Sequence[Any], read: Numbers, tag: Tensor) -> None:
+        """The step as it will be captured: on the graph's own inputs, since a number of the host and one in device memory are other kernels, of which none
+        can be loaded in a capture. They hold lr = eps = 0, which no rounding changes, in place neither. The random state, too, is as before.
+
+        Raises:
+            Refused: the step cannot be captured.
+        """
+        forwards = Evaluation(closure, batches, self.warner, (plan.device for w in view.groups for plan in w.plans), reads=False)
+        try:
+            self._decide_and_apply(view, forwards, read, tag)
+        except BaseException:
+            view.seen = 0  # its passes have rounded nothing, and no record is to repeat them
+            raise
+        finally:
+            forwards.finish(keep=True)
+        if forwards.draws():
+            raise graph.Refused("the forwards draw random numbers (dropout? call model.eval())")
 
     def _refuse(self, reason: str) -> None:
         self.graphs_wanted, self.graphs = False, None

@@ -77,7 +77,7 @@ class ZOStep(torch.optim.Optimizer):
         cuda_graph: launch whole steps as CUDA graphs, where the host's launches take longer than their kernels. Needs
             ``step(closure, batches)`` with one closure object that reads the batch from its argument, and forwards that draw no
             random numbers and never wait for the device. What cannot be captured runs as without, with one warning that says why.
-            A new shape of batch costs a rehearsal (two or four more forwards; in place: a step without a graph).
+            A new shape of batch costs a rehearsal (two or four more forwards). Batches lie on the weights' device.
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.

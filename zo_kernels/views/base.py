@@ -183,8 +183,12 @@ class View(abc.ABC):
 
     @property
     def rehearses(self) -> int:
-        """Steps without an update that must have run before one is recorded: they leave no trace. 0: they would, in the weights."""
-        return 0
+        """Steps without a perturbation and an update that must have run before one is recorded."""
+        return 1
+
+    def unrecordable(self) -> str | None:
+        """Why no step can be recorded, as far as the forwards have shown."""
+        return None
 
     def news(self) -> str | None:
         """What the user is to know of the forwards so far, in one line; None if nothing is new."""

@@ -61,6 +61,11 @@ class Held:
         finally:
             self.forward.inside = False
 
+    def unrecordable(self) -> str | None:
+        """Each forward has passes and copies of its own for them."""
+        names = ", ".join(sorted(self.names[i] for i in self.forward.held))
+        return f"{names}: read in ways that modules' attributes do not show, and held in copies for each forward" if names else None
+
     def news(self) -> str | None:
         """Which parameters are perturbed in place and the memory that this costs, in one line; None if nothing is new."""
         held = self.forward.held

@@ -158,6 +158,9 @@ class Scratch(View):
     def rehearses(self) -> int:
         return 1 if self.watched_mode is not None else 2  # the first forwards of all show how they go
 
+    def unrecordable(self) -> str | None:
+        return self.held.unrecordable()
+
     def _drop_gradients(self) -> bool:
         """Those of the buffer's tensors; whether there were any."""
         fills = (self.fronts.resident, *self.buffer.fills.values())
