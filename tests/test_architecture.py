@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import zo_kernels as zk
+from tests import mutants
 from zo_kernels.optim.method import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -148,3 +149,8 @@ def test_every_methods_name_is_public_and_in_the_table() -> None:
     for method in zk.optim.METHODS:
         assert getattr(zk, method.__name__) is method and method.__name__ in zk.__all__
         assert f"| `{method.__name__}` |" in text, method
+
+
+def test_every_mutant_has_its_line() -> None:
+    """A line that moves takes its mutant with it: one that does not apply kills nothing."""
+    assert not [f"{m.file}: {m.wrong}" for m in mutants.outdated(mutants.MUTANTS)]
