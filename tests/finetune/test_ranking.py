@@ -218,6 +218,9 @@ def test_above_below_and_undecided() -> None:
     assert lines["most frequent label"]["accuracy"] == pytest.approx(np.mean([max(x.mean(), 1 - x.mean()) for x in labels]))
     best = [measured("accuracy_at_best_threshold", before[s], np.ones((1, 300)))[0] for s in range(3)]
     assert lines["zero-shot, line of these rows*"]["accuracy"] == pytest.approx(np.mean(best))
+    hits = [float(o.value.mean()) for o in shifted(0.4).values()]
+    assert lines["better"]["accuracy"] == pytest.approx(np.mean(hits))
+    assert lines["better"]["accuracy_deviation"] == pytest.approx(np.std(hits, ddof=1)), "the sample's"
     assert lines["better"]["auc_low"] > 0 > lines["better"]["loss_high"]
     assert set(lines["better"]) == set(ranking.columns(SST2))
     assert "| better | 10 | 2 | 1 | 0.1 |" in standing.markdown()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from zo_finetune import compare, figures, run_folder
-from zo_finetune.config import Comparison, Config
 from zo_finetune.evaluate import describe, evaluate
 from zo_finetune.scoring import Encoded, Span
 from zo_finetune.tasks import get_task
@@ -60,36 +59,6 @@ def test_evaluations_of_steps_that_a_resumed_run_will_take_are_cut_off(tmp_path:
     assert before == about
     assert [e["step"] for e in history] == [0, 2]
     assert kept.recover(9) == (before, history), "the file has no more than that"
-
-
-def test_the_table_of_a_comparison_has_means_over_seeds(tmp_path: Path) -> None:
-    """And the sample standard deviation, of several; the gain is over what the same seed's model had before."""
-    about = {"method": "mezo", "steps": 5, "forwards": 10, "lr": 1e-3, "state_bytes": 6, "trained_weights": 4}
-    rows = [
-        {
-            **about,
-            "seed": seed,
-            "accuracy_before": before,
-            "accuracy": after,
-            "examples": 9,
-            "majority": majority,
-            "loss_before": 1.0,
-            "loss": 0.5 * seed,
-            "dev_loss": None,
-        }
-        for seed, before, after, majority in ((1, 0.5, 0.75, 0.5), (2, 0.25, 0.75, 0.5), (6, 0.5, 0.5, 2 / 3))
-    ]
-    options = Comparison(methods="", forwards=10, output=str(tmp_path))
-    plan = compare.Plan([], options, Config(model="m", task="sst2", data="d", output="o"))
-    text = compare.table(plan, rows)
-    assert text.startswith("Before: accuracy 0.417 ± 0.144 on 9 examples, majority 0.556 ± 0.096, loss 1.000 ± 0.000. ")
-    line = next(line for line in text.splitlines() if line.startswith("| mezo"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["mezo", "5", "10", "0.001", "0.667 ± 0.144", "0.250 ± 0.250", "1.500 ± 1.323", "", "1.5", "3"]
-    assert "; means over the seeds ± their standard deviation.\n" in text
-    alone = compare.table(plan, [rows[0] | {"accuracy_stderr": 0.145}])
-    assert "; accuracy ± its standard error over the rows.\n" in alone and "| 0.750 ± 0.145 | 0.250 |" in alone
-    assert compare.spread([0.25], 2) == "0.25"
 
 
 @pytest.mark.parametrize("name", ["$_{$", "a$x^$b", "\\frac"])
