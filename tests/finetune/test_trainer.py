@@ -135,7 +135,7 @@ def test_a_run_is_the_hand_written_loops(tmp_path: Path, build: Callable[[], nn.
     assert sum("eval_loss" in row for row in made.state.log_history) == 3
 
 
-@pytest.mark.parametrize("more", [{}, {"zo_perturbation": "lazy"}, {"zo_method": "zo-adam", "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("more", [{"zo_perturbation": "lazy"}, {"zo_method": "zo-adam", "gradient_accumulation_steps": 2}])
 def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_an_epoch(tmp_path: Path, more: dict[str, Any]) -> None:
     args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=5, **more)
     whole = trainer(model := llama(), args)
@@ -300,12 +300,11 @@ def test_a_journal_of_another_run_is_refused_as_it_is(tmp_path: Path) -> None:
     journal.recover(path, keep=3)
     with pytest.raises(ValueError, match="has 3 steps, and the checkpoint is of step 4"):
         trainer(llama(), args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer(llama(), arguments(tmp_path / "third", max_steps=2, save_strategy="steps", save_steps=2, seed=4)).train()
     for name in ("optimizer.pt", "model.safetensors"):  # of another run
         shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "other" / "checkpoint-2", dirs_exist_ok=True)
         shutil.copy(path, tmp_path / "other" / "run.zoj")
         args = arguments(tmp_path / "other", max_steps=4, zo_journal="run.zoj")
-        made = arguments(tmp_path / "third", max_steps=2, save_strategy="steps", save_steps=2, seed=4)
-        trainer(llama(), made).train()
         shutil.copy(tmp_path / "third" / "checkpoint-2" / name, tmp_path / "other" / "checkpoint-2")
         with pytest.raises((ValueError, RuntimeError), match=r"not of where the run is|is not the journal of"):
             trainer(llama(), args).train(resume_from_checkpoint=True)
