@@ -33,7 +33,7 @@ class Adapter:
     kind: one of `methods.PEFTS`.
     targets: modules that LoRA or LN adapts, by the end of their names; ["all-linear"]: every linear layer but the head.
     rank, alpha, init: of LoRA. `init`: "default" (peft's) or "gaussian", of the first matrix; the second is 0, so the start is the base model's. peft's
-        others (PiSSA, OLoRA, ...) change the base's weights, of which an adapter's folder says nothing.
+        others (PiSSA, OLoRA, ...) change the base's weights, of which an adapter's folder says nothing. What needs the training rows is set later (inputs.py).
     length: virtual tokens of a prefix or prompt.
     """
 
@@ -81,6 +81,17 @@ def task_type_of(form: Form) -> Any:
     return TaskType.CAUSAL_LM if form == "causal" else TaskType.FEATURE_EXTRACTION
 
 
+def lora_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The linear layers that LoRA adapts, by name."""
+    return [(name, m) for name, m in model.named_modules() if "default" in getattr(m, "lora_A", {}) and hasattr(m, "base_layer")]
+
+
+def freeze_first(model: torch.nn.Module) -> None:
+    """Of LoRA's two matrices leave the second one alone trainable."""
+    for _, layer in lora_layers(model):
+        layer.lora_A["default"].weight.requires_grad_(False)
+
+
 def lora_config(adapter: Adapter, form: Form) -> Any:
     from peft import LoraConfig
 
@@ -93,7 +104,7 @@ def lora_config(adapter: Adapter, form: Form) -> Any:
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         lora_dropout=0.0,
         target_modules=ALL_LINEAR if adapter.targets == [ALL_LINEAR] else adapter.targets,
-        init_lora_weights=True if adapter.init in (None, "default") else "gaussian",
+        init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
     )
 
 

@@ -35,6 +35,10 @@ ADAPTERS = {
     "lora_init": LORA,
     "prefix_length": SOFT,
 }  # of a new one, by --peft
+INPUT_INITS = {
+    "eva": 0.5,
+    "whitened": -0.5,
+}  # lora's first matrix in the space of its inputs: the power, see zo_kernels' `input_factors`
 PERTURBING = ("eps", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
 
 
@@ -60,11 +64,13 @@ class Config(TaskChoice):
     )
     lora_init: str | None = option(
         MODEL,
-        "of lora's first matrix (the second is 0: it begins as the base model); default: peft's uniform numbers",
+        "of lora's first matrix (the second is 0: it begins as the base model); default: peft's uniform numbers; eva, whitened: principal components of the "
+        "layer's inputs over the training rows, weighed by their size, or whitened",
         None,
-        choices=("default", "gaussian"),
+        choices=("default", "gaussian", *INPUT_INITS),
         usual="default",
     )
+    lora_freeze_a: bool = option(MODEL, "train lora's second matrix alone", False, negatable=True)
     prefix_length: int | None = option(
         MODEL, "virtual tokens of prefix and prompt", None, metavar="N", positive=True, below=1 << 16, usual="5"
     )
@@ -284,6 +290,12 @@ class Config(TaskChoice):
             if self.train_only
             else None
         )
+        if self.lora_freeze_a and self.peft != "lora":
+            raise UserError(f"--lora-freeze-a is of --peft lora, and --peft is {self.peft}: leave it out")
+        if self.lora_init in INPUT_INITS and methods.get(self.method).looks:
+            raise UserError(
+                f"--lora-init {self.lora_init} with --method {self.method}: both take factors of the inputs, and a run keeps those of one: leave one out"
+            )
         if part is not None and self.peft in SOFT:
             raise UserError(
                 f"{part}: --peft {self.peft} puts something before what every block sees: leave one out, or choose lora or ln"

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import zo_kernels
-from zo_finetune import console, methods
+from zo_finetune import console, inputs, methods
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, did_you_mean, one_line, plural
-from zo_finetune.files import BEST, PART
+from zo_finetune.files import BEST, JOURNAL, PART
 from zo_finetune.load import Loaded, load_model
 from zo_finetune.metrics import METRICS
 from zo_finetune.metrics.base import Goal
@@ -58,21 +58,24 @@ def best(history: Sequence[Mapping[str, Any]], by: str) -> Mapping[str, Any] | N
     return min(finite, key=lambda e: e[by] if by == "loss" else -e[by], default=None)
 
 
-def made_again(config: Config, past: journal.Journal, upto: int | None, mode: str, name: str) -> LanguageModel:
+def made_again(config: Config, past: journal.Journal, upto: int | None, mode: str, name: str, path: Path) -> LanguageModel:
     """The model of a run after so many steps (None: all), from its base model and its journal.
 
     Args:
         mode: of `zo_kernels.replay`.
-        name: of the journal, for messages.
+        name: of the journal, for messages. path: of the journal, beside which factors of the inputs lie, if it began with any.
 
     Raises:
         UserError: the base model is not the one that the run started from, or the journal has fewer steps.
     """
     with console.Phase(f"loading the model {config.model}"):
         language_model = load_model(config)
+        inputs.begin_again(config, language_model, path)
     try:
         with console.Phase(f"replaying {plural(len(past.steps) if upto is None else upto, 'step')}"):
-            zo_kernels.replay(language_model.model, past, upto, mode=mode, backend=config.backend)
+            zo_kernels.replay(
+                language_model.model, past, upto, mode=mode, backend=config.backend, factors=journal.factors_path(path)
+            )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     return language_model
@@ -135,7 +138,9 @@ class Keeper:
         gc.collect()  # hooks and the optimizer refer to each other
         if lm.device.type == "cuda":
             torch.cuda.empty_cache()
-        lm.model = made_again(self.loaded.config, past, step, "sequential", "--keep best").model
+        lm.model = made_again(
+            self.loaded.config, past, step, "sequential", "--keep best", Path(self.loaded.config.output) / JOURNAL
+        ).model
 
 
 def last(steps: int) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from zo_finetune import console
+from zo_finetune import console, inputs
 from zo_finetune import model as models
 from zo_finetune.beside import Beside
 from zo_finetune.config import Config
@@ -22,6 +23,7 @@ from zo_finetune.errors import UserError, shortened
 from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks.base import Example, Form, Task
+from zo_kernels import InputFactors
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     labels: list[int] | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
+    factors: InputFactors | None = None
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
@@ -103,6 +106,7 @@ MODEL_OPTIONS = (
     "lora_rank",
     "lora_alpha",
     "lora_init",
+    "lora_freeze_a",
     "prefix_length",
     "adapter",
     "train_blocks",
@@ -215,8 +219,8 @@ def prepare(
     return Materials(config, task, language_model, splits, time.perf_counter() - started)
 
 
-def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
-    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
+def load(config: Config, language_model: models.LanguageModel | None = None, journal: Path | None = None) -> Loaded:
+    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s. `journal`: of a run that goes on."""
     started = time.perf_counter()
     objective = objective_of(config, config.the_task())
     found = prepare(config, language_model)
@@ -233,6 +237,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
             f"--objective {config.objective}: each batch holds {', '.join(task.class_names or ())} equally often, as by --balanced"
         )
     notes += notes_on_texts(encoder, len(train_set) + len(dev_set) + len(eval_set), found.max_length)
+    factors = inputs.of_run(config, found.language_model, train_set, journal)
     return Loaded(
         config=config,
         task=task,
@@ -248,6 +253,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,
         labels=labels,
+        factors=factors,
     )
 
 

@@ -71,6 +71,7 @@ class Method:
         False
     )  # of the loss, besides first-order methods; by complete options
     first_order: bool = False  # backpropagation alone: nothing is perturbed
+    looks: bool = False  # at the inputs of the matrices over the training rows, before the first step; its options say for what
 
     def preset(self, peft: str) -> Preset:
         """The hyperparameters for a kind of tuning. Where no source has any, MeZO's for that kind, times what the method's learning rate for
@@ -140,7 +141,7 @@ def _own_parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return {
         name: (hints[name], p.default)
         for name, p in inspect.signature(inside).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "factors"  # which no option says
     }
 
 
@@ -172,6 +173,53 @@ def layer_scale(
     import zo_kernels as zk
 
     return zk.MeZOStep(model, lr, eps, queries=queries, direction=zk.LayerScale(by, estimate, every, beta), **more)
+
+
+def mezo_inputs(
+    model: Any,
+    lr: float,
+    eps: float = 1e-3,
+    *,
+    rank: int = 16,
+    power: float = -0.5,
+    ridge: float = 0.1,
+    matrices: str = "",
+    others: str = "still",
+    queries: int = 1,
+    one_sided: bool = False,
+    factors: Any = None,
+    **more: Any,
+) -> Any:
+    """MeZO in the space of each matrix's inputs, whose `factors` were made with rank, power, ridge and matrices."""
+    import zo_kernels as zk
+
+    return zk.MeZOStep(model, lr, eps, queries=queries, one_sided=one_sided, **_within(factors, others), **more)
+
+
+def fzoo_inputs(
+    model: Any,
+    lr: float,
+    eps: float = 1e-3,
+    *,
+    rank: int = 16,
+    power: float = -0.5,
+    ridge: float = 0.1,
+    matrices: str = "",
+    others: str = "still",
+    queries: int = 8,
+    factors: Any = None,
+    **more: Any,
+) -> Any:
+    """FZOO in the space of each matrix's inputs."""
+    import zo_kernels as zk
+
+    return zk.FZOO(model, lr, eps, queries=queries, **_within(factors, others), **more)
+
+
+def _within(factors: Any, others: str) -> dict[str, Any]:
+    import zo_kernels as zk
+
+    return {} if factors is None else {"direction": zk.InputSubspace(factors, others)}
 
 
 def hybrid(
@@ -281,6 +329,7 @@ def _projected(options: Mapping[str, Any], steps: int) -> int:
 
 _SIDES = "2 queries, or 1 + queries where one_sided"
 _BACKWARD = "3: one, and its backward counted as two"
+_LOOK = "power: -0.5 whitens, 0 and 0.5 take principal components; matrices: a regular expression of names, or all that are trained; others: still or dense"
 _NO_SCALARS = "gradients by backpropagation are no record of scalars"
 
 METHODS: Mapping[str, Method] = {
@@ -433,6 +482,26 @@ METHODS: Mapping[str, Method] = {
             },
             lambda o, n: n * (1 + o["queries"]),
             "1 + queries",
+        ),
+        Method(
+            "mezo-inputs",
+            "two-sided queries in the space of each matrix's inputs over the training rows; other parameters stay",
+            mezo_inputs,
+            {"none": Preset(1e-5, 1e-2, "ours: a first guess; found with the others by zo-finetune compare")},
+            _sides,
+            _SIDES,
+            options_note=_LOOK,
+            looks=True,
+        ),
+        Method(
+            "fzoo-inputs",
+            "FZOO's one-sided queries in the space of each matrix's inputs; other parameters stay",
+            fzoo_inputs,
+            {"none": Preset(1e-5, 1e-2, "ours: a first guess; found with the others by zo-finetune compare")},
+            lambda o, n: n * (1 + o["queries"]),
+            "1 + queries",
+            options_note=_LOOK,
+            looks=True,
         ),
         Method("sgd", "first-order SGD, by backpropagation (FO-SGD)", sgd, _SGD, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
         Method("adam", "first-order Adam, by backpropagation (fine-tuning, FT)", adam, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),

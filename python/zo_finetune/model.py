@@ -261,6 +261,7 @@ def load(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_init: str | None = None,
+    lora_freeze_a: bool = False,
     prefix_length: int | None = None,
     adapter: str | None = None,
     train_blocks: str | None = None,
@@ -276,6 +277,7 @@ def load(
         form: "causal", "masked", or "auto": what the model's configuration says.
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
         targets, lora_rank, lora_alpha, lora_init, prefix_length: of a new adapter, see `adapters.Adapter`.
+        lora_freeze_a: of LoRA's two matrices the second one alone is trained.
         adapter: an adapter's folder, of the kind `peft`, to go on from.
         train_blocks, train_only: which part of the model, or of an adapter, is trained, see `blocks.train_part`.
 
@@ -316,6 +318,8 @@ def load(
         adapter,
         train_blocks,
     )
+    if lora_freeze_a:
+        adapters.freeze_first(adapted.model)
     blocks.train_part(adapted.model, train_blocks, train_only)
     return adapted
 

@@ -58,7 +58,7 @@ def replay(given: Replay) -> Path:
     config = replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device, backend=given.backend)
     if given.upto is not None and not 0 <= given.upto <= len(past.steps):
         raise UserError(f"--upto {given.upto} must be 0 to {len(past.steps)}: so many steps are in {path}")
-    language_model = made_again(config, past, given.upto, given.mode, given.source)
+    language_model = made_again(config, past, given.upto, given.mode, given.source, path)
     try:
         with console.Phase("saving the weights"):
             return run_folder.save_weights(target, language_model.save)[0]

@@ -95,7 +95,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )
     with explained(functools.partial(way_on, config)):
-        loaded = load(config)
+        loaded = load(config, journal=output / JOURNAL)
     return complete(loaded, command, resumed=True)
 
 
@@ -162,6 +162,8 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
         raise UserError(f"{output} has a run in it: resume it, or give another folder") from error
     except (OSError, ValueError, RuntimeError) as error:  # locked, damaged, another base model
         raise UserError(f"{output}: {one_line(error)}") from error
+    if loaded.factors is not None:  # those of directions lie there already, an adapter's do not
+        journal.write_factors(output / JOURNAL, loaded.factors)
     if past is not None and past.header.hyperparameters.get("data") != about["data"]:
         optimizer.close_journal()
         raise UserError(f"--data {config.data} gives other examples than when the run began: restore it, or begin a new run")
@@ -204,7 +206,7 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
 def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -> Outcome:
     """Evaluate and train. The optimizer is this function's alone: when it is over, nothing but `loaded` holds the model."""
     config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
-    optimizer = make_optimizer(loaded.language_model, config)
+    optimizer = make_optimizer(loaded.language_model, config, loaded.factors)
     for line in (*loaded.notes, loaded.describe()):
         console.say(line)
     every = eval_every(loaded)

@@ -50,9 +50,10 @@ def check_files(folder: Path) -> None:
         check_plain(folder / name)
     for name in (*FOLDERS, *(name + PART for name in FOLDERS), SAVING):
         check_plain(folder / name, folder=True)
-    journal = folder / JOURNAL  # the one file that is written to where it stands
-    if check_plain(journal) and journal.stat().st_nlink > 1:
-        raise UserError(f"{journal} has a second name elsewhere (a hard link), which would be written too: put a copy in its place")
+    check_plain(journal.factors_path(folder / JOURNAL))
+    record = folder / JOURNAL  # the one file that is written to where it stands
+    if check_plain(record) and record.stat().st_nlink > 1:
+        raise UserError(f"{record} has a second name elsewhere (a hard link), which would be written too: put a copy in its place")
 
 
 def holds_run(folder: Path) -> bool:
@@ -168,6 +169,7 @@ def remove_journal(path: Path) -> None:
         except journal.LockedError as error:
             raise UserError(f"{path.parent}: {one_line(error)}") from error
     path.unlink()
+    journal.factors_path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

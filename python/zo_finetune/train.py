@@ -24,6 +24,7 @@ from zo_finetune.errors import UserError, one_line
 from zo_finetune.load import Loaded
 from zo_finetune.model import LanguageModel
 from zo_finetune.scoring import Scorer
+from zo_kernels import InputFactors
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
@@ -134,8 +135,11 @@ def view_options(perturbation: str) -> dict[str, Any]:
     return {"perturbation": "inplace" if lazy else perturbation, "lazy": lazy}
 
 
-def make_optimizer(language_model: LanguageModel, config: Config) -> Optimizer:
+def make_optimizer(language_model: LanguageModel, config: Config, factors: InputFactors | None = None) -> Optimizer:
     """The step rule of this run, zo_kernels' or torch's; what it refuses is the user's to put right.
+
+    Args:
+        factors: of the inputs, for a method that looks at them (`Loaded.factors`); without them its steps are dense, which shows whether the rest fits.
 
     Raises:
         UserError: nothing is trainable, or the method does not fit the model.
@@ -152,6 +156,8 @@ def make_optimizer(language_model: LanguageModel, config: Config) -> Optimizer:
             "rounding": config.rounding,
             "backend": config.backend,
         }
+    if recipe.method.looks:
+        options["factors"] = factors
     try:
         made: Optimizer = recipe.make(language_model.model, **options)
     except (TypeError, ValueError, RuntimeError) as error:  # its errors name argument, value and remedy

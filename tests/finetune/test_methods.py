@@ -31,8 +31,14 @@ SOONER = {
     "layer-scale": [["every=2"], ["by=gradient"]],
     "hizoo": [["alpha=1e-3"]],
     "fzoo": [["queries=3"]],
+    "mezo-inputs": [["rank=2", "queries=2"], ["rank=2", "power=0.5", "others=dense", "matrices=q_proj"]],
+    "fzoo-inputs": [["rank=2", "queries=3"]],
 }
-RATES = {"fzoo": ("1e-6", "1e-3"), **{name: ("1e-3", None) for name, m in methods.METHODS.items() if m.first_order}}
+RATES = {
+    "fzoo": ("1e-6", "1e-3"),
+    "fzoo-inputs": ("1e-6", "1e-3"),
+    **{name: ("1e-3", None) for name, m in methods.METHODS.items() if m.first_order},
+}
 EVERY = [(name, options) for name in methods.METHODS for options in SOONER.get(name, [[]])]
 
 
@@ -152,6 +158,10 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
         ("zo-adam", ["--perturbation", "lazy"], "lazy=True merges a step's update"),
         ("lozo", ["--cuda-graph"], "cuda_graph=True with a method whose steps differ"),
         ("forward-grad", ["--perturbation", "inplace"], "estimator=ForwardGradient() differentiates the model"),
+        ("mezo-inputs", ["--option", "rank=65"], "the space of the inputs: rank=65 must be"),
+        ("mezo-inputs", ["--option", "matrices=nowhere"], "the space of the inputs: only=['nowhere']: no linear layer"),
+        ("fzoo-inputs", ["--option", "others=gone"], "others='gone' must be one of"),
+        ("fzoo-inputs", ["--peft", "lora", "--lora-init", "eva"], "--lora-init eva with --method fzoo-inputs: both take factors"),
         ("dizo", ["--option", "layers=nowhere"], "projection: no parameter matches ['nowhere']"),
     ],
 )

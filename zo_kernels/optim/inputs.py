@@ -26,6 +26,7 @@ from zo_kernels.journal import InputFactors
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns
 
+Only = Sequence[str] | Callable[[str], bool] | None
 MOST_COLUMNS = 8192  # 512 MiB a matrix, and minutes for its eigenvectors
 
 
@@ -62,9 +63,16 @@ class _Look:
         moment.count += x.numel() // moment.columns
 
 
-def _chosen(model: nn.Module, only: Sequence[str] | None, limit: int) -> dict[int, tuple[_Moment, list[nn.Module]]]:
+def _chosen(model: nn.Module, only: Only, limit: int) -> dict[int, tuple[_Moment, list[nn.Module]]]:
     """The matrices that are looked at, by their ids, and the layers that hold each."""
-    patterns = None if only is None else Patterns("only", only)
+    if only is None or callable(only):
+        wanted = only
+    else:
+        patterns = Patterns("only", only)
+
+        def wanted(name: str) -> bool:
+            return patterns.first(name) is not None
+
     names = {id(p): canonical_name(n) for n, p in model.named_parameters()}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     found: dict[int, tuple[_Moment, list[nn.Module]]] = {}
@@ -73,7 +81,7 @@ def _chosen(model: nn.Module, only: Sequence[str] | None, limit: int) -> dict[in
         if (side := _side(module)) is None or weight is None:
             continue
         name = names[id(weight)]
-        if id(weight) not in trained if patterns is None else patterns.first(name) is None:
+        if not (id(weight) in trained if wanted is None else wanted(name)):
             continue
         columns = weight.shape[side == "right"]
         if columns > limit:
@@ -116,7 +124,7 @@ def input_factors(
     batches: Iterable[Any],
     *,
     rank: int = 16,
-    only: Sequence[str] | None = None,
+    only: Only = None,
     power: float = -0.5,
     ridge: float = 0.1,
     limit: int = MOST_COLUMNS,
@@ -131,7 +139,8 @@ def input_factors(
         model: whose linear layers (nn.Linear, and transformers' Conv1D) are looked at; as it is (call eval() where dropout shall not count).
         closure: runs the model; called with each of `batches`, without gradients. Padding that it runs counts as input.
         rank: columns of each factor, 1 .. 64, and no more than a matrix has inputs.
-        only: regular expressions; the matrices with a name in which one occurs, trained or not. None: those that are trained.
+        only: regular expressions; the matrices with a name in which one occurs, trained or not; or a function that says so of a name, which is without
+            the prefixes of wrappers. None: those that are trained.
         power: -0.5 whitens; 0 gives principal components of one length, as EVA (Paischer et al. 2024, arXiv 2410.07170) initialises adapters by; 0.5 weighs
             each by the root mean square of the inputs along it.
         ridge: of the mean eigenvalue, what keeps directions without inputs from being blown up, >= 0.

@@ -1,0 +1,131 @@
+"""The space of the inputs that a model's matrices get from the training rows: what LoRA's first matrices begin with, and what directions can lie in.
+
+Belongs here: which rows are run, which matrices are looked at, and where the factors go. Does not belong here: how factors come about (zo_kernels'
+`input_factors`), what is done with them in a step (zo_kernels, methods.py).
+
+The factors are a function of base model, training rows and seed. A run computes them once; from then on they lie in a file beside its journal, from which a
+resumed run and a replay take them. (peft has EVA's components for LoRA, and not these: one look serves both, whitened and not, adapters and directions, and
+counts no padding.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zo_kernels
+from zo_finetune import adapters, console
+from zo_finetune.config import INPUT_INITS, Config
+from zo_finetune.data import in_batches
+from zo_finetune.errors import UserError, one_line
+from zo_finetune.model import LanguageModel
+from zo_finetune.scoring import Encoded
+from zo_kernels import InputFactors, journal
+from zo_kernels.parameters import canonical_name
+
+MOST_INPUTS = 1024  # of the training rows, the first ones of the run's sample: some 20,000 tokens of short texts
+RIDGE = 0.1  # of the mean eigenvalue, where inputs are whitened
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look for. `only`: as zo_kernels' `input_factors` has it; None: the matrices that are trained."""
+
+    rank: int
+    power: float
+    ridge: float
+    only: Any = None
+
+
+def wanted(config: Config, model: Any) -> Wanted | None:
+    """The factors that a run of this configuration needs; None: none."""
+    if config.adapter is None and config.lora_init in INPUT_INITS:
+        names = {canonical_name(f"{name}.base_layer.weight") for name, _ in adapters.lora_layers(model)}
+        rank = adapters.RANK if config.lora_rank is None else config.lora_rank
+        power = INPUT_INITS[config.lora_init]
+        return Wanted(rank, power, RIDGE if power < 0 else 0.0, names.__contains__)
+    recipe = config.recipe()
+    if not recipe.method.looks:
+        return None
+    own = recipe.options
+    return Wanted(own["rank"], own["power"], own["ridge"], [own["matrices"]] if own["matrices"] else None)
+
+
+def token_batches(examples: Sequence[Encoded], device: torch.device, size: int) -> Iterator[Tensor]:
+    """The distinct inputs of some examples, those of one length side by side: no padding, which would count as input."""
+    found = list(dict.fromkeys(tokens for e in examples for tokens in e.inputs))[:MOST_INPUTS]
+    for length in sorted({len(tokens) for tokens in found}):
+        for part in in_batches([tokens for tokens in found if len(tokens) == length], size):
+            yield torch.tensor(part, device=device)
+
+
+def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int) -> InputFactors:
+    """The factors, by forwards over the first training rows, `size` at a time.
+
+    Raises:
+        UserError: what is wanted does not fit the model.
+    """
+    more = {"use_cache": False} if lm.form == "causal" else {}
+    batches = token_batches(examples, lm.device, size)
+    try:
+        with console.Phase("looking at the inputs of the matrices"):
+            return zo_kernels.input_factors(
+                lm.model,
+                lambda ids: lm.model(input_ids=ids, **more),
+                batches,
+                rank=what.rank,
+                only=what.only,
+                power=what.power,
+                ridge=what.ridge,
+            )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the space of the inputs: {one_line(error)}") from error
+
+
+def of_run(config: Config, lm: LanguageModel, examples: Sequence[Encoded], beside: Path | None) -> InputFactors | None:
+    """The factors that the run needs, and the adapter set to begin with them, if that is what they are for.
+
+    Args:
+        beside: the journal of a run that goes on, beside which they lie.
+    """
+    what = wanted(config, lm.model)
+    if what is None:
+        return None
+    if beside is not None and journal.factors_path(beside).exists():
+        found = read(beside)
+    else:
+        found = look(lm, examples, what, config.eval_batch_size)
+    begin(config, lm, found)
+    return found
+
+
+def read(path: Path) -> InputFactors:
+    """Those that lie beside a journal. Raises UserError: they do not."""
+    try:
+        return InputFactors.load(journal.factors_path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the run began with factors of its inputs, which lie beside its journal: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def begin(config: Config, lm: LanguageModel, factors: InputFactors) -> None:
+    """LoRA's first matrices are these factors, if the configuration says so."""
+    if config.adapter is not None or config.lora_init not in INPUT_INITS:
+        return
+    for name, layer in adapters.lora_layers(lm.model):
+        held = factors.matrices.get(canonical_name(f"{name}.base_layer.weight"))
+        first = layer.lora_A["default"].weight
+        if held is None or held[1].t().shape != first.shape:
+            raise UserError(f"the factors beside the journal do not fit {name}: they are of another model")
+        first.copy_(held[1].t())
+
+
+def begin_again(config: Config, lm: LanguageModel, path: Path) -> None:
+    """The same for weights that are made again from the journal at this path."""
+    if config.adapter is None and config.lora_init in INPUT_INITS:
+        begin(config, lm, read(path))
