@@ -288,7 +288,7 @@ def test_a_damaged_folder_is_said(name: str, tmp_path: Path, monkeypatch: pytest
     saved, result, said = DAMAGED[name]
     config = dataclasses.asdict(Config(model="m", task="sst2", data="d", output="o"))
 
-    def load(config: Config) -> Any:
+    def load(config: Config, **more: Any) -> Any:
         raise UserError("goes on without it")
 
     monkeypatch.setattr(running, "load", load)

@@ -758,7 +758,7 @@ class Folder(Target):
         class Loading(Exception):
             pass
 
-        def load(config: Config) -> Any:
+        def load(config: Config, **more: Any) -> Any:
             raise Loading(config)
 
         with mock.patch.object(run, "load", load), contextlib.redirect_stderr(io.StringIO()):
