@@ -166,7 +166,8 @@ def results(setting: Setting, config: Config, seeds: list[int], model_name: str)
     with tempfile.TemporaryDirectory() as folder:
         tried = {lr: one(seeds[0], lr, f"{folder}/lr{lr:g}") for lr in setting.rates}
         sign = -1 if setting.raised else 1
-        best = min(tried, key=lambda lr: sign * tried[lr]["history"][-1][setting.by])
+        ends = {lr: result["history"][-1] for lr, result in tried.items()}
+        best = min(tried, key=lambda lr: (sign * ends[lr][setting.by], ends[lr]["loss"]))  # shares of few rows are often the same
         yield from (row(seeds[0], lr, lr == best, result) for lr, result in tried.items())
         for seed in seeds[1:]:
             yield row(seed, best, True, one(seed, best, f"{folder}/seed{seed}"))
