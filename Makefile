@@ -9,7 +9,7 @@
 # make crash-test   end RUNS runs by kills, signals and exceptions at random moments, resume each, compare its weights with an undisturbed run's
 # make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
-# make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3
+# make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3 OUT=FOLDER STAGES="smoke steps"
 #
 # Where a recipe sets up: .venv is made from $(BASE) and the pins of constraints.txt. VENV=0 uses $(PYTHON) as it is.
 
@@ -74,7 +74,7 @@ sass: $(READY)
 	@$(PYTHON) benchmarks/sass.py
 
 gpu-check:
-	benchmarks/gpu_check.sh $(OUT)
+	benchmarks/gpu_check.sh $(OUT) $(STAGES)
 
 # The environment: the interpreter must be able to make virtual environments and compile; both are asked for by name if absent.
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)

@@ -206,11 +206,13 @@ def device_script(
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
-    table = list(rows(torch.device(args.device), args.quick))
-    if not table:
+    table = None
+    for row in rows(torch.device(args.device), args.quick):
+        table = table or Table(args.out, columns)
+        table.add(row)
+    if table is None:
         print("no backend could be timed", file=sys.stderr)
         return 1
-    write_csv(args.out, columns, table)
     return 0
 
 
@@ -332,22 +334,44 @@ def write_csv(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping[s
     Raises:
         ValueError: a row's keys are not `columns`, or `append` to a file with another header. Nothing has been written.
     """
-    path = Path(path)
     rows = [dict(row) for row in rows]
     for row in rows:
-        if set(row) != set(columns):
-            raise ValueError(f"{path.name}: a row differs from the columns in {sorted(set(row) ^ set(columns))}")
-    header = [*MACHINE_COLUMNS, *columns]
-    append = append and path.exists()
-    if append and (found := next(csv.reader(path.open(newline="")), [])) != header:
-        raise ValueError(f"{path.name} has the columns {found}, not {header}: write to another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    described = machine()
-    with path.open("a" if append else "w", newline="") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
+        _check_row(Path(path), columns, row)
+    table = Table(path, columns, append)
+    for row in rows:
+        table.add(row)
+
+
+class Table:
+    """A CSV file that grows row by row: who is cut off keeps what was measured. `write_csv` says what is in it, and what is refused.
+
+    Raises:
+        ValueError: as `write_csv`, or nobody knows which commit is measured.
+    """
+
+    def __init__(self, path: Path | str, columns: Sequence[str], append: bool = False) -> None:
+        self.path, self.columns = Path(path), columns
+        self.header = [*MACHINE_COLUMNS, *columns]
+        append = append and self.path.exists()
+        if append and (found := next(csv.reader(self.path.open(newline="")), [])) != self.header:
+            raise ValueError(f"{self.path.name} has the columns {found}, not {self.header}: write to another file")
+        self.machine = machine()
+        if not self.machine["commit"]:
+            raise ValueError(f"{self.path.name}: a row names its commit, and here is no repository: set COMMIT")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not append:
-            writer.writeheader()
-        writer.writerows({**described, **row} for row in rows)
+            with self.path.open("w", newline="") as file:
+                csv.DictWriter(file, self.header, lineterminator="\n").writeheader()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        _check_row(self.path, self.columns, row)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.header, lineterminator="\n").writerow({**self.machine, **row})
+
+
+def _check_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    if set(row) != set(columns):
+        raise ValueError(f"{path.name}: a row differs from the columns in {sorted(set(row) ^ set(columns))}")
 
 
 def read_csv(path: Path | str) -> list[dict[str, str]]:

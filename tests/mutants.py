@@ -435,6 +435,7 @@ def _test(tree: Path, tests: list[str], said: Path) -> int:
     places = [str(tree), str(tree / "python")]
     os.chdir(tree)
     os.environ["PYTHONPATH"] = os.pathsep.join(places)
+    os.environ["COMMIT"] = "mutant"  # the copy is no repository
     sys.dont_write_bytecode = True  # two mutants of one second and size would be one to it
     sys.path[:] = [*places, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "python", tree))]
     for name in [n for n in sys.modules if n.partition(".")[0] in ("tests", "benchmarks", "zo_kernels", "zo_finetune")]:

@@ -429,6 +429,22 @@ def test_cpu_pass_and_figures(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
+@needs_extension
+def test_gpu_check_on_a_cpu(tmp_path: Path) -> None:
+    """The script itself: named stages, each with its limit and its files, and what is cut off is said and does not stop the next."""
+    command = [str(BENCHMARKS / "gpu_check.sh"), str(tmp_path / "found")]
+    env = {**os.environ, "TINY": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LIMIT_STEPS": "1"}
+    done = subprocess.run([*command, "smoke", "steps", "passes"], env=env | {"LIMIT_PASSES": "0"}, capture_output=True, text=True)
+    stages = list(csv.DictReader((tmp_path / "found" / "stages.csv").open()))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [(row["stage"], row["status"]) for row in stages] == [("smoke", "0"), ("steps", "124"), *[("passes", "124")] * 3]
+    parts = list(csv.DictReader((tmp_path / "found" / "smoke.csv").open()))
+    assert {row["result"] for row in parts} == {"same bits"}
+    assert "graphed inplace step, journal, replay" in {row["part"] for row in parts}
+    assert all(row["commit"] for row in [*stages, *parts])
+    assert subprocess.run([*command, "speed"], env=env, capture_output=True, text=True).returncode == 2
+
+
 def test_gpu_linear(tmp_path: Path) -> None:
     """On a CPU, in two passes; and the table that the page would get from it."""
     path = tmp_path / "gpu_linear.csv"
@@ -638,6 +654,18 @@ class TestHarness:
         with pytest.raises(ValueError, match="write to another file"):
             harness.write_csv(path, ["b"], [{"b": 1}], append=True)
         assert [row["a"] for row in harness.read_csv(path)] == ["1"]
+
+    def test_every_row_names_its_commit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And is in the file as soon as it is measured."""
+        import harness
+
+        table = harness.Table(tmp_path / "x.csv", ["a"])
+        table.add({"a": 1})
+        assert [bool(row["commit"]) for row in harness.read_csv(tmp_path / "x.csv")] == [True]
+        monkeypatch.setattr(harness, "commit", lambda: "")
+        with pytest.raises(ValueError, match=r"y.csv: a row names its commit.*set COMMIT"):
+            harness.write_csv(tmp_path / "y.csv", ["a"], [{"a": 1}])
+        assert not (tmp_path / "y.csv").exists()
 
     def test_traffic(self) -> None:
         import harness
