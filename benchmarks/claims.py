@@ -265,6 +265,22 @@ claim(
     lambda: [number("gpu_pass", "percent_of_copy", contender="cuda", feature="decay", dtype="float32", weights=1 << 27)],
 )
 claim(B, "the bound to be shown is 64 MiB over inference", "tests/optim/test_gpu.py: 64")
+
+
+def _kept(model: str, trained: str) -> float:
+    return number("frozen", "ratio", model=model, trained=trained, cache="memory")
+
+
+claim(
+    "docs/learning.md",
+    "a step took {:.1f} times less for stories15m's last block; for GPT-2's shape {:.1f} times less for the last block, {:.1f} times for the last quarter, "
+    "and {:.1f} times for LoRA in the last half",
+    "benchmarks/results/frozen.csv: ratio",
+    lambda: [
+        _kept("stories15m", "last block"),
+        *(_kept("gpt2", trained) for trained in ("last block", "last quarter", "lora in the last half")),
+    ],
+)
 claim("docs/learning.md", "in memory up to 2 GiB", "python/zo_finetune/cached.py: 2 << 30")
 claim(B, "with a buffer of 32 MiB", "zo_kernels/views/memory.py: 1 << 25")
 
