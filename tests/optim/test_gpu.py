@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import subprocess
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +260,123 @@ def test_every_method_is_replayed_to_its_bits(name: str, mode: str, tmp_path: Pa
         again = copy.deepcopy(base).to(device)
         zk.replay(again, path)
         assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(again.parameters(), model.parameters(), strict=True)), device
+
+
+# ---- what nobody has seen yet -------------------------------------------------------------------------------------------
+
+
+FRESH = """
+import sys, torch, warnings, zo_kernels as zk
+warnings.filterwarnings("error", message="cuda_graph")
+backend, mode = sys.argv[1:]
+model = torch.nn.Sequential(torch.nn.Linear(9, 13), torch.nn.Linear(13, 5)).half().cuda()
+step = zk.MeZOStep(model, lr=1e-3, weight_decay=0.1, cuda_graph=True, backend=backend, perturbation=mode)
+closure = lambda x: model(x).float().square().mean()
+before = model[0].weight.detach().clone()
+for k in range(3):
+    step.step(closure, [torch.full((4, 9), 0.1 * k + 0.1, device="cuda").half()])
+assert len(step._schedule.graphs.captured) == 1 and step.skipped == 0
+assert not torch.equal(before, model[0].weight), "an empty graph"
+"""
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+def test_a_graphed_step_in_a_fresh_process(backend: str, mode: str) -> None:
+    """Where no kernel is loaded before the rehearsal."""
+    done = subprocess.run([sys.executable, "-c", FRESH, backend, mode], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("breaking", ["item", "raise"])
+def test_a_capture_that_breaks_leaves_the_process_as_it_was(breaking: str, backend: str) -> None:
+    model, x = nn.Linear(9, 5).half().cuda(), torch.ones(4, 9, device="cuda").half()
+    calls = [0]
+
+    def closure(x: Tensor) -> Tensor:
+        loss: Tensor = model(x).float().square().mean()
+        if torch.cuda.is_current_stream_capturing():
+            calls[0] += 1
+            if breaking == "raise":
+                raise ValueError("in a capture")
+            loss.item()
+        return loss
+
+    stream = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="cuda_graph=True: the step cannot be captured"):
+        zk.MeZOStep(model, lr=1e-3, cuda_graph=True, backend=backend).step(closure, [x])
+    assert calls == [1]
+    assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    assert torch.rand(8, device="cuda").isfinite().all()
+    other = zk.MeZOStep(model, lr=1e-3, cuda_graph=True, backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cuda_graph")
+        other.step(lambda x: model(x).float().square().mean(), [x])
+    assert other._schedule.graphs is not None and len(other._schedule.graphs.captured) == 1
+
+
+def test_batches_on_the_host_are_refused() -> None:
+    model = nn.Linear(9, 5).cuda()
+    step = zk.MeZOStep(model, lr=1e-3, cuda_graph=True)
+    with pytest.warns(UserWarning, match="a batch has a tensor on cpu: move it to cuda:0"):
+        step.step(lambda x: model(x.cuda()).square().mean(), [torch.ones(4, 9)])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+def test_weights_on_a_second_device(graph: bool, backend: str) -> None:
+    """While the first is current."""
+    models = [nn.Linear(9, 5).half().to(f"cuda:{k}") for k in (0, 1)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        x = torch.ones(4, 9, device=model.weight.device).half()
+        step = zk.MeZOStep(model, lr=1e-2, seed=1, cuda_graph=graph, backend=backend)
+        for _ in range(3):
+            step.step(lambda x, model=model: model(x).float().square().mean(), [x])
+    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_graphs_of_two_shapes_among_eager_steps_keep_their_memory(backend: str) -> None:
+    model = make("llama", torch.float16).cuda()
+    graphed = zk.MeZOStep(model, lr=1e-5, cuda_graph=True, backend=backend)
+    eager = zk.MeZOStep(model, lr=1e-5, backend=backend)
+    data = [tokens(2 + k, 6).cuda() for k in (0, 1)]
+
+    def closure(x: Tensor) -> Tensor:
+        return loss_of(model, x)
+
+    held = []
+    for k in range(300):
+        (eager if k % 5 == 4 else graphed).step(closure, [data[k % 2]])
+        if k in (20, 299):
+            torch.cuda.synchronize()
+            held.append(torch.cuda.memory_allocated())
+    assert held[0] == held[1]
+
+
+def test_a_step_from_another_thread(backend: str) -> None:
+    model, x = nn.Linear(9, 5).half().cuda(), torch.ones(4, 9, device="cuda").half()
+    step = zk.MeZOStep(model, lr=1e-3, cuda_graph=True, backend=backend)
+
+    def closure(x: Tensor) -> Tensor:
+        loss: Tensor = model(x).float().square().mean()
+        return loss
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(step.step, closure, [x]).result().isfinite()
+    assert step.step(closure, [x]).isfinite()
+
+
+def test_graphed_journals_are_resumed(tmp_path: Path, backend: str) -> None:
+    base, path = make("llama", torch.float16), tmp_path / "run.zoj"
+    data = [tokens(2, 6, seed=k).cuda() for k in range(8)]
+    finals = []
+    for cut in (8, 4):
+        model, there = copy.deepcopy(base).cuda(), path.with_suffix(f".{cut}")
+        for first in range(0, 8, cut):
+            model = copy.deepcopy(base).cuda()
+            step = zk.MeZOStep(model, lr=1e-3, seed=3, cuda_graph=True, backend=backend, journal=there, resume=first > 0)
+            for batch in data[first : first + cut]:
+                step.step(lambda b, m=model: loss_of(m, b), [batch])
+            step.close_journal()
+        finals.append([p.detach().cpu() for p in model.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*finals, strict=True))
