@@ -94,6 +94,14 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("csrc/cuda/update.cuh", "a history's coefficients come from shared memory that ends before them",
      "const Term t = k < STAGE ? terms[k] : make_term<KIND>(pass, k);", "const Term t = terms[k % STAGE];",
      ("tests/kernels/test_update.py::test_more_terms_than_shared_memory_holds",)),
+    # losses, balanced batches
+    ("python/zo_finetune/losses.py", "pairs of examples with the same label count", "torch.where(differ, -logsigmoid(gaps + gaps.T), 0.0).sum() / differ.sum()",
+     "-logsigmoid(gaps + gaps.T).sum() / differ.sum()", ("tests/finetune/test_losses.py::test_pairs_are_those_of_a_loop",)),
+    ("python/zo_finetune/losses.py", "a choice loss counts examples without a pair", "return each.sum() / (counts > 0).sum()\n\n\ndef token_loss",
+     "return each.mean()\n\n\ndef token_loss", ("tests/finetune/test_losses.py::test_choices_are_those_of_a_loop",)),
+    ("python/zo_finetune/data.py", "labels of a balanced batch stand in turn, so that every second one has one label",
+     "places = sorted(range(start, start + self.batch_size), key=lambda k: k % n)", "places = range(start, start + self.batch_size)",
+     ("tests/finetune/test_pairs.py::test_a_balanced_batch_holds_each_label_equally_often",)),
     # estimators, rules, directions, blocks
     ("zo_kernels/optim/estimators.py", "two-sided g over eps instead of 2 eps",
      "(losses[0::2] - losses[1::2]) / (2 * eps)", "(losses[0::2] - losses[1::2]) / eps",

@@ -1,7 +1,6 @@
 """The objective `pairs`, and batches that hold each label equally often.
 
-Belongs here: which batches there are, which loss a run lowers, what is refused. Does not belong here: the losses' formulas (test_losses.py), a killed
-run of pairs (test_resume.py).
+Belongs here: which batches there are, which loss a run lowers, what is refused. Does not belong here: the losses' formulas (test_losses.py).
 """
 
 from __future__ import annotations
@@ -17,16 +16,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from zo_finetune import cli
 from zo_finetune.config import Config
 from zo_finetune.data import Batches
 from zo_finetune.errors import UserError
+from zo_finetune.files import JOURNAL
 from zo_finetune.load import Loaded, load
 from zo_finetune.losses import choice_loss, pair_loss
 from zo_finetune.objectives import OBJECTIVES, get_objective
+from zo_finetune.objectives.pairs import Pairs
 from zo_finetune.tasks import get_task
 
 from tests.finetune.conftest import make_rows, write_jsonl
+from zo_kernels import journal
 
 COPA = [
     {"premise": f"The cup fell {k} times.", "choice1": "It broke.", "choice2": "I sang.", "question": "effect", "label": k % 2}
@@ -113,6 +116,31 @@ def test_a_run(train_command: Callable[..., list[str]], tmp_path: Path, capsys: 
     assert "and each step takes as many" in said and "equally often, as by --balanced" in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["hyperparameters"]["objective"] == "pairs" and result["skipped_steps"] == 0
+
+
+def test_an_interrupted_run_goes_on_with_the_same_batches(
+    train_command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of pairs, cut off in step 3 of 5: records and weights are those of a run that nobody disturbed."""
+    loss, left = Pairs.loss, [-1]
+
+    def counted(self: Pairs, *args: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    monkeypatch.setattr(Pairs, "loss", counted)
+    options = {"objective": "pairs", "accumulate": 2, "steps": 5, "dev_examples": 0, "eval_examples": 4, "lr": 1e-3}
+    for name, calls in (("whole", -1), ("cut", 11)):
+        left[0] = calls
+        assert cli.main(train_command(tmp_path / name, **options)) == (130 if calls > 0 else 0)
+    assert len(journal.read(tmp_path / "cut" / JOURNAL).steps) == 2
+    assert cli.main(["resume", str(tmp_path / "cut")]) == 0
+    whole, cut = (journal.read(tmp_path / name / JOURNAL).records for name in ("whole", "cut"))
+    assert all((whole[field] == cut[field]).all() for field in ("loss", "gradient", "groups"))
+    ends = [load_file(next((tmp_path / name / "model").glob("*.safetensors"))) for name in ("whole", "cut")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_choices_without_a_wrong_one(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ RUNS = {
     "scratch": ["--lr-schedule", "cosine", "--weight-decay", "0.1", "--clip", "5"],
     "inplace": ["--perturbation", "inplace", "--dtype", "bfloat16", "--lr-schedule", "linear"],
     "lazy": ["--perturbation", "lazy", "--dtype", "float16"],
-    "lora": ["--peft", "lora", "--accumulate", "2", "--objective", "pairs"],
+    "lora": ["--peft", "lora", "--accumulate", "2"],
     "prefix": ["--peft", "prefix"],
 }
 
