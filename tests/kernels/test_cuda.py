@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
-from tests.kernels import cases
+from tests.kernels import cases, update_cases
 from zo_kernels import _backends as registry
 from zo_kernels import checks, ops, reference
+from zo_kernels import update as rules
 from zo_kernels.plan import Entry, Pass, Plan, make_plans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -284,3 +285,27 @@ def test_capture_of_a_new_plan_is_refused() -> None:
         run(plan, Pass(0, [1], [1.0]), "cuda")
     run(plan, Pass(0, [1], [0.5]), "cuda")  # and the plan is none the worse
     assert theta.any()
+
+
+@pytest.mark.parametrize("rule", list(rules.RULES))
+def test_rules_with_new_states_and_on_a_second_stream(rule: str, backend: str) -> None:
+    """New states have a table of their own, which another stream waits for."""
+    module, count = registry.load(backend), len(rules.RULES[rule].states)
+    start = cases.weights(N, torch.float16)
+    theta, wanted = start.to(DEVICE), start.clone()
+    (plan,), (host,) = make_plans([theta], [STREAM]), make_plans([wanted], [STREAM])
+    squares = [1e-6] if rule == "adam_history" else None
+    p = rules.RulePass(cases.SEED, [1], [1e-3], "gaussian", "nearest", rule, update_cases.NUMBERS[rule], squares)
+    ours, theirs = ([[[torch.full((N,), 0.5, device=d) for _ in range(count)]] for _ in range(2)] for d in (DEVICE, "cpu"))
+    for k in (0, 1):
+        module.update(plan, ours[k], p)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        module.update(plan, ours[1], p)
+    stream.synchronize()
+    for k in (0, 1, 1):
+        reference.update(host, theirs[k], p)
+    assert cases.same_bits(theta, wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(cases.same_bits(x, y) for x, y in zip(a[0], b[0], strict=True))
