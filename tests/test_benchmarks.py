@@ -104,6 +104,117 @@ def test_drift(tmp_path: Path) -> None:
     assert rows(path)[-1]["dtype"] == "float16"
 
 
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random model of two blocks with a tokenizer, and sentences in the form of SST-2."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("sentences")
+    words = {0: ("dull", "cold", "empty"), 1: ("fine", "warm", "clever")}
+    table = [{"sentence": f"{k} the film is {words[k % 2][k // 2 % 3]}", "label": k % 2} for k in range(60)]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator([row["sentence"] for row in table] + [" It was great", " It was terrible"] * 50, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for name, part in (("train", table[:40]), ("validation", table[40:])):
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder / "model", folder / "data"
+
+
+def test_ranking(sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = map(str, sentences)
+    common = ["--model", model, "--shared", data, "--work", str(tmp_path / "work"), "--quick", "--methods", "mezo", "fzoo"]
+    common += ["--cells", "stories15m-sst2", "smollm2-sst2", "--out", str(tmp_path / "ranking.csv")]
+    planned = run("ranking", *common, "--plan")
+    assert planned.returncode == 0 and "stories15m-sst2, 12, 0, -, not known before a run has ended" in planned.stdout
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table ranking -->\n<!-- end -->\nafter\n")
+    done = run("ranking", *common, "--figures", str(tmp_path), "--page", str(page))
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "ranking.csv")
+    first = [row for row in found if row["model"] == "stories15m" and row["lr"]]
+    assert {(row["method"], row["objective"], row["budget"]) for row in first} == {
+        (m, o, "20") for m in ("mezo", "fzoo") for o in ("loss", "pairs")
+    }
+    half = {(row["method"], row["budget"]) for row in found if row["model"] == "smollm2" and row["lr"]}
+    assert half == {("mezo", "20"), ("mezo", "10"), ("fzoo", "10")}
+    assert str(tmp_path) not in (tmp_path / "ranking.csv").read_text() and model not in (tmp_path / "ranking.csv").read_text()
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert "| zero-shot, line of these rows* |" in page.read_text() and page.read_text().endswith("<!-- end -->\nafter\n")
+    left = run("ranking", *common, "--plan")
+    assert re.search(r"stories15m-sst2, 12, 12, \d+, 0.0", left.stdout), left.stdout
+    again = run("ranking", *common)  # finished runs are taken as they are
+    assert again.returncode == 0 and "training: " not in again.stderr
+
+
+def test_ranking_in_order(sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    """The later cells have the first one's best methods."""
+    model, data = map(str, sentences)
+    early = run(
+        "ranking",
+        "--model",
+        model,
+        "--shared",
+        data,
+        "--work",
+        str(tmp_path),
+        "--quick",
+        "--cells",
+        "smollm2-sst2",
+        "--out",
+        str(tmp_path / "x"),
+    )
+    assert early.returncode == 1 and "make that first" in early.stderr
+
+
+def test_learn(sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = map(str, sentences)
+    path = tmp_path / "learn_gpu.csv"
+    common = ["--quick", "--stories", model, "--smollm2", model, "--data", data, "--out", str(path)]
+    done = run("learn_gpu", *common)
+    assert done.returncode == 0, done.stderr
+    found = rows(path)
+    ends = {(row["model"], row["way"]): (row["step"], row["forwards"]) for row in found}
+    assert ends == {
+        (m, w): end for m in ("stories15m", "smollm2") for w, end in (("mezo", ("10", "20")), ("fzoo, pairs", ("2", "18")))
+    }
+    assert {row["ended"] for row in found} == {""} and all(float(row["seconds"]) > 0 for row in found if row["step"] != "0")
+    late = run("learn_gpu", *common, "--limit", "0")
+    assert late.returncode == 0, late.stderr
+    found = rows(path)
+    assert [row["ended"] for row in found if row["step"] != "0"] == ["time"] * 4
+    assert len({(row["step"], row["model"], row["way"]) for row in found}) == 8
+    absent = run(
+        "learn_gpu",
+        "--quick",
+        "--stories",
+        str(tmp_path / "no"),
+        "--smollm2",
+        str(tmp_path / "no"),
+        "--data",
+        data,
+        "--out",
+        str(path),
+    )
+    assert absent.returncode == 1 and "there is no model" in absent.stderr
+
+
 def test_drift_never_names_a_path(tmp_path: Path) -> None:
     refused = run("drift", "--out", str(tmp_path / "drift.csv"), "--model", str(tmp_path))
     assert refused.returncode != 0

@@ -157,7 +157,7 @@ def measured(name: str, found: Outcomes, weights: Floats) -> Floats:
     if (
         found.scores is None
         or not np.isfinite(found.scores[np.arange(len(found.label)), found.label]).all()
-        or np.isnan(found.scores).any()
+        or not (found.scores < np.inf).all()
     ):
         return np.full(len(weights), np.nan)
     if name == "loss":

@@ -654,7 +654,7 @@ class Options(Target):
             if found.command == "compare":
                 plan = plan_of(given(Comparison, found), given(Config, found))
                 plan.check()
-                config = plan.config(plan.entries[0], plan.options.seeds[0])
+                config = plan.config(plan.contenders[0], plan.options.seeds[0])
             else:
                 config = Config(**given(Config, found))
             config.check()
@@ -666,9 +666,9 @@ class Options(Target):
 
 
 class Folder(Target):
-    """What `zo-finetune resume` reads in a run's folder besides the journal: config.json, result.json, evaluations.jsonl and log.csv, in this
-    order and with 0x1E between them. A `Config` that is checked and says what the file says, a finished run's result, or a `UserError`;
-    evaluations and times that the rest of the run can use."""
+    """What `zo-finetune resume` and `compare` read in a run's folder besides the journal: config.json, result.json, evaluations.jsonl, log.csv and
+    scores_after.csv, in this order and with 0x1E between them. A `Config` that is checked and says what the file says, a finished run's result, or a
+    `UserError`; evaluations, times and rows that the rest of the run can use."""
 
     name = "folder"
 
@@ -708,8 +708,11 @@ class Folder(Target):
         done = {"task": "sst2", "interrupted": False, "steps": 2, "before": score, "after": score}
         evaluations = "".join(json.dumps(line) + "\n" for line in lines)
         log = "step,loss,projected_gradient,lr,seconds\n1,0.5,0.1,1e-3,0.25\n2,0.5,0.1,1e-3,0.5\n"
+        scores = "row,value,label,score_0,score_1\n7,1,0,-0.5,-1.25\n3,0,1,-0.5,-inf\n"
         return [
-            "\x1e".join((json.dumps({"directory": "/", "config": dataclasses.asdict(config)}), result, evaluations, log)).encode()
+            "\x1e".join(
+                (json.dumps({"directory": "/", "config": dataclasses.asdict(config)}), result, evaluations, log, scores)
+            ).encode()
             for config in (plain, full)
             for result in ("", json.dumps(done), json.dumps({**done, "interrupted": True, "after": None}))
         ]
@@ -730,11 +733,15 @@ class Folder(Target):
         return b"\x1e".join(parts)
 
     def check(self, data: bytes) -> bool:
+        from zo_finetune import outcomes
+        from zo_finetune.errors import UserError
         from zo_finetune.evaluate import describe
+        from zo_finetune.intervals import measured
         from zo_finetune.run_folder import Evaluations, Log
         from zo_finetune.tasks import get_task
 
-        for name, content in zip(("config.json", "result.json", "evaluations.jsonl", "log.csv"), data.split(b"\x1e"), strict=False):
+        names = ("config.json", "result.json", "evaluations.jsonl", "log.csv", outcomes.AFTER)
+        for name, content in zip(names, data.split(b"\x1e"), strict=False):
             if content or name == "config.json":
                 (self._path / name).write_bytes(content)
             else:
@@ -748,6 +755,11 @@ class Folder(Target):
             assert describe(task, e)
         seconds = Log.seconds(self._path / "log.csv")
         assert all(type(k) is int and 0 <= x < math.inf for k, x in seconds.items())
+        with contextlib.suppress(UserError):
+            found = outcomes.read(self._path / outcomes.AFTER)
+            if found is not None and found.scores is not None and found.scores.shape[1] == 2:
+                once = found.rows[None] * 0.0 + 1.0
+                assert all(len(measured(name, found, once)) == 1 for name in ("accuracy", "auc", "loss"))
         return self._resume()
 
     def _resume(self) -> bool:
