@@ -130,6 +130,12 @@ def names(column: str) -> list[float]:
     return [float(r[column]) for r in rows_of("objectives", task="first-name", chosen="1")]
 
 
+def reviews(column: str, less: str | None = None) -> list[float]:
+    """Of the runs on film reviews, with the rate that was chosen, by seed; less another column."""
+    rows = [r for r in rows_of("objectives", task="film-review", chosen="1")]
+    return [float(r[column]) - (float(r[less]) if less else 0.0) for r in rows]
+
+
 # ---- the claims --------------------------------------------------------------------------------------------------------
 
 CLAIMS: list[Claim] = []
@@ -459,7 +465,6 @@ claim(N, "SPSA's second moment is d + 2 - 0.03", LAW)
 
 claim(A, "one look at up to 1,024 inputs", "python/zo_finetune/inputs.py: MOST_INPUTS = 1024")
 claim(A, "power −1/2, ridge 0.1", "python/zo_finetune/methods.py: ridge: float = 0.1")
-claim(A, "that 95 % is what they hold", "tests/finetune/test_ranking.py::test_intervals_cover_what_they_say")
 claim(L, "of the eigenvalue + 0.1 of their mean", "zo_kernels/optim/inputs.py: ridge: float = 0.1")
 claim(L, "(−0.5 whitens)", "zo_kernels/optim/inputs.py: power: float = -0.5")
 claim("docs/options.md", "| 0.02 | of --objective pairs", "python/zo_finetune/losses.py: CENTRE = 0.02")
@@ -474,6 +479,12 @@ claim(
     "the best answer that is always the same has less than {:.2f}",
     "benchmarks/results/objectives.csv: first-name, constant",
     lambda: [math.floor(100 * max(names("constant")) + 1) / 100],
+)
+claim(
+    B,
+    "50 steps raise it by {:.3f}, {:.3f} and {:.3f} on the rows evaluated, where each is known to ± {:.3f}",
+    "benchmarks/results/objectives.csv: film-review",
+    lambda: [*reviews("after", "before"), max(reviews("after_stderr"))],
 )
 T3 = "paper: MeZO, arXiv 2305.17333, table 3"
 claim("docs/suite.md", "has zero-shot 79.0, 35.5, 50.2, 32.0; MeZO with cross-entropy 93.3, 53.2, 83.0, 94.3;", T3)
