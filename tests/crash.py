@@ -61,6 +61,7 @@ def given_of(model: nn.Module) -> zk.InputFactors:
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "MeZO": zk.MeZOStep,
     "sign": zk.ZOSignSGD,
+    "scale-free": lambda m, **k: zk.MeZOStep(m, scale_free=zk.ScaleFree(0.9), **k),
     "forward gradient": zk.ForwardGrad,
     "momentum": zk.ZOMomentum,
     "momentum recomputed": lambda m, **k: zk.ZOMomentum(m, state="recomputed", history=5, **k),

@@ -60,6 +60,7 @@ P = "tests/finetune/test_report.py"
 SUITE = "tests/finetune/test_suite.py"
 V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
+UNIT = "tests/optim/test_unit.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "return min((called.get", "return max((called.get",
@@ -77,6 +78,13 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/clip.py", "a quantile is taken of too few gradients",
      "torch.where(finite.sum() >= self.least, ", "torch.where(finite.sum() >= 1, ",
      ("tests/optim/test_device_numbers.py::test_a_quantile_is_of_the_gradients_that_are_numbers",)),
+    ("zo_kernels/optim/unit.py", "a step that is skipped counts in the average of g^2 on a device", "torch.where(decision.go, new, rows)", "new",
+     (f"{UNIT}::test_a_step_that_is_skipped_leaves_the_average",)),
+    ("zo_kernels/optim/unit.py", "the average of g^2 keeps its bias", "1 + beta * w]", "1 + 0 * beta * w]",
+     (f"{UNIT}::test_a_quotient_is_bounded_and_tensors_have_the_bits_of_numbers",)),
+    ("zo_kernels/optim/decide.py", "a candidate's number takes the place of what g was divided by",
+     "choose(losses, before[:, : method.own]), before[:, method.own :]]", "choose(losses, before[:, : method.own]), before[:, : -method.own]]",
+     (f"{UNIT}::test_s_is_recorded_behind_the_rules_numbers",)),
     ("zo_kernels/optim/decide.py", "the clipped flag is the first group's", "bool((abs(raw) > limit).any())", "bool((abs(raw[0]) > limit).any())",
      ("tests/optim/test_defects.py::test_a_clip_in_any_group_is_recorded",)),
     ("zo_kernels/journal/reader.py", "a failed step in scratch mode is read",

@@ -471,6 +471,23 @@ def dizo(
     return step
 
 
+def scale_free(beta: float, queries: int = 1) -> Callable[[Reference, Sequence[int]], None]:
+    """Each g over the root of the average of all steps' mean g^2, of weights beta^age that sum to one."""
+
+    def step(r: Reference, tags: Sequence[int]) -> None:
+        zs = [r.z(t) for t in tags]
+        gs = [r.two_sided(z) for z in zs] if queries == 1 else [{n: (r.at(z, 1) - r.at({}, 0)) / r.eps[n] for n in z} for z in zs]
+        past = r.memory.setdefault("squares", [])
+        past.append({n: sum(g[n] ** 2 for g in gs) / len(gs) for n in r.theta})
+        weights = [beta**age for age in reversed(range(len(past)))]
+        s = {n: math.sqrt(sum(w * m[n] for w, m in zip(weights, past, strict=True)) / sum(weights)) for n in r.theta}
+        u, size = average(r, [{n: g[n] / s[n] for n in g} for g in gs], zs)
+        r.g = gs[0]["layers.0.weight"]
+        r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
+
+    return step
+
+
 def quantile_clipped(q: float, window: int, least: int) -> Callable[[Reference, Sequence[int]], None]:
     def step(r: Reference, tags: Sequence[int]) -> None:
         past = r.memory.setdefault("past", [])
@@ -608,6 +625,10 @@ CASES: dict[str, Case] = {
     ),
     # N is rounded to 12 bits for each update, and what carries it to the next V too: 2^-13 each, where a coefficient has 2^-17.
     "lozo-m": Case(_of(zk.LOZO, rank=2, every=5, momentum=0.8, lr=4e-3), lozo_momentum(2, 5, 0.8), lr=4e-3, sharp=8),
+    "scale-free": Case(_of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8)), scale_free(0.8), lr=2e-3, sharp=2),
+    "scale-free-3": Case(
+        _of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8)), scale_free(0.8, 3), 4, lr=2e-3, sharp=4
+    ),
     "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),
 }  # fmt: skip
 EVERY = [(name, mode) for name, case in CASES.items() for mode in case.modes]

@@ -267,6 +267,10 @@ QUERIES: dict[str, Method] = {
 }
 OTHERS: dict[str, Method] = {
     "mezo-quantile": Method(of(zk.MeZOStep, clip=zk.QuantileClip(0.5, 4, 2))),
+    "mezo-scale-free": Method(of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8))),
+    "one-sided-scale-free": Method(of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8))),
+    "groups-scale-free": Method(grouped(scale_free=zk.ScaleFree(0.5), clip=zk.QuantileClip(0.5, 4, 2))),
+    "dizo-scale-free": Method(of(zk.DiZO, scale_free=zk.ScaleFree(0.8), **DIZO)),
     "momentum-stored": Method(of(zk.ZOMomentum, lr=5e-4)),
     "momentum-bf16": Method(of(zk.ZOMomentum, lr=5e-4, state_dtype="bfloat16")),
     "momentum-queries": Method(of(zk.ZOMomentum, lr=5e-4, queries=2, one_sided=True)),

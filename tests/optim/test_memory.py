@@ -47,6 +47,7 @@ HELD: dict[str, tuple[Make, Callable[[int], float]]] = {
     "queries": (lambda m, lr, **k: zk.MeZOStep(m, lr, queries=QUERIES, **k), lambda b: 0),
     "one-sided": (lambda m, lr, **k: zk.MeZOStep(m, lr, one_sided=True, queries=QUERIES, **k), lambda b: 0),
     "quantiles": (lambda m, lr, **k: zk.MeZOStep(m, lr, clip=zk.QuantileClip(0.9, 100, 2), **k), lambda b: 0),
+    "scale-free": (lambda m, lr, **k: zk.MeZOStep(m, lr, scale_free=zk.ScaleFree(), **k), lambda b: 0),
     "sign": (zk.ZOSignSGD, lambda b: 0),
     "conservative": (zk.ZOConservative, lambda b: 0),
     "fzoo": (lambda m, lr, **k: zk.FZOO(m, lr, queries=QUERIES, **k), lambda b: 0),

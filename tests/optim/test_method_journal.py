@@ -58,6 +58,15 @@ COMBINED: dict[str, Callable[..., zk.ZOStep]] = {
     "recomputed momentum of queries": lambda m, **k: CASES["momentum-recomputed"].make(m, queries=2, **k),
     "one-sided momentum": lambda m, **k: CASES["momentum"].make(m, one_sided=True, queries=2, **k),
     "conservative with a mask": lambda m, **k: CASES["conservative"].make(m, direction=zk.RandomSparse(0.5), **k),
+    "scale-free momentum": lambda m, **k: CASES["momentum"].make(m, scale_free=zk.ScaleFree(0.9), **k),
+    "scale-free Adam of queries": lambda m, **k: CASES["adam"].make(m, queries=2, scale_free=zk.ScaleFree(0.9), **k),
+    "scale-free conservative": lambda m, **k: CASES["conservative"].make(m, scale_free=zk.ScaleFree(0.9), **k),
+    "scale-free dizo with scales by the gradient": lambda m, **k: CASES["dizo"].make(
+        m, direction=zk.LayerScale("gradient", every=2), scale_free=zk.ScaleFree(0.9), **k
+    ),
+    "scale-free blocks with quantiles": lambda m, **k: CASES["blockwise"].make(
+        m, scale_free=zk.ScaleFree(0.9), clip=zk.QuantileClip(0.6, 4, 2), **k
+    ),
     "low rank with quantiles": lambda m, **k: CASES["lozo"].make(m, clip=zk.QuantileClip(0.6, 4, 2), **k),
 }
 
@@ -327,6 +336,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"direction": zk.RandomSparse(), **LAZY}, ValueError, "lazy=True"),
     ({"blocks": zk.Blocks(), **LAZY}, ValueError, "lazy=True"),
     ({"clip": zk.QuantileClip(), **LAZY}, ValueError, "lazy=True"),
+    ({"scale_free": zk.ScaleFree(), **LAZY}, ValueError, "lazy=True .* g as it is"),
+    ({"scale_free": zk.ScaleFree(), "cuda_graph": True}, ValueError, "cuda_graph=True .* g as it is"),
+    ({"scale_free": 0.9}, TypeError, "scale_free=0.9 must be a ScaleFree"),
+    ({"scale_free": zk.ScaleFree(), "rule": zk.Sign()}, ValueError, "the sign of g alone"),
+    ({"scale_free": zk.ScaleFree(), "estimator": zk.OneSided(4, normalize=True)}, ValueError, "FZOO has it"),
+    ({"scale_free": zk.ScaleFree(), **HIZOO}, ValueError, "its H grows with the loss's scale"),
     ({"rule": zk.Momentum(), "cuda_graph": True}, ValueError, "cuda_graph=True .* keep a state"),
     ({"blocks": zk.Blocks(), "cuda_graph": True}, ValueError, "cuda_graph=True"),
     ({"estimator": zk.ForwardGradient(), "cuda_graph": True}, ValueError, "cuda_graph=True"),
@@ -395,6 +410,8 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
         ),
         "projection with first_order",
     ),
+    (lambda: zk.ScaleFree(1.0), r"beta=1.0 must be in \[0, 1\)"),
+    (lambda: zk.ScaleFree(True), "beta=True"),
     (lambda: zk.QuantileClip(1.1), "q=1.1"),
     (lambda: zk.QuantileClip(window=5, least=6), "least=6"),
     (lambda: zk.BlockwiseZO(Tiny(), 1e-3, by=["weight$"]), "'layers.0.bias' matches none"),

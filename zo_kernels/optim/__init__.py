@@ -26,6 +26,7 @@ from zo_kernels.optim.perturbed import perturbed
 from zo_kernels.optim.projection import Projection
 from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, Sign
 from zo_kernels.optim.step import ZOStep
+from zo_kernels.optim.unit import ScaleFree
 
 METHODS = (
     MeZOStep,
@@ -72,6 +73,7 @@ __all__ = [
     "QuantileClip",
     "RandomSparse",
     "Report",
+    "ScaleFree",
     "Sign",
     "SparseMeZO",
     "ThreePoint",

@@ -21,6 +21,7 @@ from torch import Tensor
 from zo_kernels.optim import evaluate, graph
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.method import Method
+from zo_kernels.optim.unit import UnitState
 from zo_kernels.plan import move
 from zo_kernels.views import Coefficient
 
@@ -81,7 +82,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision, and what a later part of the step needs of its way: the rule's numbers, float64 [groups, own], the loss (float64, or float32 where the
+    """A decision, and what a later part of the step needs of its way: the numbers, float64 [groups, decided], the loss (float64, or float32 where the
     host has it) and the projected gradient of the first group and query before clipping (float64), both 0-d on the losses' device."""
 
     decision: Decision
@@ -90,23 +91,29 @@ class Decided:
     gradient: Tensor
 
 
-def _estimate(method: Method, numbers: Any, losses: Any, limit: Any, clip: Any) -> tuple[Any, list[Any]]:
-    """Projected gradients [groups, queries], and the rule's numbers in columns, before they are rounded. Arithmetic alone, so that it is the same for numpy
-    arrays, with which a dozen operations cost a CPU what two of torch's do, and for tensors that stay on their device."""
+def _estimate(method: Method, numbers: Any, losses: Any, limit: Any, clip: Any, unit: Any) -> tuple[Any, list[Any]]:
+    """Projected gradients [groups, queries], and the numbers of `Method.decided` in columns, before they are rounded. Arithmetic alone, so that it is the
+    same for numpy arrays, with which a dozen operations cost a CPU what two of torch's do, and for tensors that stay on their device."""
     lr, eps, _, signs = numbers
     raw = method.estimator.gradients(losses, eps)
     gs = raw if limit is None else clip(raw, -limit, limit)
-    return raw, method.rule.decide(signs * gs, lr, method.estimator.curvature(losses, eps))
+    divisor = []
+    if method.scale_free is not None:
+        gs, s = method.scale_free.divided(gs, unit)
+        divisor = [s]
+    return raw, [*method.rule.decide(signs * gs, lr, method.estimator.curvature(losses, eps)), *divisor]
 
 
 def decide(
-    method: Method, numbers: Numbers, losses: Tensor, planned: Decision, past: Sequence[Any] = (), behind: Sequence[float] = ()
-) -> Decided:
+    method: Method, numbers: Numbers, losses: Tensor, planned: Decision, past: Sequence[Any] = (), behind: Sequence[float] = (),
+    unit: UnitState | None = None,
+) -> Decided:  # fmt: skip
     """The decision of a step.
 
     Args:
         losses: float64 [points] (with tangents [points, 2]). planned: the decision without what the losses tell. past: |g| before, for a clip.
-        behind: the numbers of the first group's record behind the rule's; the host has waited for what they come from, and waits for these losses too.
+        behind: the numbers of the first group's record behind the decided; the host has waited for what they come from, and waits for these losses too.
+        unit: what g is divided by, before this step; None: g is taken as it is.
     """
     limit: Any = method.clip.limit(past)
     coefs: Any
@@ -118,7 +125,8 @@ def decide(
         limit = None if limit is None else float(limit)
         here = losses.cpu().numpy()
         with np.errstate(all="ignore"):
-            raw, columns = _estimate(method, numbers.here(), here, limit, np.clip)
+            before = unit.here(len(numbers.lr)) if unit is not None else None
+            raw, columns = _estimate(method, numbers.here(), here, limit, np.clip, before)
             coefs = np.concatenate(columns, 1).astype(np.float32).astype(np.float64)
             clipped = limit is not None and bool((abs(raw) > limit).any())
             loss = float(method.estimator.loss(here))
@@ -131,7 +139,8 @@ def decide(
         )
     loss = method.estimator.loss(losses)
     table = numbers.on(losses.device)
-    raw, columns = _estimate(method, table, losses, limit, torch.clip)
+    before = unit.on(len(numbers.lr), losses.device) if unit is not None else None
+    raw, columns = _estimate(method, table, losses, limit, torch.clip, before)
     coefs = torch.cat(columns, 1).float().double()
     go = raw.isfinite().all() & coefs.isfinite().all()
     coefs = torch.where(go, coefs, 0.0)
@@ -143,6 +152,7 @@ def decide(
 
 def choose(method: Method, decided: Decided, losses: Tensor) -> Decided:
     """The decision once a rule's candidates are evaluated: `losses` float64 [candidates], of which the lowest is the best."""
-    coefs = method.rule.choose(losses, torch.as_tensor(decided.coefs, device=losses.device))
+    before = torch.as_tensor(decided.coefs, device=losses.device)
+    coefs = torch.cat([method.rule.choose(losses, before[:, : method.own]), before[:, method.own :]], 1)
     groups = coefs.tolist() if decided.decision.known else [list(row.unbind()) for row in coefs]
     return replace(decided, decision=replace(decided.decision, coefs=groups), coefs=coefs)

@@ -1,7 +1,7 @@
 """A method: the parts of a step as one frozen record, what makes sense together, and the layout of what a step records.
 
 Belongs here: the registry of parts by the names that a journal has, refusals of combinations, a method's JSON, the layout of a record's numbers, the count of
-forwards. Does not belong here: what a part computes (estimators.py, rules.py, directions.py, blocks.py, projection.py, clip.py), the papers' names
+forwards. Does not belong here: what a part computes (estimators.py, rules.py, directions.py, blocks.py, projection.py, clip.py, unit.py), the papers' names
 for combinations (methods.py).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from zo_kernels import journal
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import clip as clips
-from zo_kernels.optim import directions, estimators, rules
+from zo_kernels.optim import directions, estimators, rules, unit
 from zo_kernels.optim import projection as projections
 from zo_kernels.views import Shift, Tag
 
@@ -26,6 +26,7 @@ PARTS: Mapping[str, Sequence[type[Any]]] = {
     "blocks": (blocking.Blocks,),
     "projection": (projections.Projection,),
     "clip": (clips.QuantileClip,),
+    "scale_free": (unit.ScaleFree,),
 }
 COUNTS = (
     "parameter"  # what a journal's rule counts, where there are blocks: earlier versions counted the run's steps, and wrote nothing
@@ -39,8 +40,9 @@ class Method:
     Attributes:
         layers: how many parameters the projection moves; 0 without one.
 
-    A record's numbers, in each group: `own` of the rule, `measured - own` of the projection, `terms - measured` of the direction; the last two
-    in the first group, zeros in the others. Each number of a record stands for a tag, of which a step's directions have the first.
+    A record's numbers, in each group: `own` of the rule, `decided - own` of what divides g, `measured - decided` of the projection, `terms - measured`
+    of the direction; the last two in the first group, zeros in the others. Each number of a record stands for a tag, of which a step's directions have
+    the first.
     """
 
     estimator: estimators.Estimator = field(default_factory=estimators.TwoSided)
@@ -51,6 +53,7 @@ class Method:
     clip: clips.FixedClip | clips.QuantileClip = field(default_factory=clips.FixedClip)
     kind: str = "gaussian"
     layers: int = 0
+    scale_free: unit.ScaleFree | None = None
 
     # -- the layout of a record --
 
@@ -59,8 +62,12 @@ class Method:
         return self.rule.size(self.estimator.directions)
 
     @property
+    def decided(self) -> int:
+        return self.own + (self.scale_free.size if self.scale_free is not None else 0)
+
+    @property
     def measured(self) -> int:
-        return self.own + (self.projection.size(self.layers) if self.projection is not None else 0)
+        return self.decided + (self.projection.size(self.layers) if self.projection is not None else 0)
 
     @property
     def terms(self) -> int:
@@ -102,7 +109,7 @@ class Method:
     def plain(self) -> bool:
         """Whether every step is the same list of terms, with coefficients of its own losses alone."""
         steady = self.direction.plain and self.blocks is None and self.projection is None
-        return steady and not self.rule.scheduled and not self.rule.stateful and self.clip.window == 0
+        return steady and not self.rule.scheduled and not self.rule.stateful and self.clip.window == 0 and self.scale_free is None
 
     def configured(self) -> dict[str, Any]:
         """The parts whose options say what the numbers of a record, or of a state, mean."""
@@ -203,7 +210,7 @@ def counted(header: journal.Header) -> bool:
 
 
 def make(
-    estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any, kind: str, names: Sequence[str], *,
+    estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any, kind: str, names: Sequence[str], *, scale_free: Any = None,
     first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool,
 ) -> Method:  # fmt: skip
     """The method of these parts; None: the default.
@@ -221,7 +228,9 @@ def make(
         known = tuple(PARTS[what])
         if not isinstance(part, known):
             raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
-    method = Method(estimator, rule, direction, blocks, projection, limit, kind)
+    if not isinstance(scale_free, (unit.ScaleFree, type(None))):
+        raise TypeError(f"scale_free={scale_free!r} must be a ScaleFree, or None: g as it is")
+    method = Method(estimator, rule, direction, blocks, projection, limit, kind, scale_free=scale_free)
     _check(method, first_order, lazy, cuda_graph, scratch)
     return method.over(names)
 
@@ -231,15 +240,19 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         method.estimator, method.rule, method.direction, method.blocks, method.projection,
     )  # fmt: skip
     rule.check(estimator.directions, direction)
+    if method.scale_free is not None:
+        _check_scale_free(estimator, rule)
     simple = method.plain and first_order is None
     if lazy and not (simple and estimator == estimators.TwoSided()):
         raise ValueError(
-            "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only"
+            "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only, g as it is"
         )
     if cuda_graph and not (simple and not estimator.dual):
         raise ValueError(
-            "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions"
+            "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions, g as it is"
         )
+    if lazy and cuda_graph:
+        raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
     if rule.diagonal != direction.diagonal or (rule.diagonal and not estimator.curved):
         raise ValueError("HessianDiagonal, InverseRoot and ThreePoint are the parts of one method, HiZOO: give all three")
     if rule.diagonal and method.kind != "gaussian":
@@ -265,4 +278,19 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
     if projection is not None and (blocks is not None or rule.tries):
         raise ValueError(
             "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
+        )
+
+
+def _check_scale_free(estimator: estimators.Estimator, rule: rules.Rule) -> None:
+    if isinstance(estimator, estimators.OneSided) and estimator.normalize:
+        raise ValueError(
+            "scale_free with OneSided(normalize=True), as FZOO has it: its g is free of the loss's scale already; leave one out"
+        )
+    if isinstance(rule, rules.Sign):
+        raise ValueError(
+            "scale_free with rule=Sign(), which takes the sign of g alone: its steps are the same without; leave one out"
+        )
+    if rule.diagonal:
+        raise ValueError(
+            "scale_free with rule=HessianDiagonal(): its H grows with the loss's scale, whatever g is divided by; leave one out"
         )

@@ -26,7 +26,7 @@ class Run:
     """Attributes:
     seed: of the noise. streams: of all parameters of the model, by name. backend: see `perturb_`.
     tag: of the next step's first direction. first_tag: of the run's. skipped: steps whose numbers were not finite; a 0-d tensor on a GPU.
-    rule, direction, projector: what the method's parts keep between steps. past: |g| of the last steps, 0-d float64 tensors with fp32 values, as many
+    rule, direction, projector, unit: what the method's parts keep between steps. past: |g| of the last steps, 0-d float64 tensors with fp32 values, as many
         as the method's clip looks at.
     """
 
@@ -37,6 +37,7 @@ class Run:
         self.rule = method.rule.of()
         self.direction = method.direction.of(seed, method.kind, backend)
         self.projector = Projector(method.projection, seed, method.layers, backend) if method.projection is not None else None
+        self.unit = method.scale_free.of() if method.scale_free is not None else None
         self.past: deque[Any] = deque(maxlen=method.clip.window)
 
     @property
@@ -85,6 +86,8 @@ class Run:
         method = self.method
         if method.direction.size:
             self.direction.learned(self.steps, [float(c) for c in decision.coefs[0][method.measured :]], trained())
+        if self.unit is not None:
+            self.unit.learned(decision, method.own)
         if method.clip.window:
             g = decision.gradient
             g = g if isinstance(g, Tensor) else torch.tensor(g, dtype=torch.float64, device="cpu")
@@ -140,6 +143,6 @@ class Run:
             return
         self.apply(decision, tags, view, view.ahead(decision.tag, decision.eps or []))
         if self.projector is not None and self.projects(decision):
-            inner = [float(c) for c in decision.coefs[0][method.own : method.measured]]
-            self.projector.repeat(int(decision.tag) + method.own, trained(), self.streams, inner)
+            inner = [float(c) for c in decision.coefs[0][method.decided : method.measured]]
+            self.projector.repeat(int(decision.tag) + method.decided, trained(), self.streams, inner)
         self.commit(decision, trained)

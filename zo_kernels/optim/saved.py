@@ -27,7 +27,8 @@ from zo_kernels.optim.refresh import trained
 from zo_kernels.optim.run import Run
 
 KEY = "zo"
-PARTS = ("rule", "direction", "projection")  # that keep something
+PARTS = ("rule", "direction", "projection", "scale_free")  # that keep something
+LATER = ("scale_free",)  # of the method: not in every state that names one
 
 
 Groups = list[dict[str, Any]]  # torch's parameter groups
@@ -43,16 +44,18 @@ class Loaded:
 
 
 def method(run: Run) -> dict[str, Any]:
-    """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run."""
+    """What the numbers of a state mean: a state of another one is refused. Clipping is not in it: like a learning rate, it may change in a run.
+    A part that earlier versions did not know is named where there is one."""
+    parts = {what: part for what, part in run.method.configured().items() if part is not None or what not in LATER}
     return {
-        **{what: None if part is None else describe(part) for what, part in run.method.configured().items()},
+        **{what: None if part is None else describe(part) for what, part in parts.items()},
         "kind": run.method.kind,
         "terms": run.method.terms,
     }
 
 
 def _keepers(run: Run) -> dict[str, Any]:
-    mine = {"rule": run.rule, "direction": run.direction, "projection": run.projector}
+    mine = {"rule": run.rule, "direction": run.direction, "projection": run.projector, "scale_free": run.unit}
     return {what: part for what, part in mine.items() if part is not None}
 
 
@@ -193,6 +196,8 @@ def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
             found.projector is not None and numbers["tag"] > numbers["first_tag"]
         ):  # a run's anchors are the weights at its first step
             found.projector.load(contents["projection"])
+        if found.unit is not None:
+            found.unit.load(contents["scale_free"])
         found.past.extend(torch.tensor(float(g), dtype=torch.float64, device="cpu") for g in contents["past"])
     except _Refused:
         raise
@@ -207,10 +212,10 @@ def _check_method(run: Run, zo: Mapping[str, Any]) -> None:
     mine, saved = method(run), zo.get("method", {"kind": zo.get("kind")})
     if not isinstance(saved, Mapping):
         raise _refuse(f"has method={saved!r:.80}: it is damaged")
-    for what in [what for what in mine if what in saved or "method" in zo]:
-        if (theirs := saved.get(what)) != mine[what]:
+    for what in [what for what in dict.fromkeys((*LATER, *mine, *saved)) if what in saved or "method" in zo]:
+        if (theirs := saved.get(what)) != (ours := mine.get(what)):
             raise _refuse(
-                f"belongs to another method: its {what} is {theirs!r:.200}, this optimizer's {mine[what]!r:.200}; make the optimizer as that run's, "
+                f"belongs to another method: its {what} is {theirs!r:.200}, this optimizer's {ours!r:.200}; make the optimizer as that run's, "
                 "or begin a new run"
             )
 

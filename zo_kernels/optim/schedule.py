@@ -114,7 +114,7 @@ class Schedule:
     def _measure(self, view: views.View, forwards: Evaluation, groups: Groups, numbers: Numbers) -> list[float]:
         """The numbers of the record behind the rule's: the projection's, zeros until the end of the step, and the direction's."""
         run, method = self.run, self.run.method
-        found = [0.0] * (method.measured - method.own)
+        found = [0.0] * (method.measured - method.decided)
         if method.direction.size:
             masks = {m.name: m.mask for w in view.groups for m in w.members}
             eps, tag = float(numbers.eps[0]), run.tag + method.measured
@@ -148,7 +148,9 @@ class Schedule:
             losses = self._losses(view, forwards, method.shifts(tags, numbers.eps))
             if first is not None:  # a loss at theta that is no number spoils both halves
                 losses[0] += 0 * first.to(losses.device)
-            decided = decide(method, numbers, losses, self.recording.planned(tag, numbers, self.rounding), run.past, behind)
+            decided = decide(
+                method, numbers, losses, self.recording.planned(tag, numbers, self.rounding), run.past, behind, run.unit
+            )
             if numbers.table is None:
                 self.warner.note(losses, decided.decision.gradient, decided.decision.go)
             decision = self._try(view, forwards, decided, numbers).decision
@@ -215,13 +217,13 @@ class Schedule:
             for p in strangers:  # no gradients for what another optimizer trains
                 p.requires_grad_(False)
             sign = -1.0 if groups[0]["maximize"] else 1.0
-            tag = int(decision.tag) + method.own
+            tag = int(decision.tag) + method.decided
             numbers = run.projector.learn(tag, params, run.streams, forwards.forward, backward, point, sign)
         finally:
             for p in strangers:
                 p.requires_grad_(True)
         first, *others = decision.coefs
-        return replace(decision, coefs=[[*first[: method.own], *numbers, *first[method.measured :]], *others])
+        return replace(decision, coefs=[[*first[: method.decided], *numbers, *first[method.measured :]], *others])
 
     def _backpropagate(self, forwards: Evaluation, groups: Groups) -> Tensor | None:
         """Gradients of the first-order optimizer's parameters at theta, and the loss; no graph is kept for ours. None without such an optimizer."""

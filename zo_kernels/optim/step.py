@@ -38,6 +38,7 @@ from zo_kernels.optim import (
     repeat,
     rules,
     saved,
+    unit,
 )
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
@@ -81,7 +82,7 @@ class ZOStep(torch.optim.Optimizer):
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
-        clip: |g| is clipped to this value, or as `QuantileClip` says; None: not.
+        clip, scale_free: |g| is clipped to this value, or as `QuantileClip` says, and then divided as `ScaleFree` says; None: not.
         maximize: ascend, for rewards.
         model: the module, where the first argument is not one: enables scratch mode for parameter groups.
         backend: see `perturb_`.
@@ -120,6 +121,7 @@ class ZOStep(torch.optim.Optimizer):
         rounding: str = "auto",
         kind: str = "gaussian",
         clip: float | clips.QuantileClip | None = None,
+        scale_free: unit.ScaleFree | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
         backend: str | None = None,
@@ -149,10 +151,8 @@ class ZOStep(torch.optim.Optimizer):
             )
         what = method.make(
             estimator, rule, direction, blocks, projection, clip, kind, [n for g in named.groups for n, _ in g["params"]],
-            first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
+            scale_free=scale_free, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
         )  # fmt: skip
-        if lazy and cuda_graph:
-            raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
             raise ValueError(f"scratch_bytes={scratch_bytes!r} must be a positive number of bytes, or None for the default")
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
