@@ -74,7 +74,7 @@ class Factors:
         for k, (rows, cols) in enumerate(shapes):
             if max(checks.check_word(f"shapes[{k}]", n, 56) for n in (rows, cols)) * rank > FIRST_V:
                 raise ValueError(f"shapes[{k}]={(rows, cols)} with rank={rank} needs more than 2^55 numbers")
-        on_the_right = [given is not None and side == "left" for side, _ in given or [("", None)] * len(shapes)]
+        on_the_right = [False] * len(shapes) if given is None else [side == "left" for side, _ in given]
         # U and V are one piece of memory each: one launch fills it, one operation rounds it.
         self.u, u = self._tables([size[right] for size, right in zip(shapes, on_the_right, strict=True)], device)
         self.v, v = self._tables([size[not right] for size, right in zip(shapes, on_the_right, strict=True)], device)

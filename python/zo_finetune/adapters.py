@@ -132,8 +132,9 @@ def add(model: Any, tokenizer: Any, form: Form, adapter: Adapter, train_blocks: 
     config: PeftConfig
     inside = None if train_blocks is None else inside_blocks(model, train_blocks)
     if peft == "lora":
-        config = lora_config(adapter, form)
-        config.exclude_modules = None if inside is None else f"(?!{inside}).*"
+        lora = lora_config(adapter, form)
+        lora.exclude_modules = None if inside is None else f"(?!{inside}).*"
+        config = lora
     elif peft == "ln":
         norms = [name for name in norm_modules(model, targets) if inside is None or re.match(inside, name)]
         if not norms:

@@ -164,7 +164,8 @@ def states_of(scorer: Scorer, lower: Lower, examples: Sequence[Encoded], rows: i
     with console.Counter("computing hidden states", len(inputs), "input") as counter:
         for part in in_batches(inputs, rows):
             with lower.recording() as found:
-                scorer.outputs(*(None if t is None else t.to(scorer.device) for t in padded(part, scorer.form, scorer.pad_id)))
+                input_ids, mask = padded(part, scorer.form, scorer.pad_id)
+                scorer.outputs(input_ids.to(scorer.device), None if mask is None else mask.to(scorer.device))
             for tokens, states in zip(part, found[0].cpu(), strict=True):
                 places[tokens], end = end, end + len(tokens)
                 store[places[tokens] : end] = states[: len(tokens)]

@@ -76,7 +76,7 @@ def references(baseline: Runs, labels: int) -> list[Runs]:
 
     seeds, before = list(baseline.before), baseline.before
     found = [of("zero-shot", before.__getitem__, seeds)]
-    finite = all(np.isfinite(before[s].scores).all() for s in seeds if before[s].scores is not None)
+    finite = all(np.isfinite(scores).all() for s in seeds if (scores := before[s].scores) is not None)
     if labels == 2 and finite:
         found.append(
             of("zero-shot, line of the dev rows", lambda s: parted_at(before[s], threshold(baseline.dev[s])), [*baseline.dev])

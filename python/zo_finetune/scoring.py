@@ -357,10 +357,10 @@ class Scorer:
 
         The logits go to fp32 before the logarithm: SPSA divides a difference of two losses by 2 eps, and a loss of 0.7 rounded
         to fp16 would come in steps of 0.24 at eps = 1e-3."""
-        kept = self.states is not None and batch.states is not None
         self._points = batch.point_rows, batch.point_columns
         try:
-            with self.states.lower.instead(batch.states) if kept else contextlib.nullcontext():
+            kept, states = self.states, batch.states
+            with contextlib.nullcontext() if kept is None or states is None else kept.lower.instead(states):
                 logits = self.outputs(batch.input_ids, batch.attention_mask).logits
         finally:
             self._points = None

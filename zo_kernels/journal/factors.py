@@ -174,11 +174,10 @@ def factors_of(given: InputFactors | str | os.PathLike[str] | None, sha256: str,
         if not isinstance(journal, (str, os.PathLike)):
             raise ValueError(f"the run went along given factors (SHA-256 {sha256[:16]}...): {remedy}")
         given = factors_path(journal)
-    if not isinstance(given, InputFactors):
-        try:
-            given = InputFactors.load(given)
-        except OSError as error:
-            raise ValueError(f"the run's factors are not at {os.fspath(given)!s} ({error.strerror}): {remedy}") from error
-    if given.sha256 != sha256:
-        raise ValueError(f"the factors have the SHA-256 {given.sha256[:16]}..., the run's {sha256[:16]}...: {remedy}")
-    return given
+    try:
+        found = given if isinstance(given, InputFactors) else InputFactors.load(given)
+    except OSError as error:
+        raise ValueError(f"the run's factors are not at {given!s} ({error.strerror}): {remedy}") from error
+    if found.sha256 != sha256:
+        raise ValueError(f"the factors have the SHA-256 {found.sha256[:16]}..., the run's {sha256[:16]}...: {remedy}")
+    return found

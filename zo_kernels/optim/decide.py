@@ -120,6 +120,7 @@ def decide(
     go: Any
     clipped: Any
     loss: Any
+    before: Any
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
     if (evaluate.on_host(losses.device) or behind) and numbers.table is None:
         limit = None if limit is None else float(limit)

@@ -83,7 +83,7 @@ class UnitState:
         coefs, beta = decision.coefs, self.config.beta
         if isinstance(decision.go, Tensor):
             rows = self._there(len(coefs), decision.go.device)
-            new = torch.stack((torch.stack([c[place] for c in coefs]), 1 + beta * rows[:, 1]), 1)
+            new = torch.stack((torch.stack([torch.as_tensor(c[place]) for c in coefs]), 1 + beta * rows[:, 1]), 1)
             self.rows = torch.where(decision.go, new, rows)
         elif decision.go:
             self.rows = [[float(c[place]), 1 + beta * w] for c, (_, w) in zip(coefs, self._read(len(coefs)), strict=True)]
