@@ -241,18 +241,18 @@ def test_the_evaluation_rows_choose_nothing(
 ) -> None:
     """They are looked at before the first step and after the last, and no training batch or dev evaluation has one of them."""
     events: list[tuple[str, Any]] = []
-    evaluate, train = running.evaluate, running.train
+    answers_of, train = running.answers_of, running.train
 
     def noted(task: Any, scorer: Any, examples: Any, *more: Any) -> Any:
         events.append(("evaluate", [e.inputs for e in examples]))
-        return evaluate(task, scorer, examples, *more)
+        return answers_of(task, scorer, examples, *more)
 
     def training(loaded: Any, *more: Any) -> None:
         events.append(("begin", [e.inputs for e in loaded.train_set]))
         train(loaded, *more)
         events.append(("end", None))
 
-    monkeypatch.setattr(running, "evaluate", noted)
+    monkeypatch.setattr(running, "answers_of", noted)
     monkeypatch.setattr(running, "train", training)
     assert main(arguments(tmp_path / "run")) == 0
     kinds = [kind for kind, _ in events]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,23 @@ from tests.optim.test_device_numbers import METHODS
 CASES = [(name, mode) for name in METHODS for mode in ("inplace", "scratch") if (name, mode) != ("forward-gradient", "inplace")]
 
 
+def some_factors(model: torch.nn.Module) -> zk.InputFactors:
+    """Of every other trained matrix."""
+    draw = torch.Generator().manual_seed(3)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
+    return zk.InputFactors({n: torch.randn(p.shape[1], 2, generator=draw) for n, p in trained[::2]})
+
+
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_adapters_and_schedules(name: str, mode: str, tmp_path: Path) -> None:
     base, ids, path = make("lora", torch.bfloat16), tokens(), tmp_path / "run.zoj"
+    methods = {
+        **METHODS,
+        "input-subspace": functools.partial(zk.FZOO, lr=1e-4, queries=3, direction=zk.InputSubspace(some_factors(base))),
+    }
 
     def run(model: Any, steps: int, **more: Any) -> zk.ZOStep:
-        step = METHODS[name](model, seed=5, perturbation=mode, journal=path, **more)
+        step = methods[name](model, seed=5, perturbation=mode, journal=path, **more)
         done = step.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(step, lambda k: 1 / (1 + done + k))
         for _ in range(done, steps):

@@ -372,7 +372,7 @@ def test_what_may_be_asked_of_any_view() -> None:
         in_place = mode in ("inplace", "lazy")
         assert view.mode == ("scratch" if mode == "dual" else mode)
         assert view.limit == (1 << 10 if mode == "scratch" else 0)
-        assert view.rehearses == (2 if mode == "scratch" else 1)
+        assert view.rehearses == (1 if in_place else 2)
         assert view.unrecordable() is None
         assert view.ahead(6, [0.5]) == ([[(7, 0.5)]] if mode == "lazy" else None)
         assert view.news() is None
