@@ -170,7 +170,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "    scale = math.sqrt(mean / float((weights.square() * top).mean()))", "    scale = 1.0",
      ("tests/optim/test_inputs.py::test_factors_are_the_leading_components_with_their_power",)),
     ("zo_kernels/journal/factors.py", "a replay takes other factors than the run's",
-     "    if given.sha256 != sha256:", "    if False:",
+     "    if found.sha256 != sha256:", "    if False:",
      ("tests/optim/test_input_subspace.py::test_the_factors_lie_beside_the_journal_and_a_replay_takes_them_from_there",)),
     ("zo_kernels/lowrank.py", "noise is added to the factors of the last step", "            flat.zero_()\n", "",
      ("tests/kernels/test_lowrank.py::test_fill_keeps_v_and_the_addresses",)),
