@@ -116,6 +116,9 @@ def test_pairing_narrows_an_interval() -> None:
     apart = resampling.interval(a, resampling.sample("x", turned))
     assert paired is not None and apart is not None
     assert paired.high - paired.low < 0.1 * (apart.high - apart.low)
+    other_rows = resampling.interval(a, resampling.sample("x", [Outcomes(o.rows, o.value[::-1].copy(), o.label) for o in other]))
+    assert other_rows is not None
+    assert paired.high - paired.low < 0.2 * (other_rows.high - other_rows.low), "the seeds' shares were the same"
 
 
 def test_runs_that_are_paired_have_the_same_rows() -> None:
