@@ -30,11 +30,11 @@ from zo_finetune import console, figures, files, outcomes, ranking, run_folder
 from zo_finetune.config import Comparison, Config
 from zo_finetune.errors import UserError, did_you_mean, one_line
 from zo_finetune.files import path_of
-from zo_finetune.intervals import Outcomes
 from zo_finetune.keep import criterion
 from zo_finetune.load import load, objective_of
 from zo_finetune.methods import Recipe
 from zo_finetune.options import check
+from zo_finetune.outcomes import Outcomes
 from zo_finetune.run import remedy
 from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, folder_name, on_dev, run_one, tune
 from zo_finetune.tasks.base import Task

@@ -26,30 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from zo_finetune.outcomes import Floats, Outcomes, Whole
+
 RESAMPLES, LEVEL, NORMAL = 2000, 0.95, 1.959963984540054
 CHUNK = 1 << 21  # numbers of a block of resampled rows
-
-Floats = NDArray[np.float64]
-Whole = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What an evaluation made of each of N rows.
-
-    rows: their numbers, by which runs are paired. value: [N], of the task's metric (1 for a right answer). label: [N], the right candidate.
-    scores: [N, C]; -inf where a row has fewer candidates; None where answers have none.
-    """
-
-    rows: Whole
-    value: Floats
-    label: Whole
-    scores: Floats | None = None
-
-    def ordered(self) -> Outcomes:
-        """In the order of the rows' numbers."""
-        at = np.argsort(self.rows, kind="stable")
-        return Outcomes(self.rows[at], self.value[at], self.label[at], None if self.scores is None else self.scores[at])
 
 
 Draws = Callable[
@@ -111,13 +91,20 @@ def areas(found: Outcomes, weights: Floats) -> Floats:
     return np.mean(each, axis=0)
 
 
-def best_line(found: Outcomes, weights: Floats) -> Floats:
-    """Accuracy of two labels with the line between them where it is best on the rows that were drawn."""
+def lines_of(found: Outcomes) -> tuple[Whole, Floats, NDArray[np.bool_]]:
+    """Where a line between two labels' scores can lie: the rows by their margin, the margins in that order, and of each of the N + 1 places between and
+    around them whether a line fits there: rows of one margin stay together."""
     assert found.scores is not None
     margins = found.scores[:, 1] - found.scores[:, 0]
     order = np.argsort(margins, kind="stable")
+    values = margins[order]
+    return order, values, np.concatenate(([True], np.diff(values) != 0, [True]))
+
+
+def best_line(found: Outcomes, weights: Floats) -> Floats:
+    """Accuracy of two labels with the line between them where it is best on the rows that were drawn."""
+    order, _, parted = lines_of(found)
     w, ones = weights[:, order], found.label[order] == 1
-    parted = np.append(np.append(True, np.diff(margins[order]) != 0), True)  # rows of one margin stay together
     right = np.zeros((len(w), len(order) + 1))
     np.cumsum(w * np.where(ones, -1, 1), axis=1, out=right[:, 1:])
     best: Floats = (right[:, parted].max(1) + (w * ones).sum(1)) / w.sum(1)
@@ -127,12 +114,8 @@ def best_line(found: Outcomes, weights: Floats) -> Floats:
 def threshold(found: Outcomes) -> float:
     """Where the line between two labels' scores is best on these rows: 1 where the margin is above it. The middle of the two margins it lies between,
     the lowest such line of several."""
-    assert found.scores is not None
-    margins = found.scores[:, 1] - found.scores[:, 0]
-    order = np.argsort(margins, kind="stable")
-    values = margins[order]
+    order, values, parted = lines_of(found)
     gains = np.append(0, np.cumsum(np.where(found.label[order] == 1, -1, 1)))
-    parted = np.append(np.append(True, np.diff(values) != 0), True)
     best = int(np.flatnonzero(parted)[np.argmax(gains[parted])])
     if best in (0, len(values)):
         return float(values[0] - 1) if best == 0 else float(values[-1])

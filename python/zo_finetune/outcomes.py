@@ -1,7 +1,7 @@
 """What an evaluation made of each row, as a file of a run's folder: what intervals are made of.
 
 Belongs here: from answers to a table of rows, its file, and back. Does not belong here: when a run writes one (run.py), what rows are worth together
-(metrics/, intervals.py).
+(metrics/, intervals.py, which a training need not load).
 
 A line for each row, in the order of the evaluation: the row's number in its file, what it counts in the task's metric, the right candidate, and the score of
 each candidate, in digits that give the fp32 numbers back. `nan` stands for what is no number.
@@ -12,15 +12,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from zo_finetune import files
 from zo_finetune.decoding import Answers
 from zo_finetune.errors import UserError, one_line
-from zo_finetune.intervals import Outcomes
 from zo_finetune.metrics import METRICS
 from zo_finetune.metrics.base import Mean
 from zo_finetune.tasks.base import Task
@@ -28,6 +29,28 @@ from zo_finetune.tasks.base import Task
 BEFORE, DEV, AFTER = NAMES = ("scores_before.csv", "scores_dev.csv", "scores_after.csv")  # the second: before, on the dev examples
 MOST_NUMBERS = 4_000_000  # in a file, which has less than `files.MOST_BYTES` then; of more none is written
 OWN = ("row", "value", "label")
+
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What an evaluation made of each of N rows.
+
+    rows: their numbers, by which runs are paired. value: [N], of the task's metric (1 for a right answer). label: [N], the right candidate.
+    scores: [N, C]; -inf where a row has fewer candidates; None where answers have none.
+    """
+
+    rows: Whole
+    value: Floats
+    label: Whole
+    scores: Floats | None = None
+
+    def ordered(self) -> Outcomes:
+        """In the order of the rows' numbers."""
+        at = np.argsort(self.rows, kind="stable")
+        return Outcomes(self.rows[at], self.value[at], self.label[at], None if self.scores is None else self.scores[at])
 
 
 def outcomes_of(task: Task, answers: Answers, rows: Sequence[int]) -> Outcomes:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from zo_finetune import figures
-from zo_finetune.intervals import RESAMPLES, Interval, Outcomes, Resampling, as_columns, measured, parted_at, threshold
+from zo_finetune.intervals import RESAMPLES, Interval, Resampling, as_columns, measured, parted_at, threshold
 from zo_finetune.metrics.best_threshold import KEY as LINE
-from zo_finetune.outcomes import value_name
+from zo_finetune.outcomes import Outcomes, value_name
 from zo_finetune.tasks.base import Task
 
 METHOD, REFERENCE = "method", "reference"

@@ -28,10 +28,10 @@ from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import answers_of, describe, measure
 from zo_finetune.files import JOURNAL, path_of
-from zo_finetune.intervals import Outcomes
 from zo_finetune.keep import Keeper, last
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
+from zo_finetune.outcomes import Outcomes
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train

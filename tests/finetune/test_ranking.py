@@ -17,9 +17,10 @@ from zo_finetune import outcomes, ranking
 from zo_finetune.cli import main
 from zo_finetune.decoding import Answers
 from zo_finetune.errors import UserError
-from zo_finetune.intervals import Outcomes, Resampling, measured, parted_at, threshold
+from zo_finetune.intervals import Resampling, measured, parted_at, threshold
 from zo_finetune.metrics.auc import auc
 from zo_finetune.metrics.best_threshold import best_accuracy
+from zo_finetune.outcomes import Outcomes
 from zo_finetune.tasks import get_task
 
 from tests.finetune.conftest import write_jsonl
