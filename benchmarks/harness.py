@@ -173,22 +173,6 @@ def calls_lasting(function: Callable[[], Any], seconds: float, device: torch.dev
     return max(1, min(most, round(seconds / max(1e-9, seconds_of(function, 1, device)))))
 
 
-def cuda_times(function: Callable[[], Any], *, rounds: int, warmup: int = 3, flush: Tensor | None = None) -> Timing:
-    """Time on the device by CUDA events: one call each, after `flush` (larger than the L2 cache) was overwritten, so that the
-    call finds a cold L2."""
-    for _ in range(warmup):
-        function()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-    for start, end in pairs:
-        if flush is not None:
-            flush.zero_()
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in pairs))
-
-
 def rewrite_(t: Tensor) -> None:
     """Read every byte of `t` and write it back: the plainest pass over memory that torch has. Integers, since half-precision
     arithmetic on a CPU is bound by its conversions, not by memory."""
