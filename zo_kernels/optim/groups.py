@@ -1,7 +1,7 @@
 """Parameter groups: their numbers, and whether a step can take them.
 
-Belongs here: checks of lr, eps, weight_decay and maximize. Does not belong here: which parameters a group has (parameters.py), what a step makes of the
-numbers (decide.py).
+Belongs here: checks of lr, eps, weight_decay and maximize, and of a group that joins a run. Does not belong here: how parameters are read (parameters.py),
+what a step makes of the numbers (decide.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zo_kernels import _backends as backends
+from zo_kernels import checks, parameters
 from zo_kernels.optim.decide import fp32
 from zo_kernels.optim.method import Method
+from zo_kernels.optim.refresh import Groups, active
+from zo_kernels.optim.run import Run
 
 
 def check_group(where: str, group: Mapping[str, Any]) -> None:
@@ -57,3 +61,29 @@ def check_signs(groups: Sequence[Mapping[str, Any]], method: Method, first_order
         raise ValueError(
             f"maximize={sorted(signs)} and a first_order optimizer that does the opposite: give both the same maximize"
         )
+
+
+def joining(
+    group: Any, there: Groups, defaults: Mapping[str, Any], model: nn.Module | None, run: Run, backend: str | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """A group that is to join those that are there, as torch takes it, and the run's streams with those of its parameters. Changes nothing.
+
+    Raises:
+        TypeError, ValueError: no step could take it; says why.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"param_group is a {type(group).__name__}: give a dict with the key 'params'")
+    (found,) = parameters.read_params([group], model, 0.0, positions=False).groups
+    check_group("param_group: ", {**defaults, **found})
+    ours = {n: p for g in there for n, p in zip(g["param_names"], g["params"], strict=False)}
+    names, tensors = [n for n, _ in found["params"]], [p for _, p in found["params"]]
+    if taken := [n for n in names if n in ours]:
+        raise ValueError(f"param_group: the name {taken[0]!r} is in use: names give parameters their noise and must be unique")
+    streams = parameters.streams_of(names, run.streams)
+    parameters.Weights.of_group({**found, "params": tensors, "param_names": names}, streams)
+    checks.check_overlap([(f"parameter {n}", p) for n, p in [*ours.items(), *found["params"]]], "a step updates each weight once")
+    for p in tensors:
+        backends.pick(p.device, backend)
+    if run.method.blocks is not None:
+        run.method.blocks.split([n for _, n, _ in active(there)] + names)
+    return found, streams

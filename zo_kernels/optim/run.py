@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels import interrupts
+from zo_kernels import interrupts, parameters
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.method import Method
 from zo_kernels.optim.projection import Projector
@@ -44,6 +44,26 @@ class Run:
     def steps(self) -> int:
         """That were done."""
         return (self.tag - self.first_tag) // self.method.terms
+
+    def tags_of(self, step: int) -> list[int]:
+        """The tags of the directions of the step of this number (0: the first)."""
+        return [int(t) for t in self.method.tags(self.first_tag + step * self.method.terms)]
+
+    def stream_of(self, name: str) -> int:
+        """The stream of a parameter, by its name with or without the prefixes of wrappers.
+
+        Raises:
+            ValueError: the model had no such parameter.
+        """
+        if name in self.streams:
+            return self.streams[name]
+        bare = parameters.canonical_name(name)
+        for known, stream in self.streams.items():
+            if parameters.canonical_name(known) == bare:
+                return stream
+        raise ValueError(
+            f"name={name!r}: this optimizer knows no such parameter; it knows {', '.join(sorted(self.streams)[:3])}, ..."
+        )
 
     def prepare(self, view: View) -> None:
         """Masks, scales and factors of the next step, from the clean weights."""

@@ -43,7 +43,7 @@ from zo_kernels.optim import (
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Loss
-from zo_kernels.optim.groups import check_group, check_signs
+from zo_kernels.optim.groups import check_group, check_signs, joining
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.schedule import Outcome, Paused, Schedule
 
@@ -358,8 +358,7 @@ class ZOStep(torch.optim.Optimizer):
     def tags_of(self, step: int) -> list[int]:
         """The tags of the directions of the run's step number `step` (0: the first): z_i of a parameter is
         ``zk.normal(shape, seed=seed, stream=optimizer.stream_of(name), tag=tags[i])``."""
-        run = self._run
-        return [int(t) for t in run.method.tags(run.first_tag + step * run.method.terms)]
+        return self._run.tags_of(step)
 
     def stream_of(self, name: str) -> int:
         """The stream of a parameter's noise in this run, by its name with or without the prefixes of wrappers: `zk.stream_of(name)`, but where
@@ -368,15 +367,7 @@ class ZOStep(torch.optim.Optimizer):
         Raises:
             ValueError: the model had no such parameter.
         """
-        if name in self._run.streams:
-            return self._run.streams[name]
-        bare = parameters.canonical_name(name)
-        for known, stream in self._run.streams.items():
-            if parameters.canonical_name(known) == bare:
-                return stream
-        raise ValueError(
-            f"name={name!r}: this optimizer knows no such parameter; it knows {', '.join(sorted(self._run.streams)[:3])}, ..."
-        )
+        return self._run.stream_of(name)
 
     def forwards(self, step: int | None = None) -> int:
         """What a step costs in forwards for each micro-batch, candidates and projections included. One that carries tangents counts as two, a backward
@@ -531,26 +522,9 @@ class ZOStep(torch.optim.Optimizer):
             super().add_param_group(param_group if param_group["params"] else {**param_group, "param_names": []})
             return
         self._refuse_inside("add_param_group()")
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group is a {type(param_group).__name__}: give a dict with the key 'params'")
-        (group,) = parameters.read_params([param_group], self._model, 0.0, positions=False).groups
-        check_group("param_group: ", {**self.defaults, **group})
-        there = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
-        names = [n for n, _ in group["params"]]
-        if taken := [n for n in names if n in there]:
-            raise ValueError(f"param_group: the name {taken[0]!r} is in use: names give parameters their noise and must be unique")
-        streams = parameters.streams_of(names, self._run.streams)
-        tensors = [p for _, p in group["params"]]
-        parameters.Weights.of_group({**group, "params": tensors, "param_names": names}, streams)
-        checks.check_overlap(
-            [(f"parameter {n}", p) for n, p in [*there.items(), *group["params"]]], "a step updates each weight once"
-        )
-        for p in tensors:
-            backends.pick(p.device, self._backend)
-        if (blocks := self._run.method.blocks) is not None:
-            blocks.split([n for _, n, _ in refresh.active(self.param_groups)] + names)
+        group, streams = joining(param_group, self.param_groups, self.defaults, self._model, self._run, self._backend)
         self.flush()
-        super().add_param_group(group if names else {**group, "param_names": []})
+        super().add_param_group(group if group["params"] else {**group, "param_names": []})
         self._run.streams = streams
 
     # -- copies --
