@@ -9,6 +9,7 @@ Gradients have the dtype of the weights and live within a step.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -102,6 +103,10 @@ class FirstOrder(torch.optim.Optimizer):
     def forwards(self, step: int) -> int:
         """What a step costs in forward passes: its own, and a backward pass that counts as two."""
         return 3
+
+    def movement(self) -> float:
+        """What a step moves a weight by is no number of the step's here, and nobody reads the weights for it."""
+        return math.nan
 
     def state_bytes(self) -> int:
         """What torch's optimizer keeps between steps. Gradients are no part of it."""

@@ -5,6 +5,7 @@ Belongs here: from what a run came to, to its words. Does not belong here: the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Outcome:
     interrupted: bool = False
     skipped: int = 0
     state_bytes: int = 0
+    movement: float = math.nan  # of the last step: how far it moved a weight, root mean square
     kept: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None  # what is said of hidden states that were kept
 
@@ -73,6 +75,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
         "loading_seconds": loaded.seconds,
         "peak_memory_bytes": machine.peak_memory_bytes(lm.device),
         "state_bytes": outcome.state_bytes,
+        "last_movement": outcome.movement if math.isfinite(outcome.movement) else None,
         "gradient_bytes": lm.trained_bytes() if recipe.method.first_order else 0,
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
         "hyperparameters": {**asdict(config), **effective},

@@ -34,7 +34,7 @@ from zo_finetune.options import difference
 from zo_finetune.outcomes import Outcomes
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Scorer
-from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, rate, train
+from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, pace_of, rate, train
 from zo_kernels import journal
 
 
@@ -230,6 +230,7 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
         console.say(f"before: {describe(task, measured)}")
         beside.say("before:", measured)
         cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
+        pace = pace_of(loaded)
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
             past = open_journal(loaded, optimizer, resumed)
         outcome, rows = Outcome(before=measured, cache=cache), []
@@ -254,7 +255,7 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
             outcomes.write(output / outcomes.BEFORE, found)
             evaluations.add("before", measured)
         log = run_folder.Log(output / "log.csv", rows)
-        progress = Progress(log, config.steps, optimizer, loaded.language_model.device)
+        progress = Progress(log, config.steps, optimizer, loaded.language_model.device, pace=pace)
         try:
             train(loaded, optimizer, scorer, progress, training, watch)
         except KeyboardInterrupt:
@@ -267,7 +268,7 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
         outcome.steps = optimizer.steps
         outcome.losses, outcome.still = log.losses, log.still
         outcome.training_seconds = training.seconds
-        outcome.skipped, outcome.state_bytes = optimizer.skipped, optimizer.state_bytes()
+        outcome.skipped, outcome.state_bytes, outcome.movement = optimizer.skipped, optimizer.state_bytes(), optimizer.movement()
     return outcome
 
 

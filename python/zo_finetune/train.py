@@ -9,6 +9,7 @@ see the same loss.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from zo_finetune.data import Batches
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.load import Loaded
 from zo_finetune.model import LanguageModel
+from zo_finetune.pace import Pace
 from zo_finetune.scoring import Scorer
 from zo_kernels import InputFactors
 
@@ -46,6 +48,10 @@ class Optimizer(Protocol):
         ...
 
     def step(self, closure: Callable[..., Any], batches: Sequence[Any]) -> Tensor: ...
+
+    def movement(self) -> float:
+        """How far the last step moved a weight, root mean square; NaN where nobody knows."""
+        ...
 
     def state_bytes(self) -> int:
         """What it keeps between steps besides the weights."""
@@ -88,8 +94,10 @@ class Progress:
     """How far the training is, and the log behind it. Numbers stay on the device until `every` steps are due, so that a step waits for no
     transfer."""
 
-    def __init__(self, log: Rows, total: int, optimizer: Optimizer, device: torch.device, every: int = 10) -> None:
-        self.log, self.optimizer, self.device = log, optimizer, device
+    def __init__(
+        self, log: Rows, total: int, optimizer: Optimizer, device: torch.device, every: int = 10, pace: Pace | None = None
+    ) -> None:
+        self.log, self.optimizer, self.device, self.pace = log, optimizer, device, pace
         self.every = every if device.type == "cuda" else 1
         self.counter = console.Counter("training", total, "step", done=len(log.losses), every=max(1, total // 20))
         self.pending: list[tuple[int, Tensor, Tensor, float, float]] = []
@@ -115,11 +123,15 @@ class Progress:
             )
         self.skipped = self.optimizer.skipped
         loss, g = numbers[-1]
+        moved = self.optimizer.movement()
+        if self.pace is not None and (words := self.pace.saw(moved, self.pending[-1][3])):
+            console.say(words)
         memory = machine.peak_memory_bytes(self.device) / 2**30
         skipped = f"{self.skipped} skipped, " if self.skipped else ""
+        way = "" if math.isnan(moved) else f"a weight moved by {moved:.2g}, "
         steps = len(self.pending)
         self.pending.clear()
-        self.counter.advance(steps, f"{skipped}loss {loss:.3f}, gradient {abs(g):.3g}, peak memory {memory:.2f} GiB")
+        self.counter.advance(steps, f"{skipped}loss {loss:.3f}, gradient {abs(g):.3g}, {way}peak memory {memory:.2f} GiB")
 
     def close(self) -> None:
         try:
@@ -179,6 +191,15 @@ def scheduled(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRSche
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             scheduler.step()
     return scheduler
+
+
+def pace_of(loaded: Loaded) -> Pace:
+    """Of this run, at the weights that it begins with."""
+    config, model = loaded.config, loaded.language_model.model
+    own = config.peft in ("none", "ln")  # those of an adapter are not the model's, and some begin at 0
+    weights = [p for p in model.parameters() if p.requires_grad] if own else []
+    lr = config.recipe().lr
+    return Pace(weights, (lr * rate(config, step) for step in range(config.steps)))
 
 
 def eval_every(loaded: Loaded) -> int:

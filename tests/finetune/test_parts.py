@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,9 @@ class Backpropagation(torch.optim.SGD):
         super().step()
         self.steps += 1
         return loss.detach()
+
+    def movement(self) -> float:
+        return math.nan
 
     def state_bytes(self) -> int:
         return 0

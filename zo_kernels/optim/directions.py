@@ -19,9 +19,9 @@ from torch import Tensor
 
 from zo_kernels import checks, ops
 from zo_kernels.optim.factored import InputSubspace, LowRank
-from zo_kernels.optim.limits import Direction, DirectionState, Limits, check_every
+from zo_kernels.optim.limits import Direction, DirectionState, Limits, check_every, mean_square
 from zo_kernels.optim.points import Losses, Point
-from zo_kernels.parameters import canonical_name
+from zo_kernels.parameters import Member, canonical_name
 from zo_kernels.plan import Mask, RandomMask, pack_mask
 
 CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
@@ -290,6 +290,9 @@ class _InverseRoot(DirectionState):
 
     def fits(self, limits: Limits, p: Tensor) -> bool:
         return super().fits(limits, p) and limits.scale[0].numel() == p.numel()
+
+    def square(self, member: Member) -> float:
+        return mean_square(member.scale)  # the update takes it too, by the rule
 
     def diagonal(self, name: str) -> Tensor:
         found: Tensor = self.made[name].scale[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from zo_kernels import checks, lowrank
 from zo_kernels.journal import InputFactors, check_sha256
 from zo_kernels.optim.limits import Direction, DirectionState, Limits, check_every
-from zo_kernels.parameters import Weights, canonical_name
+from zo_kernels.parameters import Member, Weights, canonical_name
 from zo_kernels.views import Shift, Terms, Work
 
 
@@ -152,6 +152,9 @@ class _LowRank(Factored):
             self.v_of.update(dict.fromkeys(table.names, v))
         table.v = v
 
+    def square(self, member: Member) -> float:
+        return super().square(member) * (self.config.rank if self.factored(member.name) else 1)
+
     def v_tag(self, name: str) -> int:
         return self.v_of[name]
 
@@ -234,6 +237,12 @@ class _InputSubspace(Factored):
 
     def takes(self, name: str, p: Tensor) -> bool:
         return canonical_name(name) in self.matrices
+
+    def square(self, member: Member) -> float:
+        if not self.factored(member.name):
+            return super().square(member)
+        values = self.matrices[canonical_name(member.name)][1]
+        return float(values.double().square().sum()) / max(1, values.shape[0])
 
     def table(self, members: Sequence[tuple[str, Tensor, int]], shapes: Sequence[tuple[int, int]], **of: Any) -> lowrank.Factors:
         given = [self.matrices[canonical_name(name)] for name, _, _ in members]

@@ -15,7 +15,7 @@ from torch import Tensor
 from zo_kernels import checks
 from zo_kernels.journal import InputFactors
 from zo_kernels.optim.points import Losses
-from zo_kernels.parameters import Weights
+from zo_kernels.parameters import Member, Weights
 from zo_kernels.plan import Mask
 from zo_kernels.views import Shift, Work
 
@@ -119,6 +119,10 @@ class DirectionState:
         """Every tensor that is held now."""
         return [t for limits in self.made.values() for t in tensors_of(limits)]
 
+    def square(self, member: Member) -> float:
+        """The mean of E z^2 in the update of a parameter, over its weights that take part. What lies on a device is waited for."""
+        return mean_square(member.update_scale if self.config.update_differs else member.scale)
+
     def factored(self, name: str) -> bool:
         """Whether the parameter's z is a product of factors."""
         return name in self.made and self.made[name].factors is not None
@@ -158,3 +162,15 @@ def tensors_of(limits: Limits) -> list[Tensor]:
 def check_every(every: Any) -> None:
     if checks.check_word("every", every) < 1:
         raise ValueError("every=0: give a number of steps, at least 1")
+
+
+def mean_square(scale: Any) -> float:
+    """Of a scale as `perturb_` takes it, over its values."""
+    if scale is None:
+        return 1.0
+    inverse = isinstance(scale, tuple) and len(scale) == 3
+    values = scale[0] if isinstance(scale, tuple) else scale
+    if not isinstance(values, Tensor):
+        return float(values) ** 2
+    wide = values.double()
+    return float((1 / wide if inverse else wide.square()).mean()) if wide.numel() else 1.0

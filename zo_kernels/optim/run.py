@@ -34,6 +34,7 @@ class Run:
         self.method, self.seed, self.streams, self.backend = method, seed, dict(streams), backend
         self.tag = self.first_tag = 0
         self.skipped: Tensor | int = 0
+        self.last: Decision | None = None
         self.rule = method.rule.of()
         self.direction = method.direction.of(seed, method.kind, backend)
         self.projector = Projector(method.projection, seed, method.layers, backend) if method.projection is not None else None
@@ -113,6 +114,7 @@ class Run:
             g = g if isinstance(g, Tensor) else torch.tensor(g, dtype=torch.float64, device="cpu")
             self.past.append(g.abs().float().double())
         self.count(decision)
+        self.last = decision
         self.tag += method.terms
 
     def count(self, decision: Decision) -> None:

@@ -286,7 +286,9 @@ class Schedule:
             loss, gradient, summary = graphs.replay(key, batches)
             self.warner.note([loss], gradient, None)
             written([plan for w in view.groups for plan in w.plans])
-            self.recording.queue(self.recording.planned(run.tag, numbers, self.rounding), summary)
+            planned = self.recording.planned(run.tag, numbers, self.rounding)
+            self.recording.queue(planned, summary)
+            run.last = planned.unread(summary, planned.decay)  # the graph's own memory, which is the last launch's
             run.tag += run.method.terms
             return Outcome(loss, gradient)
         except graph.Refused as refused:

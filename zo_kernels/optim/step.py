@@ -32,6 +32,7 @@ from zo_kernels.optim import (
     findings,
     lazy,
     method,
+    movement,
     projection,
     record,
     refresh,
@@ -354,6 +355,17 @@ class ZOStep(torch.optim.Optimizer):
     @property
     def steps(self) -> int:
         return self._run.steps
+
+    def movement(self) -> float:
+        """How far the last step moved a weight: the root mean square, over the weights that took part, of their way along the step's directions, without
+        decay and projection. It is what a learning rate is best chosen by (docs/learning.md).
+
+        From the step's numbers, sqrt(sum c_i^2) of their coefficients times what z measures, exact in expectation over z, and no weight is read. `Momentum`
+        and LOZO-M read their state; of `Adam` it is about the rate that its averages leave: what |g| of one size would come to. 0.0 of a step that was
+        skipped, NaN before the first step and after `load_state_dict`. On a GPU the host waits for the step's numbers here.
+        """
+        groups = self._views.now.groups if self._views.now is not None else []
+        return movement.movement(self._run, groups)
 
     def tags_of(self, step: int) -> list[int]:
         """The tags of the directions of the run's step number `step` (0: the first): z_i of a parameter is
