@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from zo_finetune import adapters, blocks, cached, measure, methods, shapes
 from zo_finetune import model as models
-from zo_finetune.frozen import Lower, cut_of
+from zo_finetune.frozen import Lower, States, cut_of
 from zo_finetune.objectives.language_model import LanguageModelling
 from zo_finetune.scoring import Encoded, Scorer, Span
 
@@ -78,7 +78,8 @@ def measured(request: dict[str, Any], name: str, trained: str, rounds: int) -> I
         with lower.recording(stop=False):
             log_probs = scorer.token_log_probs(plain)
         start = time.process_time()
-        scorer.states = cached.states_of(scorer, lower, examples, rows)
+        scorer.states = States(lower)
+        cached.fill(scorer, scorer.states, examples, rows)
         fill = time.process_time() - start
         kept = scorer.collate(examples)
         without, with_ = (objective.loss(scorer, batch).item() for batch in (replace(kept, states=None), kept))
@@ -103,7 +104,7 @@ def measured(request: dict[str, Any], name: str, trained: str, rounds: int) -> I
                 **{"threads": torch.get_num_threads(), "cache": cache, **timing.columns()},
                 "ratio": harness.significant(timings["off"].median / timing.median, 3),
                 "fill_s": harness.significant(fill, 3) if is_kept else "",
-                "state_bytes": scorer.states.store.nbytes if is_kept else "",
+                "state_bytes": scorer.states.bytes if is_kept else "",
                 "loss_difference": harness.significant(abs(with_ - without), 3) if is_kept else "",
                 "bound": harness.significant(cached.bound(lm.model, log_probs), 3) if is_kept else "",
             }

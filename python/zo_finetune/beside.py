@@ -58,7 +58,7 @@ class Beside:
             raise UserError(f"{option}: a masked language model predicts no next token: leave it out")
         self.prompts = list(continued)
         self._prompts = [self._encoded(encoder, text, "--continue") for text in self.prompts]
-        self._texts = [self._encoded(encoder, text, "--language-texts") for text in ([] if texts is None else read_texts(texts))]
+        self.texts = [self._encoded(encoder, text, "--language-texts") for text in ([] if texts is None else read_texts(texts))]
 
     @staticmethod
     def _encoded(encoder: Encoder, text: str, option: str) -> Encoded:
@@ -73,10 +73,10 @@ class Beside:
     def measure(self, scorer: Scorer) -> dict[str, Any]:
         """Its keys of an evaluation: the mean loss of a token over all texts, in nats; each text to go on with, and what the model writes."""
         found: dict[str, Any] = {}
-        if self._texts:
+        if self.texts:
             total = count = 0.0
             with console.Phase("plain language modelling"):
-                for part in in_batches(self._texts, ROWS):
+                for part in in_batches(self.texts, ROWS):
                     batch = scorer.collate(part)
                     total -= scorer.token_log_probs(batch).double().sum().item()
                     count += batch.present.sum().item()

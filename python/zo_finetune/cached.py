@@ -36,25 +36,30 @@ MOST_IN_MEMORY = 2 << 30  # bytes; more goes to the disk by itself
 
 @dataclass(frozen=True)
 class Cache:
-    """What result.json says of the states that were kept. `blocks`: how many need not run; `examples`: forwards of these that filled it."""
+    """What result.json says of the states that were kept. `blocks`: how many need not run; `examples`: forwards of these filled it for the training; the
+    `evaluation_` ones are those of what is evaluated before and after it, and `bytes` are of both."""
 
     blocks: int
     of_blocks: int
     examples: int
+    seconds: float
+    evaluation_examples: int
+    evaluation_seconds: float
     bytes: int
     where: str
-    seconds: float
 
     def __str__(self) -> str:
         where, rest = "in memory" if self.where == "memory" else "on disk", self.of_blocks - self.blocks
+        more = f" and {self.evaluation_examples:,} for the evaluations" if self.evaluation_examples else ""
         return (
-            f"hidden states of {self.examples:,} inputs behind {self.blocks} of {self.of_blocks} blocks: {self.bytes:,} bytes {where}, "
-            f"in {self.seconds:.1f} s; a forward runs the other {rest} alone"
+            f"hidden states of {self.examples:,} inputs{more} behind {self.blocks} of {self.of_blocks} blocks: {self.bytes:,} bytes {where}, "
+            f"in {self.seconds + self.evaluation_seconds:.1f} s; a forward runs the other {rest} alone"
         )
 
 
 def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | None:
-    """Give `scorer` the states of the training examples, and of the dev examples if they are evaluated more than once, where --cache says so.
+    """Give `scorer`, and those that `loaded` makes from now on, the states of what is run more than once, where --cache says so: the training examples, the
+    dev examples if they are evaluated more than once, and what is evaluated before and after the training.
 
     Args:
         evaluations: on the dev examples in the whole run.
@@ -78,6 +83,7 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
         scorer.states, cache = filled(loaded, scorer, lower, examples)
         if reason := wrong(loaded, scorer, examples):
             raise CannotKeep(reason)
+        loaded.states = scorer.states
     except CannotKeep as reason:
         scorer.states = None
         if config.cache != "auto":
@@ -112,7 +118,8 @@ def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
         (states,) = found
         if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
             raise CannotKeep(f"the states of {name} have the shape {tuple(states.shape)}, and not rows, tokens, width")
-        scorer.states = states_of(scorer, lower, first, config.eval_batch_size)
+        scorer.states = States(lower)
+        fill(scorer, scorer.states, first, config.eval_batch_size)
         again = scorer.token_log_probs(replace(batch, states=states))
         if not torch.equal(plain, again) and torch.equal(plain, scorer.token_log_probs(batch)):
             raise CannotKeep(f"later blocks of {type(lm.model).__name__} read more of the earlier ones than their hidden states")
@@ -142,13 +149,17 @@ def weights(module: nn.Module) -> int:
 
 
 def filled(loaded: Loaded, scorer: Scorer, lower: Lower, examples: Sequence[Encoded]) -> tuple[States, Cache]:
-    """The states of these examples."""
-    config, started = loaded.config, time.perf_counter()
-    size = sum(map(len, inputs_of(examples))) * lower.width * lower.dtype.itemsize
+    """The states of these examples, and of what is evaluated before and after: by itself in memory alone, since a forward of it is all that this saves."""
+    config, states = loaded.config, States(lower)
+    size = states.bytes_of(inputs_of(examples))
     disk = config.cache == "disk" or (config.cache == "auto" and size > MOST_IN_MEMORY)
-    states = states_of(scorer, lower, examples, config.eval_batch_size, Path(config.output) if disk else None)
-    seconds = time.perf_counter() - started
-    return states, Cache(lower.cut, lower.total, len(states.places), size, "disk" if disk else "memory", seconds)
+    folder = Path(config.output) if disk else None
+    seconds = fill(scorer, states, examples, config.eval_batch_size, folder)
+    trained, evaluated, more = len(states.places), [*loaded.eval_set, *loaded.beside.texts], 0.0
+    if config.cache != "auto" or size + states.bytes_of(inputs_of(evaluated)) <= MOST_IN_MEMORY:
+        more = fill(scorer, states, evaluated, config.eval_batch_size, folder)
+    evaluated_too = len(states.places) - trained
+    return states, Cache(lower.cut, lower.total, trained, seconds, evaluated_too, more, states.bytes, "disk" if disk else "memory")
 
 
 def inputs_of(examples: Sequence[Encoded]) -> list[Tokens]:
@@ -157,20 +168,24 @@ def inputs_of(examples: Sequence[Encoded]) -> list[Tokens]:
 
 
 @torch.no_grad()
-def states_of(scorer: Scorer, lower: Lower, examples: Sequence[Encoded], rows: int, folder: Path | None = None) -> States:
-    """The states of the inputs of some examples, `rows` of them computed at once. Raises OSError: no space in `folder`."""
-    inputs = inputs_of(examples)
-    store, places, end = room(sum(map(len, inputs)), lower, folder), dict[Tokens, int](), 0
+def fill(scorer: Scorer, states: States, examples: Sequence[Encoded], rows: int, folder: Path | None = None) -> float:
+    """Keep the states of the inputs of some examples too, `rows` of them computed at once; returns the seconds. Raises OSError: no space in `folder`."""
+    started = time.perf_counter()
+    inputs = [tokens for tokens in inputs_of(examples) if tokens not in states.places]
+    if not inputs:
+        return 0.0
+    store, end = room(sum(map(len, inputs)), states.lower, folder), 0
+    states.stores.append(store)
     with console.Counter("computing hidden states", len(inputs), "input") as counter:
         for part in in_batches(inputs, rows):
-            with lower.recording() as found:
+            with states.lower.recording() as found:
                 input_ids, mask = padded(part, scorer.form, scorer.pad_id)
                 scorer.outputs(input_ids.to(scorer.device), None if mask is None else mask.to(scorer.device))
-            for tokens, states in zip(part, found[0].cpu(), strict=True):
-                places[tokens], end = end, end + len(tokens)
-                store[places[tokens] : end] = states[: len(tokens)]
+            for tokens, rows_of in zip(part, found[0].cpu(), strict=True):
+                states.places[tokens], start, end = (store, end), end, end + len(tokens)
+                store[start:end] = rows_of[: len(tokens)]
             counter.advance(len(part))
-    return States(lower, store, places)
+    return time.perf_counter() - started
 
 
 @torch.no_grad()

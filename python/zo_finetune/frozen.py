@@ -14,7 +14,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,24 +141,29 @@ def room(tokens: int, lower: Lower, folder: Path | None) -> Tensor:
 
 
 class States:
-    """The states of some inputs, unpadded, in host memory or on disk.
+    """The states of some inputs, unpadded, in host memory or on disk."""
 
-    Args:
-        store: [T, H], those of all inputs one after another.
-        places: where each input's first row is.
-    """
-
-    def __init__(self, lower: Lower, store: Tensor, places: Mapping[Tokens, int]) -> None:
-        self.lower, self.store, self.places = lower, store, places
+    def __init__(self, lower: Lower) -> None:
+        self.lower = lower
+        self.stores: list[Tensor] = []  # [T, H] each, those of many inputs one after another
+        self.places: dict[Tokens, tuple[Tensor, int]] = {}  # of each input, the store and its first row there
         self.served = 0  # batches
+
+    @property
+    def bytes(self) -> int:
+        return sum(store.nbytes for store in self.stores)
+
+    def bytes_of(self, inputs: Iterable[Tokens]) -> int:
+        """What the states of more inputs take."""
+        return sum(map(len, inputs)) * self.lower.width * self.lower.dtype.itemsize
 
     def of(self, inputs: Sequence[Tokens], width: int, device: torch.device) -> Tensor | None:
         """[R, width, H], 0 behind each input's end; None where one of them is not kept."""
         if not all(tokens in self.places for tokens in inputs):
             return None
         self.served += 1
-        padded = self.store.new_zeros(len(inputs), width, self.store.shape[1])
+        padded = torch.zeros(len(inputs), width, self.lower.width, dtype=self.lower.dtype)
         for row, tokens in zip(padded, inputs, strict=True):
-            start = self.places[tokens]
-            row[: len(tokens)] = self.store[start : start + len(tokens)]
+            store, start = self.places[tokens]
+            row[: len(tokens)] = store[start : start + len(tokens)]
         return padded.to(device)

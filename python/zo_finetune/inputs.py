@@ -10,23 +10,26 @@ counts no padding.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zo_kernels
 from zo_finetune import adapters, console
 from zo_finetune.config import INPUT_INITS, Config
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError, one_line
+from zo_finetune.frozen import States
 from zo_finetune.model import LanguageModel
 from zo_finetune.scoring import Encoded
 from zo_kernels import InputFactors, journal
 from zo_kernels.parameters import canonical_name
+from zo_kernels.patterns import Patterns
 
 MOST_INPUTS = 1024  # of the training rows, the first ones of the run's sample: some 20,000 tokens of short texts
 RIDGE = 0.1  # of the mean eigenvalue, where inputs are whitened
@@ -39,7 +42,19 @@ class Wanted:
     rank: int
     power: float
     ridge: float
-    only: Any = None
+    only: Sequence[str] | Callable[[str], bool] | None = None
+
+    def chooser(self, model: nn.Module) -> Callable[[nn.Module], bool]:
+        """Whether a part of the model may hold a matrix that is looked at. Raises ValueError: an expression is none."""
+        if self.only is None:
+            return lambda part: any(p.requires_grad for p in part.parameters())
+        names = {p: canonical_name(name) for name, p in model.named_parameters()}
+        if callable(self.only):
+            chosen = {name for name in names.values() if self.only(name)}
+        else:
+            patterns = Patterns("only", self.only)
+            chosen = {name for name in names.values() if patterns.first(name) is not None}
+        return lambda part: any(names[p] in chosen for p in part.parameters())
 
 
 def wanted(config: Config, model: Any) -> Wanted | None:
@@ -64,33 +79,44 @@ def token_batches(examples: Sequence[Encoded], device: torch.device, size: int) 
             yield torch.tensor(part, device=device)
 
 
-def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int) -> InputFactors:
-    """The factors, by forwards over the first training rows, `size` at a time.
+def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int, states: States | None = None) -> InputFactors:
+    """The factors, by forwards over the first training rows, `size` at a time. Where none of the matrices lies in them, the blocks below `states` do not run,
+    and the vocabulary head runs for one token of a row.
 
     Raises:
         UserError: what is wanted does not fit the model.
     """
     more = {"use_cache": False} if lm.form == "causal" else {}
     batches = token_batches(examples, lm.device, size)
-    try:
-        with console.Phase("looking at the inputs of the matrices"):
-            return zo_kernels.input_factors(
-                lm.model,
-                lambda ids: lm.model(input_ids=ids, **more),
-                batches,
-                rank=what.rank,
-                only=what.only,
-                power=what.power,
-                ridge=what.ridge,
-            )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the space of the inputs: {one_line(error)}") from error
+    head: Any = lm.model.get_output_embeddings()
+
+    def forward(ids: Tensor) -> None:
+        kept = None if states is None else states.of([tuple(row) for row in ids.tolist()], ids.shape[1], ids.device)
+        with contextlib.nullcontext() if states is None or kept is None else states.lower.instead(kept):
+            lm.model(input_ids=ids, **more)
+
+    with contextlib.ExitStack() as hooks:
+        try:
+            looked_at = what.chooser(lm.model)
+            if states is not None and any(map(looked_at, states.lower.blocks)):
+                states = None
+            if not looked_at(head):
+                hooks.callback(head.register_forward_pre_hook(lambda m, args: (args[0][:, :1], *args[1:])).remove)
+            with console.Phase("looking at the inputs of the matrices"):
+                return zo_kernels.input_factors(
+                    lm.model, forward, batches, rank=what.rank, only=what.only, power=what.power, ridge=what.ridge
+                )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the space of the inputs: {one_line(error)}") from error
 
 
-def of_run(config: Config, lm: LanguageModel, examples: Sequence[Encoded], beside: Path | None) -> InputFactors | None:
+def of_run(
+    config: Config, lm: LanguageModel, examples: Sequence[Encoded], states: States | None = None, beside: Path | None = None
+) -> InputFactors | None:
     """The factors that the run needs, and the adapter set to begin with them, if that is what they are for.
 
     Args:
+        states: of the examples' inputs behind the lower blocks.
         beside: the journal of a run that goes on, beside which they lie.
     """
     what = wanted(config, lm.model)
@@ -99,7 +125,7 @@ def of_run(config: Config, lm: LanguageModel, examples: Sequence[Encoded], besid
     if beside is not None and journal.factors_path(beside).exists():
         found = read(beside)
     else:
-        found = look(lm, examples, what, config.eval_batch_size)
+        found = look(lm, examples, what, config.eval_batch_size, states)
     begin(config, lm, found)
     return found
 

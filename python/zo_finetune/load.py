@@ -9,21 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from zo_finetune import console, inputs
+from zo_finetune import console
 from zo_finetune import model as models
 from zo_finetune.beside import Beside
 from zo_finetune.config import Config
 from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError, shortened
+from zo_finetune.frozen import States
 from zo_finetune.objectives import Objective, get_objective
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.tasks.base import Example, Form, Task
-from zo_kernels import InputFactors
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Materials:
 class Loaded:
     """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from; `rows`:
     split -> the number of each example's row there; `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally
-    often."""
+    often; `states`: of inputs whose forwards need not run the lower blocks (cached.py)."""
 
     config: Config
     task: Task
@@ -72,12 +71,12 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     labels: list[int] | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
-    factors: InputFactors | None = None
+    states: States | None = None
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
         lm = self.language_model
-        return Scorer(lm.model, lm.form, lm.pad_id, lm.tokenizer, self.max_length)
+        return Scorer(lm.model, lm.form, lm.pad_id, lm.tokenizer, self.max_length, self.states)
 
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
@@ -219,8 +218,8 @@ def prepare(
     return Materials(config, task, language_model, splits, time.perf_counter() - started)
 
 
-def load(config: Config, language_model: models.LanguageModel | None = None, journal: Path | None = None) -> Loaded:
-    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s. `journal`: of a run that goes on."""
+def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
+    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
     started = time.perf_counter()
     objective = objective_of(config, config.the_task())
     found = prepare(config, language_model)
@@ -237,7 +236,6 @@ def load(config: Config, language_model: models.LanguageModel | None = None, jou
             f"--objective {config.objective}: each batch holds {', '.join(task.class_names or ())} equally often, as by --balanced"
         )
     notes += notes_on_texts(encoder, len(train_set) + len(dev_set) + len(eval_set), found.max_length)
-    factors = inputs.of_run(config, found.language_model, train_set, journal)
     return Loaded(
         config=config,
         task=task,
@@ -253,7 +251,6 @@ def load(config: Config, language_model: models.LanguageModel | None = None, jou
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,
         labels=labels,
-        factors=factors,
     )
 
 

@@ -303,7 +303,7 @@ def load(
         cut_anew = same_every_time(tokenizer)
         check_tokenizer(spec, tokenizer)
         loaded: Any = auto_class.from_pretrained(
-            **found.where, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **found.where, config=config, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, report = loaded
     notes = [*check_loaded(spec, model, report), *cut_anew]

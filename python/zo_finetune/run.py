@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zo_finetune import beside, console, files, methods, outcomes, report, run_folder, sources
+from zo_finetune import beside, console, files, inputs, methods, outcomes, report, run_folder, sources
 from zo_finetune.cached import keep
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
@@ -35,7 +35,7 @@ from zo_finetune.outcomes import Outcomes
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, pace_of, rate, train
-from zo_kernels import journal
+from zo_kernels import InputFactors, journal
 
 
 def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )
     with explained(functools.partial(way_on, config)):
-        loaded = load(config, journal=output / JOURNAL)
+        loaded = load(config)
     return complete(loaded, command, resumed=True)
 
 
@@ -133,7 +133,20 @@ def one_number(values: Any) -> float | None:
 # ---- the run itself -----------------------------------------------------------------------------------------------------------
 
 
-def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
+def prepared(loaded: Loaded, scorer: Scorer, resumed: bool) -> tuple[Optimizer, dict[str, Any] | None, InputFactors | None]:
+    """The optimizer, what result.json says of hidden states that are kept, and the factors of the inputs, looked at from these. A method that
+    needs no factors says what it refuses before anything is computed."""
+    config, lm = loaded.config, loaded.language_model
+    every, looks = eval_every(loaded), config.recipe().method.looks
+    optimizer = None if looks else make_optimizer(lm, config)
+    for line in (*loaded.notes, loaded.describe()):
+        console.say(line)
+    cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
+    factors = inputs.of_run(config, lm, loaded.train_set, scorer.states, Path(config.output) / JOURNAL if resumed else None)
+    return make_optimizer(lm, config, factors) if optimizer is None else optimizer, cache, factors
+
+
+def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | None, resumed: bool) -> Any:
     """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
     neither; one of an earlier run goes."""
     config, output = loaded.config, Path(loaded.config.output)
@@ -162,8 +175,8 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, resumed: bool) -> Any:
         raise UserError(f"{output} has a run in it: resume it, or give another folder") from error
     except (OSError, ValueError, RuntimeError) as error:  # locked, damaged, another base model
         raise UserError(f"{output}: {one_line(error)}") from error
-    if loaded.factors is not None:  # those of directions lie there already, an adapter's do not
-        journal.write_factors(output / JOURNAL, loaded.factors)
+    if factors is not None:  # those of directions lie there already, an adapter's do not
+        journal.write_factors(output / JOURNAL, factors)
     if past is not None and past.header.hyperparameters.get("data") != about["data"]:
         optimizer.close_journal()
         raise UserError(f"--data {config.data} gives other examples than when the run began: restore it, or begin a new run")
@@ -206,15 +219,13 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
 def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -> Outcome:
     """Evaluate and train. The optimizer is this function's alone: when it is over, nothing but `loaded` holds the model."""
     config, task, output = loaded.config, loaded.task, Path(loaded.config.output)
-    optimizer = make_optimizer(loaded.language_model, config, loaded.factors)
-    for line in (*loaded.notes, loaded.describe()):
-        console.say(line)
     every = eval_every(loaded)
     seconds = run_folder.Log.seconds(output / "log.csv") if resumed else {}
     training = Stopwatch()
     evaluations = run_folder.Evaluations(output / "evaluations.jsonl", task)
 
     with loaded.scorer() as scorer:
+        optimizer, cache, factors = prepared(loaded, scorer, resumed)
 
         def watch(step: int) -> None:
             measured, found = evaluated(scorer, f"step {step}, dev", "dev")
@@ -229,10 +240,9 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
         measured, found = evaluated(scorer, "before", "eval") if before is None else (before, None)
         console.say(f"before: {describe(task, measured)}")
         beside.say("before:", measured)
-        cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
         pace = pace_of(loaded)
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
-            past = open_journal(loaded, optimizer, resumed)
+            past = open_journal(loaded, optimizer, factors, resumed)
         outcome, rows = Outcome(before=measured, cache=cache), []
         if past is None:
             run_folder.clear_run_dir(output)

@@ -309,17 +309,24 @@ class Scorer:
         form: "causal" or "masked".
         pad_id: a token for the padding.
         tokenizer, max_length: what writing an answer needs besides (decoding/generate.py).
+        states: of inputs whose forwards need not run the lower blocks.
     """
 
     def __init__(
-        self, model: torch.nn.Module, form: Form, pad_id: int, tokenizer: Any = None, max_length: int = 2 * MOST_NEW
+        self,
+        model: torch.nn.Module,
+        form: Form,
+        pad_id: int,
+        tokenizer: Any = None,
+        max_length: int = 2 * MOST_NEW,
+        states: States | None = None,
     ) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise UserError(f"{type(model).__name__} has no output embedding: choose a causal or masked language model")
         self.model, self.form, self.pad_id, self.tokenizer, self.max_length = model, form, pad_id, tokenizer, max_length
         self.device = next(model.parameters()).device
-        self.states: States | None = None  # of inputs whose forwards need not run the lower blocks
+        self.states = states
         self._points: tuple[Tensor, Tensor] | None = None
         self._hook = head.register_forward_pre_hook(self._keep_points)
 

@@ -151,7 +151,7 @@ def make_optimizer(language_model: LanguageModel, config: Config, factors: Input
     """The step rule of this run, zo_kernels' or torch's; what it refuses is the user's to put right.
 
     Args:
-        factors: of the inputs, for a method that looks at them (`Loaded.factors`); without them its steps are dense, which shows whether the rest fits.
+        factors: of the inputs, for a method that looks at them (inputs.py); without them its steps are dense, which shows whether the rest fits.
 
     Raises:
         UserError: nothing is trainable, or the method does not fit the model.

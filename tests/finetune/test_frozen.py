@@ -24,7 +24,7 @@ from zo_finetune.errors import UserError
 from zo_finetune.load import Loaded, load
 from zo_finetune.objectives.classification import Classification
 from zo_finetune.objectives.pairs import Pairs
-from zo_finetune.scoring import Scorer
+from zo_finetune.scoring import Encoded, Scorer
 
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
@@ -88,6 +88,11 @@ def loaded(deep: Folder, data_folder: Path, tmp_path_factory: pytest.TempPathFac
 def kept(loaded: Loaded) -> Iterator[tuple[Scorer, Any]]:
     with loaded.scorer() as scorer:
         yield scorer, cached.keep(loaded, scorer, 6)
+
+
+def longer(example: Encoded) -> Encoded:
+    """One whose input no split has."""
+    return replace(example, inputs=tuple((*tokens, 5) for tokens in example.inputs))
 
 
 def trained(model: torch.nn.Module) -> list[str]:
@@ -200,11 +205,12 @@ def test_scores_are_those_without(family: str, dtype: str, loaded: Callable[...,
     """In batches as the states were computed in, to the bit; in others within the bound. Rounding is there to be seen, and no more than that."""
     one = loaded(family, train_blocks="last:2", dtype=dtype, eval_batch_size=8)
     with kept(one) as (scorer, said):
-        assert said["blocks"] == 2 and said["examples"] == 28 and said["where"] == "memory"
+        assert said["blocks"] == 2 and said["examples"] == 28 and said["evaluation_examples"] == 4 and said["where"] == "memory"
         inputs = cached.inputs_of(one.train_set + one.dev_set)
         owner = {e.inputs[0]: e for e in one.train_set + one.dev_set}
         same = [owner[tokens] for tokens in inputs[8:16]]
-        for part, exact in ((same, True), (one.train_set[:4], False), (one.dev_set, False), (one.train_set[3:4], False)):
+        other = (one.train_set[:4], one.dev_set, one.eval_set, one.train_set[3:4])
+        for part, exact in ((same, True), *((part, False) for part in other)):
             batch = scorer.collate(part, 1 if exact else 4)
             assert batch.states is not None and batch.states.shape[:2] == batch.input_ids.shape
             with_, without = scorer.token_log_probs(batch), scorer.token_log_probs(replace(batch, states=None))
@@ -213,7 +219,7 @@ def test_scores_are_those_without(family: str, dtype: str, loaded: Callable[...,
             most = cached.bound(one.language_model.model, without)
             assert (with_ - without).abs().max() <= most
             assert most < (1e-3 if dtype == "float32" else 1.0)
-        assert scorer.collate(one.eval_set).states is None  # not kept: the whole model runs
+        assert scorer.collate([longer(one.eval_set[0]), *one.eval_set[1:]]).states is None  # one is not kept: the whole model runs
 
 
 @torch.no_grad()
@@ -221,9 +227,9 @@ def test_states_of_others_are_noticed(loaded: Callable[..., Loaded]) -> None:
     one = loaded(train_blocks="last:1")
     with kept(one) as (scorer, _):
         assert cached.wrong(one, scorer, one.train_set) is None
-        scorer.states.store += 1e-3
+        scorer.states.stores[0] += 1e-3
         assert "rounding explains" in str(cached.wrong(one, scorer, one.train_set))
-        scorer.states.store.fill_(torch.nan)
+        scorer.states.stores[0].fill_(torch.nan)
         assert cached.wrong(one, scorer, one.train_set) is not None
 
 
@@ -282,8 +288,12 @@ def test_a_forward_runs_the_upper_blocks_alone(loaded: Callable[..., Loaded]) ->
         scorer.scores(scorer.collate(one.train_set[:4]))
         assert ran == [3]
         ran.clear()
-        scorer.scores(scorer.collate(one.eval_set[:2]))
+        scorer.scores(scorer.collate([longer(e) for e in one.eval_set[:2]]))
         assert ran == [0, 1, 2, 3]
+    ran.clear()
+    with one.scorer() as later:  # of the evaluation after the training
+        later.scores(later.collate(one.eval_set))
+        assert ran == [3]
     assert [n for n, _ in one.language_model.model.named_parameters()] == names
     assert all("forward" not in vars(m) for m in one.language_model.model.modules())
 
@@ -297,6 +307,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pairs": {"train_blocks": "last:1", "objective": "pairs"},
     "lora": {"peft": "lora", "train_blocks": "2-", "accumulate": 2},
     "masked": {"train_blocks": "last:1", "model": "roberta", "keep": "best"},
+    "inputs": {"train_blocks": "last:1", "method": "fzoo-inputs", "keep": "best"},
 }
 
 
@@ -330,7 +341,7 @@ def test_killed_and_resumed_and_replayed(
     run, again = tmp_path / "run", tmp_path / "again"
     assert main(command(run, name)) == 0
     result = files.read_json(run / "result.json")
-    assert result["cache"]["examples"] == 20 and result["cache"]["bytes"] > 0
+    assert result["cache"]["examples"] == 20 and result["cache"]["evaluation_examples"] > 0 and result["cache"]["bytes"] > 0
     kind: Any = Pairs if name == "pairs" else Classification
     loss, calls = kind.loss, [0]
 
@@ -344,7 +355,7 @@ def test_killed_and_resumed_and_replayed(
     assert main(command(again, name)) == 130
     assert main(["resume", str(again)]) == 0
     mine, other = (json.loads((at / "result.json").read_text()) for at in (again, run))
-    assert mine["cache"].pop("seconds") and other["cache"].pop("seconds")
+    assert all(content["cache"].pop(f"{what}seconds") for content in (mine, other) for what in ("", "evaluation_"))
     for at, content in ((again, mine), (run, other)):
         (at / "result.json").write_text(json.dumps(content).replace(str(again), str(run)))
     assert_same(again, run)
@@ -363,12 +374,16 @@ def test_memory_disk_and_without(command: Any, tmp_path: Path, capsys: Any) -> N
         assert main(command(tmp_path / cache, "scratch", cache=cache)) == 0
     said = capsys.readouterr().err
     assert (
-        "hidden states of 20 inputs behind 3 of 4 blocks" in said
+        "hidden states of 20 inputs and " in said
+        and " for the evaluations behind 3 of 4 blocks: " in said
         and "bytes on disk" in said
         and "forward runs the other 1 alone" in said
     )
     one, other, without = (files.read_json(tmp_path / cache / "result.json") for cache in ("memory", "disk", "off"))
-    assert other["cache"] == {**one["cache"], "where": "disk", "seconds": other["cache"]["seconds"]} and without["cache"] is None
+    times = {name: other["cache"][name] for name in ("seconds", "evaluation_seconds")}
+    assert other["cache"] == {**one["cache"], "where": "disk", **times} and without["cache"] is None
+    for when in ("before", "after"):
+        assert one[when] == other[when] and one[when]["loss"] == pytest.approx(without[when]["loss"], rel=1e-4)
     assert losses(tmp_path / "memory") == losses(tmp_path / "disk")
     assert losses(tmp_path / "memory") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
     assert one["weights"] == without["weights"] and one["forwards"] == without["forwards"]

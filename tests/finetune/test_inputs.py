@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import files, inputs
+from zo_finetune import cached, files, inputs
+from zo_finetune.blocks import blocks_of
 from zo_finetune.cli import main
 from zo_finetune.config import Config
 from zo_finetune.load import load
+from zo_finetune.model import LanguageModel
 from zo_finetune.objectives.classification import Classification
 from zo_finetune.scoring import Encoded
 
@@ -128,15 +130,59 @@ def test_every_family_has_its_components(family: str, dtype: str, model_folder: 
         "output": str(tmp_path / "r"),
     }
     config = Config(**options, device="cpu", dtype=dtype, peft="lora", lora_rank=4, lora_init="whitened", targets=["all-linear"])
-    one = load(config)
-    assert one.factors is not None and one.factors.rank == 4
-    sides = {side for side, _ in one.factors.matrices.values()}
-    assert sides == ({"left"} if family == "gpt2" else {"right"})
-    assert load(config).factors == one.factors
+
+    def begun() -> tuple[LanguageModel, InputFactors]:
+        one = load(config)
+        found = inputs.of_run(config, one.language_model, one.train_set)
+        assert found is not None
+        return one.language_model, found
+
+    lm, found = begun()
+    assert found.rank == 4
+    assert {side for side, _ in found.matrices.values()} == ({"left"} if family == "gpt2" else {"right"})
+    assert begun()[1] == found
     plain = load(Config(**options, device="cpu", dtype=dtype))
     ids = torch.arange(8).reshape(2, 4)
     with torch.no_grad():
-        assert one.language_model.model(input_ids=ids).logits.equal(plain.language_model.model(input_ids=ids).logits)
+        assert lm.model(input_ids=ids).logits.equal(plain.language_model.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+@pytest.mark.parametrize(("matrices", "below"), [("", False), (r"(layers?|h)\.1\.", False), ("q_proj|c_attn|query", True)])
+def test_a_look_begins_from_kept_states_where_all_that_it_looks_at_lies_above(
+    family: str, matrices: str, below: bool, model_folder: Any, data_folder: Path, tmp_path: Path
+) -> None:
+    """The same space within rounding, the lower block and the head but for a token of each row are not run."""
+    config = Config(
+        model=str(model_folder(family)),
+        task="sst2",
+        data=str(data_folder),
+        output=str(tmp_path / "r"),
+        device="cpu",
+        method="fzoo-inputs",
+        options={"rank": "4", "matrices": matrices},
+        train_blocks="1",
+        train_examples=24,
+        steps=50,
+        cache="memory",
+    )
+    one = load(config)
+    model = one.language_model.model
+    _, blocks = blocks_of(model)
+    ran, seen = [], []
+    with one.scorer() as scorer:
+        cached.keep(one, scorer, 0)
+        inner = next(m for m in blocks[0].modules() if not list(m.children()))
+        inner.register_forward_hook(lambda *_: ran.append(0))
+        model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+        found = inputs.of_run(config, one.language_model, one.train_set, scorer.states)
+        assert bool(ran) == below and set(seen) == {1}
+        plain = inputs.of_run(config, one.language_model, one.train_set)
+        assert ran
+    assert found is not None and plain is not None and found.matrices.keys() == plain.matrices.keys()
+    for name, (side, v) in found.matrices.items():
+        other = plain.matrices[name][1]
+        assert side == plain.matrices[name][0] and (v @ v.T - other @ other.T).norm() < 1e-3 * (other @ other.T).norm(), name
 
 
 def test_inputs_are_run_once_and_without_padding() -> None:
