@@ -1,7 +1,7 @@
 """Whether a run keeps the hidden states of its frozen lower blocks, and what shows that they are right.
 
 Belongs here: when it pays, the checks on real batches before the first step, the filling. Does not belong here: how a forward begins with kept states
-(frozen.py).
+(frozen.py), and what of it needs the scored positions alone (narrow.py).
 
 Three things have to hold, and each is looked at before the run's first step, at the weights that it starts from, so that a resumed run decides the same:
 
@@ -28,6 +28,7 @@ from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.frozen import CannotKeep, Lower, States, Tokens, cut_of, room
 from zo_finetune.load import Loaded, part_of
+from zo_finetune.narrow import Narrow, narrow
 from zo_finetune.scoring import Encoded, Scorer, padded
 
 LEAST_USES, LEAST_SHARE = 2.0, 0.1  # of each kept example; of the weights that a forward reads, those below the cut
@@ -81,6 +82,7 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
         if config.cache == "auto" and not large(loaded.language_model.model, lower):
             return None
         scorer.states, cache = filled(loaded, scorer, lower, examples)
+        scorer.states.narrow = narrowed(loaded, scorer, examples[: config.batch_size])
         if reason := wrong(loaded, scorer, examples):
             raise CannotKeep(reason)
         loaded.states = scorer.states
@@ -186,6 +188,14 @@ def fill(scorer: Scorer, states: States, examples: Sequence[Encoded], rows: int,
                 store[start:end] = rows_of[: len(tokens)]
             counter.advance(len(part))
     return time.perf_counter() - started
+
+
+def narrowed(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> Narrow:
+    """What of a forward that begins with kept states may run at the scored positions alone."""
+    model, batch = loaded.language_model.model, scorer.collate(examples)
+    _, blocks = blocks_of(model)
+    where, shape = (batch.point_rows, batch.point_columns), (batch.input_ids.shape[0], batch.input_ids.shape[1])
+    return narrow(model, blocks[-1], lambda: scorer.token_log_probs(batch), where, shape, lambda plain: bound(model, plain))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_finetune.blocks import blocks_of
+from zo_finetune.narrow import Narrow
 
 Tokens = tuple[int, ...]
 
@@ -147,6 +148,7 @@ class States:
         self.lower = lower
         self.stores: list[Tensor] = []  # [T, H] each, those of many inputs one after another
         self.places: dict[Tokens, tuple[Tensor, int]] = {}  # of each input, the store and its first row there
+        self.narrow: Narrow | None = None  # what of forwards that begin with them runs at the scored positions alone
         self.served = 0  # batches
 
     @property

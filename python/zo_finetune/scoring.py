@@ -3,9 +3,10 @@ tokens.
 
     score(candidate) = 1/n sum_t log p(answer_t | what stands before it)          (MeZO, Malladi et al. 2023, appendix E)
 
-Cost of a batch: one row of the forward pass per distinct input, and the vocabulary head at the scored positions only. A causal
-model needs the answer's tokens but the last as input, so all one-token answers to one prompt share one row; a masked model
-reads masks in place of the answer, so all answers of one length do.
+Cost of a batch: one row of the forward pass per distinct input, and the vocabulary head at the scored positions only; and of that the
+answers' words only, where an example's candidates are set against each other (`contrasts`) and nothing trains the head. A causal model
+needs the answer's tokens but the last as input, so all one-token answers to one prompt share one row; a masked model reads masks in place
+of the answer, so all answers of one length do.
 
 Belongs here: everything between an `Example` and its scores. Does not belong here: what is made of them (objectives/, metrics/), files,
 optimizers."""
@@ -263,6 +264,10 @@ class Batch:
     present: Tensor  # [B, C, T], fp32: 1 where the candidate has a t-th answer token
     labels: Tensor  # [B]
     right: Tensor  # [B, C], bool: whether the candidate counts as right
+    words: Tensor | None = (
+        None  # [W]: the answers, where each is one token and an example's all stand at one position; None: they do not
+    )
+    words_at: Tensor | None = None  # [B, C], index into W
     states: Tensor | None = None  # [R, L, H]: what comes out of the blocks that need not run again (frozen.py)
 
 
@@ -292,8 +297,12 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
     input_ids, mask = padded(inputs, form, pad_id, multiple)
     spots = torch.tensor(list(points))
     labels, right = torch.tensor([e.label for e in examples]), right_ones(examples, shape[1])
+    words = words_at = None
+    if shape[2] == 1 and all(len({(s.row, s.positions) for s in e.spans}) == 1 for e in examples):
+        words, words_at = torch.unique(targets[..., 0], return_inverse=True)
     fields = (spots[:, 0], spots[:, 1] - input_ids.shape[1], where, targets, present, labels, right)
-    return Batch(input_ids.to(device), None if mask is None else mask.to(device), *(f.to(device) for f in fields))
+    moved = [None if one is None else one.to(device) for one in (mask, words, words_at)]
+    return Batch(input_ids.to(device), moved[0], *(f.to(device) for f in fields), *moved[1:])
 
 
 class Scorer:
@@ -327,6 +336,7 @@ class Scorer:
         self.model, self.form, self.pad_id, self.tokenizer, self.max_length = model, form, pad_id, tokenizer, max_length
         self.device = next(model.parameters()).device
         self.states = states
+        self._head = head
         self._points: tuple[Tensor, Tensor] | None = None
         self._hook = head.register_forward_pre_hook(self._keep_points)
 
@@ -359,16 +369,16 @@ class Scorer:
             return self.model(input_ids=input_ids, attention_mask=attention_mask)
         return self.model(input_ids=input_ids, use_cache=False)
 
-    def token_log_probs(self, batch: Batch) -> Tensor:
-        """log p of every answer token, fp32 [B, C, T]; 0 where there is none.
-
-        The logits go to fp32 before the logarithm: SPSA divides a difference of two losses by 2 eps, and a loss of 0.7 rounded
-        to fp16 would come in steps of 0.24 at eps = 1e-3."""
-        self._points = batch.point_rows, batch.point_columns
+    def _logits(self, batch: Batch) -> Tensor:
+        """At the scored positions, fp32 [P, V]."""
+        self._points = where = batch.point_rows, batch.point_columns
         try:
-            kept, states = self.states, batch.states
-            with contextlib.nullcontext() if kept is None or states is None else kept.lower.instead(states):
-                logits = self.outputs(batch.input_ids, batch.attention_mask).logits
+            with contextlib.ExitStack() as stack:
+                if self.states is not None and batch.states is not None:
+                    stack.enter_context(self.states.lower.instead(batch.states))
+                    if self.states.narrow is not None:
+                        stack.enter_context(self.states.narrow.at(where, batch.input_ids.shape[1]))
+                logits: Tensor = self.outputs(batch.input_ids, batch.attention_mask).logits
         finally:
             self._points = None
         if logits.ndim != 2 or logits.shape[0] != batch.point_rows.shape[0]:
@@ -376,7 +386,14 @@ class Scorer:
                 f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} "
                 f"for {batch.point_rows.shape[0]} positions: its output embedding does not make its logits; choose another --model"
             )
-        logits = logits.float()
+        return logits.float()
+
+    def token_log_probs(self, batch: Batch) -> Tensor:
+        """log p of every answer token, fp32 [B, C, T]; 0 where there is none.
+
+        The logits go to fp32 before the logarithm: SPSA divides a difference of two losses by 2 eps, and a loss of 0.7 rounded
+        to fp16 would come in steps of 0.24 at eps = 1e-3."""
+        logits = self._logits(batch)
         log_probs = logits[batch.points, batch.targets] - torch.logsumexp(logits, -1)[batch.points]
         return torch.where(batch.present > 0, log_probs, 0.0)
 
@@ -388,3 +405,26 @@ class Scorer:
     def sums(self, batch: Batch) -> Tensor:
         """Log-probability of every candidate's answer, fp32 [B, C]; -inf where an example has fewer candidates."""
         return torch.where(batch.present.any(-1), self.token_log_probs(batch).sum(-1), -torch.inf)
+
+    def contrasts(self, batch: Batch) -> Tensor:
+        """`scores`, but for a number of each example: enough where its candidates are set against each other. fp32 [B, C].
+
+        Where the candidates of each example are one token each at one position, that number is what their log-probabilities have in common, so that the head
+        is run for these words alone; it has to be a plain linear layer that nobody trains."""
+        if batch.words is None or batch.words_at is None or type(self._head) is not torch.nn.Linear or self._trained(self._head):
+            return self.scores(batch)
+        own = self._head.__dict__.get("forward")
+        weight, bias = self._head.weight[batch.words], None if self._head.bias is None else self._head.bias[batch.words]
+        self._head.__dict__["forward"] = lambda hidden: torch.nn.functional.linear(hidden, weight, bias)
+        try:
+            logits = self._logits(batch)
+        finally:
+            if own is None:
+                del self._head.__dict__["forward"]
+            else:
+                self._head.__dict__["forward"] = own
+        return torch.where(batch.present[..., 0] > 0, logits[batch.points[..., 0], batch.words_at], -torch.inf)
+
+    @staticmethod
+    def _trained(module: torch.nn.Module) -> bool:
+        return any(p.requires_grad for p in module.parameters())

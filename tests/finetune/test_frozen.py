@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from zo_finetune import blocks, cached, files, frozen
+from zo_finetune import blocks, cached, files, frozen, narrow
 from zo_finetune import model as models
 from zo_finetune.cli import main
 from zo_finetune.config import Config
@@ -215,11 +215,86 @@ def test_scores_are_those_without(family: str, dtype: str, loaded: Callable[...,
             assert batch.states is not None and batch.states.shape[:2] == batch.input_ids.shape
             with_, without = scorer.token_log_probs(batch), scorer.token_log_probs(replace(batch, states=None))
             if exact:
-                assert same_bits(with_, without)
+                scorer.states.narrow, own = None, scorer.states.narrow
+                assert same_bits(scorer.token_log_probs(batch), without)
+                scorer.states.narrow = own
             most = cached.bound(one.language_model.model, without)
             assert (with_ - without).abs().max() <= most
             assert most < (1e-3 if dtype == "float32" else 1.0)
         assert scorer.collate([longer(one.eval_set[0]), *one.eval_set[1:]]).states is None  # one is not kept: the whole model runs
+
+
+NARROW = {  # of the last block and what follows: what no other position reads
+    "llama": {"self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp", "model.norm"},
+    "gpt2": {"attn.c_proj", "ln_2", "mlp", "transformer.ln_f"},
+    "opt": {"self_attn.q_proj", "self_attn.out_proj", "final_layer_norm", "fc1", "activation_fn", "fc2", "model.decoder.final_layer_norm"},
+    "roberta": {"attention.self.query", "attention.output.dense", "attention.output.LayerNorm", "intermediate", "output.dense", "output.LayerNorm",
+                "lm_head.dense", "lm_head.layer_norm"},
+    "bert": {"attention.self.query", "attention.output.dense", "attention.output.LayerNorm", "intermediate", "output.dense", "output.LayerNorm",
+             "cls.predictions.transform"},
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_block_runs_for_the_scored_tokens_alone(family: str, dtype: str, loaded: Callable[..., Loaded]) -> None:
+    """Keys and values are made of all tokens; queries and what follows attention of the scored ones, with the same numbers within the bound."""
+    one = loaded(family, train_blocks="last:1", dtype=dtype)
+    model = one.language_model.model
+    name, layers = blocks.blocks_of(model)
+    names = {
+        m: n.removeprefix(f"{name}.{len(layers) - 1}.").removeprefix("roberta.").removeprefix("bert.")
+        for n, m in model.named_modules()
+    }
+    with kept(one) as (scorer, _):
+        assert (
+            scorer.states.narrow is not None
+            and {names[m] for m in scorer.states.narrow.modules} - {"dropout", "output.dropout"} >= NARROW[family]
+        )
+        assert not {
+            n
+            for m in scorer.states.narrow.modules
+            if "k_proj" in (n := names[m]) or "v_proj" in n or "key" in n or "value" in n or "c_attn" in n
+        }
+        rows: list[int] = []
+        handles = [
+            m.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+            for m in model.modules()
+            if names[m] == "q_proj"
+        ]
+        for part in (one.train_set[:4], one.train_set[5:6], one.dev_set):
+            batch = scorer.collate(part, 4)
+            with_, without = scorer.token_log_probs(batch), scorer.token_log_probs(replace(batch, states=None))
+            assert not torch.equal(with_, torch.zeros_like(with_)) and (with_ - without).abs().max() <= cached.bound(model, without)
+        for handle in handles:
+            handle.remove()
+    assert not [n for m, n in names.items() if "forward" in m.__dict__]  # nothing of it stays
+
+
+@torch.no_grad()
+def test_what_other_positions_read_is_found(loaded: Callable[..., Loaded]) -> None:
+    """A block whose MLP mixes tokens a little, as convolutions do, runs it for all of them; a forward that fails leaves every module as it was."""
+    one = loaded(train_blocks="last:1")
+    model = one.language_model.model
+    last = model.model.layers[3]
+    own = last.mlp.forward
+    last.mlp.forward = lambda x: own(x + 1e-30 * x.mean(-2, keepdim=True))
+    with kept(one) as (scorer, _):
+        assert scorer.states.narrow is not None and not {last.mlp, last.self_attn.q_proj, last.self_attn.o_proj} & set(
+            scorer.states.narrow.modules
+        )
+        assert {last.mlp.gate_proj, last.mlp.down_proj} <= set(scorer.states.narrow.modules)  # behind the mixing
+        handle = last.mlp.register_forward_pre_hook(lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            scorer.token_log_probs(scorer.collate(one.train_set[:4]))
+        handle.remove()
+        assert [m for m in model.modules() if "forward" in m.__dict__] == [last.mlp]
+        batch = scorer.collate(one.train_set[:4])
+        rows, width = batch.input_ids.shape
+        everywhere = (torch.arange(rows).repeat_interleave(width), torch.arange(width).repeat(rows) - width)
+        found = narrow.narrow(model, last, lambda: scorer.token_log_probs(batch), everywhere, (rows, width), lambda _: 1.0)
+        assert found.modules == []  # where all is scored nothing can be told
 
 
 @torch.no_grad()

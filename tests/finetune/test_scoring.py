@@ -14,7 +14,7 @@ from zo_finetune import model as models
 from zo_finetune.errors import UserError
 from zo_finetune.load import notes_on_texts
 from zo_finetune.objectives import OBJECTIVES
-from zo_finetune.scoring import Encoder, Scorer
+from zo_finetune.scoring import Encoded, Encoder, Scorer, Span
 from zo_finetune.tasks import get_task
 from zo_finetune.tasks.base import Candidate, Example, Form
 
@@ -170,6 +170,33 @@ def test_a_16_bit_model_has_a_float32_loss(model_folder: ModelFolder) -> None:
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
     scores = wanted.sum(-1) / batch.present.sum(-1)
     torch.testing.assert_close(loss.double(), torch.nn.functional.cross_entropy(scores, batch.labels), atol=1e-5, rtol=0)
+
+
+TOKENS = (5, 6, 10, 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "opt", "roberta"])
+def test_contrasts_are_the_scores_but_for_a_number_of_each_example(family: str, model_folder: ModelFolder) -> None:
+    """With the head run for the answers' words alone where each is one token and nobody trains the head; its hooks and its forward stay what they are."""
+    lm = models.load(str(model_folder(family)), device="cpu")
+    head = lm.model.get_output_embeddings()
+    widths: list[int] = []
+    head.register_forward_hook(lambda module, given, output: widths.append(output.shape[-1]))
+    where = (len(TOKENS) - 1,)
+    one = [Encoded((TOKENS,), tuple(Span(0, where, (word,)) for word in words), 0) for words in ((9, 7, 8), (9, 11), (7, 8, 12))]
+    for part, short in ((one, True), ([*one, Encoded((TOKENS,), (Span(0, (2, 3), (4, 9)), Span(0, where, (8,))), 0)], False)):
+        with Scorer(lm.model, lm.form, lm.pad_id) as scorer:
+            batch = scorer.collate(part)
+            for trained in (True, False):
+                head.requires_grad_(trained)
+                widths.clear()
+                scores, contrasts = scorer.scores(batch), scorer.contrasts(batch)
+                assert widths == [lm.vocabulary, len(batch.words) if short and not trained else lm.vocabulary]
+                assert "forward" not in head.__dict__ and torch.equal(scores.isinf(), contrasts.isinf())
+                off = (scores - contrasts)[:, :1]
+                there = ~scores.isinf()
+                torch.testing.assert_close((scores - contrasts)[there], off.expand_as(scores)[there], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

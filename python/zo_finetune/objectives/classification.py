@@ -14,4 +14,4 @@ class Classification(Objective):
     chooses = True
 
     def loss(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return torch.nn.functional.cross_entropy(scorer.scores(batch), batch.labels)
+        return torch.nn.functional.cross_entropy(scorer.contrasts(batch), batch.labels)

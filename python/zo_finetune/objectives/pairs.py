@@ -33,7 +33,7 @@ class Pairs(Objective):
         return Choices()
 
     def loss(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return pair_loss(scorer.scores(batch), batch.labels, self.centre)
+        return pair_loss(scorer.contrasts(batch), batch.labels, self.centre)
 
 
 class Choices(Objective):
@@ -47,4 +47,4 @@ class Choices(Objective):
         return [told] if alone else []
 
     def loss(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return choice_loss(scorer.scores(batch), batch.right)
+        return choice_loss(scorer.contrasts(batch), batch.right)
