@@ -61,6 +61,7 @@ def given_of(model: nn.Module) -> zk.InputFactors:
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "MeZO": zk.MeZOStep,
     "sign": zk.ZOSignSGD,
+    "ranked": lambda m, **k: zk.ZOStep(m, estimator=zk.Shaped(3), **k),
     "scale-free": lambda m, **k: zk.MeZOStep(m, scale_free=zk.ScaleFree(0.9), **k),
     "forward gradient": zk.ForwardGrad,
     "momentum": zk.ZOMomentum,

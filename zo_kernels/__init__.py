@@ -35,6 +35,7 @@ from zo_kernels.optim import (
     RandomSparse,
     Report,
     ScaleFree,
+    Shaped,
     Sign,
     SparseMeZO,
     ThreePoint,
@@ -46,8 +47,11 @@ from zo_kernels.optim import (
     ZOStep,
     ZOWarning,
     check,
+    group_relative,
     input_factors,
     perturbed,
+    ranked,
+    z_scored,
 )
 from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
@@ -87,6 +91,7 @@ __all__ = [
     "RandomSparse",
     "Report",
     "ScaleFree",
+    "Shaped",
     "Sign",
     "SparseMeZO",
     "ThreePoint",
@@ -99,6 +104,7 @@ __all__ = [
     "ZOWarning",
     "backends",
     "check",
+    "group_relative",
     "input_factors",
     "normal",
     "pack_mask",
@@ -106,7 +112,9 @@ __all__ = [
     "perturb_sequence_",
     "perturbed",
     "perturbed_linear",
+    "ranked",
     "replay",
     "stream_of",
     "update_",
+    "z_scored",
 ]

@@ -177,6 +177,19 @@ def fzoo(r: Reference, tags: Sequence[int]) -> None:
     r.move({n: -r.lr[n] * u[n] for n in u}, max(r.lr.values()) * size)
 
 
+def shaped(r: Reference, tags: Sequence[int], shape: str, mirrored: bool) -> None:
+    zs = [r.z(t) for t in tags]
+    losses = [r.at(z, sign) for z in zs for sign in ((1, -1) if mirrored else (1,))]
+    n = len(losses)
+    if shape == "ranked":
+        u = [np.mean([k for k, x in enumerate(sorted(losses)) if x == own]) / (n - 1) - 0.5 for own in losses]
+    else:
+        u = [(x - np.mean(losses)) / np.std(losses, ddof=1) for x in losses]
+    each = [(a - b) / 2 for a, b in zip(u[::2], u[1::2], strict=True)] if mirrored else u
+    move, size = average(r, [{n: r.clipped(float(x) / r.eps[n]) for n in r.theta} for x in each], zs)
+    r.move({n: -r.lr[n] * move[n] for n in move}, max(r.lr.values()) * size)
+
+
 def conservative(r: Reference, tags: Sequence[int]) -> None:
     z = r.z(tags[0])
     g = r.two_sided(z)
@@ -628,6 +641,10 @@ CASES: dict[str, Case] = {
     "scale-free": Case(_of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8)), scale_free(0.8), lr=2e-3, sharp=2),
     "scale-free-3": Case(
         _of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8)), scale_free(0.8, 3), 4, lr=2e-3, sharp=4
+    ),
+    "ranked": Case(_of(zk.ZOStep, estimator=zk.Shaped(4)), functools.partial(shaped, shape="ranked", mirrored=False), 4),
+    "z-scored-mirrored": Case(
+        _of(zk.ZOStep, estimator=zk.Shaped(2, "z-scored", True), lr=2e-4), functools.partial(shaped, shape="z-scored", mirrored=True), 4, lr=2e-4, sharp=2
     ),
     "fzoo": Case(_of(zk.FZOO, queries=4), fzoo, 5, lr=2e-4, kind="rademacher", sharp=2),
 }  # fmt: skip

@@ -266,6 +266,8 @@ QUERIES: dict[str, Method] = {
     "fzoo": Method(of(zk.FZOO, lr=3e-3, queries=4)),
 }
 OTHERS: dict[str, Method] = {
+    "ranked": Method(of(zk.ZOStep, estimator=zk.Shaped(4))),
+    "z-scored-mirrored": Method(of(zk.ZOStep, estimator=zk.Shaped(2, "z-scored", mirrored=True))),
     "mezo-quantile": Method(of(zk.MeZOStep, clip=zk.QuantileClip(0.5, 4, 2))),
     "mezo-scale-free": Method(of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8))),
     "one-sided-scale-free": Method(of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8))),

@@ -22,6 +22,8 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "queries": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=3, **k),
     "one-sided": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=2, one_sided=True, **k),
     "sign": lambda m, **k: zk.ZOSignSGD(m, 1e-4, **k),
+    "ranked": lambda m, **k: zk.ZOStep(m, 1e-4, estimator=zk.Shaped(3), **k),
+    "z-scored": lambda m, **k: zk.ZOStep(m, 1e-4, estimator=zk.Shaped(2, "z-scored", True), **k),
     "fzoo": lambda m, **k: zk.FZOO(m, 1e-4, queries=3, **k),
     "conservative": lambda m, **k: zk.ZOConservative(m, 1e-3, weight_decay=0.1, **k),
     "momentum": lambda m, **k: zk.ZOMomentum(m, 1e-3, weight_decay=0.1, **k),

@@ -94,6 +94,10 @@ ESTIMATORS: list[tuple[dict[str, Any], list[float], float, float]] = [  # option
     ({"estimator": zk.TwoSided(1)}, [1.0, 4.0], 2.5, -3.0),
     ({"estimator": zk.TwoSided(3)}, [1.0, 4.0, 2.0, 8.0, 16.0, 32.0], 10.5, -3.0),
     ({"estimator": zk.OneSided(3)}, [1.0, 4.0, 2.0, 8.0], 1.0, 6.0),
+    ({"estimator": zk.Shaped(4)}, [1.0, 4.0, 2.0, 9.0], 4.0, -1.0),
+    ({"estimator": zk.Shaped(3)}, [2.0, 2.0, 5.0], 3.0, -0.5),
+    ({"estimator": zk.Shaped(2, mirrored=True)}, [1.0, 4.0, 2.0, 9.0], 4.0, -2 / 3),
+    ({"estimator": zk.Shaped(3, "z-scored")}, [1.0, 2.0, 3.0], 2.0, -2.0),
     ({"estimator": zk.ThreePoint(), "rule": zk.HessianDiagonal(), "direction": zk.InverseRoot()}, [1.0, 4.0, 2.0], 1.0, 2.0),
 ]
 
@@ -288,3 +292,34 @@ def test_fzoo_divides_by_the_spread_of_its_losses() -> None:
     # Along ±1 directions at a small eps the losses differ by eps z^T G: their standard deviation is about eps |G|.
     assert ((mean - length * gradient).abs() <= 5 * error).all()
     assert length == pytest.approx(1 / (1e-3 * float(gradient.norm())), rel=0.15)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_ranks_see_the_order_of_rewards_alone(mirrored: bool) -> None:
+    """A reward and what grows with it, as a loss turned round or ascended: the same bits. And they lead uphill."""
+
+    def run(closure: Callable[[Quadratic], float], **more: Any) -> tuple[Tensor, list[float]]:
+        model = Quadratic()
+        step = zk.ZOStep(model, 2e-4, EPS, seed=SEED, estimator=zk.Shaped(4, mirrored=mirrored), **more)
+        return model.weight.detach(), [float(step.step(lambda: closure(model))) for _ in range(STEPS)]
+
+    turned, losses = run(lambda model: float(model()))
+    assert sum(losses[-10:]) < sum(losses[:10])
+    for closure, more in (
+        (lambda model: math.exp(float(model()) / 50), {}),
+        (lambda model: 1e9 - 1e3 * float(model()), {"maximize": True}),
+    ):
+        assert torch.equal(run(closure, **more)[0], turned)
+
+
+def test_z_scores_of_a_reward_have_no_scale() -> None:
+    """A power of two times it gives the same bits. The coefficients of a step have the root mean square that is worked out in docs/learning.md."""
+    found = []
+    for factor in (1.0, 2.0**20):
+        model = Quadratic()
+        step = zk.ZOStep(model, 1e-4, EPS, seed=SEED, estimator=zk.Shaped(5, "z-scored"))
+        for _ in range(9):
+            step.step(lambda model=model, factor=factor: factor * model())
+            assert step.movement() == pytest.approx(1e-4 / EPS * math.sqrt(4 / 5) / math.sqrt(5), rel=1e-6)
+        found.append(model.weight.detach())
+    assert torch.equal(*found)

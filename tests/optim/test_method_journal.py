@@ -341,6 +341,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale_free": 0.9}, TypeError, "scale_free=0.9 must be a ScaleFree"),
     ({"scale_free": zk.ScaleFree(), "rule": zk.Sign()}, ValueError, "the sign of g alone"),
     ({"scale_free": zk.ScaleFree(), "estimator": zk.OneSided(4, normalize=True)}, ValueError, "FZOO has it"),
+    ({"scale_free": zk.ScaleFree(), "estimator": zk.Shaped(4)}, ValueError, "free of the loss's scale already"),
     ({"scale_free": zk.ScaleFree(), **HIZOO}, ValueError, "its H grows with the loss's scale"),
     ({"rule": zk.Momentum(), "cuda_graph": True}, ValueError, "cuda_graph=True .* keep a state"),
     ({"blocks": zk.Blocks(), "cuda_graph": True}, ValueError, "cuda_graph=True"),

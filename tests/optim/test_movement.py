@@ -56,6 +56,7 @@ METHODS: dict[str, tuple[Callable[..., zk.ZOStep], float]] = {
     "scale-free": (lambda m, **k: zk.MeZOStep(m, 1e-3, EPS, scale_free=zk.ScaleFree(), **k), DENSE),
     "sign": (lambda m, **k: zk.ZOSignSGD(m, 1e-3, EPS, queries=2, **k), DENSE),
     "fzoo": (lambda m, **k: zk.FZOO(m, 1e-4, EPS, queries=4, **k), DENSE),
+    "ranked": (lambda m, **k: zk.ZOStep(m, 1e-3, EPS, estimator=zk.Shaped(4), **k), DENSE),
     "conservative": (lambda m, **k: zk.ZOConservative(m, 1e-3, EPS, **k), DENSE),
     "momentum": (lambda m, **k: zk.ZOMomentum(m, 1e-4, EPS, beta=0.8, **k), 1e-3),
     "momentum-recomputed": (lambda m, **k: zk.ZOMomentum(m, 1e-4, EPS, beta=0.8, state="recomputed", history=6, **k), DENSE),

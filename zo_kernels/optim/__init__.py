@@ -4,7 +4,7 @@ from zo_kernels.optim.blocks import Blocks
 from zo_kernels.optim.check import Finding, Report, check
 from zo_kernels.optim.clip import QuantileClip
 from zo_kernels.optim.directions import Dense, InputSubspace, InverseRoot, LayerScale, LowRank, MagnitudeSparse, RandomSparse
-from zo_kernels.optim.estimators import ForwardGradient, OneSided, ThreePoint, TwoSided
+from zo_kernels.optim.estimators import ForwardGradient, OneSided, Shaped, ThreePoint, TwoSided
 from zo_kernels.optim.findings import ZOWarning
 from zo_kernels.optim.inputs import input_factors
 from zo_kernels.optim.methods import (
@@ -25,6 +25,7 @@ from zo_kernels.optim.methods import (
 from zo_kernels.optim.perturbed import perturbed
 from zo_kernels.optim.projection import Projection
 from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, LowRankMomentum, Momentum, Sign
+from zo_kernels.optim.shaping import group_relative, ranked, z_scored
 from zo_kernels.optim.step import ZOStep
 from zo_kernels.optim.unit import ScaleFree
 
@@ -74,6 +75,7 @@ __all__ = [
     "RandomSparse",
     "Report",
     "ScaleFree",
+    "Shaped",
     "Sign",
     "SparseMeZO",
     "ThreePoint",
@@ -85,6 +87,9 @@ __all__ = [
     "ZOStep",
     "ZOWarning",
     "check",
+    "group_relative",
     "input_factors",
     "perturbed",
+    "ranked",
+    "z_scored",
 ]

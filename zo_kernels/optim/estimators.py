@@ -9,7 +9,7 @@ has a spacing of 2^-11, which at eps = 1e-3 quantises g to 0.24 (bf16: 1.95).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks
+from zo_kernels.optim import shaping
 
 Offsets = Sequence[tuple[int, float]]
 
@@ -123,6 +124,57 @@ class OneSided(Estimator):
         return g / (spread if isinstance(losses, Tensor) else float(spread))
 
 
+SHAPES: Mapping[str, Callable[[Tensor], Tensor]] = {"ranked": shaping.ranked, "z-scored": shaping.z_scored}
+
+
+@dataclass(frozen=True)
+class Shaped(Estimator):
+    """Evolution strategies (Salimans et al. 2017, arXiv 1703.03864, algorithm 1): the losses of all points of a step are shaped before they count, for
+    rewards, whose scale says nothing: give a closure that returns minus the reward, or ``maximize=True``. With u = shape(losses), g_i = u_i / eps,
+    averaged over the queries. q forwards and none at theta, in whose place is the mean that `shape` takes off; 2 q mirrored.
+
+    A step whose losses are all equal, as shares of few right answers often are, has g = 0 and moves nothing; one of which a loss is not finite is skipped.
+
+    Args:
+        queries: at least 2, or 1 where mirrored.
+        shape: "ranked" (theirs, section 2.1) or "z-scored" (Qiu et al. 2025, arXiv 2509.24372): `zo_kernels.ranked`, `zo_kernels.z_scored`, over the losses
+            of a step, each the mean of its micro-batches.
+        mirrored: at theta + eps z_i and theta - eps z_i (their "mirrored sampling"): g_i = (u_i+ - u_i-) / (2 eps).
+    """
+
+    queries: int = 8
+    shape: str = "ranked"
+    mirrored: bool = False
+    name: ClassVar[str] = "shaped"
+
+    def __post_init__(self) -> None:
+        check_queries(self.queries)
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape!r:.80}: give one of {', '.join(SHAPES)}")
+        if not isinstance(self.mirrored, bool):
+            raise TypeError(f"mirrored={self.mirrored!r:.80} must be True or False")
+        if self.queries < 2 and not self.mirrored:
+            raise ValueError(
+                f"queries={self.queries} with mirrored=False: one loss has none beside it to be compared with; give more queries"
+            )
+
+    @property
+    def directions(self) -> int:
+        return self.queries
+
+    def points(self) -> list[Offsets]:
+        return [[(i, sign)] for i in range(self.queries) for sign in ((1.0, -1.0) if self.mirrored else (1.0,))]
+
+    def gradients(self, losses: Any, eps: Any) -> Any:
+        u: Any = SHAPES[self.shape](torch.as_tensor(losses))
+        if not isinstance(losses, Tensor):
+            u = u.numpy()
+        return (u[0::2] - u[1::2]) / (2 * eps) if self.mirrored else u / eps
+
+    def loss(self, losses: Any) -> Any:
+        return torch.as_tensor(losses).mean()
+
+
 @dataclass(frozen=True)
 class ThreePoint(Estimator):
     """L(theta), L(theta + eps z), L(theta - eps z): the two-sided g, and |L+ + L- - 2 L0| / (2 eps^2), the curvature along z that HiZOO
@@ -159,4 +211,4 @@ class ForwardGradient(Estimator):
         return losses[0, 0]
 
 
-ESTIMATORS: Sequence[type[Estimator]] = (TwoSided, OneSided, ThreePoint, ForwardGradient)
+ESTIMATORS: Sequence[type[Estimator]] = (TwoSided, OneSided, Shaped, ThreePoint, ForwardGradient)

@@ -286,6 +286,8 @@ def _check_scale_free(estimator: estimators.Estimator, rule: rules.Rule) -> None
         raise ValueError(
             "scale_free with OneSided(normalize=True), as FZOO has it: its g is free of the loss's scale already; leave one out"
         )
+    if isinstance(estimator, estimators.Shaped):
+        raise ValueError("scale_free with Shaped(): ranks and z-scores are free of the loss's scale already; leave one out")
     if isinstance(rule, rules.Sign):
         raise ValueError(
             "scale_free with rule=Sign(), which takes the sign of g alone: its steps are the same without; leave one out"
