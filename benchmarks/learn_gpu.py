@@ -31,7 +31,7 @@ from zo_finetune.train import Progress, Stopwatch, make_optimizer, train
 FORWARDS, POINTS = 40_000, 20
 MEZO, BEST = "mezo", "fzoo, pairs"
 WAYS: dict[str, dict[str, Any]] = {
-    MEZO: {"method": "mezo"},
+    MEZO: {"method": "mezo", "objective": "loss"},
     BEST: {"method": "fzoo", "options": {"queries": "8"}, "objective": "pairs"},
 }
 RATES = {"stories15m": {MEZO: 5e-5, BEST: 4e-6}, "smollm2": {MEZO: 3e-4, BEST: 1e-5}}

@@ -100,10 +100,10 @@ class TaskChoice:
         """
         if self.task_file is None:
             return self
-        usual = {f.name: f.default for f in fields(self)}  # a command that trains nothing has no objective
-        found = {KEYS[key]: value for key, value in read_task_file(self.task_file).items() if KEYS[key] in usual}
+        names = {f.name for f in fields(self)}  # a command that trains nothing has no objective
+        found = {KEYS[key]: value for key, value in read_task_file(self.task_file).items() if KEYS[key] in names}
         for name, value in found.items():
-            if (given := getattr(self, name)) not in (usual[name], value):
+            if (given := getattr(self, name)) not in (None, value):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{self.task_file}: it has {shown(value)}, and {flag} is {shown(given)}: leave one of them out")
         return replace(self, **found)

@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def objectives(self) -> list[str]:
-        return self.options.objectives or [self.base.objective]
+        return self.options.objectives or [self.base.objective or "loss"]
 
     @property
     def budgets(self) -> list[int]:
@@ -157,6 +157,7 @@ class Plan:
             method=method.name,
             options=dict(one.entry.given),
             objective=one.objective,
+            task_file=None,  # all it says is in the options by now, and its objective may be another than this run's
             steps=steps,
             lr=lr,
             eps=recipe.eps,
@@ -193,8 +194,6 @@ class Plan:
         ):
             if not values or len(set(values)) != len(values):
                 raise UserError(f"{what}: give at least one, and none twice")
-        if given.objectives and self.base.objective not in given.objectives and self.base.objective != "loss":
-            raise UserError(f"--objective {self.base.objective} is none of --objectives: leave it out")
         if given.baseline is not None and given.baseline not in (labels := [e.label for e in self.entries]):
             raise UserError(f"--baseline {given.baseline!r:.80} must be one of --methods{did_you_mean(given.baseline, labels)}")
         self.rates.check({name for e in self.entries for name in (e.label, e.method.name)})
@@ -217,6 +216,8 @@ def plan_of(given: dict[str, Any], base: dict[str, Any]) -> Plan:
     """From the command line's values: the comparison's own, and those of its runs."""
     options = Comparison(**given)
     path_of("--output", options.output)
+    if options.objectives and (said := base.get("objective")) not in (None, *options.objectives):
+        raise UserError(f"--objective {said} is none of --objectives: leave it out")
     return Plan([wanted_of(label) for label in options.methods.split(",")], options, Config(**base).settled())
 
 

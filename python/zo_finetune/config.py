@@ -147,13 +147,14 @@ class Config(TaskChoice):
     options: dict[str, str] = option(
         METHOD, "one of the method's own options", {}, flag="--option", metavar="KEY=VALUE", read=values.pair, each=True
     )
-    objective: str = option(
+    objective: str | None = option(
         METHOD,
         "what a step lowers: loss, the task's own of the next two; classification, cross-entropy over the answers; language-model, that of the right "
         "answer's tokens; pairs, a ranking loss over pairs of rows with different labels, or of right and wrong candidates, with --balanced; or a metric "
         "of the task, such as accuracy or f1: its loss is 1 - the metric",
-        "loss",
+        None,
         metavar="NAME",
+        usual="loss",
     )
     centre: float | None = option(
         METHOD,
@@ -355,14 +356,15 @@ class Config(TaskChoice):
         return methods.get(self.method).recipe(self.peft, self.options, self.lr, self.eps)
 
     def settled(self) -> Config:
-        """With everything said that a file or a task says: the description of a task of one's own, the task's own data, the --peft of an --adapter.
+        """With everything said that a file or a task says: the description of a task of one's own, the task's own data, the --peft of an --adapter;
+        and what a step lowers, where neither an option nor a file says it.
 
         Raises:
             UserError: there is no such task, data or adapter, the description is wrong, or an option says otherwise.
         """
         config = self.with_file()
         data, data_config = config.rows()
-        config = replace(config, data=data, data_config=data_config)
+        config = replace(config, data=data, data_config=data_config, objective=config.objective or "loss")
         if config.adapter is None:
             return config
         kind = folders.check_adapter(path_of("--adapter", config.adapter)).kind

@@ -50,7 +50,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
     effective = {
         "lr": recipe.lr,
         "eps": recipe.eps,
-        "objective": loaded.task.objective if config.objective == "loss" else config.objective,
+        "objective": loaded.task.objective if config.objective in (None, "loss") else config.objective,
         "form": lm.form,
         "max_length": loaded.max_length,
         "options": recipe.options,

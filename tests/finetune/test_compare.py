@@ -127,6 +127,7 @@ def test_state_is_counted(command: Callable[..., list[str]], tmp_path: Path, mon
         ("mezo", ["--points", "-1"], "--points -1 must be at least 0"),
         ("mezo", ["--forwards", "4,4"], "--forwards: give at least one, and none twice"),
         ("mezo", ["--objectives", "loss,loss"], "--objectives: give at least one, and none twice"),
+        ("mezo", ["--objective", "loss", "--objectives", "pairs"], "--objective loss is none of --objectives: leave it out"),
         ("mezo,sign", ["--baseline", "sing"], "--baseline 'sing' must be one of --methods; did you mean 'sign'"),
         ("mezo", ["--lr-grid", "1e-3,1e-2", "--lr", "mezo=1"], "--lr-grid has the rates of every method: leave out --lr"),
         ("mezo", ["--lr-grid", "0,1"], "--lr-grid must be finite and greater than 0"),
@@ -144,6 +145,18 @@ def test_what_is_refused(
     assert main(command(methods, *more)) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_objectives_are_above_a_task_files(tmp_path: Path) -> None:
+    """Each run has its own, and none of them the file's in its place."""
+    file = tmp_path / "mood.toml"
+    file.write_text('name = "mood"\nprompt = "{text}"\nwords = ["No", "Yes"]\nobjective = "accuracy"\n')
+    base = {"model": "m", "data": "d", "task_file": str(file), "output": ""}
+    own: dict[str, Any] = {"methods": "mezo", "forwards": [4], "seeds": [0], "output": str(tmp_path / "out")}
+    for objectives, wanted in ((None, ["accuracy"]), (["loss", "pairs"], ["loss", "pairs"])):
+        plan = comparing.plan_of(own | {"objectives": objectives}, base)
+        plan.check()
+        assert [plan.config(one, 0).settled().objective for one in plan.contenders] == wanted
 
 
 @pytest.mark.parametrize(

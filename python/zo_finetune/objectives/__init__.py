@@ -13,8 +13,8 @@ from zo_finetune.tasks.base import Task
 OBJECTIVES: dict[str, Objective] = discovered(__name__, __path__, Objective)
 
 
-def get_objective(name: str, task: Task, centre: float | None = None) -> Objective:
-    """What is lowered: of the name "loss" the task's own; one of `OBJECTIVES`; or of a metric of the task what it lacks to 1.
+def get_objective(name: str | None, task: Task, centre: float | None = None) -> Objective:
+    """What is lowered: of the name "loss", or none, the task's own; one of `OBJECTIVES`; or of a metric of the task what it lacks to 1.
 
     Args:
         centre: --centre, which one of them has.
@@ -22,7 +22,7 @@ def get_objective(name: str, task: Task, centre: float | None = None) -> Objecti
     Raises:
         UserError: it is none of them, or says nothing of the task.
     """
-    if name == "loss":
+    if name in (None, "loss"):
         name = task.objective
     goals = {m: goal for m in task.metrics if isinstance(goal := METRICS[m], Goal) and goal.suits(task.class_names)}
     if name in goals:
