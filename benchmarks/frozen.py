@@ -9,11 +9,16 @@ For each model the last block, the last quarter of the blocks, and LoRA in the l
 random tokens, of whose last one the probability is asked. The two contenders are steps of one optimizer at lr = 0 on one batch, with its states and
 without, in turn, in the process's CPU time. `fill_s`: computing the states of that batch. `loss_difference`: of the two losses at the weights as they are;
 `bound`: the most that rounding explains (`zo_finetune.cached.bound`).
+
+"blocks in turn": all weights are trained, one block in a step. There the states that enter the step's block are kept for the step (cache: "step"); a time is
+the mean of the steps of one turn, `blocks_not_run` the mean over them of how many blocks the second forward does not run, and `loss_difference` the most
+between the losses of two such steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +31,11 @@ import torch
 from torch import Tensor
 from zo_finetune import adapters, blocks, cached, measure, methods, shapes
 from zo_finetune import model as models
-from zo_finetune.frozen import Lower, States, cut_of
+from zo_finetune.frozen import Lower, States, cut_of, cuts_of
 from zo_finetune.objectives.language_model import LanguageModelling
 from zo_finetune.scoring import Encoded, Scorer, Span
+
+import zo_kernels as zk
 
 COLUMNS = (
     *(
@@ -46,11 +53,13 @@ COLUMNS = (
     ),
     *(*harness.TIMING_COLUMNS, "ratio", "fill_s", "state_bytes", "loss_difference", "bound"),
 )
-TRAINED: dict[str, Callable[[int], tuple[str, str]]] = {  # of n blocks: --train-blocks and --peft
+TRAINED: dict[str, Callable[[int], tuple[str | None, str]]] = {  # of n blocks: --train-blocks and --peft
     "last block": lambda n: ("last:1", "none"),
     "last quarter": lambda n: (f"last:{max(1, n // 4)}", "none"),
     "lora in the last half": lambda n: (f"last:{max(1, n // 2)}", "lora"),
+    "blocks in turn": lambda n: (None, "none"),
 }
+IN_TURN = "blocks in turn"
 
 
 def language_model(request: dict[str, Any], trained: str) -> models.LanguageModel:
@@ -65,6 +74,51 @@ def examples_of(vocabulary: int, rows: int, length: int) -> list[Encoded]:
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, vocabulary, (rows, length), generator=draw).tolist()
     return [Encoded((tuple(row),), (Span(0, (length - 1,), (row[0],)),), 0) for row in tokens]
+
+
+def in_turn(request: dict[str, Any], name: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of steps that move one block each."""
+    lm, objective, losses = language_model(request, IN_TURN), LanguageModelling(), dict[str, list[float]]()
+    rows, length = request["batch_size"], request["length"]
+    with Scorer(lm.model, lm.form, 0) as scorer, torch.no_grad():
+        batch = scorer.collate(examples_of(lm.vocabulary, rows, length))
+        cuts = cuts_of(lm.model, lambda: scorer.outputs(batch.input_ids, batch.attention_mask))
+        below = cached.Below(lm.model, {n: cuts[p] for n, p in lm.model.named_parameters()}, 0)
+        log_probs, total = scorer.token_log_probs(batch), len(blocks.blocks_of(lm.model)[1])
+        recipe = methods.get("blockwise").recipe(lm.peft, {}, 0.0)
+        optimizers = {cache: recipe.make(lm.model, seed=0) for cache in ("off", "step")}
+        turn = len(zk.Blocks().split([n for n, _ in lm.model.named_parameters()]))
+        seconds: dict[str, list[float]] = {cache: [] for cache in optimizers}
+        not_run: list[int] = []
+
+        def closure(batch: Any) -> Tensor:
+            return objective.loss(scorer, batch)
+
+        for number in range(rounds + 1):
+            for cache in list(optimizers)[:: 1 if number % 2 == 0 else -1]:
+                optimizer, found, start = optimizers[cache], list[Tensor](), time.process_time()
+                for _ in range(turn):
+                    lower = below.lower(optimizer.block()) if cache == "step" else None
+                    with scorer.once(lower):
+                        found.append(optimizer.step(closure, [batch]))
+                    not_run += [0 if lower is None else lower.cut] if cache == "step" else []
+                seconds[cache].append((time.process_time() - start) / turn)
+                losses[cache] = [loss.item() for loss in found]
+        timings = {cache: harness.Timing(tuple(values[1:])) for cache, values in seconds.items()}
+        apart = max(abs(a - b) for a, b in zip(losses["off"], losses["step"], strict=True))
+        trainable, weights = lm.counts()
+        for cache, timing in timings.items():
+            kept = cache == "step"
+            yield {
+                **{"model": name, "weights": weights, "trained": IN_TURN, "trained_weights": trainable, "blocks": total},
+                **{"blocks_not_run": harness.significant(statistics.mean(not_run), 3) if kept else 0, "method": "blockwise"},
+                **{"batch": rows, "sequence": length, "threads": torch.get_num_threads(), "cache": cache, **timing.columns()},
+                "ratio": harness.significant(timings["off"].median / timing.median, 3),
+                "fill_s": "",
+                "state_bytes": batch.input_ids.numel() * lm.model.config.hidden_size * 4 if kept else "",
+                "loss_difference": harness.significant(apart, 3) if kept else "",
+                "bound": harness.significant(cached.bound(lm.model, log_probs), 3) if kept else "",
+            }
 
 
 def measured(request: dict[str, Any], name: str, trained: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -114,7 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], help="a model's folder; repeatable")
     parser.add_argument("--shape", action="append", default=[], choices=tuple(shapes.SHAPES), help="random weights; repeatable")
-    parser.add_argument("--method", default="mezo")
+    parser.add_argument("--trained", action="append", default=[], choices=tuple(TRAINED), help="repeatable; default: all")
+    parser.add_argument("--append", action="store_true", help="to a file that is there")
+    parser.add_argument("--method", default="mezo", help="but for blocks in turn (default: %(default)s)")
     parser.add_argument("--tokens", default="16x32", help="ROWSxLENGTH of a batch")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", required=True)
@@ -135,11 +191,12 @@ def main() -> None:
         sys.exit("give a --model or a --shape")
     rows = []
     for name, request in requests:
-        for trained in TRAINED:
-            for row in measured(request, name, trained, given.rounds):
+        for trained in given.trained or TRAINED:
+            made = in_turn(request, name, given.rounds) if trained == IN_TURN else measured(request, name, trained, given.rounds)
+            for row in made:
                 rows.append(row)
                 print(f"{name}, {trained}, {row['cache']}: {row['median_s']} s, {row['ratio']}x", flush=True)
-    harness.write_csv(given.out, COLUMNS, rows)
+    harness.write_csv(given.out, COLUMNS, rows, append=given.append)
 
 
 if __name__ == "__main__":

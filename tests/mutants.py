@@ -63,12 +63,20 @@ F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
-    ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "return min((called.get", "return max((called.get",
+    ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "found[p] = min(called", "found[p] = max(called",
      ("tests/finetune/test_frozen.py::test_the_cut_is_before_what_reads_trained_weights",)),
     ("python/zo_finetune/frozen.py", "kept states stand at the end of their row", "row[: len(tokens)] = store", "row[-len(tokens) :] = store",
      ("tests/finetune/test_frozen.py::test_scores_are_those_without",)),
     ("python/zo_finetune/cached.py", "later blocks may read more than states", "if not torch.equal(plain, again) and", "if False and",
      ("tests/finetune/test_frozen.py::test_blocks_that_read_more_than_states_are_noticed",)),
+    ("python/zo_finetune/cached.py", "what runs once a step ends behind what it moves first",
+     "min(self.cuts.get(name, 0) for", "max(self.cuts.get(name, 0) for",
+     ("tests/finetune/test_frozen.py::test_what_lies_below_a_steps_block_runs_once_a_step",)),
+    ("python/zo_finetune/cached.py", "blocks below a step's may be read twice",
+     "if not torch.equal(scorer.token_log_probs(batch), scorer.token_log_probs(batch)):", "if False:",
+     ("tests/finetune/test_frozen.py::test_no_forward_begins_above_blocks_that_are_read_twice",)),
+    ("zo_kernels/optim/step.py", "the block that is named is the one after", "parts[blocks.at(self.steps, len", "parts[blocks.at(self.steps + 1, len",
+     ("tests/optim/test_methods.py::test_an_optimizer_names_the_block_of_its_next_step",)),
     ("python/zo_finetune/inputs.py", "a look begins above matrices that it looks at",
      "if states is not None and any(map(looked_at, states.lower.blocks)):", "if False:",
      ("tests/finetune/test_inputs.py::test_a_look_begins_from_kept_states_where_all_that_it_looks_at_lies_above",)),

@@ -454,11 +454,17 @@ def test_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert [(r["trained"], r["cache"], r["blocks_not_run"]) for r in table] == [
-        (trained, cache, "1" if cache == "memory" else "0")
-        for trained in ("last block", "last quarter", "lora in the last half")
-        for cache in ("off", "memory")
+        *(
+            (trained, cache, "1" if cache == "memory" else "0")
+            for trained in ("last block", "last quarter", "lora in the last half")
+            for cache in ("off", "memory")
+        ),
+        *(
+            ("blocks in turn", cache, share) for cache, share in (("off", "0"), ("step", "0.333"))
+        ),  # the embedding's turn, block 0's and block 1's
     ]
     assert all(float(r["loss_difference"]) <= float(r["bound"]) for r in table if r["cache"] == "memory")
+    assert table[-1]["loss_difference"] == "0.0"
     assert {r["state_bytes"] for r in table} == {"", str(2 * 8 * 16 * 4)}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from zo_finetune import console
 from zo_finetune.blocks import blocks_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
-from zo_finetune.frozen import CannotKeep, Lower, States, Tokens, cut_of, room
+from zo_finetune.frozen import CannotKeep, Lower, States, Tokens, cut_of, cuts_of, room
 from zo_finetune.load import Loaded, part_of
+from zo_finetune.model import LanguageModel
 from zo_finetune.narrow import Narrow, narrow
 from zo_finetune.scoring import Encoded, Scorer, padded
 
 LEAST_USES, LEAST_SHARE = 2.0, 0.1  # of each kept example; of the weights that a forward reads, those below the cut
+CHECKED = 2  # examples, on which it is seen that blocks read nothing of those below but their states
 MOST_IN_MEMORY = 2 << 30  # bytes; more goes to the disk by itself
 
 
@@ -130,6 +132,60 @@ def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
             raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
         scorer.states = None
     return lower
+
+
+class Below:
+    """Of a method that moves one block of parameters in a step: the model's blocks below that, which see the same at all points of the step.
+
+    Args:
+        cuts: of each parameter that is trained, by its name, how many of the model's blocks come before what reads it.
+        least: so many need not run anyway.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Mapping[str, int], least: int) -> None:
+        self.model, self.cuts, self.least = model, cuts, least
+        self._made: dict[int, Lower] = {}
+
+    @classmethod
+    def of(cls, loaded: Loaded, scorer: Scorer, block: Sequence[str] | None) -> Below | None:
+        """None: a step may move all parameters (`block` is None), --cache is off, or the model's shape does not allow it, which is said."""
+        lm = loaded.language_model
+        if block is None or loaded.config.cache == "off":
+            return None
+        try:
+            found = cls._of(lm, scorer, loaded.train_set[:CHECKED])
+        except (CannotKeep, UserError) as reason:
+            console.say(f"in each forward of a step all blocks run: {reason}")
+            return None
+        return found
+
+    @classmethod
+    @torch.no_grad()
+    def _of(cls, lm: LanguageModel, scorer: Scorer, examples: Sequence[Encoded]) -> Below:
+        """Raises CannotKeep: with the states that come out of a block a forward of these examples is another."""
+        if lm.virtual_tokens:
+            raise CannotKeep(f"--peft {lm.peft} puts something before what every block sees")
+        batch = replace(scorer.collate(examples), states=None)
+        cuts = cuts_of(lm.model, lambda: scorer.outputs(batch.input_ids, batch.attention_mask))
+        least = 0 if scorer.states is None else scorer.states.lower.cut
+        found = cls(lm.model, {name: cuts[p] for name, p in lm.model.named_parameters() if p in cuts}, least)
+        for cut in sorted({cut for cut in found.cuts.values() if cut > least}):
+            with scorer.once(found._at(cut)):
+                if not torch.equal(scorer.token_log_probs(batch), scorer.token_log_probs(batch)):
+                    raise CannotKeep(
+                        f"later blocks of {type(lm.model).__name__} read more of the earlier ones than their hidden states"
+                    )
+        return found
+
+    def _at(self, cut: int) -> Lower:
+        if cut not in self._made:
+            self._made[cut] = Lower(self.model, cut)
+        return self._made[cut]
+
+    def lower(self, block: Sequence[str] | None) -> Lower | None:
+        """What runs once in a step that moves these parameters; None: nothing that would not be kept anyway."""
+        cut = 0 if block is None else min(self.cuts.get(name, 0) for name in block)
+        return self._at(cut) if cut > self.least else None
 
 
 def used_again(loaded: Loaded, examples: int, evaluations: int) -> bool:

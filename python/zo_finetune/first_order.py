@@ -108,6 +108,9 @@ class FirstOrder(torch.optim.Optimizer):
         """What a step moves a weight by is no number of the step's here, and nobody reads the weights for it."""
         return math.nan
 
+    def block(self) -> None:
+        """All parameters take part in a step."""
+
     def state_bytes(self) -> int:
         """What torch's optimizer keeps between steps. Gradients are no part of it."""
         held = [v for state in self.inner.state.values() for v in state.values() if isinstance(v, Tensor)]

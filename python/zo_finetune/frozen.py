@@ -35,8 +35,8 @@ class _Enough(Exception):
     """The states are there; the rest of the forward is not needed."""
 
 
-def cut_of(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """How many blocks come before the first one that reads a trained parameter: all of them, where only what is behind them does.
+def cuts_of(model: nn.Module, forward: Callable[[], Any]) -> dict[nn.Parameter, int]:
+    """Of each trained parameter, how many blocks come before what reads it: all of them, where that is behind them.
 
     Args:
         forward: makes one forward of the model. Modules with trained parameters are noted as it calls them, so that tied weights count where they are read
@@ -58,7 +58,17 @@ def cut_of(model: nn.Module, forward: Callable[[], Any]) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return min((called.get(n, k) for n, k in first.items()), default=len(blocks))
+    found: dict[nn.Parameter, int] = {}
+    for n, module in owners.items():
+        for p in module.parameters(recurse=False):
+            if p.requires_grad:
+                found[p] = min(called.get(n, first[n]), found.get(p, len(blocks)))
+    return found
+
+
+def cut_of(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """How many blocks come before the first one that reads a trained parameter; arguments as `cuts_of`'s."""
+    return min(cuts_of(model, forward).values(), default=len(blocks_of(model)[1]))
 
 
 class Lower:
@@ -115,6 +125,26 @@ class Lower:
                     del block.__dict__["forward"]
                 else:
                     block.__dict__["forward"] = before
+
+
+class Once:
+    """Forwards of some batches that run the lower blocks once for each: what the last of these blocks returns is noted in a batch's first forward, and its
+    later ones begin with it. For the time in which no weight of these blocks changes, as in a step that moves others."""
+
+    def __init__(self, lower: Lower) -> None:
+        self.lower = lower
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # by the ids of the batches' tokens, which are kept for their ids
+
+    @contextlib.contextmanager
+    def forward(self, input_ids: Tensor) -> Iterator[None]:
+        """One forward inside, of the batch with these tokens."""
+        if (seen := self._seen.get(id(input_ids))) is not None:
+            with self.lower.instead(seen[1]):
+                yield
+            return
+        with self.lower.recording(stop=False) as found:
+            yield
+        self._seen[id(input_ids)] = input_ids, found[0]
 
 
 def _form(output: Any) -> Callable[[Tensor], Any]:

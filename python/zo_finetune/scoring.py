@@ -14,7 +14,7 @@ optimizers."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from zo_finetune.chat import turns_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
-from zo_finetune.frozen import States
+from zo_finetune.frozen import Lower, Once, States
 from zo_finetune.tasks.base import Candidate, Example, Form
 
 MOST_NEW = 50  # tokens of a free answer (MeZO's)
@@ -337,6 +337,7 @@ class Scorer:
         self.device = next(model.parameters()).device
         self.states = states
         self._head = head
+        self._once: Once | None = None
         self._points: tuple[Tensor, Tensor] | None = None
         self._hook = head.register_forward_pre_hook(self._keep_points)
 
@@ -363,6 +364,15 @@ class Scorer:
         inputs = [tokens for example in examples for tokens in example.inputs]
         return replace(batch, states=self.states.of(inputs, batch.input_ids.shape[1], self.device))
 
+    @contextlib.contextmanager
+    def once(self, lower: Lower | None) -> Iterator[None]:
+        """Forwards inside run these blocks once for each batch, a `Batch` that stays the same object: while their weights stay. None: they run as ever."""
+        self._once = None if lower is None else Once(lower)
+        try:
+            yield
+        finally:
+            self._once = None
+
     def outputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
         """What the model returns for rows as a `Batch` has them."""
         if attention_mask is not None:
@@ -378,6 +388,8 @@ class Scorer:
                     stack.enter_context(self.states.lower.instead(batch.states))
                     if self.states.narrow is not None:
                         stack.enter_context(self.states.narrow.at(where, batch.input_ids.shape[1]))
+                if self._once is not None:
+                    stack.enter_context(self._once.forward(batch.input_ids))
                 logits: Tensor = self.outputs(batch.input_ids, batch.attention_mask).logits
         finally:
             self._points = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zo_finetune import console, machine
+from zo_finetune.cached import Below
 from zo_finetune.config import SCHEDULES, Config
 from zo_finetune.data import Batches
 from zo_finetune.errors import UserError, one_line
@@ -48,6 +49,10 @@ class Optimizer(Protocol):
         ...
 
     def step(self, closure: Callable[..., Any], batches: Sequence[Any]) -> Tensor: ...
+
+    def block(self) -> Sequence[str] | None:
+        """The names of the parameters that the next step may change; None: all."""
+        ...
 
     def movement(self) -> float:
         """How far the last step moved a weight, root mean square; NaN where nobody knows."""
@@ -228,6 +233,9 @@ def train(
     batches = Batches(loaded.train_set, config.batch_size * config.accumulate, config.seed, loaded.labels)
     width = GRAPH_WIDTH if config.cuda_graph else 1
 
+    with clock:
+        below = Below.of(loaded, scorer, optimizer.block())
+
     def closure(batch: Any) -> Tensor:
         return objective.loss(scorer, batch)
 
@@ -242,7 +250,8 @@ def train(
         with clock:
             examples = batches[step]
             micro = [objective.batch(scorer, examples[k :: config.accumulate], width) for k in range(config.accumulate)]
-            loss, lr = optimizer.step(closure, micro), optimizer.param_groups[0]["lr"]
+            with scorer.once(None if below is None else below.lower(optimizer.block())):
+                loss, lr = optimizer.step(closure, micro), optimizer.param_groups[0]["lr"]
             scheduler.step()
             progress.add(step + 1, loss, optimizer.projected_gradient, lr, clock.seconds)
     if every:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from zo_finetune.load import Loaded, load
 from zo_finetune.objectives.classification import Classification
 from zo_finetune.objectives.pairs import Pairs
 from zo_finetune.scoring import Encoded, Scorer
+from zo_finetune.train import Progress, Stopwatch, make_optimizer, train
 
+from tests.finetune.test_parts import Memory
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
 
@@ -371,6 +374,84 @@ def test_a_forward_runs_the_upper_blocks_alone(loaded: Callable[..., Loaded]) ->
         assert ran == [3]
     assert [n for n, _ in one.language_model.model.named_parameters()] == names
     assert all("forward" not in vars(m) for m in one.language_model.model.modules())
+
+
+# ---- blocks in turn -----------------------------------------------------------------------------------------------------------------------------
+
+TURNS: dict[str, dict[str, Any]] = {
+    "scratch": {"cache": "auto"},
+    "inplace": {"perturbation": "inplace", "dtype": "bfloat16", "family": "gpt2", "cache": "auto"},
+    "random": {"options": {"order": "random", "every": "2"}, "family": "opt", "accumulate": 2, "cache": "auto"},
+    "masked": {"family": "roberta", "tied": False, "cache": "auto"},
+    "patterns": {"options": {"by": "layers.(1|2),layers.3"}, "train_only": ["proj"], "train_blocks": "1-"},
+    "kept": {"train_blocks": "last:2"},
+    "lora": {"peft": "lora", "train_blocks": "1-2"},
+    "pairs": {"objective": "pairs", "cache": "auto"},
+}
+
+
+class Turns(Progress):
+    """Of each step: the lowest of the model's blocks that it moves, and how often each of them ran."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
+        super().__init__(Memory(), 8, optimizer, torch.device("cpu"))
+        self.seen: list[tuple[int, dict[int, int]]] = []
+        self.ran: dict[int, int] = {}
+        for k, block in enumerate(blocks.blocks_of(model)[1]):
+            inner = next(m for m in block.modules() if "Norm" in type(m).__name__)
+            inner.register_forward_pre_hook(lambda m, a, k=k: self.ran.update({k: self.ran.get(k, 0) + 1}))
+        self.lowest = self.next()
+
+    def next(self) -> int:
+        numbers = [re.search(r"\.(\d+)\.", name) for name in self.optimizer.block()]
+        self.ran.clear()
+        return min(int(n[1]) if n else 0 for n in numbers)
+
+    def add(self, *row: Any) -> None:
+        self.seen.append((self.lowest, dict(self.ran)))
+        super().add(*row)
+        self.lowest = self.next()
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_what_lies_below_a_steps_block_runs_once_a_step(
+    name: str, loaded: Callable[..., Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And losses and weights are the same to the bit as with both forwards whole."""
+    runs = []
+    for whole in (False, True):
+        one = loaded(**{"method": "blockwise", "steps": 8, "lr": 1e-2, "dev_examples": 0, "batch_size": 3, **TURNS[name]})
+        model = one.language_model.model
+        with kept(one) as (scorer, said), monkeypatch.context() as patch:
+            assert (said is not None) == ("cache" not in TURNS[name])
+            if whole:
+                patch.setattr(cached.Below, "of", lambda *_: None)
+            optimizer = make_optimizer(one.language_model, one.config)
+            progress = Turns(model, optimizer)
+            made = cached.Below.of(one, scorer, optimizer.block())  # its own look is not counted
+            patch.setattr(cached.Below, "of", lambda *_, made=made: made)
+            progress.next()
+            train(one, optimizer, scorer, progress, Stopwatch(), lambda step: None)
+        least = 0 if scorer.states is None else scorer.states.lower.cut
+        for lowest, ran in progress.seen:
+            assert ran == {k: one.config.accumulate * (1 if k < lowest and not whole else 2) for k in range(least, 4)}
+        assert len({lowest for lowest, _ in progress.seen}) > 1
+        runs.append((progress.log.losses, [p.detach().clone() for p in model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(same_bits(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("spoil", [earlier, pair])
+def test_no_forward_begins_above_blocks_that_are_read_twice(spoil: Any, loaded: Callable[..., Loaded], capsys: Any) -> None:
+    one = loaded(method="blockwise", cache="auto")
+    why = spoil(one.language_model.model.model.layers)
+    with one.scorer() as scorer:
+        optimizer = make_optimizer(one.language_model, one.config)
+        assert cached.Below.of(one, scorer, optimizer.block()) is None
+    assert f"in each forward of a step all blocks run: {why}" in capsys.readouterr().err
+    off = replace(one, config=replace(one.config, cache="off"))
+    assert cached.Below.of(off, scorer, optimizer.block()) is None and cached.Below.of(one, scorer, None) is None
+    assert capsys.readouterr().err == ""
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------------------------------

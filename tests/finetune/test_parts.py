@@ -89,6 +89,9 @@ class Backpropagation(torch.optim.SGD):
     def movement(self) -> float:
         return math.nan
 
+    def block(self) -> None:
+        pass
+
     def state_bytes(self) -> int:
         return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -23,6 +24,21 @@ def tolerance(r: Reference, case: Case, mode: str) -> float:
     """
     restored = r.step * 2**-17 * EPS * 4.5 if mode == "inplace" else 0.0
     return 4 * case.sharp * (2**-16 * r.path + r.step * (case.forwards + 1) * 2**-24) + restored
+
+
+@pytest.mark.parametrize("order", ["cyclic", "random"])
+def test_an_optimizer_names_the_block_of_its_next_step(order: str) -> None:
+    """Those parameters change, and no others; frozen ones are not among them."""
+    model = Tiny()
+    next(model.parameters()).requires_grad_(False)
+    step = zk.BlockwiseZO(model, 1e-2, EPS, order=order, every=2, seed=1)
+    for _ in range(8):
+        before, block = values(model), step.block()
+        step.step(lambda block=block: model() if step.block() == block else math.nan)
+        after = values(model)
+        assert block is not None
+        assert {n for n in before if not torch.equal(before[n], after[n])} == set(block)
+    assert zk.MeZOStep(model, 1e-2).block() is None
 
 
 def test_every_constructor_has_a_case() -> None:

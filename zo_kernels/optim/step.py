@@ -381,6 +381,13 @@ class ZOStep(torch.optim.Optimizer):
         """
         return self._run.stream_of(name)
 
+    def block(self) -> tuple[str, ...] | None:
+        """The names of the parameters that the next step may perturb and change, of a run with `blocks`; None: without, all take part."""
+        if (blocks := self._run.method.blocks) is None:
+            return None
+        parts = blocks.split([name for _, name, _ in refresh.active(self.param_groups)])
+        return tuple(parts[blocks.at(self.steps, len(parts), self._run.seed)])
+
     def forwards(self, step: int | None = None) -> int:
         """What a step costs in forwards for each micro-batch, candidates and projections included. One that carries tangents counts as two, a backward
         pass as two. `step`: its number in the run (0: the first); None: the next one."""
