@@ -32,7 +32,7 @@ from zo_finetune.demo import MODEL, cache_dir
 from zo_finetune.tasks import get_task
 
 BASELINE, OBJECTIVES = "mezo", ("loss", "pairs")
-FACTORS, BEST = "0.25,1,4,16", 4
+FACTORS, BEST = {"stories15m": "0.25,1,4", "smollm2": "1,4,16"}, 4  # of the rates below; the larger model's are higher
 # The middle of each method's learning rates, so that a step moves a weight about as far by all: MeZO's lr |g|, a sign's or Adam's lr,
 # FZOO's lr / (eps sqrt(q)); masks that leave a share of the weights move these further. With eps 1e-3.
 RATES = {
@@ -65,14 +65,14 @@ class Cell:
         return "auc" if names is not None and len(names) == 2 else "loss"
 
 
-SMALL = {"batch-size": 32, "train-examples": 1000, "dev-examples": 300, "eval-examples": 0, "seeds": "0,1,2,3,4", "points": 1}
-LARGE = {**SMALL, "batch-size": 16, "dev-examples": 200, "eval-examples": 800, "data-seed": 0}
+SMALL = {"batch-size": 32, "train-examples": 2000, "dev-examples": 300, "eval-examples": 0, "seeds": "0,1,2,3,4", "points": 1}
+LARGE = {**SMALL, "batch-size": 16, "train-examples": 1000, "eval-examples": 800, "data-seed": 0}
 CELLS = (
-    Cell("stories15m", "sst2", "sst2", 1800, SMALL),
-    Cell("stories15m", "sst5", "sst5", 1800, SMALL),
-    Cell("stories15m", "rte", "rte", 1800, {**SMALL, "batch-size": 16}),
-    Cell("smollm2", "sst2", "film_reviews", 1800, LARGE),
-    Cell("smollm2", "sst2", "sst2", 1800, LARGE),
+    Cell("stories15m", "sst2", "sst2", 1200, SMALL),
+    Cell("smollm2", "sst2", "film_reviews", 1200, LARGE),
+    Cell("smollm2", "sst2", "sst2", 1200, LARGE),
+    Cell("stories15m", "sst5", "sst5", 1200, SMALL),
+    Cell("stories15m", "rte", "rte", 1200, {**SMALL, "batch-size": 16}),
 )
 QUICK = {"batch-size": 4, "train-examples": 16, "dev-examples": 6, "eval-examples": 8, "seeds": "0,1", "points": 1}
 OWN = (
@@ -90,7 +90,9 @@ class Bench:
         self.beside = {} if options.methods else FIRST_ORDER
         chosen = [cell for cell in CELLS if cell.name in (options.cells or [c.name for c in CELLS])]
         self.cells = [Cell(c.model, c.task, c.data, 20, QUICK) for c in chosen] if options.quick else chosen
-        self.factors = "1,4" if options.quick else FACTORS
+
+    def factors(self, cell: Cell) -> str:
+        return "1,4" if self.options.quick else FACTORS[cell.model]
 
     def folder(self, cell: Cell) -> Path:
         return self.options.work / cell.name
@@ -138,7 +140,7 @@ class Bench:
             "--forwards",
             ",".join(map(str, budgets)),
             "--lr-factors",
-            self.factors,
+            self.factors(cell),
             "--lr-by",
             cell.by,
             "--train-blocks",
@@ -157,7 +159,7 @@ class Bench:
 
     def runs(self, cell: Cell, methods: Sequence[str]) -> int:
         """How many the cell has: of each method with each objective, every rate with the first seed and one with the others."""
-        rates, seeds = len(self.factors.split(",")), len(str(cell.sizes["seeds"]).split(","))
+        rates, seeds = len(self.factors(cell).split(",")), len(str(cell.sizes["seeds"]).split(","))
         return sum(1 if name.count("@") == 2 else len(OBJECTIVES) for name in methods) * (rates + seeds - 1)
 
     def plan(self) -> str:

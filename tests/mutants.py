@@ -277,7 +277,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "for side in (\"left\", \"right\"))", "for side in (\"left\", \"left\"))",
      ("tests/finetune/test_ranking.py::test_measures_are_those_of_an_evaluation",)),
     ("python/zo_finetune/runs.py", "a learning rate is chosen by the evaluation rows",
-     "numbers.append(on_dev(run_one(tried, root), by))", "numbers.append(run_one(tried, root)[\"after\"][by])",
+     "numbers.append(on_dev(run_one(tried, root, common), by))", "numbers.append(run_one(tried, root, common)[\"after\"][by])",
      ("tests/finetune/test_ranking.py::test_no_choice_sees_an_evaluation_row",)),
     ("python/zo_finetune/probe.py", "a second right candidate is a wrong one", "k != train.labels[n] and k not in train.right[n]",
      "k != train.labels[n]", ("tests/finetune/test_probe.py::test_every_right_candidate_is_spared",)),

@@ -79,15 +79,10 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
     examples = loaded.train_set + (loaded.dev_set if evaluations > 1 else [])
     if config.cache == "auto" and not used_again(loaded, len(examples), evaluations):
         return None
+    evaluated = [*loaded.eval_set, *loaded.beside.texts]
+    about = (config.objective, inputs_of(examples), inputs_of(evaluated))
     try:
-        lower = lower_blocks(loaded, scorer)
-        if config.cache == "auto" and not large(loaded.language_model.model, lower):
-            return None
-        scorer.states, cache = filled(loaded, scorer, lower, examples)
-        scorer.states.narrow = narrowed(loaded, scorer, examples[: config.batch_size])
-        if reason := wrong(loaded, scorer, examples):
-            raise CannotKeep(reason)
-        loaded.states = scorer.states
+        found = loaded.common.kept(config, loaded.language_model, about, lambda: made(loaded, scorer, examples))
     except CannotKeep as reason:
         scorer.states = None
         if config.cache != "auto":
@@ -95,8 +90,26 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
         if part_of(config):
             console.say(f"no hidden states are kept: {reason}; every forward runs the whole model")
         return None
+    if found is None:
+        return None
+    scorer.states, cache = found
+    loaded.states = scorer.states
     console.say(str(cache))
     return asdict(cache)
+
+
+def made(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> tuple[States, Cache] | None:
+    """The states, looked at; None: by themselves they do not pay. Raises CannotKeep: the model's shape does not allow it."""
+    config = loaded.config
+    lower = lower_blocks(loaded, scorer)
+    if config.cache == "auto" and not large(loaded.language_model.model, lower):
+        return None
+    states, cache = filled(loaded, scorer, lower, examples)
+    scorer.states = states
+    states.narrow = narrowed(loaded, scorer, examples[: config.batch_size])
+    if reason := wrong(loaded, scorer, examples):
+        raise CannotKeep(reason)
+    return states, cache
 
 
 def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import console, figures, files, outcomes, ranking, run_folder
+from zo_finetune.common import Common
 from zo_finetune.config import Comparison, Config
 from zo_finetune.errors import UserError, did_you_mean, one_line
 from zo_finetune.files import path_of
@@ -231,7 +232,7 @@ def wanted_of(label: str) -> tuple[Entry, str | None, int | None]:
     return Entry.of(name), next(iter(objectives), None), next(iter(budgets), None)
 
 
-def check_runs(plan: Plan) -> None:
+def check_runs(plan: Plan, common: Common) -> None:
     """Everything that can be known of all runs before the first step of any: what is in their folders, the rows that each seed samples, and
     whether each method fits the model.
 
@@ -256,7 +257,7 @@ def check_runs(plan: Plan) -> None:
     console.say(f"checking the methods ({len(plan.contenders)}) and seeds ({len(seeds)}) before the first run")
     model = None
     for seed in seeds:
-        model = load(plan.config(plan.contenders[0], seed), model).language_model
+        model = load(plan.config(plan.contenders[0], seed), model, common).language_model
     if model is not None:
         for one in plan.contenders:
             make_optimizer(model, plan.config(one, seeds[0]))
@@ -332,18 +333,19 @@ def compare(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
     tuned: dict[str, dict[str, float]] = {}  # an infinity is null in the file
     found: dict[str, list[Finished]] = {}
     interrupted = False
-    check_runs(plan)
+    common = Common()
+    check_runs(plan, common)
     by = criterion(options.lr_by, plan.task, "--lr-by")
     try:
         for one in plan.contenders:
             if rates := plan.tried(one):
                 configs_of = functools.partial(configs, plan, one)
-                chosen[one.label], tuned[one.label] = tune(one.label, configs_of, rates, plan.root, by)
+                chosen[one.label], tuned[one.label] = tune(one.label, configs_of, rates, plan.root, by, common)
         for seed in options.seeds:
             for one in plan.contenders:
                 config = plan.config(one, seed, chosen.get(one.label))
                 console.say(f"{one.label}: seed {seed}, lr {config.lr:g}, {config.steps} steps")
-                finished = Finished.of(one, config, run_one(config, plan.root), by)
+                finished = Finished.of(one, config, run_one(config, plan.root, common), by)
                 found.setdefault(one.label, []).append(finished)
     except (KeyboardInterrupt, Interrupted):
         interrupted = True

@@ -16,6 +16,7 @@ import torch
 from zo_finetune import console
 from zo_finetune import model as models
 from zo_finetune.beside import Beside
+from zo_finetune.common import Common
 from zo_finetune.config import Config
 from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError, shortened
@@ -55,7 +56,7 @@ class Materials:
 class Loaded:
     """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from; `rows`:
     split -> the number of each example's row there; `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally
-    often; `states`: of inputs whose forwards need not run the lower blocks (cached.py)."""
+    often; `states`: of inputs whose forwards need not run the lower blocks (cached.py); `common`: what other runs of the process have in common with it."""
 
     config: Config
     task: Task
@@ -72,6 +73,7 @@ class Loaded:
     labels: list[int] | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
     states: States | None = None
+    common: Common = field(default_factory=Common)
 
     def scorer(self) -> Scorer:
         """Of the model; a context manager."""
@@ -218,11 +220,16 @@ def prepare(
     return Materials(config, task, language_model, splits, time.perf_counter() - started)
 
 
-def load(config: Config, language_model: models.LanguageModel | None = None) -> Loaded:
-    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s."""
-    started = time.perf_counter()
+def load(config: Config, language_model: models.LanguageModel | None = None, common: Common | None = None) -> Loaded:
+    """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s. `common`: what it has in common with other runs."""
+    started, common = time.perf_counter(), Common() if common is None else common
     objective = objective_of(config, config.the_task())
-    found = prepare(config, language_model)
+
+    def read(config: Config, task: Task, form: Form) -> Splits:
+        return common.splits(config, sample_seed(config), lambda: read_splits(config, task, form))
+
+    found = prepare(config, language_model or common.model(config), read)
+    common.hold(config, found.language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
     balanced = config.balanced or (objective.balanced and task.class_names is not None)
     labels = labels_of(splits.train, task) if balanced else None
@@ -251,6 +258,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None) -> 
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,
         labels=labels,
+        common=common,
     )
 
 

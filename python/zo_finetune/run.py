@@ -24,6 +24,7 @@ import torch
 
 from zo_finetune import beside, console, files, inputs, methods, outcomes, report, run_folder, sources
 from zo_finetune.cached import keep
+from zo_finetune.common import Common
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import answers_of, describe, measure
@@ -38,8 +39,8 @@ from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_o
 from zo_kernels import InputFactors, journal
 
 
-def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """A run from its beginning; returns what result.json holds.
+def run(config: Config, command: Sequence[str] | None = None, common: Common | None = None) -> dict[str, Any]:
+    """A run from its beginning; returns what result.json holds. `common`: what other runs of this process have in common with it.
 
     Ctrl-C during training ends it: weights, log and curve up to then are saved, `interrupted` is true and `after` is None.
 
@@ -54,7 +55,7 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     read += [("--adapter", config.adapter)] if config.adapter is not None else []
     run_folder.check_run_dir(output, config.overwrite, read)
     with explained(functools.partial(way_on, config)):
-        loaded = load(config)
+        loaded = load(config, common=common)
     rows = len(loaded.train_set)
     if (batch := config.batch_size * config.accumulate) > rows:
         if config.accumulate > 1:
@@ -68,8 +69,8 @@ def run(config: Config, command: Sequence[str] | None = None) -> dict[str, Any]:
     return complete(loaded, command)
 
 
-def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Go on with a killed or interrupted run; returns what result.json then holds: that of a run that was never killed, but for times.
+def resume(folder: str, command: Sequence[str] | None = None, common: Common | None = None) -> dict[str, Any]:
+    """Go on with a killed or interrupted run; returns what result.json then holds: that of a run that was never killed, but for times. `common` as in `run`.
 
     Raises:
         UserError: there is no run in the folder, it is running, or its options, base model or data have changed; nothing was changed.
@@ -95,7 +96,7 @@ def resume(folder: str, command: Sequence[str] | None = None) -> dict[str, Any]:
                 f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
             )
     with explained(functools.partial(way_on, config)):
-        loaded = load(config)
+        loaded = load(config, common=common)
     return complete(loaded, command, resumed=True)
 
 

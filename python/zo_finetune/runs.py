@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import console, files, methods, run_folder
+from zo_finetune.common import Common
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, once, shortened
 from zo_finetune.files import JOURNAL, check_plain
@@ -99,7 +100,12 @@ class Rates:
 
 
 def tune(
-    what: str, configs: Callable[[float], Sequence[Config]], rates: Sequence[float], root: Path, by: str = "loss"
+    what: str,
+    configs: Callable[[float], Sequence[Config]],
+    rates: Sequence[float],
+    root: Path,
+    by: str = "loss",
+    common: Common | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Make runs with each learning rate; the rate whose kept weights are the best on the dev examples, and the numbers by rate, as text. Nothing of the
     evaluation rows is looked at.
@@ -109,6 +115,7 @@ def tune(
         configs: of the runs with a learning rate, of several seeds; their mean counts.
         root: see `earlier`.
         by: what is judged: loss, or a metric, the larger the better. No number, or none that is finite, is the worst.
+        common: what the runs have in common.
     """
     found: dict[float, float] = {}
     worst = math.inf if by == "loss" else -math.inf
@@ -116,7 +123,7 @@ def tune(
         numbers = []
         for tried in configs(lr):
             console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
-            numbers.append(on_dev(run_one(tried, root), by))
+            numbers.append(on_dev(run_one(tried, root, common), by))
         found[lr] = worst if any(n is None for n in numbers) else sum(n for n in numbers if n is not None) / len(numbers)
     best = (min if by == "loss" else max)(found, key=found.__getitem__)
     return best, {f"{lr:g}": number for lr, number in found.items()}
@@ -158,15 +165,16 @@ def earlier(config: Config, root: Path) -> tuple[bool, dict[str, Any] | None]:
     return (folder / JOURNAL).exists(), run_folder.read_result(folder / "result.json", task, config.save)
 
 
-def run_one(config: Config, root: Path) -> dict[str, Any]:
-    """result.json of the run: a finished one's as it is, an unfinished one's after going on with it.
+def run_one(config: Config, root: Path, common: Common | None = None) -> dict[str, Any]:
+    """result.json of the run: a finished one's as it is, an unfinished one's after going on with it. `common`: with the other runs.
 
     Raises:
         UserError: its folder has a run with other options. Interrupted: Ctrl-C.
     """
     begun, result = earlier(config, root)
     if result is None:
-        result = resume(config.output) if begun and not methods.get(config.method).no_journal else run(config)
+        going_on = begun and not methods.get(config.method).no_journal
+        result = resume(config.output, common=common) if going_on else run(config, common=common)
     if result["interrupted"]:
         raise Interrupted
     return result

@@ -9,15 +9,20 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zo_finetune import cached, files, run_folder
 from zo_finetune import compare as comparing
-from zo_finetune import files
+from zo_finetune import model as models
 from zo_finetune.cli import main
 from zo_finetune.objectives.classification import Classification
+from zo_finetune.run import run
 from zo_finetune.tasks import get_task
+
+from zo_kernels import journal
 
 ROOT = Path(__file__).parents[2]
 
@@ -331,3 +336,51 @@ def test_an_option_given_twice_is_refused(command: Callable[..., list[str]], cap
     assert "--methods mezo:queries=2:queries=4: queries is given twice" in capsys.readouterr().err
     assert main(command("mezo", "--lr", "mezo=1e-3", "--lr", "mezo=1e-4")) == 2
     assert "--lr mezo is given twice" in capsys.readouterr().err
+
+
+def test_runs_have_the_bits_that_they_have_alone(
+    command: Callable[..., list[str]], tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the model, the rows and the hidden states of what is frozen, each made once."""
+    made = {"models": 0, "states": 0}
+
+    def counting(what: str, own: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made[what] += 1
+            return own(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(models, "load", counting("models", models.load))
+    monkeypatch.setattr(cached, "filled", counting("states", cached.filled))
+    methods = "mezo,adamw@loss,fzoo-inputs:rank=2"
+    arguments = command(
+        methods,
+        "--train-blocks",
+        "last:1",
+        "--cache",
+        "memory",
+        "--objectives",
+        "loss,pairs",
+        "--lr",
+        "mezo=1e-2",
+        "--lr",
+        "adamw=1e-2",
+        forwards=45,
+    )
+    assert main(arguments) == 0
+    assert made == {"models": 1, "states": 4}  # of two seeds' rows with two objectives
+    out = tmp_path / "out"
+    folders = sorted(out.glob("runs/*/*seed1"))
+    assert len(folders) == 5
+    for folder in folders:
+        config = replace(run_folder.saved_config(folder), output=str(tmp_path / "alone" / folder.parent.name))
+        run(config)
+        alone = Path(config.output)
+        for name in ("evaluations.jsonl", "scores_before.csv", "scores_dev.csv", "scores_after.csv"):
+            assert (alone / name).read_bytes() == (folder / name).read_bytes(), (folder, name)
+        if (folder / files.JOURNAL).exists():
+            mine, other = (journal.read(f / files.JOURNAL) for f in (folder, alone))
+            assert mine.header.fingerprint == other.header.fingerprint
+            names = [name for name in mine.steps.dtype.names if name != "crc"]  # which is of the file
+            assert all(mine.steps[name].tobytes() == other.steps[name].tobytes() for name in names), folder
