@@ -15,6 +15,7 @@ All queries of a step see one batch: their mean has the noise of directions less
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -148,10 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "noise.csv")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--rows", type=int, default=3200, help="of SST-2; of SQuAD a quarter (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the rows and of the batches (default: 0)")
     options = parser.parse_args(arguments)
     first = True
-    for setting in SETTINGS:
+    for setting, seed in itertools.product(SETTINGS, options.seeds):
         sst2 = setting.task == "sst2"
         if not sst2 and options.squad is None:
             continue
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             dev_examples=0,
             eval_examples=1,
             max_length=64 if sst2 else 128,
-            seed=options.seed,
+            seed=seed,
             device="cpu",
         )
         found = load(config)
