@@ -69,6 +69,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      ("tests/finetune/test_frozen.py::test_scores_are_those_without",)),
     ("python/zo_finetune/cached.py", "later blocks may read more than states", "if not torch.equal(plain, again) and", "if False and",
      ("tests/finetune/test_frozen.py::test_blocks_that_read_more_than_states_are_noticed",)),
+    ("python/zo_finetune/dominant.py", "the dominant block is where activations sink most", "block = max(range", "block = min(range",
+     ("tests/finetune/test_frozen.py::test_the_block_behind_which_activations_stand_out",)),
     ("python/zo_finetune/cached.py", "what runs once a step ends behind what it moves first",
      "min(self.cuts.get(name, 0) for", "max(self.cuts.get(name, 0) for",
      ("tests/finetune/test_frozen.py::test_what_lies_below_a_steps_block_runs_once_a_step",)),

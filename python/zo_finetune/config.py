@@ -79,7 +79,8 @@ class Config(TaskChoice):
     )
     train_blocks: str | None = option(
         MODEL,
-        "train these blocks of the model alone, or adapters in them alone: by number, counted from 0, as 24- or 20-25, or last:4",
+        "train these blocks of the model alone, or adapters in them alone: by number, counted from 0, as 24- or 20-25, last:4, or dominant: the "
+        "one behind which activations first stand out, found by one forward of a text",
         None,
         metavar="BLOCKS",
         usual="all",
@@ -261,7 +262,7 @@ class Config(TaskChoice):
     def check(self) -> None:
         """Values that no part of the run could use; each error names the option."""
         options.check(self)
-        if self.train_blocks is not None:
+        if self.train_blocks not in (None, values.DOMINANT):
             values.blocks("--train-blocks", self.train_blocks)
         self.recipe()
 

@@ -17,8 +17,10 @@ import torch
 
 from zo_finetune import adapters, blocks, folders
 from zo_finetune.adapters import Adapter
+from zo_finetune.dominant import Dominant, dominant
 from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.tasks.base import Form
+from zo_finetune.values import DOMINANT
 
 
 @dataclass
@@ -32,6 +34,7 @@ class LanguageModel:
     device: torch.device
     notes: list[str] = field(default_factory=list)  # lines for the user
     virtual_tokens: int = 0  # that a soft prompt takes
+    dominant: Dominant | None = None  # the block that --train-blocks dominant found
 
     @property
     def vocabulary(self) -> int:
@@ -279,7 +282,7 @@ def load(
         targets, lora_rank, lora_alpha, lora_init, prefix_length: of a new adapter, see `adapters.Adapter`.
         lora_freeze_a: of LoRA's two matrices the second one alone is trained.
         adapter: an adapter's folder, of the kind `peft`, to go on from.
-        train_blocks, train_only: which part of the model, or of an adapter, is trained, see `blocks.train_part`.
+        train_blocks, train_only: which part of the model, or of an adapter, is trained, see `blocks.train_part`; "dominant": see dominant.py.
 
     Raises:
         UserError: no such model, or the device, the dtype, the adapter or the part does not fit it.
@@ -312,8 +315,13 @@ def load(
         quantizer.remove_quantization_config(model)  # its weights are numbers as any others, and transformers would not save them
     model = model.to(found.place).eval()
     check_forward(spec, model, found.form)
+    named = None
+    if train_blocks == DOMINANT:
+        named = dominant(model, tokenizer)
+        train_blocks = str(named.block)
+        notes.append(str(named))
     adapted = adapt(
-        LanguageModel(model, tokenizer, found.form, "none", found.place, notes),
+        LanguageModel(model, tokenizer, found.form, "none", found.place, notes, dominant=named),
         Adapter(peft, targets, lora_rank, lora_alpha, lora_init, prefix_length),
         adapter,
         train_blocks,

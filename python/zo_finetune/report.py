@@ -78,6 +78,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
         "last_movement": outcome.movement if math.isfinite(outcome.movement) else None,
         "gradient_bytes": lm.trained_bytes() if recipe.method.first_order else 0,
         "weights": {"total": total, "trainable": trainable, "dtype": str(lm.model.dtype)},
+        "dominant_block": None if lm.dominant is None else asdict(lm.dominant),
         "hyperparameters": {**asdict(config), **effective},
         "data": {
             split: {"from": loaded.origin[split], "rows": len(rows)}

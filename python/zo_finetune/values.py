@@ -17,6 +17,8 @@ from typing import Any
 
 from zo_finetune.errors import UserError
 
+DOMINANT = "dominant"  # in the place of a block's number
+
 
 def number(text: str) -> float:
     """`float`, of ASCII and without underscores: 1_0 is a slip, and no ten."""
@@ -91,7 +93,8 @@ def numbers(text: str) -> list[float]:
 
 
 def blocks(where: str, text: str) -> slice:
-    """Which of a model's blocks: from one number on (24-), from one to another (20-25), one alone (7), or the last so many (last:4).
+    """Which of a model's blocks: from one number on (24-), from one to another (20-25), one alone (7), or the last so many (last:4). The word DOMINANT is read
+    where the model is, which has the number.
 
     Raises:
         UserError: begins with `where`, and says what is wanted.
@@ -103,7 +106,7 @@ def blocks(where: str, text: str) -> slice:
         if (found[2] or not found[3]) and first <= last:
             return slice(first, last + 1 if found[3] or not found[2] else None)
     raise UserError(
-        f"{where} {text!r:.80}: give numbers of blocks, counted from 0, as 24-, 20-25 or 7, or last:4 for the last four"
+        f"{where} {text!r:.80}: give numbers of blocks, counted from 0, as 24-, 20-25 or 7, last:4 for the last four, or {DOMINANT}"
     )
 
 

@@ -21,6 +21,7 @@ from zo_finetune import blocks, cached, files, frozen, narrow
 from zo_finetune import model as models
 from zo_finetune.cli import main
 from zo_finetune.config import Config
+from zo_finetune.dominant import dominant
 from zo_finetune.errors import UserError
 from zo_finetune.load import Loaded, load
 from zo_finetune.objectives.classification import Classification
@@ -119,6 +120,45 @@ def test_blocks_by_number_or_from_the_end(family: str, name: str, deep: Folder) 
         blocks.train_part(model, text, None)
         prefixes = tuple(f"{name}.{k}." for k in numbers)
         assert trained(model) == [n for n, _ in model.named_parameters() if n.startswith(prefixes)] != []
+
+
+def standing_out(layers: Any, behind: int, factor: float) -> None:
+    """A number of the first token is large from behind this block on."""
+
+    def large(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 0, 3] = factor * output.abs().median()
+        return output
+
+    for layer in layers[behind:]:
+        layer.register_forward_hook(large)
+
+
+@pytest.mark.parametrize("behind", [0, 2, 3])
+def test_the_block_behind_which_activations_stand_out(behind: int, deep: Folder) -> None:
+    lm = models.load(str(deep("llama")), device="cpu")
+    standing_out(lm.model.model.layers, behind, 400.0)
+    found = dominant(lm.model, lm.tokenizer)
+    assert (found.block, found.of_blocks) == (behind, 4) and found.before < 100 and found.behind == pytest.approx(400, rel=0.02)
+    assert f"block {behind} of 4, counted from 0" in str(found) and f"{found.behind:.0f} times behind it" in str(found)
+    lm.model.model.layers[1].register_forward_hook(lambda module, args, output: torch.nan * output)
+    with pytest.raises(UserError, match="--train-blocks dominant: the hidden states of LlamaForCausalLM show no such block"):
+        dominant(lm.model, lm.tokenizer)
+
+
+def test_a_run_trains_the_dominant_block(command: Any, tmp_path: Path, deep: Folder, capsys: Any) -> None:
+    """Which is told, recorded, and the same in a run that names it and in a replay."""
+    assert main(command(tmp_path / "run", "scratch", train_blocks="dominant", cache="auto")) == 0
+    result = files.read_json(tmp_path / "run" / "result.json")
+    block = result["dominant_block"]["block"]
+    assert f"block {block} of 4, counted from 0, is the dominant one" in capsys.readouterr().err
+    assert main(command(tmp_path / "named", "scratch", train_blocks=block, cache="auto")) == 0
+    named = files.read_json(tmp_path / "named" / "result.json")
+    assert named["dominant_block"] is None and named["weights"] == result["weights"]
+    base = ["--model", str(deep("llama")), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["replay", str(tmp_path / "run"), *base]) == 0
+    one, other, again = (load_file(tmp_path / at / "model" / "model.safetensors") for at in ("run", "named", "out"))
+    assert all(same_bits(one[n], other[n]) and same_bits(one[n], again[n]) for n in one)
 
 
 def test_names_by_patterns(deep: Folder) -> None:
