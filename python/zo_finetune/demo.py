@@ -24,9 +24,17 @@ How they were chosen: on 490 rows that are neither trained on nor evaluated on, 
     FZOO along dense directions, 1e-5, 200   0.798  0.866                      4.57
 
 Dense directions are a walk in 3.5 million dimensions, and the model forgets by it; the space of the inputs has 82,944.
-On the 1,000 evaluation rows, seed 0: accuracy 0.542 before and 0.776 after, AUC 0.791 and 0.865, 3.47 and 3.58 nats,
-in 5 min 16 s on two cores (without AVX-512).
-Other seeds: not yet measured.
+On the 1,000 evaluation rows:
+
+                                          accuracy    AUC    nats a token elsewhere
+    before                                   0.542  0.791                      3.47
+    seed 0                                   0.776  0.865                      3.58
+    seed 1                                   0.784  0.867                      3.54
+    seed 2                         not yet measured
+
+Seed 0 took 5 min 16 s on two cores (without AVX-512), seed 1 365 s of CPU time in one thread of a busy machine. Seed 0 still ran the 29 blocks below the
+trained one twice over the training rows and over what is evaluated, and both ran all tokens of a row through the last block (narrow.py): how long it takes
+since is not yet measured. Neither changes more than roundings.
 
 Belongs here: fetching, the demo's data set and its settings. Does not belong here: anything that `train` could not do for a user.
 """
