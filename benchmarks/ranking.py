@@ -116,7 +116,8 @@ class Bench:
     def command(self, cell: Cell, methods: Sequence[str]) -> list[str]:
         model, data = self.source(cell)
         words = ["compare", "--model", str(model), "--task", cell.task, "--data", str(data), "--output", str(self.folder(cell))]
-        words += ["--methods", ",".join(methods), "--objectives", ",".join(OBJECTIVES), "--baseline", BASELINE]
+        words += ["--methods", ",".join(methods), "--objectives", ",".join(OBJECTIVES)]
+        words += ["--baseline", BASELINE] if any(m.split("@")[0] == BASELINE for m in methods) else []
         budgets = sorted({int(m.rsplit("@", 1)[1]) for m in methods}, reverse=True)
         words += [
             "--forwards",
