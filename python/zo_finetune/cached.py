@@ -30,7 +30,7 @@ from zo_finetune.frozen import CannotKeep, Lower, States, Tokens, cut_of, cuts_o
 from zo_finetune.load import Loaded, part_of
 from zo_finetune.model import LanguageModel
 from zo_finetune.narrow import Narrow, narrow
-from zo_finetune.scoring import Encoded, Scorer, padded
+from zo_finetune.scoring import Batch, Encoded, Scorer, padded
 
 LEAST_USES, LEAST_SHARE = 2.0, 0.1  # of each kept example; of the weights that a forward reads, those below the cut
 CHECKED = 2  # examples, on which it is seen that blocks read nothing of those below but their states
@@ -80,8 +80,10 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
     if config.cache == "auto" and not used_again(loaded, len(examples), evaluations):
         return None
     evaluated = [*loaded.eval_set, *loaded.beside.texts]
-    about = (config.objective, inputs_of(examples), inputs_of(evaluated))
+    about = (inputs_of(examples), inputs_of(evaluated))
     try:
+        if not isinstance(loaded.objective.batch(scorer, examples[:1]), Batch):
+            raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
         found = loaded.common.kept(config, loaded.language_model, about, lambda: made(loaded, scorer, examples))
     except CannotKeep as reason:
         scorer.states = None
@@ -114,7 +116,7 @@ def made(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> tuple[S
 
 def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
     """The blocks that need not run again. Raises CannotKeep: there are none, or the model's shape does not allow it."""
-    lm, config, objective = loaded.language_model, loaded.config, loaded.objective
+    lm, config = loaded.language_model, loaded.config
     if lm.virtual_tokens:
         raise CannotKeep(f"--peft {lm.peft} puts something before what every block sees")
     if any(p.requires_grad for p in lm.model.get_input_embeddings().parameters()):
@@ -140,9 +142,6 @@ def lower_blocks(loaded: Loaded, scorer: Scorer) -> Lower:
         again = scorer.token_log_probs(replace(batch, states=states))
         if not torch.equal(plain, again) and torch.equal(plain, scorer.token_log_probs(batch)):
             raise CannotKeep(f"later blocks of {type(lm.model).__name__} read more of the earlier ones than their hidden states")
-        objective.batch(scorer, first)
-        if not scorer.states.served:
-            raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
         scorer.states = None
     return lower
 

@@ -179,7 +179,6 @@ class States:
         self.stores: list[Tensor] = []  # [T, H] each, those of many inputs one after another
         self.places: dict[Tokens, tuple[Tensor, int]] = {}  # of each input, the store and its first row there
         self.narrow: Narrow | None = None  # what of forwards that begin with them runs at the scored positions alone
-        self.served = 0  # batches
 
     @property
     def bytes(self) -> int:
@@ -193,7 +192,6 @@ class States:
         """[R, width, H], 0 behind each input's end; None where one of them is not kept."""
         if not all(tokens in self.places for tokens in inputs):
             return None
-        self.served += 1
         padded = torch.zeros(len(inputs), width, self.lower.width, dtype=self.lower.dtype)
         for row, tokens in zip(padded, inputs, strict=True):
             store, start = self.places[tokens]

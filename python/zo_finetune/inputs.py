@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import zo_kernels
 from zo_finetune import adapters, console
+from zo_finetune.common import Common
 from zo_finetune.config import INPUT_INITS, Config
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError, one_line
@@ -111,13 +112,19 @@ def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int
 
 
 def of_run(
-    config: Config, lm: LanguageModel, examples: Sequence[Encoded], states: States | None = None, beside: Path | None = None
+    config: Config,
+    lm: LanguageModel,
+    examples: Sequence[Encoded],
+    states: States | None = None,
+    beside: Path | None = None,
+    common: Common | None = None,
 ) -> InputFactors | None:
     """The factors that the run needs, and the adapter set to begin with them, if that is what they are for.
 
     Args:
         states: of the examples' inputs behind the lower blocks.
         beside: the journal of a run that goes on, beside which they lie.
+        common: with other runs.
     """
     what = wanted(config, lm.model)
     if what is None:
@@ -125,7 +132,9 @@ def of_run(
     if beside is not None and journal.factors_path(beside).exists():
         found = read(beside)
     else:
-        found = look(lm, examples, what, config.eval_batch_size, states)
+        about = (config.method, config.options, None if states is None else states.lower.cut, [e.inputs for e in examples])
+        common = Common() if common is None else common
+        found = common.kept(config, lm, about, lambda: look(lm, examples, what, config.eval_batch_size, states))
     begin(config, lm, found)
     return found
 

@@ -143,7 +143,8 @@ def prepared(loaded: Loaded, scorer: Scorer, resumed: bool) -> tuple[Optimizer, 
     for line in (*loaded.notes, loaded.describe()):
         console.say(line)
     cache = keep(loaded, scorer, config.steps // every + 1 if every else 0)  # at the weights that the run starts from
-    factors = inputs.of_run(config, lm, loaded.train_set, scorer.states, Path(config.output) / JOURNAL if resumed else None)
+    beside = Path(config.output) / JOURNAL if resumed else None
+    factors = inputs.of_run(config, lm, loaded.train_set, scorer.states, beside, loaded.common)
     return make_optimizer(lm, config, factors) if optimizer is None else optimizer, cache, factors
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zo_finetune import cached, files, run_folder
+from zo_finetune import cached, files, inputs, run_folder
 from zo_finetune import compare as comparing
 from zo_finetune import model as models
 from zo_finetune.cli import main
@@ -342,7 +342,7 @@ def test_runs_have_the_bits_that_they_have_alone(
     command: Callable[..., list[str]], tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share the model, the rows and the hidden states of what is frozen, each made once."""
-    made = {"models": 0, "states": 0}
+    made = {"models": 0, "states": 0, "looks": 0}
 
     def counting(what: str, own: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -353,6 +353,7 @@ def test_runs_have_the_bits_that_they_have_alone(
 
     monkeypatch.setattr(models, "load", counting("models", models.load))
     monkeypatch.setattr(cached, "filled", counting("states", cached.filled))
+    monkeypatch.setattr(inputs, "look", counting("looks", inputs.look))
     methods = "mezo,adamw@loss,fzoo-inputs:rank=2"
     arguments = command(
         methods,
@@ -369,7 +370,7 @@ def test_runs_have_the_bits_that_they_have_alone(
         forwards=45,
     )
     assert main(arguments) == 0
-    assert made == {"models": 1, "states": 4}  # of two seeds' rows with two objectives
+    assert made == {"models": 1, "states": 2, "looks": 2}  # of two seeds' rows
     out = tmp_path / "out"
     folders = sorted(out.glob("runs/*/*seed1"))
     assert len(folders) == 5
