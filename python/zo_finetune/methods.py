@@ -19,6 +19,7 @@ from typing import Any
 from zo_finetune.errors import UserError, did_you_mean
 from zo_finetune.values import parse, written
 
+FREE = "scale_free"  # the option, and the library's argument
 PEFTS = ("none", "lora", "ln", "prefix", "prompt")
 
 
@@ -51,7 +52,12 @@ class Recipe:
     def make(self, model: Any, **more: Any) -> Any:
         """The optimizer; raises what the library raises."""
         perturbed = {} if self.eps is None else {"eps": self.eps}
-        return self.method.function()(model, self.lr, **perturbed, **self.options, **more)
+        own = dict(self.options)
+        if own.pop(FREE, False):
+            import zo_kernels
+
+            more[FREE] = zo_kernels.ScaleFree()
+        return self.method.function()(model, self.lr, **perturbed, **own, **more)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ class Method:
         False
     )  # of the loss, besides first-order methods; by complete options
     first_order: bool = False  # backpropagation alone: nothing is perturbed
+    scales: bool = (
+        True  # with the loss, unless its option `FREE` says so: then lr is how far a step moves a weight along one direction
+    )
     looks: bool = False  # at the inputs of the matrices over the training rows, before the first step; its options say for what
 
     def preset(self, peft: str) -> Preset:
@@ -92,7 +101,8 @@ class Method:
 
     def parameters(self) -> dict[str, tuple[Any, Any]]:
         """(type, default) of each option of its own."""
-        return _own_parameters(self.function())
+        own = _own_parameters(self.function())
+        return {**own, FREE: (bool, False)} if self.scales and not self.first_order else own
 
     def options(self, given: Mapping[str, str], peft: str = "none") -> dict[str, Any]:
         """All options of its own: those given, those of the preset, the constructor's defaults.
@@ -129,9 +139,15 @@ class Method:
         return low
 
     def recipe(self, peft: str, given: Mapping[str, str], lr: float | None = None, eps: float | None = None) -> Recipe:
-        """For one run; `given`: options of its own, as text. Raises UserError as `options` does."""
-        preset = self.preset(peft)
-        return Recipe(self, preset.lr if lr is None else lr, preset.eps if eps is None else eps, self.options(given, peft))
+        """For one run; `given`: options of its own, as text. Raises UserError as `options` does, and where a learning rate has to be given."""
+        preset, options = self.preset(peft), self.options(given, peft)
+        if lr is None and options.get(FREE):
+            if peft not in MOVEMENTS:
+                raise UserError(
+                    f"--option {FREE}=true with --peft {peft}: lr is how far a step moves a weight then, and there is no measured one: give --lr"
+                )
+            lr = MOVEMENTS[peft].lr
+        return Recipe(self, preset.lr if lr is None else lr, preset.eps if eps is None else eps, options)
 
 
 @functools.cache
@@ -295,6 +311,13 @@ MEZO: Mapping[str, Preset] = {
     "prompt": Preset(1e-2, 1e-1, "ours: as prefix, since both are five tokens' worth of activations"),
     "ln": Preset(3e-4, 5e-3, "ours: found on SmolLM2-135M, see demo.py"),
 }
+MOVEMENTS: Mapping[str, Preset] = {  # of methods whose option `FREE` is on, whatever the model
+    "none": Preset(
+        5e-5,
+        None,
+        "ours: over 20,000 steps the walk that lowered the loss of two models, see docs/learning.md; of n steps sqrt(20000 / n) times that",
+    ),
+}
 _BENCH = "ZO-LLM benchmark (arXiv 2402.11592), public sweep SST2_opt-1.3b"
 _FT = "MeZO (arXiv 2305.17333), its fine-tuning with Adam"
 _ADAM = {
@@ -343,6 +366,7 @@ METHODS: Mapping[str, Method] = {
             {"none": Preset(1e-6, 1e-3, f"{_BENCH}: lr of the grid 1e-4, 1e-6, 1e-8 the middle one; eps of 1e-3, 1e-5")},
             _sides,
             _SIDES,
+            scales=False,
         ),
         Method(
             "momentum",
@@ -433,6 +457,7 @@ METHODS: Mapping[str, Method] = {
             },
             _flat(3),
             "3",
+            scales=False,
         ),
         Method(
             "dizo",
@@ -482,6 +507,7 @@ METHODS: Mapping[str, Method] = {
             },
             lambda o, n: n * (1 + o["queries"]),
             "1 + queries",
+            scales=False,
         ),
         Method(
             "mezo-inputs",
@@ -502,6 +528,7 @@ METHODS: Mapping[str, Method] = {
             "1 + queries",
             options_note=_LOOK,
             looks=True,
+            scales=False,
         ),
         Method("sgd", "first-order SGD, by backpropagation (FO-SGD)", sgd, _SGD, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
         Method("adam", "first-order Adam, by backpropagation (fine-tuning, FT)", adam, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
@@ -530,6 +557,8 @@ def listing() -> str:
             own = "".join(f", {name}={text}" for name, text in p.options.items())
             eps = "" if p.eps is None else f", eps {p.eps:g}"
             lines.append(f"    --peft {peft}: lr {p.lr:g}{eps}{own} ({p.source})")
+        if FREE in m.parameters():
+            lines += [f"    --peft {peft}, {FREE}=true: lr {p.lr:g} ({p.source})" for peft, p in MOVEMENTS.items()]
         if m.no_journal:
             lines.append(f"    writes no journal, cannot be resumed or replayed: {m.no_journal}")
     return "\n".join(lines)

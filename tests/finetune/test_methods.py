@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from zo_finetune import files, methods, values
 from zo_finetune.cli import main
+from zo_finetune.errors import UserError
 from zo_finetune.objectives.classification import Classification
 
 import zo_kernels as zk
@@ -21,6 +22,7 @@ from zo_kernels import journal
 
 # What exercises a method in a few steps, where its defaults would not.
 SOONER = {
+    "mezo": [[], ["scale_free=true", "queries=2"]],
     "momentum": [["state_dtype=bfloat16"], ["state=recomputed", "history=2"]],
     "zo-adam": [["betas=0.8,0.9"], ["state=recomputed", "history=2"]],
     "sgd": [["momentum=0.5"]],
@@ -146,7 +148,11 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
     ("name", "more", "reason"),
     [
         ("nonsense", [], "--method 'nonsense' must be one of mezo, sign"),
-        ("mezo", ["--option", "rank=2"], "--option rank=2: --method mezo has no option 'rank': it has queries, one_sided"),
+        (
+            "mezo",
+            ["--option", "rank=2"],
+            "--option rank=2: --method mezo has no option 'rank': it has queries, one_sided, scale_free",
+        ),
         ("conservative", ["--option", "queries=2"], "it has none of its own"),
         ("hybrid", ["--option", "first_order=lion"], "--option first_order=lion: must be one of sgd, adam, adamw"),
         ("mezo", ["--option", "queries=1.5"], "--option queries=1.5: give a whole number"),
@@ -179,9 +185,9 @@ def test_options_are_read_by_their_type() -> None:
     def read(name: str, **given: str) -> dict[str, Any]:
         return methods.METHODS[name].options(given)
 
-    assert read("mezo", queries="4", one_sided="True") == {"queries": 4, "one_sided": True}
+    assert read("mezo", queries="4", one_sided="True") == {"queries": 4, "one_sided": True, "scale_free": False}
     assert read("zo-adam", betas="0.8,0.99")["betas"] == (0.8, 0.99)
-    assert read("blockwise") == {"by": "layer", "order": "cyclic", "every": 1}
+    assert read("blockwise") == {"by": "layer", "order": "cyclic", "every": 1, "scale_free": False}
     assert read("blockwise", by="attn,mlp,.")["by"] == ["attn", "mlp", "."]
     assert read("blockwise", by='["a{1,2}", "."]')["by"] == ["a{1,2}", "."]
     assert read("hizoo")["alpha"] == 1e-8
@@ -231,3 +237,24 @@ def test_dizos_projections_are_paid_for() -> None:
     for forwards in range(2, 200):
         steps = method.steps(options, forwards)
         assert method.forwards(options, steps) <= forwards < method.forwards(options, steps + 1)
+
+
+def test_a_scale_free_method_takes_its_own_learning_rate() -> None:
+    """Of the movement, where there is a measured one; what has no scale has no such option; and the step that is made divides."""
+    model = torch.nn.Linear(3, 2)
+    free = [m for m in methods.METHODS.values() if methods.FREE in m.parameters()]
+    assert {m.name for m in methods.METHODS.values()} - {m.name for m in free} == {
+        "sign", "hizoo", "fzoo", "fzoo-inputs", "sgd", "adam", "adamw",
+    }  # fmt: skip
+    for method in free:
+        assert method.recipe("none", {methods.FREE: "true"}).lr == methods.MOVEMENTS["none"].lr
+        assert method.recipe("none", {}).lr == method.preset("none").lr == method.recipe("none", {methods.FREE: "false"}).lr
+        assert method.recipe("lora", {methods.FREE: "true"}, lr=0.5).lr == 0.5
+        with pytest.raises(
+            UserError, match="with --peft lora: lr is how far a step moves a weight then, and there is no measured one: give --lr"
+        ):
+            method.recipe("lora", {methods.FREE: "true"})
+    for text, found in (("true", {"name": "scale-free", "beta": 0.99}), ("false", None)):
+        made = methods.METHODS["momentum"].recipe("none", {methods.FREE: text}).make(model)
+        assert made.method()["scale_free" if found else "rule"] == (found or made.method()["rule"])
+        assert ("scale_free" in made.method()) == bool(found)
