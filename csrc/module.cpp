@@ -1,7 +1,9 @@
 /* module.cpp - the Python module zo_kernels._C: the only file that knows Python.
  *
- * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions. Does not
- * belong here: torch (tensors arrive as addresses), checks of a user's arguments (zo_kernels/checks.py), work.
+ * Belongs here: turning Python numbers into the structs of zo_kernels.h, and error codes into exceptions; looks at
+ * hundreds of Python objects a forward, which in Python cost more than a small model's passes. Does not belong here:
+ * torch (tensors arrive as addresses, or as objects like any other), checks of a user's arguments
+ * (zo_kernels/checks.py), work.
  *
  * Addresses are Python ints. `table` is the address of n structs zo_tensor, that is a C-contiguous uint64 matrix [n,
  * 14] in host memory, which the caller keeps alive during the call.
@@ -232,6 +234,69 @@ void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint
 }
 #endif
 
+/* One attribute of objects of a class, asked for by its descriptor: a field, or a method without arguments. Both are
+ * one call where they are C's own. */
+struct Attribute {
+  PyObject *descriptor;
+  getter get = nullptr;
+  void *closure = nullptr;
+  PyCFunction method = nullptr;
+
+  explicit Attribute(PyObject *d) : descriptor(d) {
+    if (Py_TYPE(d) == &PyGetSetDescr_Type) {
+      get = ((PyGetSetDescrObject *)d)->d_getset->get;
+      closure = ((PyGetSetDescrObject *)d)->d_getset->closure;
+    } else if (Py_TYPE(d) == &PyMethodDescr_Type && ((PyMethodDescrObject *)d)->d_method->ml_flags == METH_NOARGS) {
+      method = ((PyMethodDescrObject *)d)->d_method->ml_meth;
+    }
+  }
+
+  py::object of(PyObject *o) const {
+    if ((get || method) && !PyObject_TypeCheck(o, PyDescr_TYPE(descriptor)))
+      throw py::type_error("not of the descriptor's class");
+    PyObject *const found = get      ? get(o, closure)
+                            : method ? method(o, nullptr)
+                                     : PyObject_CallFunctionObjArgs(descriptor, o, nullptr);
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  }
+};
+
+py::ssize_t first_change(py::list objects, py::tuple attributes, py::tuple before) {
+  std::vector<Attribute> asked;
+  for (py::handle d : attributes) asked.emplace_back(d.ptr());
+  if (before.size() != asked.size()) throw py::value_error("as many columns as attributes");
+  for (size_t i = 0; i < objects.size(); ++i) {
+    for (size_t k = 0; k < asked.size(); ++k) {
+      const py::object now = asked[k].of(PyList_GET_ITEM(objects.ptr(), (Py_ssize_t)i));
+      PyObject *const then = PyList_GetItem(PyTuple_GET_ITEM(before.ptr(), (Py_ssize_t)k), (Py_ssize_t)i);
+      if (!then) throw py::error_already_set();
+      if (now.ptr() == then) continue;
+      const int same = PyObject_RichCompareBool(now.ptr(), then, Py_EQ);
+      if (same < 0) throw py::error_already_set();
+      if (!same) return (py::ssize_t)i;
+    }
+  }
+  return -1;
+}
+
+py::ssize_t first_replaced(py::list owners, py::str table, py::list names, py::list values) {
+  const size_t n = owners.size();
+  if (names.size() != n || values.size() != n) throw py::value_error("as many names and values as owners");
+  for (size_t i = 0; i < n; ++i) {
+    PyObject *const owner = PyList_GET_ITEM(owners.ptr(), (Py_ssize_t)i);
+    const py::object own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(owner, nullptr));
+    if (!own) throw py::error_already_set();
+    py::object there = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(own.ptr(), table.ptr()));
+    if (!there) there = py::reinterpret_borrow<py::object>(owner).attr(table);
+    if (!PyDict_Check(there.ptr())) return (py::ssize_t)i;
+    PyObject *const found = PyDict_GetItemWithError(there.ptr(), PyList_GET_ITEM(names.ptr(), (Py_ssize_t)i));
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    if (found != PyList_GET_ITEM(values.ptr(), (Py_ssize_t)i)) return (py::ssize_t)i;
+  }
+  return -1;
+}
+
 /* The names of an enum, each at the place that is its value. */
 using Names = std::initializer_list<std::pair<int, const char *>>;
 
@@ -264,6 +329,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ROUNDINGS") = in_order({{ZO_NEAREST, "nearest"}, {ZO_STOCHASTIC, "stochastic"}});
   m.attr("RULES") =
       rules({{ZO_MOMENTUM, "momentum"}, {ZO_ADAM, "adam"}, {ZO_HIZOO, "hizoo"}, {ZO_ADAM_HISTORY, "adam_history"}});
+
+  /* ---- looks ---- */
+  m.def(
+      "first_change", &first_change, py::arg("objects"), py::arg("attributes"), py::arg("before"),
+      "The place of the first of the objects one of whose attributes, given by their descriptors, is not equal to that "
+      "in `before`, a list for each attribute; -1: there is none.");
+  m.def("first_replaced", &first_replaced, py::arg("owners"), py::arg("table"), py::arg("names"), py::arg("values"),
+        "The place of the first of the owners whose dict of this name has something else than the value under the name "
+        "at that place; -1: there is none.");
 
   /* ---- CPU ---- */
   m.attr("ISA_NAMES") = py::make_tuple("best", "portable", "avx2", "avx512"); /* in the order of the argument `isa` */

@@ -40,7 +40,7 @@ def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     for plan in plans:
         plan.admit(len(p.tags))
     for plan in plans:
-        backends.pick(plan.device, backend).perturb(plan, p.on(plan.device))
+        backends.of(plan, backend).perturb(plan, p.on(plan.device))
     written(plans)
 
 

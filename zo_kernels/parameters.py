@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import checks
+from zo_kernels import checks, looks
 from zo_kernels.plan import Entry, Mask, Plan, make_plans
+
+_TRAINS = attrgetter("requires_grad")
 
 # What wrappers put into a parameter's name: DDP/DataParallel, FSDP, torch.compile, activation checkpointing, peft.
 _WRAPPERS = re.compile(r"(^|\.)(?:module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|base_layer)(?=\.)")
@@ -256,14 +259,6 @@ def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list
     ]
 
 
-def _lies_at(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Type, address, length and strides of each, in C's loops: a part of the memory, or its transpose, begins where the whole did."""
-    return tuple(list(map(look, tensors)) for look in (_DTYPE, Tensor.data_ptr, Tensor.numel, Tensor.stride))
-
-
-_DTYPE = attrgetter("dtype")
-
-
 @dataclass(frozen=True)
 class Member:
     """One parameter as a pass sees it: what its noise is named, where its first element lies in the full tensor, and what limits its noise.
@@ -335,9 +330,9 @@ class Weights:
         return [m.tensor for m in self.members]
 
     @functools.cached_property
-    def lie_at(self) -> tuple[list[Any], ...]:
-        """What `_lies_at` says of every member's memory as the plans have it, which stay while their masks change."""
-        return _lies_at([e.src for _, e in self.entries()])
+    def lie_at(self) -> looks.Columns:
+        """Every member's memory as the plans have it, which stay while their masks change."""
+        return looks.MEMORY.at([e.src for _, e in self.entries()])
 
     def entries(self) -> list[tuple[Member, Entry]]:
         """Every member beside its entry in `plans`, in the group's order."""
@@ -394,13 +389,13 @@ class Weights:
     def current(self, group: Mapping[str, Any], among: Collection[str] | None = None) -> bool:
         """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted, no other mask or scale."""
         if among is None:
-            active: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
+            active: list[Tensor] = list(itertools.compress(group["params"], map(_TRAINS, group["params"])))
         else:
             active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
             len(active) == len(self.params)
             and not any(map(is_not, active, self.params))
-            and _lies_at(active) == self.lie_at
+            and looks.MEMORY.first_change(active, self.lie_at) < 0
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )

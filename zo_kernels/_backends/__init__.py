@@ -25,6 +25,8 @@ from types import ModuleType
 
 import torch
 
+from zo_kernels.plan import Plan
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 # In order of preference, by type of device. Triton's interpreter also serves CPU tensors, to those who ask for it: it is a test bench.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -64,6 +66,14 @@ def pick(device: torch.device, name: str | None = None) -> ModuleType:
     """The backend for `device`. An explicit request (argument, else `ZO_KERNELS_BACKEND`) is obeyed or refused with the
     reason, never silently replaced."""
     return _pick(device.type, device.index, name or os.environ.get("ZO_KERNELS_BACKEND") or None)
+
+
+def of(plan: Plan, name: str | None = None) -> ModuleType:
+    """`pick` for a plan, which stays with what its first pass was given."""
+    chosen: ModuleType | None = plan.cache.get(f"of {name}")
+    if chosen is None:
+        chosen = plan.cache[f"of {name}"] = pick(plan.device, name)
+    return chosen
 
 
 def backends() -> dict[str, str | None]:

@@ -24,6 +24,8 @@ _SEQUENCE = f"seed dtype kind {_TERMS} first decays roundings n_passes"
 _RULE = f"{_PASS} rule state_dtype {_TERMS} numbers squares"
 _CUDA = "table map tiles tile"
 FUNCTIONS = {
+    "first_change": "objects attributes before",
+    "first_replaced": "owners table names values",
     "cpu_best_isa": "",
     "cpu_perturb": f"table n {_PASS} {_TERMS} decay threads isa",
     "cpu_sequence": f"table n {_SEQUENCE} threads isa",

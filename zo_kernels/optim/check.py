@@ -112,7 +112,7 @@ def check(step: ZOStep, closure: Callable[..., Any], batches: Sequence[Any] | No
         Whatever the closure raises, and what a step would refuse: TypeError if it returns no loss, RuntimeError if it writes to the weights.
     """
     evaluate.check_call(closure, batches)
-    with step.paused("zk.check()") as paused, torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
+    with step.paused("zk.check()") as paused, views.as_in_training():
         try:
             view = paused.view()
         except RuntimeError as error:  # parameters that the model has lost

@@ -9,6 +9,7 @@ On a CPU the host has read each loss (evaluate.py). On a GPU nobody reads: what 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,14 +70,15 @@ class Numbers:
     def on(self, device: torch.device) -> Sequence[Tensor]:
         """lr, eps, decay and signs, float64 [groups, 1]; the host does not wait for the device."""
         if self.table is None:
-            return move(torch.from_numpy(self.here()), device).unbind()
+            return move(torch.from_numpy(self.here), device).unbind()
         if device != self.table.device:
             raise graph.Refused(f"the closure returns a loss on {device}: return the tensor that the device computed")
         signs = torch.stack([torch.full((), s, dtype=torch.float64, device=device) for s in self.signs])
         return [*self.table.split(1, 1), signs.unsqueeze(-1)]
 
+    @functools.cached_property
     def here(self) -> np.ndarray:
-        """The same as numpy has it, float64 [4, groups, 1]."""
+        """The same as numpy has it, float64 [4, groups, 1]; only read."""
         return np.array((self.lr, self.eps, self.decay, self.signs), dtype=np.float64)[:, :, None]
 
 
@@ -122,22 +124,23 @@ def decide(
     loss: Any
     before: Any
     # The numbers as they are recorded, of fp32: what is formed of them later is formed from those.
-    if (evaluate.on_host(losses.device) or behind) and numbers.table is None:
+    on_host = evaluate.on_host(losses.device)
+    if (on_host or behind) and numbers.table is None:
         limit = None if limit is None else float(limit)
-        here = losses.cpu().numpy()
+        here = (losses if on_host else losses.cpu()).numpy()
         with np.errstate(all="ignore"):
             before = unit.here(len(numbers.lr)) if unit is not None else None
-            raw, columns = _estimate(method, numbers.here(), here, limit, np.clip, before)
-            coefs = np.concatenate(columns, 1).astype(np.float32).astype(np.float64)
+            raw, columns = _estimate(method, numbers.here, here, limit, np.clip, before)
+            wide = columns[0] if len(columns) == 1 else np.concatenate(columns, 1)
+            coefs = wide.astype(np.float32).astype(np.float64)
             clipped = limit is not None and bool((abs(raw) > limit).any())
             loss = float(method.estimator.loss(here))
             returned = np.array(loss, dtype=np.float32)
-        flat, gs = coefs.reshape(-1).tolist(), raw.reshape(-1).tolist()
+        flat, gs = coefs.ravel().tolist(), raw.ravel().tolist()
         go = all(map(math.isfinite, gs)) and all(map(math.isfinite, flat))
         told = planned.told([loss, gs[0], go, clipped, *flat], behind)
-        return Decided(
-            told, coefs, torch.from_numpy(returned).to(losses.device), torch.from_numpy(np.array(gs[0])).to(losses.device)
-        )
+        found = torch.from_numpy(returned), torch.from_numpy(np.array(gs[0]))
+        return Decided(told, coefs, *(found if on_host else (t.to(losses.device) for t in found)))
     loss = method.estimator.loss(losses)
     table = numbers.on(losses.device)
     before = unit.on(len(numbers.lr), losses.device) if unit is not None else None

@@ -91,7 +91,10 @@ class Decision:
         flat = flat if go else [0.0] * len(flat)
         coefs = [[*flat[k * n : (k + 1) * n], *rest[k]] for k in range(groups)]
         decay = self.decay if go else [1.0] * groups
-        return replace(self, loss=loss, gradient=gradient, go=bool(go), clipped=bool(clipped), coefs=coefs, decay=decay)
+        # Not `replace`, which reads every field by its name: once a step.
+        return Decision(
+            self.tag, decay, coefs, self.eps, self.rounding, self.flushed, loss, gradient, bool(go), bool(clipped), self.failed
+        )
 
     def unread(self, values: Tensor, decay: Sequence[Coefficient]) -> Decision:
         """`told` without reading: `values` float64 on a device, whose numbers become 0-d tensors."""

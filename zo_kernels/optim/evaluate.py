@@ -135,12 +135,13 @@ class Evaluation:
         found: list[Tensor | float] = []
         for point in points:
             point.see()
+            if self.rng is not None and self.after:
+                self.rng.set(self.before)
             rows = [one(arguments) for arguments in self.calls]
             found.append(rows[0] if len(rows) == 1 else _together(rows).mean(0))
             point.check()
             if self.rng is not None:
                 self.after = self.after or self.rng.get()
-                self.rng.set(self.before)
         return _together(found)
 
     def finish(self, keep: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks, parameters
-from zo_kernels.optim.decide import fp32
+from zo_kernels.optim.decide import Numbers, fp32
 from zo_kernels.optim.method import Method
 from zo_kernels.optim.refresh import Groups, active
 from zo_kernels.optim.run import Run
@@ -61,6 +61,34 @@ def check_signs(groups: Sequence[Mapping[str, Any]], method: Method, first_order
         raise ValueError(
             f"maximize={sorted(signs)} and a first_order optimizer that does the opposite: give both the same maximize"
         )
+
+
+class Accepted:
+    """The numbers of a run's parameter groups, looked at when they are not those of the step before: a rate that stays costs a comparison."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.kinds: list[type] = []
+        self.numbers: Numbers | None = None
+
+    def of(self, groups: Groups, method: Method, first_order: torch.optim.Optimizer | None) -> Numbers:
+        """Of these groups.
+
+        Raises:
+            ValueError: what `check_group` and `check_signs` raise.
+        """
+        seen = [g.get(key) for g in groups for key in ("lr", "eps", "weight_decay", "maximize")]
+        kinds = list(map(type, seen))
+        if self.numbers is not None and kinds == self.kinds and seen == self.seen:
+            return self.numbers
+        for number, group in enumerate(groups):
+            check_group(f"param_groups[{number}]: ", group)
+        check_signs(groups, method, first_order)
+        numbers = Numbers.of(groups)
+        # A tensor's number may change where it lies, another optimizer's sign beside these.
+        still = first_order is None and set(kinds) <= {float, int, bool}
+        self.seen, self.kinds, self.numbers = seen, kinds, numbers if still else None
+        return numbers
 
 
 def joining(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from zo_kernels import journal
@@ -57,23 +58,23 @@ class Method:
 
     # -- the layout of a record --
 
-    @property
+    @cached_property
     def own(self) -> int:
         return self.rule.size(self.estimator.directions)
 
-    @property
+    @cached_property
     def decided(self) -> int:
         return self.own + (self.scale_free.size if self.scale_free is not None else 0)
 
-    @property
+    @cached_property
     def measured(self) -> int:
         return self.decided + (self.projection.size(self.layers) if self.projection is not None else 0)
 
-    @property
+    @cached_property
     def terms(self) -> int:
         return self.measured + self.direction.size
 
-    @property
+    @cached_property
     def from_clean(self) -> bool:
         """Whether an update begins at the clean weights, and is not one pass with the way back to them: its rule says so, or several directions have their
         sum where the factors of the last one lie."""

@@ -38,7 +38,7 @@ def perturbed(step: ZOStep, tag: int, sign: float = 1.0) -> Iterator[None]:
     checks.check_word("tag", tag, 32)
     if isinstance(sign, bool) or not isinstance(sign, (int, float)) or not math.isfinite(sign):
         raise ValueError(f"sign={sign!r} must be a finite number: +1 and -1 are the sides of a step")
-    with step.paused("zk.perturbed()") as paused, torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
+    with step.paused("zk.perturbed()") as paused, views.as_in_training():
         if paused.run.method.estimator.dual:
             raise ValueError(
                 "forward gradients perturb no weight: make an optimizer with another estimator, for example MeZOStep, to look with"

@@ -67,20 +67,24 @@ class Schedule:
         self.graphs_wanted = graphs
         self.graphs: graph.Graphs | None = None
 
-    def step(self, view: views.View, groups: Groups, closure: Callable[..., Any], batches: Sequence[Any] | None) -> Outcome:
-        """One step of the weights that `view` has, which are those of torch's parameter `groups`.
+    def step(
+        self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
+    ) -> Outcome:
+        """One step of the weights that `view` has, which are those of torch's parameter `groups`, whose `numbers` these are.
 
         Raises:
             Whatever the closure raises; weights, state, generators and record are then as before (in place: to within the rounding of the passes).
         """
         self.run.prepare(view)
-        found = self._graphed(view, groups, closure, batches) if self.graphs_wanted else None
-        return found or self._eager(view, groups, closure, batches)
+        found = self._graphed(view, groups, numbers, closure, batches) if self.graphs_wanted else None
+        return found or self._eager(view, groups, numbers, closure, batches)
 
     # -- operation by operation --
 
-    def _eager(self, view: views.View, groups: Groups, closure: Callable[..., Any], batches: Any) -> Outcome:
-        run, numbers = self.run, Numbers.of(groups)
+    def _eager(
+        self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
+    ) -> Outcome:
+        run = self.run
         forwards = Evaluation(closure, batches, self.warner, (plan.device for w in view.groups for plan in w.plans))
         fresh: list[str] = []
         try:
@@ -245,7 +249,7 @@ class Schedule:
     # -- as a graph --
 
     def _graphed(
-        self, view: views.View, groups: Groups, closure: Callable[..., Any], batches: Sequence[Any] | None
+        self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
     ) -> Outcome | None:
         """The step as a graph, captured if need be; None if it has to run operation by operation."""
         run = self.run
@@ -257,7 +261,7 @@ class Schedule:
                 if len(devices) != 1:
                     raise graph.Refused(f"the weights lie on {len(devices)} devices")
                 self.graphs = graph.Graphs(devices.pop(), len(groups), 3)
-            graphs, numbers = self.graphs, Numbers.of(groups)
+            graphs = self.graphs
             graphs.check(batches)
             training = self.model.training if self.model is not None else None
             decays = tuple(g["weight_decay"] != 0 for g in groups)  # with the signs, constants of the captured kernels

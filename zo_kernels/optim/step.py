@@ -30,6 +30,7 @@ from zo_kernels.optim import (
     estimators,
     evaluate,
     findings,
+    hooks,
     lazy,
     method,
     movement,
@@ -44,7 +45,7 @@ from zo_kernels.optim import (
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Loss
-from zo_kernels.optim.groups import check_group, check_signs, joining
+from zo_kernels.optim.groups import Accepted, check_group, check_signs, joining
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.schedule import Outcome, Paused, Schedule
 
@@ -193,6 +194,8 @@ class ZOStep(torch.optim.Optimizer):
 
     # -- the step --
 
+    profile_hook_step = staticmethod(hooks.around)
+
     def _begin(self, run: Run) -> None:
         """What belongs to a run, and to this object alone."""
         self._run = run
@@ -200,6 +203,7 @@ class ZOStep(torch.optim.Optimizer):
         self._schedule = Schedule(
             run, self._recording, self._warner, self._model, self._first_order, self._rounding, self._graph_wanted
         )
+        self._accepted = Accepted()
         self._busy = threading.Lock()  # a step is under way, in this thread or in another
         self._inside = False  # its view is made, and it may stand anywhere
         self._flush_at_end: weakref.finalize[..., Any] | None = None
@@ -308,7 +312,7 @@ class ZOStep(torch.optim.Optimizer):
         assert closure is not None
         # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
         # What a step makes is used by the next one, in whatever mode that is.
-        with interrupts.uninterrupted(), torch.inference_mode(False), torch.no_grad(), views.attention_as_in_training():
+        with interrupts.uninterrupted(), views.as_in_training():
             if not self._busy.acquire(blocking=False):
                 raise under_way("step()")
             try:
@@ -327,9 +331,7 @@ class ZOStep(torch.optim.Optimizer):
         run = self._run
         if run.tag + run.method.terms > 1 << 32:
             raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
-        for number, group in enumerate(self.param_groups):
-            check_group(f"param_groups[{number}]: ", group)
-        check_signs(self.param_groups, run.method, self._first_order)
+        numbers = self._accepted.of(self.param_groups, run.method, self._first_order)
         view = self._refresh()
         self._recording.check()
         self._inside, tag, ahead = True, run.tag, view.begin()
@@ -340,7 +342,7 @@ class ZOStep(torch.optim.Optimizer):
             return replace(planned, coefs=coefs, failed="plus" if view.seen == 1 else "minus")
 
         try:
-            return view, self._schedule.step(view, self.param_groups, closure, batches)
+            return view, self._schedule.step(view, self.param_groups, numbers, closure, batches)
         except BaseException:
             run.direction.undo()
             self._recording.failed(view, run.tag != tag, ahead, attempt)
@@ -584,7 +586,7 @@ class ZOStep(torch.optim.Optimizer):
 
 
 _NO_RECORD = "journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
-_MADE_ANEW = {"_views", "_schedule", "_flush_at_end", "_busy", "_inside", "step", "_zero_grad_profile_name"}
+_MADE_ANEW = {"_views", "_schedule", "_accepted", "_flush_at_end", "_busy", "_inside", "step", "_zero_grad_profile_name"}
 
 
 def under_way(what: str) -> RuntimeError:

@@ -7,7 +7,7 @@ rounding does not come back. **Scratch** (scratch.py) leaves the weights alone: 
 **Tangents** (tangents.py) are a scratch view whose weights carry z as their tangent.
 """
 
-from zo_kernels.views.base import View, attention_as_in_training, changed
+from zo_kernels.views.base import View, as_in_training, changed
 from zo_kernels.views.inplace import InPlace
 from zo_kernels.views.memory import Owners, written
 from zo_kernels.views.queued import Queued
@@ -28,7 +28,7 @@ __all__ = [
     "Terms",
     "View",
     "Work",
-    "attention_as_in_training",
+    "as_in_training",
     "can_serve",
     "changed",
     "written",

@@ -10,19 +10,18 @@ import abc
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from operator import attrgetter, is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import ops
+from zo_kernels import looks, ops
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Pass, Plan
 from zo_kernels.views.work import Coefficient, Shift, Tag, Terms, Work
 
-_VERSION, _PARAMETERS, _MODULES = attrgetter("_version"), attrgetter("_parameters"), attrgetter("_modules")
+_NUMBERS = frozenset((int, float))
 
 
 def changed(name: str, how: str) -> RuntimeError:
@@ -67,7 +66,7 @@ class View(abc.ABC):
         self._found_at(groups)
         self.counted = [p for p in self.trained if not p.is_inference()]  # whose writes torch counts
         self.modules, self.attributes, self.placed = ([place[k] for place in self.places] for k in range(3))
-        self.versions: list[int] = []
+        self.versions: looks.Columns = ([],)
         self.mask_tag: int | None = None  # of the random masks, where it changes from step to step
         self.seen = 0  # shifts of this step that are whole in the weights themselves
         self.whole = True  # every pass over the weights that began has ended
@@ -76,7 +75,7 @@ class View(abc.ABC):
         """Parameters beside their memory as the plans have it."""
         pairs = [(m.tensor, e.src) for w in groups for m, e in w.entries()]
         self.trained, self.memories = [p for p, _ in pairs], [memory for _, memory in pairs]
-        self.lie_at = [memory.data_ptr() for memory in self.memories]
+        self.lie_at = looks.ADDRESSES.at(self.memories)
 
     def another(self) -> View:
         """A view of the same weights, which stand where they are, that has learned nothing of the forwards."""
@@ -128,7 +127,7 @@ class View(abc.ABC):
 
     def expect(self) -> None:
         """From here on nobody but us may write to the weights."""
-        self.versions = list(map(_VERSION, self.counted))
+        self.versions = looks.VERSIONS.at(self.counted)
 
     def check(self) -> None:
         """After a forward that `see` was called for. Raises what `check_weights` does, and where a value that stands for a weight was changed."""
@@ -140,37 +139,28 @@ class View(abc.ABC):
         Raises:
             RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
         """
-        if self.versions != list(map(_VERSION, self.counted)):
-            p = next(p for p, version in zip(self.counted, self.versions, strict=True) if p._version != version)
-            raise changed(self.names[id(p)], "written to")
-        if self.lie_at != (now := self._addresses()):
-            p = next(p for p, a, b in zip(self.trained, self.lie_at, now, strict=True) if a != b)
-            raise changed(self.names[id(p)], "moved or converted")
-        if self._replaced():
-            p = next(p for module, attribute, p in self.places if module._parameters.get(attribute) is not p)
-            raise changed(self.names[id(p)], "replaced")
+        if (k := looks.VERSIONS.first_change(self.counted, self.versions)) >= 0:
+            raise changed(self.names[id(self.counted[k])], "written to")
+        if (k := looks.ADDRESSES.first_change(self.trained, self.lie_at)) >= 0:
+            raise changed(self.names[id(self.trained[k])], "moved or converted")
+        if (k := self._replaced()) >= 0:
+            raise changed(self.names[id(self.placed[k])], "replaced")
 
-    # Hundreds of looks at each forward: no loop of Python's that C can make.
-
-    def _addresses(self) -> list[int]:
-        """Of the parameters' memory as it is now."""
-        return list(map(Tensor.data_ptr, self.trained))
-
-    def _replaced(self) -> bool:
-        """Whether an attribute of the model holds another tensor than when the view was made."""
-        return any(map(is_not, map(dict.get, map(_PARAMETERS, self.modules), self.attributes), self.placed))
+    def _replaced(self) -> int:
+        """The first place of the model that holds another tensor than when the view was made; -1: there is none."""
+        return looks.first_replaced(self.modules, "_parameters", self.attributes, self.placed)
 
     def moved(self) -> bool:
         """`_replaced`, or one holds another module."""
-        return self._replaced() or any(map(is_not, map(dict.get, map(_MODULES, self.parents), self.child_names), self.held_by))
+        return self._replaced() >= 0 or looks.first_replaced(self.parents, "_modules", self.child_names, self.held_by) >= 0
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
         for module, attribute, p in self.places:
             if module._parameters.get(attribute) is not p:
                 module._parameters[attribute] = p  # type: ignore[assignment]
-        for p, memory, address, now in zip(self.trained, self.memories, self.lie_at, self._addresses(), strict=True):
-            if now != address:
+        for p, memory in zip(self.trained, self.memories, strict=True):
+            if p.data_ptr() != memory.data_ptr():
                 p.data = memory
 
     @abc.abstractmethod
@@ -209,20 +199,24 @@ class View(abc.ABC):
     def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
         """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
         tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
-        device = next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
+        here = _NUMBERS.issuperset(map(type, (*tags, *coefs, decay)))
+        device = None if here else next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
         if device is None:
             if not any(coefs) and decay == 1.0:
                 return None
             # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
             factor = None if decay == 1.0 else float(decay)
             return Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
-        # Numbers become tensors by a fill, which unlike a copy from the host does not wait.
-        on_device = [t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags]
-        values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
         shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
         if not tags:
             return Pass(self.seed, [], [], shift, self.kind, rounding)
-        return Pass(self.seed, torch.stack(on_device), torch.stack(values).float(), shift, self.kind, rounding)
+        # Numbers become tensors by a fill, which unlike a copy from the host does not wait; a step's tags, one behind another, by one for all.
+        if set(map(type, tags)) == {int} and tags == list(range(first := int(tags[0]), first + len(tags))):
+            named = torch.arange(first, first + len(tags), dtype=torch.int64, device=device)
+        else:
+            named = torch.stack([t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags])
+        values = [c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.float64, device=device) for c in coefs]
+        return Pass(self.seed, named, torch.stack(values).float(), shift, self.kind, rounding)
 
     def update_plans(self, group: int, names: Collection[str] | None) -> list[Plan]:
         """The plans of an update of a group, or of these parameters of it."""
@@ -264,10 +258,11 @@ class View(abc.ABC):
             plan.retag(mask_tag)
 
 
-class attention_as_in_training:
-    """Keep torch's attention modules off their fused path for evaluation, which they take where no gradient is asked for and no argument is of a
-    tensor subclass: a step's kernels would depend on what stands before the weights, on the size of the buffer and on the mode, and its
-    padding would be treated in another way than when training by backpropagation."""
+class as_in_training:
+    """Around a step: no gradient is asked for, outside of inference mode, whose tensors no later step could write to; and torch's attention modules keep off
+    their fused path for evaluation, which they take where no gradient is asked for and no argument is of a tensor subclass: a step's kernels would
+    depend on what stands before the weights, on the size of the buffer and on the mode, and its padding would be treated in another way than when
+    training by backpropagation."""
 
     # How many steps are under way, in any thread, and torch's setting before the first of them.
     lock = threading.Lock()
@@ -275,16 +270,24 @@ class attention_as_in_training:
     before = True
 
     def __enter__(self) -> None:
-        shared = attention_as_in_training
+        self.inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        if self.inference is not None:
+            self.inference.__enter__()
+        shared = as_in_training
         with shared.lock:
             if not shared.steps:
                 shared.before = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
             shared.steps += 1
+        self.graded = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
-        shared = attention_as_in_training
+        torch.set_grad_enabled(self.graded)
+        shared = as_in_training
         with shared.lock:
             shared.steps -= 1
             if not shared.steps:
                 torch.backends.mha.set_fastpath_enabled(shared.before)
+        if self.inference is not None:
+            self.inference.__exit__(None, None, None)

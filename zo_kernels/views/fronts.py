@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
-from torch import Tensor, nn
+from torch import nn
 
+from zo_kernels import looks
 from zo_kernels.views.base import changed
 from zo_kernels.views.buffer import Buffer, Fill
 from zo_kernels.views.memory import empty
 from zo_kernels.views.shadow import PerturbedWeight, Placed
 
-_VERSION, _ASKS = attrgetter("_version"), attrgetter("requires_grad")
+_ASKS, _OWN = looks.Look("requires_grad"), attrgetter("__dict__")
 
 Sites = Mapping[nn.Module, Sequence[tuple[str, PerturbedWeight]]]  # a module's attributes, with the shadows that stand for them
 
@@ -30,13 +31,15 @@ class Fronts:
     def __init__(self, sites: Sites, fitting: Sequence[PerturbedWeight], buffer: Buffer) -> None:
         self.sites, self.fitting, self.buffer = sites, fitting, buffer
         self.places: list[Placed] = []
+        self.modules: list[nn.Module] = []  # of `places`, one for each attribute
+        self.attributes: list[str] = []
         self.made_of: Fill | None = None  # `resident` when `places` were made
         self.resident: Fill | None = None  # the values of `fitting`
         self.beside = 0  # how many parameters were held when it was made
         self.shown: dict[int, PerturbedWeight] = {}  # by the ids of its values
-        self.asks: Sequence[bool] = []  # whether its values asked for a gradient when the step began
-        self.lie_at: Sequence[int] = []  # the addresses of its values
-        self.filled: Sequence[int] = []  # the versions of its values after the pass
+        self.asks: looks.Columns = ([],)  # whether its values asked for a gradient when the step began
+        self.lie_at: looks.Columns = ([],)  # the addresses of its values
+        self.filled: looks.Columns = ([],)  # the versions of its values after the pass
 
     def prepare(self) -> None:
         """For a step."""
@@ -52,8 +55,10 @@ class Fronts:
                 Placed(module, {a: there[(id(s),)][0] if (id(s),) in there else s for a, s in attributes})
                 for module, attributes in self.sites.items()
             ]
+            self.modules = [place.module for place in self.places for _ in place.values_shown]
+            self.attributes = [attribute for place in self.places for attribute in place.values_shown]
         if self.resident:
-            self.asks, self.lie_at = list(map(_ASKS, self.resident.written)), list(map(Tensor.data_ptr, self.resident.written))
+            self.asks, self.lie_at = _ASKS.at(self.resident.written), looks.ADDRESSES.at(self.resident.written)
 
     def place(self) -> None:
         for place in self.places:
@@ -73,7 +78,7 @@ class Fronts:
         """The values of the next forward, from clean weights: those that were held after `resident` was made are in it too."""
         if self.resident:
             self.buffer.write(self.resident)
-            self.filled = list(map(_VERSION, self.resident.written))
+            self.filled = looks.VERSIONS.at(self.resident.written)
 
     def check(self, names: Mapping[int, str]) -> None:
         """After a forward.
@@ -83,19 +88,18 @@ class Fronts:
         """
         if self.resident:
             values = self.resident.written
-            for before, now, how in (
-                (self.filled, list(map(_VERSION, values)), "written to"),
-                (self.asks, list(map(_ASKS, values)), "changed"),
-                (self.lie_at, list(map(Tensor.data_ptr, values)), "moved or converted"),
+            for look, before, how in (
+                (looks.VERSIONS, self.filled, "written to"),
+                (_ASKS, self.asks, "changed"),
+                (looks.ADDRESSES, self.lie_at, "moved or converted"),
             ):
-                if before != now:
-                    t = next(t for t, a, b in zip(values, before, now, strict=True) if a != b)
-                    raise changed(names[id(self.shown[id(t)].param)], how)
-        for place in self.places:
-            there = place.module.__dict__
-            for attribute in place.values_shown:
-                if attribute not in there:
-                    raise changed(names[id(place.parameters[attribute])], "perturbed by another step")
+                if (k := look.first_change(values, before)) >= 0:
+                    raise changed(names[id(self.shown[id(values[k])].param)], how)
+        if not all(map(dict.__contains__, map(_OWN, self.modules), self.attributes)):
+            place, attribute = next(
+                (place, a) for place in self.places for a in place.values_shown if a not in place.module.__dict__
+            )
+            raise changed(names[id(place.parameters[attribute])], "perturbed by another step")
 
     def spoiled(self) -> None:
         """A step failed, whatever its closure set in the values."""
@@ -103,4 +107,4 @@ class Fronts:
 
     def release(self) -> None:
         self.resident = self.made_of = None
-        self.places = []
+        self.places, self.modules, self.attributes = [], [], []

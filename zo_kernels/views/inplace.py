@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_kernels import looks
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.views.base import View
@@ -70,7 +71,7 @@ class InPlace(View):
     def restore(self) -> bool:
         if not any(self.at):
             return False
-        if self._addresses() != self.lie_at:
+        if looks.ADDRESSES.first_change(self.trained, self.lie_at) >= 0:
             # Moved or converted between two lazy steps: the new memory stands at theta + shift as the old one did.
             self.groups = [replace(w) for w in self.groups]
             self._found_at(self.groups)
@@ -101,7 +102,7 @@ class InPlace(View):
                 for k, one in enumerate(terms):
                     target = ahead[k] if ahead else ()
                     back = [(tag, -c * one.decay) for tag, c in self.at[k]]
-                    self.run(replace(one, terms=_add(one.terms, back, target)), update=True)
+                    self.run(Terms(k, _add(one.terms, back, target), one.decay, one.rounding), update=True)
                     self.at[k] = target
             else:
                 for work in works:

@@ -5,7 +5,10 @@ Belongs here: addresses and bytes. Does not belong here: what is written there (
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -45,21 +48,40 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
                     yield t
 
 
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory spans of two tensors of one storage meet. A view's span counts from its first to its last element."""
-    last = sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True)) if a.numel() else -1
-    start, end = a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
-    return start < b.data_ptr() + b.nbytes and b.data_ptr() < end
+def span(t: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory begins and ends: a view's counts from its first to its last element."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    start = t.data_ptr()
+    return start, start + (last + 1) * t.element_size()
+
+
+class _Spans(Generic[T]):
+    """The owners of one storage, which may be a whole model's: found by where they begin, in the order in which they were given."""
+
+    def __init__(self, known: Sequence[tuple[Tensor, T]]) -> None:
+        found = sorted(((*span(t), place, owner) for place, (t, owner) in enumerate(known)), key=itemgetter(0))
+        self.starts, self.ends, self.places, self.owners = (list(column) for column in zip(*found, strict=True))
+        self.reach = list(itertools.accumulate(self.ends, max))  # of this one and those that begin before it
+
+    def meeting(self, start: int, end: int) -> list[T]:
+        """Those whose memory meets these addresses."""
+        found, k = [], bisect.bisect_left(self.starts, end) - 1
+        while k >= 0 and self.reach[k] > start:
+            if self.ends[k] > start:
+                found.append((self.places[k], self.owners[k]))
+            k -= 1
+        return [owner for _, owner in sorted(found, key=itemgetter(0))]
 
 
 class Owners(Generic[T]):
     """Whose memory a tensor shares. `known`: tensors, each with what stands for it in an answer; those without elements are nobody's."""
 
     def __init__(self, known: Iterable[tuple[Tensor, T]]) -> None:
-        self.by_storage: dict[int, list[tuple[Tensor, T]]] = {}
+        by_storage: dict[int, list[tuple[Tensor, T]]] = {}
         for t, owner in known:
             if t.numel() and not t.is_meta and t.layout == torch.strided:
-                self.by_storage.setdefault(t.untyped_storage().data_ptr(), []).append((t, owner))
+                by_storage.setdefault(t.untyped_storage().data_ptr(), []).append((t, owner))
+        self.by_storage = {storage: _Spans(found) for storage, found in by_storage.items()}
 
     def of(self, t: Any) -> list[T]:
         if not isinstance(t, Tensor):
@@ -71,4 +93,4 @@ class Owners(Generic[T]):
                 storage = t.untyped_storage().data_ptr()
             except (NotImplementedError, RuntimeError):  # sparse, or a subclass without memory of its own
                 return []
-            return [owner for known, owner in self.by_storage.get(storage, ()) if overlap(t, known)]
+            return spans.meeting(*span(t)) if (spans := self.by_storage.get(storage)) is not None else []

@@ -286,7 +286,7 @@ class Scratch(View):
         self.forward.serve([shadow])
         self.buffer.forget()
         if self.held.perturb(shadow) and not shadow.clean.is_inference():
-            self.versions[self.counts[key]] = shadow.clean._version
+            self.versions[0][self.counts[key]] = shadow.clean._version
 
     def news(self) -> str | None:
         return self.held.news()

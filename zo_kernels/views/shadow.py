@@ -63,6 +63,8 @@ class Placed(dict[str, Any]):
     keep the values that stand before its parameters.
     """
 
+    __slots__ = ("module", "parameters", "touched", "values_shown")
+
     def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
         super().__init__()
         self.module, self.values_shown = module, values
@@ -71,9 +73,10 @@ class Placed(dict[str, Any]):
 
     def place(self) -> None:
         attributes = self.module.__dict__
-        self.parameters, self.touched = self.module._parameters, False
+        self.parameters = parameters = attributes["_parameters"]
+        self.touched = False
         self.clear()
-        self.update(self.parameters)
+        self.update(parameters)
         attributes["_parameters"] = self
         attributes.update(self.values_shown)
 
