@@ -26,9 +26,15 @@ struct Avx2 {
   static inline U every_second_call(uint64_t q) {
     return _mm256_add_epi64(_mm256_set1_epi64x((long long)q), _mm256_set_epi64x(6, 4, 2, 0));
   }
+  /* The same of calls for Gaussian noise: lane 4 h + g, when `merge` has put both halves together, is the call
+   * q + 2 g + h, which feeds the elements 32 g + 8 h + (0..7) and 16 behind them. */
+  static inline U gaussian_calls(uint64_t q, int half) {
+    return _mm256_add_epi64(_mm256_set1_epi64x((long long)q + 2 * half), _mm256_set_epi64x(5, 1, 4, 0));
+  }
   static inline U mul_even(U x, U y) { return _mm256_mul_epu32(x, y); }
   static inline U high(U x) { return _mm256_srli_epi64(x, 32); }
   static inline U merge(U even, U odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+  static inline U bit_xor(U x, U y) { return _mm256_xor_si256(x, y); }
   static inline U bit_xor3(U x, U y, U z) { return _mm256_xor_si256(x, _mm256_xor_si256(y, z)); }
   static inline U bit_or(U x, U y) { return _mm256_or_si256(x, y); }
   static inline U bit_and(U x, U y) { return _mm256_and_si256(x, y); }
@@ -41,6 +47,7 @@ struct Avx2 {
   static inline F add(F x, F y) { return _mm256_add_ps(x, y); }
   static inline F sub(F x, F y) { return _mm256_sub_ps(x, y); }
   static inline F fma(F x, F y, F z) { return _mm256_fmadd_ps(x, y, z); }
+  static inline F fms(F x, F y, F z) { return _mm256_fmsub_ps(x, y, z); }
   static inline F number(U w) { return as_float(bit_or(bit_and(w, set1(F_MASK)), set1(F_BASE))); }
 
   /* Lane l is bit `shift` + l of the bytes at p; reads two bytes. */
@@ -69,6 +76,13 @@ struct Avx2 {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
   }
   static inline void store_narrow(uint16_t *p, U x) { _mm_storeu_si128((__m128i *)p, narrow(x)); }
+  /* Pairs of neighbours, and 16-bit integers in every half of a lane. */
+  static inline U load_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+  static inline void store_pairs(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, x); }
+  static inline U odd_from(U x, U y) { return _mm256_blend_epi16(x, y, 0xAA); } /* the high halves of y */
+  static inline U plus16(U x, U y) { return _mm256_add_epi16(x, y); }
+  static inline U average16(U x, U y) { return _mm256_avg_epu16(x, y); } /* rounded up */
+  template <int N> static inline U right16(U x) { return _mm256_srli_epi16(x, N); }
   static inline void store_low_bytes(U x, uint8_t *p) {
     const __m128i words = narrow(x);
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
@@ -87,20 +101,34 @@ struct Avx2 {
   }
 
   /* Sinks the 128-bit places 0 of a and b one behind the other at `at`, the places 1 at `at` + stride. */
-  template <class Sink> static inline void by_place(F a, F b, int at, int stride, const Sink &sink) {
+  template <class Sink> static ZO_INLINE void by_place(F a, F b, int at, int stride, const Sink &sink) {
     sink(_mm256_permute2f128_ps(a, b, 0x20), at);
     sink(_mm256_permute2f128_ps(a, b, 0x31), at + stride);
   }
 
-  /* s[a] holds output a of 8 calls; call 2g + h feeds the elements 32 g + 8 h + (0..7) and 16 behind them. */
-  template <class Sink> static inline void chunks(const F *s, const Sink &sink) {
+  /* s[a] holds output a of 8 calls in the order of gaussian_calls; sink(x, at) gets 8 elements from `at` on. */
+  template <class Sink> static ZO_INLINE void chunks(const F *s, const Sink &sink) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      F low[4], high[4]; /* low[c], place L: outputs 0..3 of this half of call 4L + c */
-      transpose_places(s + 8 * half, low);
-      transpose_places(s + 8 * half + 4, high);
+    for (int half = 0; half < 2; ++half, s += 8) {
+      F low[4], high[4]; /* low[g], place h: outputs 0..3 of this half of the call 2 g + h */
+      transpose_places(s, low);
+      transpose_places(s + 4, high);
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) by_place(low[c], high[c], 16 * half + 32 * (c >> 1) + 8 * (c & 1), 64, sink);
+      for (int g = 0; g < 4; ++g) by_place(low[g], high[g], 32 * g + 16 * half, 8, sink);
+    }
+  }
+
+  /* sink(x, y, at) gets the even and the odd ones of 16 elements from `at` on: two thirds of the shuffles of `chunks`.
+   */
+  template <class Sink> static ZO_INLINE void pairs(const F *s, const Sink &sink) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, s += 8) {
+      const F x[4] = {s[0], s[2], s[4], s[6]}, y[4] = {s[1], s[3], s[5], s[7]};
+      F even[4], odd[4];
+      transpose_places(x, even);
+      transpose_places(y, odd);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) sink(even[g], odd[g], 32 * g + 16 * half);
     }
   }
 

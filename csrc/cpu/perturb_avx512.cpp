@@ -26,9 +26,15 @@ struct Avx512 {
   static inline U every_second_call(uint64_t q) {
     return _mm512_add_epi64(_mm512_set1_epi64((long long)q), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
   }
+  /* The same of calls for Gaussian noise: lane 8 k + 4 h + g, when `merge` has put both halves together, is the call
+   * q + 8 k + 2 g + h, which feeds the elements 128 k + 32 g + 8 h + (0..7) and 16 behind them. */
+  static inline U gaussian_calls(uint64_t q, int half) {
+    return _mm512_add_epi64(_mm512_set1_epi64((long long)q + 2 * half), _mm512_set_epi64(13, 9, 12, 8, 5, 1, 4, 0));
+  }
   static inline U mul_even(U x, U y) { return _mm512_mul_epu32(x, y); }
   static inline U high(U x) { return _mm512_srli_epi64(x, 32); }
   static inline U merge(U even, U odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0); }
+  static inline U bit_xor(U x, U y) { return _mm512_xor_si512(x, y); }
   static inline U bit_xor3(U x, U y, U z) { return _mm512_ternarylogic_epi32(x, y, z, 0x96); }
   static inline U bit_or(U x, U y) { return _mm512_or_si512(x, y); }
   static inline U bit_and(U x, U y) { return _mm512_and_si512(x, y); }
@@ -41,6 +47,7 @@ struct Avx512 {
   static inline F add(F x, F y) { return _mm512_add_ps(x, y); }
   static inline F sub(F x, F y) { return _mm512_sub_ps(x, y); }
   static inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static inline F fms(F x, F y, F z) { return _mm512_fmsub_ps(x, y, z); }
   static inline F number(U w) { /* (w & F_MASK) | F_BASE */
     return as_float(_mm512_ternarylogic_epi32(w, set1(F_MASK), set1(F_BASE), 0xEA));
   }
@@ -69,6 +76,20 @@ struct Avx512 {
   }
   static inline U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
   static inline void store_narrow(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
+  /* Pairs of neighbours, of which the upper half lies 128 elements further, and 16-bit integers in every half of a
+   * lane. */
+  static inline U load_pairs(const uint16_t *p) {
+    const U low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *)(p + 128)), 1);
+  }
+  static inline void store_pairs(uint16_t *p, U x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(x));
+    _mm256_storeu_si256((__m256i *)(p + 128), _mm512_extracti64x4_epi64(x, 1));
+  }
+  static inline U odd_from(U x, U y) { return _mm512_mask_blend_epi16(0xAAAAAAAAu, x, y); } /* the high halves of y */
+  static inline U plus16(U x, U y) { return _mm512_add_epi16(x, y); }
+  static inline U average16(U x, U y) { return _mm512_avg_epu16(x, y); } /* rounded up */
+  template <int N> static inline U right16(U x) { return _mm512_srli_epi16(x, N); }
   static inline void store_low_bytes(U x, uint8_t *p) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 
   /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place.
@@ -93,16 +114,33 @@ struct Avx512 {
     sink(_mm512_shuffle_f32x4(ab13, cd13, 0xDD), at + 3 * stride);
   }
 
-  /* s[a] holds output a of 16 calls; calls 2g and 2g + 1 feed the 32 elements from 32 g: their outputs 0..7,
-   * then 8..15. */
-  template <class Sink> static inline void chunks(const F *s, const Sink &sink) {
-    F t[4][4]; /* t[b][c], place L: outputs 4b .. 4b + 3 of call 4L + c */
-#pragma GCC unroll 4
-    for (int b = 0; b < 4; ++b) transpose_places(s + 4 * b, t[b]);
+  /* s[a] holds output a of 16 calls in the order of gaussian_calls; sink(x, at) gets 16 elements from `at` on. */
+  template <class Sink> static ZO_INLINE void chunks(const F *s, const Sink &sink) {
+    const U lower = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), upper = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
 #pragma GCC unroll 2
-    for (int c = 0; c < 4; c += 2) {
-      by_place(t[0][c], t[1][c], t[0][c + 1], t[1][c + 1], 16 * c, 64, sink);
-      by_place(t[2][c], t[3][c], t[2][c + 1], t[3][c + 1], 16 * c + 16, 64, sink);
+    for (int half = 0; half < 2; ++half, s += 8) {
+      F low[4], high[4]; /* low[g], place 2 k + h: outputs 0..3 of this half of the call 8 k + 2 g + h */
+      transpose_places(s, low);
+      transpose_places(s + 4, high);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        sink(pd(_mm512_permutex2var_pd(pd(low[g]), lower, pd(high[g]))), 32 * g + 16 * half);
+        sink(pd(_mm512_permutex2var_pd(pd(low[g]), upper, pd(high[g]))), 32 * g + 16 * half + 128);
+      }
+    }
+  }
+
+  /* sink(x, y, at) gets the even and the odd ones of 16 elements from `at` on and of 16 more, 128 further: two thirds
+   * of the shuffles of `chunks`. */
+  template <class Sink> static ZO_INLINE void pairs(const F *s, const Sink &sink) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, s += 8) {
+      const F x[4] = {s[0], s[2], s[4], s[6]}, y[4] = {s[1], s[3], s[5], s[7]};
+      F even[4], odd[4];
+      transpose_places(x, even);
+      transpose_places(y, odd);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) sink(even[g], odd[g], 32 * g + 16 * half);
     }
   }
 
