@@ -1,7 +1,7 @@
 """What a step costs on two trees of this repository, in turn: this one, and one of an earlier commit.
 
     git worktree add ../before COMMIT && (cd ../before && python setup.py -q build_ext --inplace)
-    python benchmarks/against.py --before ../before --out against.csv [--rounds N]
+    python benchmarks/against.py --before ../before --out against.csv [--rounds N] [--cases CASE ...]
 
 Belongs here: a comparison of two versions, which no other script can make since it imports one. Does not belong here: what a step costs beside forwards
 (step.py), where its time goes (scaling.py).
@@ -9,7 +9,8 @@ Belongs here: a comparison of two versions, which no other script can make since
 Each tree runs in a process of its own; a round is some steps of one and as many of the other, the first one first in every other round, in the process's CPU
 time with one thread. Every `RENEW` rounds both processes are new ones: where a process's memory lies moves its steps by some per cent, whatever the
 code. Contenders: a model of hidden size 64 with its forwards, and the shapes of GPT-2 small (148 tensors, each with a hundredth of its
-elements, so that the passes over them do not hide the rest) with a closure that computes nothing.
+elements, so that the passes over them do not hide the rest) with a closure that computes nothing. "one pass" is theta + c z over 2^24 weights, in place
+and from them into a buffer of 2^20, as scratch mode has it; its rows are in a file of their own, against_pass.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any
 import harness
 
 RENEW = 10
+TRAINING = ("hidden 64", "GPT-2 shapes")
+CASES = (*TRAINING, "one pass")
 COLUMNS = (
     "case",
     "dtype",
@@ -65,20 +68,36 @@ def hidden64():
     ids = torch.randint(0, 512, (8, 16))
     return model, lambda: nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
 
+def one_pass(dtype, mode):
+    from zo_kernels._backends import cpu
+    from zo_kernels.plan import Entry, Pass, Plan
+    weights = (torch.randn(1 << 24) * 0.02).to(dtype)
+    size = 1 << 20 if mode == "scratch" else weights.numel()
+    buffer = torch.empty(size, dtype=dtype)
+    plans = [Plan((Entry(w, buffer if mode == "scratch" else w, 5),), w.device, dtype) for w in weights.split(size)]
+    def step():
+        for plan in plans:
+            cpu.perturb(plan, Pass(1, [7], [1e-3]))
+    return step
+
+def training(case, dtype, mode):
+    model, closure = {"hidden 64": hidden64, "GPT-2 shapes": gpt2}[case]()
+    optimizer = zk.MeZOStep(model.to(dtype), lr=1e-6, eps=1e-3, perturbation=mode, seed=1)
+    return lambda: optimizer.step(closure)
+
 cases = {}
 for line in sys.stdin:
     case, dtype, mode, steps = json.loads(line)
     key = case, dtype, mode
     if key not in cases:
-        model, closure = {"hidden 64": hidden64, "GPT-2 shapes": gpt2}[case]()
-        model = model.to(getattr(torch, dtype))
-        cases[key] = zk.MeZOStep(model, lr=1e-6, eps=1e-3, perturbation=mode, seed=1), closure
+        kind = getattr(torch, dtype)
+        cases[key] = one_pass(kind, mode) if case == "one pass" else training(case, kind, mode)
         for _ in range(steps):
-            cases[key][0].step(closure)
-    optimizer, closure = cases[key]
+            cases[key]()
+    step = cases[key]
     start = time.process_time()
     for _ in range(steps):
-        optimizer.step(closure)
+        step()
     print(json.dumps((time.process_time() - start) / steps), flush=True)
 """
 
@@ -129,10 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--before", required=True, type=Path, help="the tree of an earlier commit, with its extension built")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=TRAINING)
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    for case in ("hidden 64", "GPT-2 shapes"):
-        for dtype in ("float32", "bfloat16"):
+    for case in args.cases:
+        for dtype in harness.DTYPES if case == "one pass" else ("float32", "bfloat16"):
             for mode in ("scratch", "inplace"):
                 pairs: list[tuple[float, float]] = []
                 while len(pairs) < args.rounds:
