@@ -397,11 +397,13 @@ def objectives(rows: list[Row]) -> str:
     body = []
     for row in rows:
         after = f"{float(row['after']):.3f} ± {float(row['after_stderr']):.3f}"
-        losses = (f"{float(row[name]):.3f}" for name in ("loss_before", "loss_after"))
         what = (row[name] for name in ("task", "metric", "objective", "steps", "batch", "lr", "eps"))
         seed = row["seed"] + ("" if row["chosen"] == "1" else " (rate not chosen)")
-        always = f"{float(row['constant']):.3f}"
-        body.append([*what, seed, always, f"{float(row['before']):.3f}", after, row["rows"], *losses, row["zero_gradient_steps"]])
+        baselines = ("constant", "chance", "threshold", "before")
+        pairs = ("other_after", "auc_before", "auc_after", "loss_before", "loss_after")
+        known, more = ([f"{float(row[name]):.3f}" if row[name] else "" for name in group] for group in (baselines, pairs))
+        gain = f"{float(row['gain']):+.3f} [{float(row['gain_low']):+.3f}, {float(row['gain_high']):+.3f}]" if row["gain"] else ""
+        body.append([*what, seed, *known, after, gain, row["rows"], *more, row["zero_gradient_steps"]])
     header = [
         "task",
         "metric",
@@ -412,9 +414,15 @@ def objectives(rows: list[Row]) -> str:
         "ε",
         "seed",
         "best constant answer",
+        "either name by chance",
+        "best zero-shot threshold",
         "before",
         "after",
+        "gain, all seeds",
         "rows",
+        "as the other name",
+        "AUC before",
+        "AUC after",
         "loss before",
         "loss after",
         "steps of g = 0",

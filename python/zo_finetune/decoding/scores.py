@@ -33,7 +33,7 @@ class ByScore(Decoding):
 
     @torch.no_grad()
     def respond(self, task: Task, scorer: Scorer, batch: Batch) -> Answers:
-        scores = scorer.scores(batch)
+        scores = scorer.contrasts(batch)  # a goal of choices sets an example's candidates against each other
         return Answers(scores, batch.labels, highest(scores), task.class_names, batch.right)
 
 
