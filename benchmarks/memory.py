@@ -3,7 +3,8 @@
     python benchmarks/memory.py --shapes opt-125m,gpt2 --work /tmp/profiles --out benchmarks/results/memory.csv
 
 Belongs here: which shapes, and where the outcome goes. Does not belong here: the measuring, which is `zo-finetune profile`; a profile that lies in --work
-already is taken as it is. Bytes on a CPU are counted and the same every time; the seconds are those of a machine that may be shared.
+already is taken where the same commit made it, and else made anew. Bytes on a CPU are counted and the same every time; the seconds are those of a machine
+that may be shared.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
-    rows = []
+    rows, now = [], harness.commit()
     for shape in args.shapes.split(","):
-        work = args.work / shape
-        if not (work / "result.json").exists():
+        work, measured = args.work / shape, args.work / f"{shape}.commit"
+        if now.endswith("+") or not measured.exists() or measured.read_text() != now:
             sizes = ["--batch-size", args.batch, "--length", args.length, "--steps", args.steps]
             if code := zo_finetune(["profile", "--shape", shape, *map(str, sizes), "--output", str(work)]):
                 return code
+            measured.write_text(now)
         content = json.loads((work / "result.json").read_text())
         for row in content["rows"]:
             more = {
