@@ -131,7 +131,7 @@ class Setting:
 
 NAMES = {"steps": 400, "batch_size": 8, "eps": 5e-3, "train_examples": 800, "dev_examples": 50, "eval_examples": 200, "peft": "ln"}
 SST2 = {
-    "steps": 400, "batch_size": 256, "eps": 2.0, "train_examples": 2000, "dev_examples": 300, "eval_examples": 0, "max_length": 64, "balanced": True,
+    "steps": 300, "batch_size": 256, "eps": 2.0, "train_examples": 1500, "dev_examples": 300, "eval_examples": 0, "max_length": 64, "balanced": True,
     "peft": "ln", "targets": ["model.norm"],
 }  # fmt: skip
 SETTINGS = {
@@ -143,18 +143,24 @@ SETTINGS = {
 QUICK = {"steps": 2, "batch_size": 2, "eval_examples": 4, "dev_examples": 4, "train_examples": 20}
 
 
-def kept(folder: str, name: str) -> outcomes.Outcomes:
-    found = outcomes.read(Path(folder, name))
+def kept(folder: Path, name: str) -> outcomes.Outcomes:
+    found = outcomes.read(folder / name)
     assert found is not None
     return found
 
 
-def results(setting: Setting, config: Config, seeds: list[int], model_name: str) -> list[dict[str, Any]]:
-    """A row for each run: the first seed's with every rate, the others' with the chosen one."""
+def results(setting: Setting, config: Config, seeds: list[int], model_name: str, work: Path) -> list[dict[str, Any]]:
+    """A row for each run: the first seed's with every rate, the others' with the chosen one. A run that is finished in `work` is taken as it is."""
     metric, written = TASKS[setting.task].metrics[0], TASKS[setting.task].decoding == "generate"
 
-    def one(seed: int, lr: float, folder: str) -> dict[str, Any]:
-        return run(replace(config, seed=seed, lr=lr, output=folder))
+    def folder(seed: int, lr: float) -> Path:
+        return work / f"lr{lr:g}-seed{seed}"
+
+    def one(seed: int, lr: float) -> dict[str, Any]:
+        if (finished := folder(seed, lr) / "result.json").exists():
+            found: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+            return found
+        return run(replace(config, seed=seed, lr=lr, output=str(folder(seed, lr)), overwrite=True))
 
     def row(seed: int, lr: float, gain: Interval | None, result: dict[str, Any]) -> dict[str, Any]:
         before, after, (first, *_, last) = result["before"], result["after"], result["history"]
@@ -182,21 +188,19 @@ def results(setting: Setting, config: Config, seeds: list[int], model_name: str)
             "zero_gradient_steps": result["zero_gradient_steps"],
         }
 
-    with tempfile.TemporaryDirectory() as folder:
-        tried = {lr: one(seeds[0], lr, f"{folder}/lr{lr:g}") for lr in setting.rates}
-        sign = -1 if setting.raised else 1
-        ends = {lr: result["history"][-1] for lr, result in tried.items()}
-        best = min(tried, key=lambda lr: (sign * ends[lr][setting.by], ends[lr]["loss"]))  # shares of few rows are often the same
-        chosen = {seed: one(seed, best, f"{folder}/seed{seed}") for seed in seeds[1:]}
-        folders = [f"{folder}/lr{best:g}", *(f"{folder}/seed{seed}" for seed in chosen)]
-        runs = {name: [kept(one, name) for one in folders] for name in (outcomes.BEFORE, outcomes.AFTER)}
-        resampling = Resampling(runs[outcomes.BEFORE])
-        before, after = (resampling.sample(metric, runs[name]) for name in (outcomes.BEFORE, outcomes.AFTER))
-        gain = resampling.interval(after, before)
-        return [
-            *(row(seeds[0], lr, gain if lr == best else None, result) for lr, result in tried.items()),
-            *(row(seed, best, gain, result) for seed, result in chosen.items()),
-        ]
+    tried = {lr: one(seeds[0], lr) for lr in setting.rates}
+    sign = -1 if setting.raised else 1
+    ends = {lr: result["history"][-1] for lr, result in tried.items()}
+    best = min(tried, key=lambda lr: (sign * ends[lr][setting.by], ends[lr]["loss"]))  # shares of few rows are often the same
+    chosen = {seed: one(seed, best) for seed in seeds[1:]}
+    runs = {name: [kept(folder(seed, best), name) for seed in seeds] for name in (outcomes.BEFORE, outcomes.AFTER)}
+    resampling = Resampling(runs[outcomes.BEFORE])
+    before, after = (resampling.sample(metric, runs[name]) for name in (outcomes.BEFORE, outcomes.AFTER))
+    gain = resampling.interval(after, before)
+    return [
+        *(row(seeds[0], lr, gain if lr == best else None, result) for lr, result in tried.items()),
+        *(row(seed, best, gain, result) for seed, result in chosen.items()),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,16 +212,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "objectives.csv")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: three of first-name, five of plain-sentiment)")
+    parser.add_argument("--rates", type=float, nargs="+", help="(default: those of the settings, of which the dev rows choose)")
+    parser.add_argument(
+        "--work", type=Path, help="where the runs are; those of the same commit that are finished there are not made again"
+    )
     parser.add_argument("--append", action="store_true", help="add rows to the file")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(arguments)
     TASKS.update({task.name: task for task in (FirstName(), PlainSentiment())})
     METRICS.update({metric.name: metric for metric in (OfFirst(), OfOther())})
     with tempfile.TemporaryDirectory() as folder:
-        texts = Path(folder, "names.jsonl")
+        work = Path(folder) if options.work is None else options.work / harness.commit()
+        work.mkdir(parents=True, exist_ok=True)
+        texts = work / "names.jsonl"
         texts.write_text("".join(json.dumps(row) + "\n" for row in names(options.winogrande)), encoding="utf-8")
         for k, name in enumerate(options.settings):
-            setting = SETTINGS[name]
+            setting = SETTINGS[name] if options.rates is None else replace(SETTINGS[name], rates=tuple(options.rates))
             sizes = {**setting.sizes, **(QUICK if options.quick else {})}
             config = Config(
                 model=options.model,
@@ -230,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
                 eval_every=sizes["steps"],
                 **sizes,
             )
-            rows = results(setting, config, options.seeds or SEEDS[setting.task], options.model_name)
+            rows = results(setting, config, options.seeds or SEEDS[setting.task], options.model_name, work / name)
             harness.write_csv(options.out, COLUMNS, rows, append=options.append or k > 0)
     return 0
 
