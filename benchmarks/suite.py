@@ -19,9 +19,9 @@ from zo_finetune.suites import SUITES
 
 SUITE = SUITES["mezo"]
 SIZES = {
-    "tasks": "sst2,sst5,rte,cb,wsc,copa,boolq,winogrande,snli", "methods": "zero-shot,in-context,probe,adam,mezo,dizo", "steps": 20, "seeds": "0,1,2",
-    "lr-factors": "1,10", "points": 2, "train-examples": 200, "dev-examples": 32, "eval-examples": 80, "batch-size": 8, "max-length": 96,
-    "keep": "best",
+    "tasks": "sst2,rte,cb,wsc,copa,boolq", "methods": "zero-shot,in-context,probe,adam,mezo,dizo", "steps": 20, "seeds": "0,1,2",
+    "lr-factors": "1,10", "points": 1, "train-examples": 200, "dev-examples": 40, "eval-examples": 100, "batch-size": 8, "max-length": 96,
+    "keep": "last",
 }  # fmt: skip
 QUICK = {
     "steps": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import runpy
@@ -623,6 +624,28 @@ def test_sass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| plain pass |  | 13.5 (5.1) |  | 15.1 |" in table
     assert "| recomputed Adam |  | 53.0 (14.0) |  | 48.8 (14.9) |" in table  # a history's first term is made in the loop
     assert "| low rank, of rank 1 |  |  |  | 11.2 (2.2) |" in table
+
+
+def test_either_name_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two names each is right in half of the cases, whichever stands first; an answer that is always the same is right as often as its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import objectives
+    from zo_finetune.tasks import TASKS
+
+    monkeypatch.setitem(TASKS, "first-name", objectives.FirstName())
+    people = [("Ann", "Bob"), ("Bob", "Ann"), ("Ann", "Cid"), ("Dan", "Eve"), ("Eve", "Fay")]
+    sentences = [f"{first} met {second} because _ was late." for first, second in people] + ["She met Ann because _ was late."]
+    options = [*((second, first) for first, second in people), ("She", "Mary")]  # the last one's second name is not there
+    given = tmp_path / "winogrande.jsonl"
+    lines = [{"sentence": s, "option1": one, "option2": two} for s, (one, two) in zip(sentences, options, strict=True)]
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = list(objectives.names(given))
+    assert [(row["first"], row["other"]) for row in found] == people
+    made = tmp_path / "names.jsonl"
+    made.write_text("".join(json.dumps(row) + "\n" for row in found))
+    config = objectives.Config(model="m", task="first-name", data=str(made), output="", eval_examples=4, dev_examples=0)
+    constant, chance = objectives.without_learning(config)
+    assert constant in (0.25, 0.5) and chance == 0.5
 
 
 def test_figures_need_results(tmp_path: Path) -> None:
