@@ -6,9 +6,9 @@ Belongs here: seconds of a step with and without, and how far their losses are a
 models (step.py).
 
 For each model the last block, the last quarter of the blocks, and LoRA in the last half are trained, all other weights frozen; the rows of a batch have
-random tokens, of whose last one the probability is asked. The two contenders are steps of one optimizer at lr = 0 on one batch, with its states and
-without, in turn, in the process's CPU time. `fill_s`: computing the states of that batch. `loss_difference`: of the two losses at the weights as they are;
-`bound`: the most that rounding explains (`zo_finetune.cached.bound`).
+random tokens, behind the last of which one word is set against another. The two contenders are steps of one optimizer at lr = 0 on one batch, with its
+states and without, in turn, in the process's CPU time. `fill_s`: computing the states of that batch. `loss_difference`: of the two losses at the
+weights as they are; `bound`: the most that rounding explains (`zo_finetune.cached.bound`).
 
 "blocks in turn": all weights are trained, one block in a step. There the states that enter the step's block are kept for the step (cache: "step"); a time is
 the mean of the steps of one turn, `blocks_not_run` the mean over them of how many blocks the second forward does not run, and `loss_difference` the most
@@ -32,7 +32,7 @@ from torch import Tensor
 from zo_finetune import adapters, blocks, cached, measure, methods, shapes
 from zo_finetune import model as models
 from zo_finetune.frozen import Lower, States, cut_of, cuts_of
-from zo_finetune.objectives.language_model import LanguageModelling
+from zo_finetune.objectives.classification import Classification
 from zo_finetune.scoring import Encoded, Scorer, Span
 
 import zo_kernels as zk
@@ -73,12 +73,12 @@ def language_model(request: dict[str, Any], trained: str) -> models.LanguageMode
 def examples_of(vocabulary: int, rows: int, length: int) -> list[Encoded]:
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, vocabulary, (rows, length), generator=draw).tolist()
-    return [Encoded((tuple(row),), (Span(0, (length - 1,), (row[0],)),), 0) for row in tokens]
+    return [Encoded((tuple(row),), tuple(Span(0, (length - 1,), (word,)) for word in (1, 2)), 0) for row in tokens]
 
 
 def in_turn(request: dict[str, Any], name: str, rounds: int) -> Iterator[dict[str, Any]]:
     """The rows of steps that move one block each."""
-    lm, objective, losses = language_model(request, IN_TURN), LanguageModelling(), dict[str, list[float]]()
+    lm, objective, losses = language_model(request, IN_TURN), Classification(), dict[str, list[float]]()
     rows, length = request["batch_size"], request["length"]
     with Scorer(lm.model, lm.form, 0) as scorer, torch.no_grad():
         batch = scorer.collate(examples_of(lm.vocabulary, rows, length))
@@ -122,7 +122,7 @@ def in_turn(request: dict[str, Any], name: str, rounds: int) -> Iterator[dict[st
 
 
 def measured(request: dict[str, Any], name: str, trained: str, rounds: int) -> Iterator[dict[str, Any]]:
-    lm, objective = language_model(request, trained), LanguageModelling()
+    lm, objective = language_model(request, trained), Classification()
     rows, length = request["batch_size"], request["length"]
     recipe = methods.get(request["method"]).recipe(lm.peft, {}, 0.0)
     with Scorer(lm.model, lm.form, 0) as scorer, torch.no_grad():
@@ -136,6 +136,7 @@ def measured(request: dict[str, Any], name: str, trained: str, rounds: int) -> I
         cached.fill(scorer, scorer.states, examples, rows)
         fill = time.process_time() - start
         kept = scorer.collate(examples)
+        scorer.states.narrow = cached.narrowed(lm.model, scorer, kept)
         without, with_ = (objective.loss(scorer, batch).item() for batch in (replace(kept, states=None), kept))
         optimizer = recipe.make(lm.model, seed=0)
 

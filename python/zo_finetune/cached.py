@@ -108,7 +108,7 @@ def made(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> tuple[S
         return None
     states, cache = filled(loaded, scorer, lower, examples)
     scorer.states = states
-    states.narrow = narrowed(loaded, scorer, examples[: config.batch_size])
+    states.narrow = narrowed(loaded.language_model.model, scorer, scorer.collate(examples[: config.batch_size]))
     if reason := wrong(loaded, scorer, examples):
         raise CannotKeep(reason)
     return states, cache
@@ -258,9 +258,8 @@ def fill(scorer: Scorer, states: States, examples: Sequence[Encoded], rows: int,
     return time.perf_counter() - started
 
 
-def narrowed(loaded: Loaded, scorer: Scorer, examples: Sequence[Encoded]) -> Narrow:
-    """What of a forward that begins with kept states may run at the scored positions alone."""
-    model, batch = loaded.language_model.model, scorer.collate(examples)
+def narrowed(model: nn.Module, scorer: Scorer, batch: Batch) -> Narrow:
+    """What of a forward that begins with kept states may run at the scored positions alone, by a batch that has them."""
     _, blocks = blocks_of(model)
     where, shape = (batch.point_rows, batch.point_columns), (batch.input_ids.shape[0], batch.input_ids.shape[1])
     return narrow(model, blocks[-1], lambda: scorer.token_log_probs(batch), where, shape, lambda plain: bound(model, plain))
