@@ -499,9 +499,9 @@ claim(B, "Whether longer runs pass 0.5 was not measured", "tests/test_benchmarks
 SST2 = "benchmarks/results/objectives.csv: plain-sentiment"
 claim(
     B,
-    "by {:.3f} ({:.3f} to {:.3f}), of 300 rows for each of five seeds, from {:.3f} to {:.3f}",
+    "300 for each of five seeds, which had chosen nothing: their accuracy rose from {:.3f} to {:.3f}, by {:.3f} ({:.3f} to {:.3f})",
     SST2,
-    lambda: [*held_out(), statistics.mean(sst2("dev_before")), statistics.mean(sst2("dev_after"))],
+    lambda: [statistics.mean(sst2("dev_before")), statistics.mean(sst2("dev_after")), *held_out()],
 )
 claim(
     B,
