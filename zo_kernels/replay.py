@@ -215,6 +215,9 @@ def replay(
     groups = weights_of(past.header, named, masks or {}, scales or {})
     for one in (one for w in groups for one in w.plans):
         backends.pick(one.device, backend)
+    if method.anchor is not None:  # the weights are those that it pulls to, now and not once a step was made
+        base = {m.name: m.tensor.detach().to("cpu", copy=True) for w in groups for m in w.members}
+        method = changed(method, anchor=changed(method.anchor, base=base))
     if mode == "fused":
         for k, w in enumerate(groups):
             _fuse(w, past.header, records, k, backend)

@@ -39,7 +39,7 @@ INPUT_INITS = {
     "eva": 0.5,
     "whitened": -0.5,
 }  # lora's first matrix in the space of its inputs: the power, see zo_kernels' `input_factors`
-PERTURBING = ("eps", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
+PERTURBING = ("eps", "anchor", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
 
 
 @dataclass(kw_only=True)
@@ -180,6 +180,13 @@ class Config(TaskChoice):
     weight_decay: float = option(
         METHOD, "decoupled; of sgd and adam torch's, a part of the gradient", 0.0, metavar="W", least=True, fp32=True
     )
+    anchor: str | None = option(
+        METHOD,
+        "at the end of every EVERYth step (1) pull the trained weights back toward those that the run began with, by this share of the way",
+        None,
+        metavar="LAM[:EVERY]",
+        usual="not",
+    )
     clip: float | None = option(
         METHOD,
         "clip |projected gradient| to this, of sgd, adam and adamw the gradient's norm",
@@ -264,6 +271,8 @@ class Config(TaskChoice):
         options.check(self)
         if self.train_blocks not in (None, values.DOMINANT):
             values.blocks("--train-blocks", self.train_blocks)
+        if self.anchor is not None:
+            values.pull("--anchor", self.anchor)
         self.recipe()
 
     def check_use(self) -> None:

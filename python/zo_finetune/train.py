@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zo_finetune import console, machine
+from zo_finetune import console, machine, values
 from zo_finetune.cached import Below
 from zo_finetune.config import SCHEDULES, Config
 from zo_finetune.data import Batches
@@ -27,7 +27,8 @@ from zo_finetune.load import Loaded
 from zo_finetune.model import LanguageModel
 from zo_finetune.pace import Pace
 from zo_finetune.scoring import Scorer
-from zo_kernels import InputFactors
+from zo_finetune.start import start_of
+from zo_kernels import Anchor, InputFactors
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
@@ -175,6 +176,9 @@ def make_optimizer(language_model: LanguageModel, config: Config, factors: Input
         }
     if recipe.method.looks:
         options["factors"] = factors
+    if config.anchor is not None:
+        lam, every = values.pull("--anchor", config.anchor)
+        options["anchor"] = Anchor(lam, every, start_of(language_model.model, config.model))
     try:
         made: Optimizer = recipe.make(language_model.model, **options)
     except (TypeError, ValueError, RuntimeError) as error:  # its errors name argument, value and remedy

@@ -92,6 +92,24 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from None
 
 
+def pull(option: str, text: str) -> tuple[float, int]:
+    """LAM[:EVERY], as `zo_kernels.Anchor` has them.
+
+    Raises:
+        UserError: it is none.
+    """
+    share, colon, every = text.partition(":")
+    try:
+        lam, steps = number(share), whole(every) if colon else 1
+    except (ValueError, argparse.ArgumentTypeError):
+        lam, steps = 0.0, 0
+    if not (0 < lam <= 1 and 1 <= steps < 1 << 32):
+        raise UserError(
+            f"{option} {text!r:.80}: give LAM[:EVERY], a share greater than 0 and at most 1 and a number of steps, for example 0.05:10"
+        )
+    return lam, steps
+
+
 def blocks(where: str, text: str) -> slice:
     """Which of a model's blocks: from one number on (24-), from one to another (20-25), one alone (7), or the last so many (last:4). The word DOMINANT is read
     where the model is, which has the number.

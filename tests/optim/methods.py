@@ -484,6 +484,18 @@ def dizo(
     return step
 
 
+def anchored(
+    step: Callable[[Reference, Sequence[int]], None], lam: float, every: int
+) -> Callable[[Reference, Sequence[int]], None]:
+    def whole(r: Reference, tags: Sequence[int]) -> None:
+        start = r.memory.setdefault("start", dict(r.theta))
+        step(r, tags)
+        if (r.step + 1) % every == 0:
+            r.theta = {n: t + lam * (start[n] - t) for n, t in r.theta.items()}
+
+    return whole
+
+
 def scale_free(beta: float, queries: int = 1) -> Callable[[Reference, Sequence[int]], None]:
     """Each g over the root of the average of all steps' mean g^2, of weights beta^age that sum to one."""
 
@@ -570,6 +582,18 @@ def _hybrid(model: Any, /, **more: Any) -> zk.ZOStep:
     return _of(zk.HybridZO, first_order=first_order_of(model))(model, **more)
 
 
+def _anchored(cls: Any, lam: float, every: int, **own: Any) -> Callable[..., zk.ZOStep]:
+    """Toward what a `Tiny` of the same type and shapes begins with."""
+
+    def make(model: Any, /, **more: Any) -> zk.ZOStep:
+        module: Any = model if isinstance(model, Tiny) else more["model"]
+        first, second = module.layers
+        start = values(Tiny(first.weight.dtype, (first.in_features, first.out_features, second.out_features)))
+        return _of(cls, anchor=zk.Anchor(lam, every, start), **own)(model, **more)
+
+    return make
+
+
 CASES: dict[str, Case] = {
     "mezo": Case(_of(zk.MeZOStep), sgd(estimate_two_sided)),
     "mezo-3": Case(_of(zk.MeZOStep, queries=3), sgd(estimate_two_sided), 6),
@@ -641,6 +665,10 @@ CASES: dict[str, Case] = {
     "scale-free": Case(_of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8)), scale_free(0.8), lr=2e-3, sharp=2),
     "scale-free-3": Case(
         _of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8)), scale_free(0.8, 3), 4, lr=2e-3, sharp=4
+    ),
+    "anchored": Case(_anchored(zk.MeZOStep, 0.0625, 2), anchored(sgd(estimate_two_sided), 0.0625, 2)),
+    "anchored-momentum": Case(
+        _anchored(zk.ZOMomentum, 0.03125, 2, beta=0.8), anchored(momentum(0.8), 0.03125, 2), lr=5e-4
     ),
     "ranked": Case(_of(zk.ZOStep, estimator=zk.Shaped(4)), functools.partial(shaped, shape="ranked", mirrored=False), 4),
     "z-scored-mirrored": Case(

@@ -62,6 +62,9 @@ class Scaled(nn.LayerNorm):
         return torch.cat([self.weight + 0.0, self.bias * 2.0])
 
 
+WIDE = 131  # features of the model of long rows
+
+
 class Exact(nn.Module):
     """Odd sizes, an embedding that a head shares, a product with a permutation (exact: one term a sum), a frozen weight and a buffer.
 
@@ -72,7 +75,7 @@ class Exact(nn.Module):
 
     def __init__(self, dtype: torch.dtype, wide: bool = False) -> None:
         super().__init__()
-        a, b = (131, 67) if wide else (7, 5)
+        a, b = (WIDE, 67) if wide else (7, 5)
         self.embedding = nn.Embedding(9, b)
         self.layers = nn.ModuleList([Read(b, a), Read(a, 3)])
         self.norm = Scaled(a)
@@ -245,6 +248,16 @@ def in_subspace(cls: type[zk.ZOStep], others: str = "dense", **own: Any) -> Make
     return make
 
 
+def anchored(cls: type[zk.ZOStep], lam: float, every: int, **own: Any) -> Make:
+    """Toward what an `Exact` of the same type and sizes begins with, wherever this one is."""
+
+    def make(model: Exact, **more: Any) -> zk.ZOStep:
+        start = dict(Exact(model.plain.weight.dtype, wide=model.plain.in_features == WIDE).named_parameters())
+        return of(cls, anchor=zk.Anchor(lam, every, start), **own)(model, **more)
+
+    return make
+
+
 LAYERS = {"layers": [r"layers\.\d\.weight"]}
 DIZO = {"every": 2, "inner": 2, "inner_lr": 1e-3, **LAYERS}
 RECOMPUTED = {"state": "recomputed", "history": 3}
@@ -268,6 +281,8 @@ QUERIES: dict[str, Method] = {
 OTHERS: dict[str, Method] = {
     "ranked": Method(of(zk.ZOStep, estimator=zk.Shaped(4))),
     "z-scored-mirrored": Method(of(zk.ZOStep, estimator=zk.Shaped(2, "z-scored", mirrored=True))),
+    "mezo-anchored": Method(anchored(zk.MeZOStep, 0.3, 2)),
+    "momentum-anchored": Method(anchored(zk.ZOMomentum, 0.3, 1, lr=5e-4)),
     "mezo-quantile": Method(of(zk.MeZOStep, clip=zk.QuantileClip(0.5, 4, 2))),
     "mezo-scale-free": Method(of(zk.MeZOStep, scale_free=zk.ScaleFree(0.8))),
     "one-sided-scale-free": Method(of(zk.MeZOStep, one_sided=True, queries=3, scale_free=zk.ScaleFree(0.8))),

@@ -40,6 +40,9 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "lozo-queries": lambda m, **k: zk.LOZO(m, 1e-3, every=2, estimator=zk.OneSided(3), **k),
     "input-subspace": lambda m, **k: zk.FZOO(m, 1e-4, queries=3, direction=zk.InputSubspace(GIVEN), **k),
     "quantile": lambda m, **k: zk.ZOStep(m, 1e-3, clip=zk.QuantileClip(0.5, 4, 2), **k),
+    "anchored": lambda m, **k: zk.MeZOStep(
+        m, 1e-3, anchor=zk.Anchor(0.25, 2, {n: p.detach().clone() for n, p in m.named_parameters()}), **k
+    ),
     "scale-free": lambda m, **k: zk.MeZOStep(m, 1e-3, scale_free=zk.ScaleFree(0.9), clip=0.5, weight_decay=0.1, **k),
     "scale-free-queries": lambda m, **k: zk.MeZOStep(m, 1e-3, queries=9, one_sided=True, scale_free=zk.ScaleFree(0.9), **k),
     "scale-free-conservative": lambda m, **k: zk.ZOConservative(m, 1e-3, scale_free=zk.ScaleFree(0.9), **k),

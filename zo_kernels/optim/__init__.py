@@ -1,5 +1,6 @@
 """Zeroth-order steps: what to evaluate, and what the update is made of. Arithmetic on weights belongs to `zo_kernels.ops`."""
 
+from zo_kernels.optim.anchor import Anchor
 from zo_kernels.optim.blocks import Blocks
 from zo_kernels.optim.check import Finding, Report, check
 from zo_kernels.optim.clip import QuantileClip
@@ -50,6 +51,7 @@ __all__ = [
     "METHODS",
     "SGD",
     "Adam",
+    "Anchor",
     "Blocks",
     "BlockwiseZO",
     "Conservative",

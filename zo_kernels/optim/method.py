@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from zo_kernels import journal
+from zo_kernels.optim import anchor as anchors
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import clip as clips
 from zo_kernels.optim import directions, estimators, rules, unit
@@ -28,6 +29,7 @@ PARTS: Mapping[str, Sequence[type[Any]]] = {
     "projection": (projections.Projection,),
     "clip": (clips.QuantileClip,),
     "scale_free": (unit.ScaleFree,),
+    "anchor": (anchors.Anchor,),
 }
 COUNTS = (
     "parameter"  # what a journal's rule counts, where there are blocks: earlier versions counted the run's steps, and wrote nothing
@@ -55,6 +57,7 @@ class Method:
     kind: str = "gaussian"
     layers: int = 0
     scale_free: unit.ScaleFree | None = None
+    anchor: anchors.Anchor | None = None
 
     # -- the layout of a record --
 
@@ -110,7 +113,8 @@ class Method:
     def plain(self) -> bool:
         """Whether every step is the same list of terms, with coefficients of its own losses alone."""
         steady = self.direction.plain and self.blocks is None and self.projection is None
-        return steady and not self.rule.scheduled and not self.rule.stateful and self.clip.window == 0 and self.scale_free is None
+        alone = self.clip.window == 0 and self.scale_free is None and self.anchor is None
+        return steady and not self.rule.scheduled and not self.rule.stateful and alone
 
     def configured(self) -> dict[str, Any]:
         """The parts whose options say what the numbers of a record, or of a state, mean."""
@@ -157,9 +161,14 @@ class Method:
 
 def describe(part: Any) -> dict[str, Any]:
     """A part (a frozen dataclass with a name) as JSON."""
-    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    values = {name: getattr(part, name) for name in _options(part)}
     content: dict[str, Any] = json.loads(json.dumps({"name": part.name, **values}, default=lambda factors: factors.sha256))
     return content
+
+
+def _options(part: Any) -> list[str]:
+    """The names of what describes a part, and of no data that it is given."""
+    return [f.name for f in fields(part) if f.compare]
 
 
 def _part_of(what: str, content: Any, known: Sequence[type[Any]]) -> Any:
@@ -172,7 +181,7 @@ def _part_of(what: str, content: Any, known: Sequence[type[Any]]) -> Any:
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise ValueError(f"{wrong}, which is no part of an optimizer")
     cls = next((k for k in known if k.name == content["name"]), None)
-    if cls is None or set(content) != {"name", *(f.name for f in fields(cls))}:
+    if cls is None or set(content) != {"name", *_options(cls)}:
         raise ValueError(f"{wrong}, which this version of zo_kernels does not know")
     try:
         return cls(**{name: value for name, value in content.items() if name != "name"})
@@ -212,7 +221,7 @@ def counted(header: journal.Header) -> bool:
 
 def make(
     estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any, kind: str, names: Sequence[str], *, scale_free: Any = None,
-    first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool,
+    anchor: Any = None, first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool,
 ) -> Method:  # fmt: skip
     """The method of these parts; None: the default.
 
@@ -231,7 +240,9 @@ def make(
             raise TypeError(f"{what}={part!r} must be one of {', '.join(k.__name__ for k in known)}")
     if not isinstance(scale_free, (unit.ScaleFree, type(None))):
         raise TypeError(f"scale_free={scale_free!r} must be a ScaleFree, or None: g as it is")
-    method = Method(estimator, rule, direction, blocks, projection, limit, kind, scale_free=scale_free)
+    if not isinstance(anchor, (anchors.Anchor, type(None))):
+        raise TypeError(f"anchor={anchor!r:.80} must be an Anchor, or None: no pull back to the start")
+    method = Method(estimator, rule, direction, blocks, projection, limit, kind, scale_free=scale_free, anchor=anchor)
     _check(method, first_order, lazy, cuda_graph, scratch)
     return method.over(names)
 
@@ -241,6 +252,8 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         method.estimator, method.rule, method.direction, method.blocks, method.projection,
     )  # fmt: skip
     rule.check(estimator.directions, direction)
+    if method.anchor is not None:
+        _check_anchor(method)
     if method.scale_free is not None:
         _check_scale_free(estimator, rule)
     simple = method.plain and first_order is None
@@ -280,6 +293,18 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         raise ValueError(
             "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
         )
+
+
+def _check_anchor(method: Method) -> None:
+    assert method.anchor is not None
+    if method.anchor.base is None:
+        raise ValueError(
+            "anchor without a base: give Anchor(lam, every, base), the weights that the run begins with by name, such as a state dict that lies in a file"
+        )
+    if method.blocks is not None:
+        raise ValueError("anchor with blocks: a step would pull its own block alone; leave one out")
+    if method.projection is not None:
+        raise ValueError("anchor with projection, which scales the way from the start by what it has learned; leave one out")
 
 
 def _check_scale_free(estimator: estimators.Estimator, rule: rules.Rule) -> None:

@@ -17,7 +17,8 @@ from zo_kernels import interrupts, parameters
 from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.method import Method
 from zo_kernels.optim.projection import Projector
-from zo_kernels.views import Shift, Tag, View, Work
+from zo_kernels.parameters import Weights
+from zo_kernels.views import Pull, Shift, Tag, View, Work
 
 Params = Callable[[], Mapping[str, Tensor]]  # the parameters that are not frozen, by name; asked for where they are needed
 
@@ -26,6 +27,8 @@ class Run:
     """Attributes:
     seed: of the noise. streams: of all parameters of the model, by name. backend: see `perturb_`.
     tag: of the next step's first direction. first_tag: of the run's. skipped: steps whose numbers were not finite; a 0-d tensor on a GPU.
+    last: the last step's decision; None before the first, and after a state was loaded.
+    looked: an anchor's base was compared with the weights of the beginning.
     rule, direction, projector, unit: what the method's parts keep between steps. past: |g| of the last steps, 0-d float64 tensors with fp32 values, as many
         as the method's clip looks at.
     """
@@ -35,6 +38,7 @@ class Run:
         self.tag = self.first_tag = 0
         self.skipped: Tensor | int = 0
         self.last: Decision | None = None
+        self.looked = False
         self.rule = method.rule.of()
         self.direction = method.direction.of(seed, method.kind, backend)
         self.projector = Projector(method.projection, seed, method.layers, backend) if method.projection is not None else None
@@ -68,6 +72,9 @@ class Run:
 
     def prepare(self, view: View) -> None:
         """Masks, scales and factors of the next step, from the clean weights."""
+        if self.method.anchor is not None and not self.steps and not self.looked:
+            self.method.anchor.check(view.params, begins=True)
+            self.looked = True  # once: a step in place that fails leaves roundings
         self.direction.prepare(self.steps, self.tag, view.params)
         if (tag := self.direction.mask_tag) is not None and view.mask_tag != tag:
             view.retag(tag)
@@ -91,12 +98,19 @@ class Run:
             for k, weights in enumerate(view.groups):
                 for work in rule.work(self.rule, decision.share(k, tags, own), weights, self.direction):
                     yield from self.direction.parted(work, weights)
+            if self.method.anchor is not None and self.method.anchor.due(self.steps):
+                yield from (self._pull(k, weights, decision) for k, weights in enumerate(view.groups))
 
         try:
             view.execute(works(), from_clean=self.method.from_clean, ahead=ahead)
         except BaseException:
             self.rule.cohorts = before
             raise
+
+    def _pull(self, group: int, weights: Weights, decision: Decision) -> Pull:
+        anchor = self.method.anchor
+        assert anchor is not None
+        return Pull(group, list(zip(weights.names, weights.params, strict=True)), anchor.of, anchor.lam, decision.go)
 
     def commit(self, decision: Decision, trained: Params) -> None:
         """The step is done, and counts.

@@ -28,7 +28,7 @@ from zo_kernels.optim.run import Run
 
 KEY = "zo"
 PARTS = ("rule", "direction", "projection", "scale_free")  # that keep something
-LATER = ("scale_free",)  # of the method: not in every state that names one
+LATER = ("scale_free", "anchor")  # of the method: not in every state that names one
 
 
 Groups = list[dict[str, Any]]  # torch's parameter groups

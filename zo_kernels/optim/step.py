@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks, interrupts, journal, parameters, views
+from zo_kernels.optim import anchor as anchors
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import clip as clips
 from zo_kernels.optim import (
@@ -85,6 +86,7 @@ class ZOStep(torch.optim.Optimizer):
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
         clip, scale_free: |g| is clipped to this value, or as `QuantileClip` says, and then divided as `ScaleFree` says; None: not.
+        anchor: `Anchor(lam, every, base)`: a pull back toward the weights that the run began with, every so many steps; None: none.
         maximize: ascend, for rewards.
         model: the module, where the first argument is not one: enables scratch mode for parameter groups.
         backend: see `perturb_`.
@@ -124,6 +126,7 @@ class ZOStep(torch.optim.Optimizer):
         kind: str = "gaussian",
         clip: float | clips.QuantileClip | None = None,
         scale_free: unit.ScaleFree | None = None,
+        anchor: anchors.Anchor | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
         backend: str | None = None,
@@ -153,7 +156,7 @@ class ZOStep(torch.optim.Optimizer):
             )
         what = method.make(
             estimator, rule, direction, blocks, projection, clip, kind, [n for g in named.groups for n, _ in g["params"]],
-            scale_free=scale_free, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
+            scale_free=scale_free, anchor=anchor, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
         )  # fmt: skip
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
             raise ValueError(f"scratch_bytes={scratch_bytes!r} must be a positive number of bytes, or None for the default")
@@ -237,6 +240,8 @@ class ZOStep(torch.optim.Optimizer):
                 "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new optimizer "
                 "of the model; load_state_dict(old.state_dict()) goes on with the run"
             )
+        if self._run.method.anchor is not None:
+            self._run.method.anchor.check(view.params, begins=False)
         if self._recording.recorder is not None:
             record.check_recorded(self._recording.recorder, self._weights())
         self._owned |= there

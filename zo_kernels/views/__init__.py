@@ -13,12 +13,13 @@ from zo_kernels.views.memory import Owners, written
 from zo_kernels.views.queued import Queued
 from zo_kernels.views.scratch import Scratch, can_serve
 from zo_kernels.views.tangents import Tangents
-from zo_kernels.views.work import Coefficient, RuleWork, Shift, Tag, Terms, Work
+from zo_kernels.views.work import Coefficient, Pull, RuleWork, Shift, Tag, Terms, Work
 
 __all__ = [
     "Coefficient",
     "InPlace",
     "Owners",
+    "Pull",
     "Queued",
     "RuleWork",
     "Scratch",
