@@ -1,6 +1,6 @@
 """A pull back to the start: what it reads, when it is, and what it leaves alone.
 
-Belongs here: the base, its checks, the bits of one pull. Does not belong here: steps against float64 (test_methods.py), a journal's crashes (tests/crash.py).
+Belongs here: the base, its checks, the bits of one pull. Does not belong here: steps against float64 (test_methods.py).
 """
 
 from __future__ import annotations
