@@ -6,6 +6,7 @@ is read, the optimizer (train.py).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -189,6 +190,11 @@ def read_splits(config: Config, task: Task, form: Form) -> Splits:
     )
 
 
+def common_splits(common: Common, config: Config, task: Task, form: Form) -> Splits:
+    """The rows of a run that has them in common with others."""
+    return common.splits(config, sample_seed(config), lambda: read_splits(config, task, form))
+
+
 def prepare(
     config: Config,
     language_model: models.LanguageModel | None = None,
@@ -222,14 +228,14 @@ def prepare(
 
 def load(config: Config, language_model: models.LanguageModel | None = None, common: Common | None = None) -> Loaded:
     """Load and check everything that a run of `config` needs; arguments and errors as `prepare`'s. `common`: what it has in common with other runs."""
-    started, common = time.perf_counter(), Common() if common is None else common
+    started = time.perf_counter()
     objective = objective_of(config, config.the_task())
-
-    def read(config: Config, task: Task, form: Form) -> Splits:
-        return common.splits(config, sample_seed(config), lambda: read_splits(config, task, form))
-
-    found = prepare(config, language_model or common.model(config), read)
-    common.hold(config, found.language_model)
+    if common is None:
+        common, found = Common(), prepare(config, language_model)  # nothing is held, and nothing is copied
+    else:
+        read = functools.partial(common_splits, common)
+        found = prepare(config, language_model or common.model(config), read)
+        common.hold(config, found.language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
     balanced = config.balanced or (objective.balanced and task.class_names is not None)
     labels = labels_of(splits.train, task) if balanced else None

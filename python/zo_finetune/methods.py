@@ -114,9 +114,8 @@ class Method:
         values = {name: default for name, (_, default) in known.items()}
         for name, text in {**self.preset(peft).options, **given}.items():
             if name not in known:
-                has = f"it has {', '.join(known)}" if known else "it has none of its own"
                 raise UserError(
-                    f"--option {name}={text}: --method {self.name} has no option {name!r}: {has}{did_you_mean(name, known)}"
+                    f"--option {name}={text}: --method {self.name} has no option {name!r}: it has {', '.join(known)}{did_you_mean(name, known)}"
                 )
             values[name] = parse(f"--option {name}={text}", text, known[name][0])
         return values

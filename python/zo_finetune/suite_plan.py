@@ -165,7 +165,7 @@ class Plan:
         )
         points = self.options.points if config.dev_examples != 0 else 0
         config = replace(config, eval_every=max(1, -(-config.steps // points)) if points else 0)
-        return (config.without_perturbing() if method.first_order and recipe.eps is None else config).placed(os.getcwd())
+        return (config.without_perturbing() if method.first_order and recipe.eps is None else config).placed(os.getcwd()).settled()
 
     def baseline(self, cell: Cell) -> Evaluation | Probing:
         """Of a cell that does not train."""

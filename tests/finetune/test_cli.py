@@ -299,7 +299,7 @@ def test_a_batch_of_more_than_there_is_takes_all_and_says_so(
         (
             {},
             ("--method", "lozo", "--option", "rnak=2"),
-            "--option rnak=2: --method lozo has no option 'rnak': it has rank, every, momentum; did you mean 'rank'?",
+            "--option rnak=2: --method lozo has no option 'rnak': it has rank, every, momentum, scale_free; did you mean 'rank'?",
         ),
         ({}, ("--device", "abacus"), "--device 'abacus' is not a device"),
         ({}, ("--gguf-file", "x.gguf"), "--gguf-file 'x.gguf' is not in"),

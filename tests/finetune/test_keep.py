@@ -183,8 +183,8 @@ def test_there_are_never_two_models(
     storages: list[StorageWeakRef] = []
     load, load_model = running.load, keep.load_model
 
-    def noted(config: Config) -> Any:
-        loaded = load(config)
+    def noted(config: Config, **more: Any) -> Any:
+        loaded = load(config, **more)
         storages.extend(StorageWeakRef(p.untyped_storage()) for p in loaded.language_model.model.parameters())
         return loaded
 

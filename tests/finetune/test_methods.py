@@ -153,7 +153,7 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
             ["--option", "rank=2"],
             "--option rank=2: --method mezo has no option 'rank': it has queries, one_sided, scale_free",
         ),
-        ("conservative", ["--option", "queries=2"], "it has none of its own"),
+        ("conservative", ["--option", "queries=2"], "has no option 'queries': it has scale_free"),
         ("hybrid", ["--option", "first_order=lion"], "--option first_order=lion: must be one of sgd, adam, adamw"),
         ("mezo", ["--option", "queries=1.5"], "--option queries=1.5: give a whole number"),
         ("mezo", ["--option", "one_sided=1"], "--option one_sided=1: give true or false"),
