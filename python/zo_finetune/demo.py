@@ -30,11 +30,9 @@ On the 1,000 evaluation rows:
     before                                   0.542  0.791                      3.47
     seed 0                                   0.776  0.865                      3.58
     seed 1                                   0.784  0.867                      3.54
-    seed 2                         not yet measured
+    seed 2                                   0.777  0.865                      3.59
 
-Seed 0 took 5 min 16 s on two cores (without AVX-512), seed 1 365 s of CPU time in one thread of a busy machine. Seed 0 still ran the 29 blocks below the
-trained one twice over the training rows and over what is evaluated, and both ran all tokens of a row through the last block (narrow.py): how long it takes
-since is not yet measured. Neither changes more than roundings.
+Seed 0 takes 2 min 51 s on two cores (without AVX-512), from `make demo` to its end with everything fetched before, seed 2 took 2 min 35 s.
 
 Belongs here: fetching, the demo's data set and its settings. Does not belong here: anything that `train` could not do for a user.
 """
