@@ -79,8 +79,7 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
     examples = loaded.train_set + (loaded.dev_set if evaluations > 1 else [])
     if config.cache == "auto" and not used_again(loaded, len(examples), evaluations):
         return None
-    evaluated = [*loaded.eval_set, *loaded.beside.texts]
-    about = (inputs_of(examples), inputs_of(evaluated))
+    about = (inputs_of(examples), inputs_of(loaded.evaluated))
     try:
         if not isinstance(loaded.objective.batch(scorer, examples[:1]), Batch):
             raise CannotKeep(f"--objective {config.objective} writes answers, and each of their tokens is read by the whole model")
@@ -225,9 +224,9 @@ def filled(loaded: Loaded, scorer: Scorer, lower: Lower, examples: Sequence[Enco
     disk = config.cache == "disk" or (config.cache == "auto" and size > MOST_IN_MEMORY)
     folder = Path(config.output) if disk else None
     seconds = fill(scorer, states, examples, config.eval_batch_size, folder)
-    trained, evaluated, more = len(states.places), [*loaded.eval_set, *loaded.beside.texts], 0.0
-    if config.cache != "auto" or size + states.bytes_of(inputs_of(evaluated)) <= MOST_IN_MEMORY:
-        more = fill(scorer, states, evaluated, config.eval_batch_size, folder)
+    trained, more = len(states.places), 0.0
+    if config.cache != "auto" or size + states.bytes_of(inputs_of(loaded.evaluated)) <= MOST_IN_MEMORY:
+        more = fill(scorer, states, loaded.evaluated, config.eval_batch_size, folder)
     evaluated_too = len(states.places) - trained
     return states, Cache(lower.cut, lower.total, trained, seconds, evaluated_too, more, states.bytes, "disk" if disk else "memory")
 

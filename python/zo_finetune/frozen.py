@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zo_finetune.blocks import blocks_of
 from zo_finetune.narrow import Narrow
+from zo_finetune.stand_ins import standing_in
 
 Tokens = tuple[int, ...]
 
@@ -111,20 +112,11 @@ class Lower:
             raise CannotKeep("its blocks are not called once each, one after the other")
         self._wrapped, self.width, self.dtype = wrapped, found[0].shape[-1], found[0].dtype
 
-    @contextlib.contextmanager
-    def instead(self, states: Tensor) -> Iterator[None]:
+    def instead(self, states: Tensor) -> contextlib.AbstractContextManager[None]:
         """Forwards inside take `states` for what the last of these blocks returns, and run none of them."""
-        own = [block.__dict__.get("forward") for block in self.blocks]
-        for block, wrap in zip(self.blocks, self._wrapped, strict=True):
-            block.__dict__["forward"] = lambda *_, wrap=wrap, **__: wrap(states)
-        try:
-            yield
-        finally:
-            for block, before in zip(self.blocks, own, strict=True):
-                if before is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = before
+        return standing_in(
+            {block: lambda *_, wrap=wrap, **__: wrap(states) for block, wrap in zip(self.blocks, self._wrapped, strict=True)}
+        )
 
 
 class Once:

@@ -81,6 +81,11 @@ class Loaded:
         lm = self.language_model
         return Scorer(lm.model, lm.form, lm.pad_id, lm.tokenizer, self.max_length, self.states)
 
+    @property
+    def evaluated(self) -> list[Encoded]:
+        """What is run before and after the training."""
+        return [*self.eval_set, *self.beside.texts]
+
     def describe(self) -> str:
         lm, (trainable, total) = self.language_model, self.language_model.counts()
         kind = ", ".join(filter(None, ("" if lm.peft == "none" else lm.peft, part_of(self.config))))

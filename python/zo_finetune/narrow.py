@@ -11,13 +11,15 @@ the next, so nothing is to be had there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zo_finetune.stand_ins import standing_in
 
 Where = tuple[Tensor, Tensor]  # [P] rows and [P] columns, these counted from the end of a row
 
@@ -28,21 +30,11 @@ class Narrow:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
 
-    @contextlib.contextmanager
-    def at(self, where: Where, width: int, trial: bool = False) -> Iterator[None]:
+    def at(self, where: Where, width: int, trial: bool = False) -> AbstractContextManager[None]:
         """Forwards inside run these modules at the positions `where` of rows of `width` tokens; elsewhere their output is 0, in a trial NaN."""
         index = where[0] * width + (width + where[1])
-        own = [module.__dict__.get("forward") for module in self.modules]
-        for module in self.modules:
-            module.__dict__["forward"] = functools.partial(_tried if trial else _at, module.forward, index)
-        try:
-            yield
-        finally:
-            for module, before in zip(self.modules, own, strict=True):
-                if before is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = before
+        run = _tried if trial else _at
+        return standing_in({module: functools.partial(run, module.forward, index) for module in self.modules})
 
 
 def _at(forward: Callable[[Tensor], Tensor], index: Tensor, x: Tensor, fill: float = 0.0) -> Tensor:

@@ -26,6 +26,7 @@ from zo_finetune.chat import turns_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.frozen import Lower, Once, States
+from zo_finetune.stand_ins import standing_in
 from zo_finetune.tasks.base import Candidate, Example, Form
 
 MOST_NEW = 50  # tokens of a free answer (MeZO's)
@@ -425,16 +426,9 @@ class Scorer:
         is run for these words alone; it has to be a plain linear layer that nobody trains."""
         if batch.words is None or batch.words_at is None or type(self._head) is not torch.nn.Linear or self._trained(self._head):
             return self.scores(batch)
-        own = self._head.__dict__.get("forward")
         weight, bias = self._head.weight[batch.words], None if self._head.bias is None else self._head.bias[batch.words]
-        self._head.__dict__["forward"] = lambda hidden: torch.nn.functional.linear(hidden, weight, bias)
-        try:
+        with standing_in({self._head: lambda hidden: torch.nn.functional.linear(hidden, weight, bias)}):
             logits = self._logits(batch)
-        finally:
-            if own is None:
-                del self._head.__dict__["forward"]
-            else:
-                self._head.__dict__["forward"] = own
         return torch.where(batch.present[..., 0] > 0, logits[batch.points[..., 0], batch.words_at], -torch.inf)
 
     @staticmethod

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zo_kernels import checks
-from zo_kernels.parameters import canonical_name
+from zo_kernels import checks, journal
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,12 @@ class Anchor:
         Raises:
             ValueError: there is none.
         """
-        base = self.base or {}
-        for key in (name, canonical_name(name)):
-            if key in base:
-                return base[key]
-        for key in base:
-            if canonical_name(key) == canonical_name(name):
-                return base[key]
-        raise ValueError(f"anchor: the base has no {name!r}: give the weights that the run begins with of all that is trained")
+        try:
+            return journal.find(self.base or {}, name)
+        except KeyError as error:
+            raise ValueError(
+                f"anchor: the base has no {name!r} ({error.args[0]}): give the weights that the run begins with of all that is trained"
+            ) from error
 
     def check(self, params: Mapping[str, Tensor], begins: bool) -> None:
         """That the base is of these parameters; where the run `begins`, that it is where they stand, to the bit.
