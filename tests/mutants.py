@@ -61,6 +61,7 @@ SUITE = "tests/finetune/test_suite.py"
 V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
+TRL = "tests/finetune/test_trl.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "found[p] = min(called", "found[p] = max(called",
@@ -330,6 +331,12 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/ranking.py", "the spread of a whole population",
      "statistics.stdev(values) if len(values) > 1", "statistics.pstdev(values) if len(values) > 1",
      ("tests/finetune/test_ranking.py::test_above_below_and_undecided",)),
+    ("python/zo_finetune/trl_trainers.py", "a loss of ratios to itself", 'if "old_per_token_logps" not in found:', "if False:",
+     (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
+    ("python/zo_finetune/trl_trainers.py", "answers are weighed with dropout", "with dropout_off(self.model):", "with torch.no_grad():",
+     (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
+    ("python/zo_finetune/trainer.py", "metrics are counted at every point", "if next(calls) >= len(batches)", "if next(calls) >= 2 * len(batches)",
+     (f"{TRL}::test_sft_is_the_hand_written_loop_and_counts_once_a_step",)),
     # the noise contract and the rules, as functions and in the CUDA kernels' bodies
     ("csrc/noise.h", "the key of a round is the next round's", "0xBB67AE85u * (uint32_t)round;", "0xBB67AE85u * (uint32_t)(round + 1);",
      (f"{N}::test_philox_known_answers",)),

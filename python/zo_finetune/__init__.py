@@ -11,13 +11,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zo_finetune.trainer import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+    from zo_finetune.trainer import ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+    from zo_finetune.trl_trainers import ZOGRPOConfig, ZOGRPOTrainer, ZOSFTConfig, ZOSFTTrainer
 
-__all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
+__all__ = [
+    "ZOArguments",
+    "ZOGRPOConfig",
+    "ZOGRPOTrainer",
+    "ZOSFTConfig",
+    "ZOSFTTrainer",
+    "ZOTrainer",
+    "ZOTrainerMixin",
+    "ZOTrainingArguments",
+]
+_OF_TRL = {"ZOGRPOConfig", "ZOGRPOTrainer", "ZOSFTConfig", "ZOSFTTrainer"}  # which only they load
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer's names are loaded when they are asked for: the command line answers at once, without torch."""
+    """The trainers' names are loaded when they are asked for: the command line answers at once, without torch."""
     if name in __all__:
-        return getattr(importlib.import_module("zo_finetune.trainer"), name)
+        return getattr(importlib.import_module(f"zo_finetune.{'trl_trainers' if name in _OF_TRL else 'trainer'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -169,7 +169,7 @@ class _WideLosses(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _dropout_off(model: nn.Module, *outermost: nn.Module) -> Iterator[None]:
+def dropout_off(model: nn.Module, *outermost: nn.Module) -> Iterator[None]:
     """Every module within a model is in eval mode. The outermost ones stay in training mode: trainers (TRL's) tell by them whether a loss is for training."""
     keep = {id(m) for m in (model, *outermost)}
     quiet = [m for m in model.modules() if m.training and id(m) not in keep]
@@ -273,38 +273,38 @@ class ZOTrainerMixin(_Base):
         if isinstance(self.optimizer, zk.ZOStep):
             self.optimizer = _Driven(self.optimizer)
         if self.args.zo_journal and not self._zo_resumes:
-            self._open_journal(resume=False)
+            self._zo_open_journal(resume=False)
         return self.optimizer
 
     # -- the journal --
 
     @property
-    def _journal(self) -> str:
+    def _zo_journal_path(self) -> str:
         return os.path.join(self.args.output_dir, self.args.zo_journal)
 
-    def _open_journal(self, resume: bool) -> None:
+    def _zo_open_journal(self, resume: bool) -> None:
         config = getattr(self.model, "config", None)
         named = {"model": name} if (name := getattr(config, "_name_or_path", "")) else {}
-        self.zo_step.open_journal(self._journal, resume=resume, hyperparameters=named)
+        self.zo_step.open_journal(self._zo_journal_path, resume=resume, hyperparameters=named)
 
-    def _replay(self, steps: int) -> None:
+    def _zo_replay(self, steps: int) -> None:
         """Take base weights to so many steps of the journal, which goes on from there: what was recorded behind them, the run will do again.
 
         Raises:
             ValueError: it has fewer, or the weights are not those that its run began with; neither was changed.
         """
-        past = journal.read(self._journal, strict=False)
+        past = journal.read(self._zo_journal_path, strict=False)
         if len(past.steps) < steps:
             raise ValueError(
-                f"{self._journal} has {len(past.steps)} steps, and the checkpoint is of step {steps}: it is not the journal of its run"
+                f"{self._zo_journal_path} has {len(past.steps)} steps, and the checkpoint is of step {steps}: it is not the journal of its run"
             )
         if len(past.steps) > steps:
             journal.verify_base(past.header, self.model.named_parameters(), self.model.named_buffers(remove_duplicate=False))
             counted = [k for k, failed in enumerate(past.flag("failed_plus") | past.flag("failed_minus")) if not failed]
-            journal.recover(self._journal, keep=counted[steps])
-        self._open_journal(resume=True)
+            journal.recover(self._zo_journal_path, keep=counted[steps])
+        self._zo_open_journal(resume=True)
 
-    def _digests(self) -> dict[str, str]:
+    def _zo_digests(self) -> dict[str, str]:
         self.zo_step.flush()
         return {n: journal.digest(p) for n, p in self.model.named_parameters() if p.requires_grad}
 
@@ -331,7 +331,7 @@ class ZOTrainerMixin(_Base):
             self._zo_batches.append(inputs)
             loss = torch.zeros((), device=self.args.device)
             if self.accelerator.sync_gradients:
-                loss = self._step(evaluate, model, num_items_in_batch).to(self.args.device)
+                loss = self._zo_make(evaluate, model, num_items_in_batch).to(self.args.device)
             return loss.requires_grad_()
 
         self.compute_loss = collect  # type: ignore[method-assign]
@@ -340,7 +340,7 @@ class ZOTrainerMixin(_Base):
         finally:
             del self.compute_loss
 
-    def _step(self, evaluate: Any, model: nn.Module, items: Any) -> Tensor:
+    def _zo_make(self, evaluate: Any, model: nn.Module, items: Any) -> Tensor:
         """A step on the batches that are there. Returns its loss as `compute_loss` would: what its caller divides, where that is not done yet."""
         batches, self._zo_batches = self._zo_batches, []
         if (scaled := getattr(self, "loss_is_scaled_for_ga", None)) is None:
@@ -355,7 +355,7 @@ class ZOTrainerMixin(_Base):
                 loss: Any = evaluate(model, copy.copy(batch), num_items_in_batch=items)
             return loss.double() * len(batches) if scaled else loss
 
-        with _dropout_off(model, self.model):
+        with dropout_off(model, self.model):
             loss = self.zo_step.step(closure, batches).detach()
         return loss if scaled else loss * self.current_gradient_accumulation_steps
 
@@ -389,16 +389,16 @@ class ZOTrainerMixin(_Base):
                 "noise would begin again. Give the checkpoint's folder as the model, and begin a new run"
             )
         if checkpoint is not None and self._zo_resumes:
-            self._replay(self.state.global_step)
+            self._zo_replay(self.state.global_step)
         super()._load_optimizer_and_scheduler(
             checkpoint
         )  # with a journal: refused where the state is not of the journal's last step
         if checkpoint is not None and self._zo_resumes:
-            replayed = self._digests()
+            replayed = self._zo_digests()
             super()._load_from_checkpoint(checkpoint)  # what is in no record: buffers
-            if different := [name for name, digest in self._digests().items() if digest != replayed[name]]:
+            if different := [name for name, digest in self._zo_digests().items() if digest != replayed[name]]:
                 raise ValueError(
-                    f"{self._journal} is not the journal of {checkpoint}: after {self.state.global_step} steps {len(different)} weights differ "
+                    f"{self._zo_journal_path} is not the journal of {checkpoint}: after {self.state.global_step} steps {len(different)} weights differ "
                     f"({', '.join(different[:3])})"
                 )
 
