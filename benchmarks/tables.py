@@ -397,7 +397,7 @@ def objectives(rows: list[Row]) -> str:
     body = []
     for row in rows:
         after = f"{float(row['after']):.3f} ± {float(row['after_stderr']):.3f}"
-        what = (row[name] for name in ("task", "metric", "objective", "steps", "batch", "lr", "eps"))
+        what = (row[name] for name in ("model", "task", "metric", "objective", "method", "steps", "batch", "lr", "eps"))
         seed = row["seed"] + ("" if row["chosen"] == "1" else " (rate not chosen)")
         baselines = ("constant", "chance", "threshold", "before")
         pairs = ("other_after", "auc_before", "auc_after", "loss_before", "loss_after")
@@ -405,9 +405,11 @@ def objectives(rows: list[Row]) -> str:
         gain = f"{float(row['gain']):+.3f} [{float(row['gain_low']):+.3f}, {float(row['gain_high']):+.3f}]" if row["gain"] else ""
         body.append([*what, seed, *known, after, gain, row["rows"], *more, row["zero_gradient_steps"]])
     header = [
+        "model",
         "task",
         "metric",
         "objective",
+        "method",
         "steps",
         "batch",
         "lr",

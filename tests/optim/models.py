@@ -13,16 +13,19 @@ VOCABULARY = 97
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 
 
-def opt() -> nn.Module:
-    return tf.OPTForCausalLM(tf.OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32))
+def opt(**sizes: int) -> nn.Module:
+    return tf.OPTForCausalLM(
+        tf.OPTConfig(**{**SMALL, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32, **sizes})
+    )
 
 
 def gpt2() -> nn.Module:
     return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
-def llama(tied: bool = False) -> nn.Module:
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=tied))
+def llama(tied: bool = False, **sizes: int) -> nn.Module:
+    changed = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, **sizes}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**changed, tie_word_embeddings=tied))
 
 
 def llama_tied() -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.interrupts import interrupted
-from tests.optim.models import FAMILIES, VOCABULARY, Awkward, Captured, loss_of, make, tokens
+from tests.optim.models import FAMILIES, VOCABULARY, Awkward, Captured, llama, loss_of, make, opt, tokens
 from zo_kernels import views
 from zo_kernels.parameters import Weights
+from zo_kernels.views.memory import default_scratch_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = ("inplace", "scratch")
@@ -224,6 +226,35 @@ def test_the_passes_of_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[1] == 2 * (tensors + 1)
     assert 2 * 5 < counts[9_000] < 2 * tensors * 0.7
     assert counts[1 << 23] == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("build", "wide", "fills", "without_room"),
+    [
+        (opt, {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024}, 3, 4),
+        (llama, {"hidden_size": 256, "intermediate_size": 1024}, 4, 4),
+    ],
+)
+def test_fills_of_a_layer(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[..., nn.Module], wide: dict[str, int], fills: int, without_room: int
+) -> None:
+    """OPT-1.3B's and Llama-1B's layers in 16 bits, and the buffer of a GPU, all an eighth as wide: a matrix of the feed-forward part fills 32 MiB of it."""
+    from zo_kernels._backends import cpu
+
+    passes: list[int] = []
+    real = cpu.perturb
+    monkeypatch.setattr(cpu, "perturb", lambda plan, p: (passes.append(len(plan.entries)), real(plan, p)))
+    whole = default_scratch_bytes([torch.device("cuda")])
+    for size, expected in ((whole // 64, fills), ((1 << 25) // 64, without_room)):
+        counts = []
+        for layers in (2, 4):
+            model = build(**wide, num_hidden_layers=layers).to(torch.bfloat16)
+            step = zk.MeZOStep(model, lr=0.0, perturbation="scratch", scratch_bytes=size)
+            for _ in range(2):
+                passes.clear()
+                step.step(lambda: loss_of(model, tokens()))  # noqa: B023
+            counts.append(len(passes))
+        assert counts[1] - counts[0] == 2 * 2 * expected  # of two more layers, at two points
 
 
 class Orders(nn.Module):
