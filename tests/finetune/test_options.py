@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -133,19 +131,6 @@ def test_choices_are_the_librarys() -> None:
 
 def test_the_page_of_options_is_current() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == configuration.page(), "python -m zo_finetune.config > docs/options.md"
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_that_are_shown_are_read(page: Path) -> None:
-    """Their options are there, with what they need; what stands in brackets is left out."""
-    for line in page.read_text().splitlines():
-        if not line.strip().startswith("zo-finetune "):
-            continue
-        read = build_parser().parse_args(shlex.split(re.sub(r"\[.*?\]", "", line))[1:])
-        assert set(options.given(kind := COMMANDS[read.command], read)) <= {f.name for f in fields(kind)}
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -1,0 +1,146 @@
+"""README and the pages of docs: what they show runs, and what they point at is there.
+
+Belongs here: every page as text, its blocks of Python and its commands. Does not belong here: figures (benchmarks/claims.py), and pages that are written by
+a program (tests/finetune: options.md, tasks.md).
+
+A block of Python stands alone: what it names and does not define is one of `stand_ins`, a tiny model in the place of a real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zo_finetune import options
+from zo_finetune.cli import build_parser
+from zo_finetune.config import COMMANDS
+
+import zo_kernels as zk
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORTER = {
+    "max_steps=2000": "max_steps=2",
+    "max_steps=500": "max_steps=1",
+    "eval_steps=500": "eval_steps=1",
+    "20_000": "4",
+    "5_000": "2",
+}
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> Iterator[Any]:
+    for page in PAGES:
+        for number, found in enumerate(FENCE.finditer(page.read_text())):
+            if found[1] == language:
+                yield pytest.param(found[2], id=f"{page.stem}-{number}")
+
+
+def shown(page: Path) -> Iterator[str]:
+    """The lines that are no prose: of fences without a language, or indented by four."""
+    text = page.read_text()
+    for language, block in FENCE.findall(text):
+        if not language:
+            yield from block.splitlines()
+    yield from (line.strip() for line in FENCE.sub("", text).splitlines() if line.startswith("    "))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What blocks name and do not define. Models from a hub are the tiny one too, and a GPU is the CPU."""
+    import datasets
+    import transformers as tf
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import tiny
+
+    model, tokenizer = tiny.causal()
+
+    def pretrained(*_: Any, dtype: torch.dtype = torch.float32, **__: Any) -> Any:
+        return tiny.causal()[0].to(dtype)
+
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", pretrained)
+    for auto in (tf.AutoTokenizer, tf.AutoProcessor):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda module: module)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    model.generation_config.max_new_tokens = 2
+    rows = tokenizer(tiny.TEXTS[:4], padding=True, return_token_type_ids=False)
+    texts = [{**{name: values[k] for name, values in rows.items()}, "labels": rows["input_ids"][k]} for k in range(4)]
+    batch = tokenizer.pad(texts, return_tensors="pt")
+    labels = torch.tensor([0, 1, 0, 1])
+
+    def closure(batch: Any = batch) -> torch.Tensor:
+        return model(**batch).loss
+
+    return {
+        "torch": torch, "zk": zk, "model": model, "tokenizer": tokenizer, "base_model": copy.deepcopy(model), "base_again": copy.deepcopy(model),
+        "batch": batch, "batches": [batch, batch], "batch_of": lambda k: [batch], "loader": [batch, batch], "labels": labels, "closure": closure,
+        "step": zk.MeZOStep(model, lr=1e-4), "score": lambda model, batch: model(**batch).logits[:, -1, :2], "train_set": texts, "eval_set": texts,
+        "input_ids": [batch["input_ids"]] * 2, "inputs": {name: batch[name] for name in ("input_ids", "attention_mask")},
+        "reward": lambda ids: (ids == 2).float().mean(-1), "my_function": lambda completions, **_: [float(len(text)) for text in completions],
+        "prompts": datasets.Dataset.from_dict({"prompt": tiny.TEXTS * 4}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [*blocks("python")])
+def test_a_block_runs(block: str, stand_ins: dict[str, Any]) -> None:
+    for long, short in SHORTER.items():
+        block = block.replace(long, short)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exec(compile(block, "the page", "exec"), stand_ins)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_made_shorter_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    assert [long for long in SHORTER if long not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_that_are_shown_are_read(page: Path) -> None:
+    """Their options are there, with what they need; what stands in brackets is left out."""
+    for line in shown(page):
+        if not line.startswith("zo-finetune "):
+            continue
+        read = build_parser().parse_args(shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)[1:])
+        assert set(options.given(kind := COMMANDS[read.command], read)) <= {f.name for f in fields(kind)}
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can name: its headings', as GitHub spells them."""
+    heads = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_and_scripts_that_are_shown_are_there(page: Path) -> None:
+    targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
+    for line in shown(page):
+        words = line.split()
+        if words[:1] == ["make"]:
+            assert next(w for w in words[1:] if not re.match(r"-|\w+=", w)) in targets, line
+        elif words[:1] == ["python"] and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), line
