@@ -58,11 +58,17 @@ def given_of(model: nn.Module) -> zk.InputFactors:
     return zk.InputFactors({n: (torch.arange(2.0 * cols).view(cols, 2) % 7 - 3) / 4 for n, cols in matrices.items()})
 
 
+def start_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a run begins with, as a file of the base has them: every process makes its optimizer of the base."""
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
 METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "MeZO": zk.MeZOStep,
     "sign": zk.ZOSignSGD,
     "ranked": lambda m, **k: zk.ZOStep(m, estimator=zk.Shaped(3), **k),
     "scale-free": lambda m, **k: zk.MeZOStep(m, scale_free=zk.ScaleFree(0.9), **k),
+    "anchored": lambda m, **k: zk.MeZOStep(m, anchor=zk.Anchor(0.1, 3, start_of(m)), **k),
     "forward gradient": zk.ForwardGrad,
     "momentum": zk.ZOMomentum,
     "momentum recomputed": lambda m, **k: zk.ZOMomentum(m, state="recomputed", history=5, **k),
