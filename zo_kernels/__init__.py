@@ -4,6 +4,7 @@ from zo_kernels._backends import _extension, backends
 from zo_kernels._version import __version__ as __version__
 from zo_kernels.journal import InputFactors
 from zo_kernels.linear import perturbed_linear
+from zo_kernels.offload import Offloaded, offload
 from zo_kernels.ops import normal, perturb_, perturb_sequence_
 from zo_kernels.optim import (
     FZOO,
@@ -86,6 +87,7 @@ __all__ = [
     "MagnitudeSparse",
     "MeZOStep",
     "Momentum",
+    "Offloaded",
     "OneSided",
     "Projection",
     "QuantileClip",
@@ -109,6 +111,7 @@ __all__ = [
     "group_relative",
     "input_factors",
     "normal",
+    "offload",
     "pack_mask",
     "perturb_",
     "perturb_sequence_",

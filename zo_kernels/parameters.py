@@ -311,15 +311,26 @@ class Weights:
             self.update_plans = self._plans([m.update_scale for m in self.members])
 
     def _plans(self, scales: list[Any]) -> list[Plan]:
-        return make_plans(
-            self.params,
-            [m.stream for m in self.members],
-            masks=[m.mask for m in self.members],
-            scales=scales,
-            offsets=[m.offset for m in self.members],
-            factors=[m.factors for m in self.members],
-            names=[f"parameter {m.name}" for m in self.members],
+        """Blocks that come and go have plans of their own: not all of them are there at once."""
+        together: dict[Any, list[int]] = {}
+        for i, m in enumerate(self.members):
+            together.setdefault(block_of(m.tensor), []).append(i)
+        return [plan for places in together.values() for plan in self._plans_of(places, scales)]
+
+    def _plans_of(self, places: list[int], scales: list[Any]) -> list[Plan]:
+        members = [self.members[i] for i in places]
+        made = make_plans(
+            [m.tensor for m in members],
+            [m.stream for m in members],
+            masks=[m.mask for m in members],
+            scales=[scales[i] for i in places],
+            offsets=[m.offset for m in members],
+            factors=[m.factors for m in members],
+            names=[f"parameter {m.name}" for m in members],
         )
+        if len(members) == len(self.members):
+            return made
+        return [replace(plan, members=tuple(places[k] for k in plan.members)) for plan in made]
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -399,6 +410,11 @@ class Weights:
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )
+
+
+def block_of(p: Tensor) -> Any:
+    """What a parameter of an offloaded model comes and goes with (views/away.py); None: it is resident."""
+    return getattr(p, "zo_block", None)
 
 
 def check_apart(groups: Sequence[Weights], trained: Iterable[tuple[str, Tensor]]) -> None:

@@ -23,7 +23,7 @@ from zo_kernels.optim.method import Method
 from zo_kernels.optim.refresh import Groups, Views, trained
 from zo_kernels.optim.repeat import queue, repeat
 from zo_kernels.optim.run import Run
-from zo_kernels.parameters import Member, Weights
+from zo_kernels.parameters import Member, Weights, block_of
 from zo_kernels.plan import Pass, Plan, RandomMask
 
 MODES = ("sequential", "fused")
@@ -198,8 +198,12 @@ def replay(
         DamagedError: the file is not a journal.
     """
     checks.check_choice("mode", mode, MODES)
-    past = load(source)
     named = dict(model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model)
+    if any(block_of(p) is not None for p in named.values()):
+        raise ValueError(
+            "model: its weights are offloaded (zk.offload); make an optimizer and resume the journal, which replays it block by block"
+        )
+    past = load(source)
     if past.header.method is not None and mode == "fused":
         raise ValueError(
             "mode='fused' sums the terms of plain updates; this run's method has steps that depend on each other: take 'sequential'"

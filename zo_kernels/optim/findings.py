@@ -130,7 +130,8 @@ def moved(params: Mapping[str, tuple[Tensor, float]], kind: str) -> dict[str, fl
             batches.setdefault((p.device, p.dtype), []).append((name, p.detach(), c))
     for (device, dtype), members in batches.items():
         sizes = [min(p.numel(), SAMPLE) for _, p, _ in members]
-        parts = [p.as_strided((n,), (p.numel() // n,)) for (_, p, _), n in zip(members, sizes, strict=True)]
+        # Copies: of an offloaded model not all are there at once.
+        parts = [p.as_strided((n,), (p.numel() // n,)).clone() for (_, p, _), n in zip(members, sizes, strict=True)]
         counts = torch.tensor(sizes)
         size = torch.tensor([c for *_, c in members], dtype=torch.float64).repeat_interleave(counts).to(device)
         mantissa, exponent = torch.frexp(torch.cat(parts).double())
@@ -192,7 +193,8 @@ class ClosureReads(TorchDispatchMode):
             changed = {id(t) for t in views.written(func, args, kwargs)}
             for t in walk((args, kwargs)):
                 for name, known, buffer in self.owners.of(t):
-                    self._note(name, known, buffer, id(t) in changed)
+                    if views.there(known):
+                        self._note(name, known, buffer, id(t) in changed)
         return func(*args, **kwargs)
 
     def _note(self, name: str, t: Tensor, buffer: bool, written: bool) -> None:

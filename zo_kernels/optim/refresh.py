@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zo_kernels import checks, parameters
+from zo_kernels import checks, parameters, views
 from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Weights
 from zo_kernels.views import View
@@ -28,6 +28,17 @@ def active(groups: Groups) -> list[tuple[int, str, Tensor]]:
 def trained(groups: Groups) -> dict[str, Tensor]:
     """The parameters that are not frozen, by name."""
     return {n: p for _, n, p in active(groups)}
+
+
+def view_over(groups: list[Weights], model: nn.Module | None, run: Run, mode: str, scratch_bytes: int | None) -> View:
+    """The view of these weights in a run of this mode, the journal's word."""
+    options: dict[str, Any] = {"seed": run.seed, "kind": run.method.kind, "backend": run.backend}
+    if mode != "scratch" or model is None:
+        return views.InPlace(groups, model, mode == "lazy", **options)
+    if run.method.estimator.dual:
+        return views.Tangents(groups, model, scratch_bytes, **options)
+    away = any(views.place_of(p) is not None for weights in groups for p in weights.params)
+    return (views.Visiting if away else views.Scratch)(groups, model, scratch_bytes, **options)
 
 
 class Owner(Protocol):
@@ -105,10 +116,11 @@ class Views:
             )
             for g in groups
         ]
-        checks.check_overlap(
-            [(f"parameter {m.name}", m.tensor) for w in weights for m in w.members],
-            "a step updates each weight once",
-        )
+        together: dict[Any, list[tuple[str, Tensor]]] = {}
+        for m in (m for w in weights for m in w.members):
+            together.setdefault(parameters.block_of(m.tensor), []).append((f"parameter {m.name}", m.tensor))
+        for named in together.values():  # blocks of an offloaded model take turns in the same memory
+            checks.check_overlap(named, "a step updates each weight once")
         parameters.check_apart(weights, [(n, p) for _, n, p in present])
         view = owner.view_of(weights)
         view.mask_tag = run.direction.mask_tag

@@ -56,7 +56,7 @@ def resume(
     Args:
         view: of the weights that the run started from. refresh: the view of the next step's weights. params: those that are trained, by name.
     """
-    if past.header.method is None:
+    if past.header.method is None and not view.defers:
         queued = queue(view.groups, past.header, view.backend)
         repeat(run, past.header, past.records, lambda: queued, params)
         queued.apply()

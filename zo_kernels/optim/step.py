@@ -27,6 +27,7 @@ from zo_kernels.optim import anchor as anchors
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import clip as clips
 from zo_kernels.optim import (
+    deferred,
     directions,
     estimators,
     evaluate,
@@ -158,6 +159,7 @@ class ZOStep(torch.optim.Optimizer):
             estimator, rule, direction, blocks, projection, clip, kind, [n for g in named.groups for n, _ in g["params"]],
             scale_free=scale_free, anchor=anchor, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
         )  # fmt: skip
+        deferred.check([p for g in named.groups for _, p in g["params"]], what, scratch, cuda_graph, first_order)
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
             raise ValueError(f"scratch_bytes={scratch_bytes!r} must be a positive number of bytes, or None for the default")
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -217,17 +219,11 @@ class ZOStep(torch.optim.Optimizer):
 
     def view_of(self, groups: list[parameters.Weights]) -> views.View:
         """A view of these weights, for `refresh.Views`."""
-        kinds = {"seed": self._run.seed, "kind": self._run.method.kind, "backend": self._backend}
-        if self._run.method.estimator.dual:
-            assert self._model is not None
-            return views.Tangents(groups, self._model, self._scratch_bytes, **kinds)
-        if self._recording.mode == "scratch" and self._model is not None:
-            return views.Scratch(groups, self._model, self._scratch_bytes, **kinds)
-        ahead = self._recording.mode == "lazy"
-        view = views.InPlace(groups, self._model, ahead, **kinds)
+        mode = self._recording.mode
+        view = refresh.view_over(groups, self._model, self._run, mode, self._scratch_bytes)
         if self._flush_at_end is not None:
             self._flush_at_end.detach()
-        if ahead:
+        if mode == "lazy":
             self._flush_at_end = lazy.restore_at_end(self, view)
         return view
 

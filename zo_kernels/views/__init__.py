@@ -4,18 +4,22 @@ Belongs here: the names that the optimizer and a replay may use. Does not belong
 
 **In place** (inplace.py) writes theta + c z over the weights, so that any black-box closure works. Each pass rounds, and in 16 bits the
 rounding does not come back. **Scratch** (scratch.py) leaves the weights alone: functions are given perturbed values instead of them.
-**Tangents** (tangents.py) are a scratch view whose weights carry z as their tangent.
+**Tangents** (tangents.py) are a scratch view whose weights carry z as their tangent. **Visiting** (visiting.py) is one whose weights come and go (away.py).
 """
 
+from zo_kernels.views.away import Away, Block, place_of, there
 from zo_kernels.views.base import View, as_in_training, changed
 from zo_kernels.views.inplace import InPlace
 from zo_kernels.views.memory import Owners, written
 from zo_kernels.views.queued import Queued
 from zo_kernels.views.scratch import Scratch, can_serve
 from zo_kernels.views.tangents import Tangents
+from zo_kernels.views.visiting import Visiting
 from zo_kernels.views.work import Coefficient, Pull, RuleWork, Shift, Tag, Terms, Work
 
 __all__ = [
+    "Away",
+    "Block",
     "Coefficient",
     "InPlace",
     "Owners",
@@ -28,9 +32,12 @@ __all__ = [
     "Tangents",
     "Terms",
     "View",
+    "Visiting",
     "Work",
     "as_in_training",
     "can_serve",
     "changed",
+    "place_of",
+    "there",
     "written",
 ]

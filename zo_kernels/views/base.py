@@ -41,6 +41,7 @@ class View(abc.ABC):
 
     mode: str  # the journal's word: "scratch", "inplace", "lazy"; in the last two a forward leaves a trace in the weights, their rounding
     limit = 0  # bytes of the buffer
+    defers = False  # work waits until its weights are there
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.model, self.seed, self.kind, self.backend = groups, model, seed, kind, backend

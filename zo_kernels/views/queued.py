@@ -42,13 +42,13 @@ class Queued(InPlace):
     def apply(self) -> None:
         """Make the passes that wait."""
         for weights, passes in zip(self.groups, self.waiting, strict=True):
-            _sequence(weights.plans, passes, self.backend)
+            sequence(weights.plans, passes, self.backend)
             passes.clear()
 
 
-def _sequence(plans: Sequence[Plan], passes: Sequence[Pass], backend: str | None) -> None:
+def sequence(plans: Sequence[Plan], passes: Sequence[Pass], backend: str | None) -> None:
     """The passes one after another, in one read and write of the weights."""
-    if not passes:
+    if not passes or not plans:
         return
     tags, coefs, decays = [t for p in passes for t in p.tags], [c for p in passes for c in p.coefs], [p.decay for p in passes]
     joined = Passes(

@@ -69,8 +69,8 @@ def _noticed(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = Non
         return untraced(func, *args, **kwargs)
     found = list({id(t): t for t in walk((args, kwargs)) if type(t) in _own}.values())
     for reads in reversed(_under_way):
-        if found and all(id(t) in reads.of for t in found):
-            return reads.call(func, args, kwargs, found)
+        if mine := [t for t in found if id(t) in reads.of]:  # the others ask again when it calls the function
+            return reads.call(func, args, kwargs, mine)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
@@ -130,8 +130,7 @@ class Reads:
             for p in members:
                 p.__class__ = own  # type: ignore[assignment]
         for alias in self._living():
-            if type(alias) in _own:
-                alias.__class__ = _own[type(alias)]  # type: ignore[assignment]
+            self.leave(alias)
         _under_way.remove(self)
         self.thread = None
 
@@ -179,6 +178,12 @@ class Reads:
     def _follow(alias: Tensor) -> None:
         if (watched := _watched(type(alias))) is not None:
             alias.__class__ = watched  # type: ignore[assignment]
+
+    @staticmethod
+    def leave(alias: Tensor) -> None:
+        """Of its own class again."""
+        if type(alias) in _own:
+            alias.__class__ = _own[type(alias)]  # type: ignore[assignment]
 
     def _living(self) -> list[Tensor]:
         return [t for r in list(self.aliases.values()) if (t := r()) is not None]

@@ -41,6 +41,7 @@ class Scratch(View):
 
     mode = "scratch"
     holds_values = True  # modules may be given values, where all fit
+    buffers: type[Buffer] = Buffer
     model: nn.Module
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module, scratch_bytes: int | None = None, **options: Any) -> None:
@@ -54,7 +55,7 @@ class Scratch(View):
         for module, attribute, p in self.places:
             sites.setdefault(module, []).append((attribute, self.shadows[id(p)]))
         self.forward = Forward()
-        self.buffer = Buffer(self.limit, self.backend, self.forward)
+        self.buffer = self.buffers(self.limit, self.backend, self.forward)
         self.pieces = Pieces(self.buffer, self.names)
         self.fronts = Fronts(sites, self._fitting(), self.buffer)
         self.held = Held(self.names, self.backend, self.forward)

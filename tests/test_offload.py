@@ -1,0 +1,343 @@
+"""Models whose weights lie in host memory or in a file: the bits of resident runs, what moves, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import hashlib
+import json
+import random
+import struct
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import zo_kernels as zk
+from zo_kernels.views.files import tensors_of
+
+WIDTH, WORDS, LAYERS = 16, 29, 4
+SIXTEEN = pytest.mark.filterwarnings("ignore::zo_kernels.ZOWarning")
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class Tied(nn.Module):
+    """A language model whose head is the embedding, read by the parent past its module."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(8, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.places.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return functional.linear(self.norm(x), self.head.weight)
+
+
+@functools.cache
+def _base(dtype: torch.dtype) -> Tied:
+    torch.manual_seed(4)
+    return Tied().to(dtype)
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> Tied:
+    return copy.deepcopy(_base(dtype))
+
+
+def write(model: nn.Module, path: Path) -> Path:
+    """A safetensors file of its parameters, tied ones once."""
+    head, parts, at = {}, [], 0
+    for name, p in model.named_parameters():
+        raw = p.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[p.dtype]
+        head[name] = {"dtype": kind, "shape": list(p.shape), "data_offsets": [at, at + len(raw)]}
+        parts.append(raw)
+        at += len(raw)
+    text = json.dumps(head).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+    return path
+
+
+def closure_of(model: nn.Module, step: int) -> Callable[[], Tensor]:
+    ids = (torch.arange(10).view(2, 5) * 7 + step) % WORDS
+    return lambda: functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten().roll(1))
+
+
+def train(model: nn.Module, make: Callable[..., zk.ZOStep], steps: int = 5, **more: Any) -> zk.ZOStep:
+    optimizer = make(model, lr=1e-2, seed=9, **more)
+    while optimizer.steps < steps:
+        optimizer.step(closure_of(model, optimizer.steps))
+    return optimizer
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a)
+
+
+METHODS: dict[str, Callable[..., zk.ZOStep]] = {
+    "mezo": functools.partial(zk.MeZOStep, weight_decay=0.1),
+    "queries": functools.partial(zk.MeZOStep, queries=2, kind="rademacher", rounding="nearest"),
+    "fzoo": functools.partial(zk.FZOO, queries=3),
+    "sign": zk.ZOSignSGD,
+    "sparse": functools.partial(zk.MeZOStep, direction=zk.RandomSparse(0.5, 2)),
+    "blocks": functools.partial(zk.BlockwiseZO),
+    "conservative": zk.ZOConservative,
+    "recomputed": functools.partial(zk.ZOAdam, state="recomputed", history=3),
+}
+
+
+@SIXTEEN
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_are_those_of_the_resident_run(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    resident = model_of(dtype)
+    train(resident, METHODS[name])
+    file = write(model_of(dtype), tmp_path / "model.safetensors")
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    for source, every in (("cpu", 1), ("cpu", 8), (file, 0), (file, 2)) if name in ("mezo", "sparse") else (("cpu", 2), (file, 0)):
+        model = model_of(dtype)
+        if source is file:
+            model = model.to("meta")
+            model.head.weight = model.embedding.weight
+        zk.offload(model, source, write_back=every, folder=tmp_path if every else None, small=0)
+        train(model, METHODS[name])
+        assert same(bits(model), bits(resident)), (source, every)
+        ids = torch.arange(8).view(2, 4)
+        assert torch.equal(model(ids), resident(ids))
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == before
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_groups_have_their_limits_in_every_block() -> None:
+    """Masks and scales by name; some weights are resident, and the groups have blocks in common."""
+
+    def make(model: Tied, **more: Any) -> zk.ZOStep:
+        named = list(model.named_parameters())
+        mask = zk.pack_mask(torch.arange(3 * WIDTH * WIDTH) % 3 != 1)
+        first = {"params": named[::2], "eps": 3e-3, "scale": {"layers.1.up.weight": 0.5, "layers.2.up.weight": 2.0}}
+        second = {"params": named[1::2], "weight_decay": 0.2, "scale": {n: 1 + k / 7 for k, (n, _) in enumerate(named[1::2])}}
+        return zk.MeZOStep([first | {"mask": {"layers.3.up.weight": mask}}, second], model=model, **more)
+
+    resident, model = model_of(), model_of()
+    zk.offload(model, write_back=2, small=1000)
+    train(model, make), train(resident, make)
+    assert same(bits(model), bits(resident)) and not same(bits(model), bits(model_of()))
+
+
+def test_a_file_of_another_dtype(tmp_path: Path) -> None:
+    resident, file = model_of(torch.bfloat16).float(), write(model_of(torch.bfloat16), tmp_path / "model.safetensors")
+    model = model_of()
+    zk.offload(model, tmp_path, small=0)
+    assert same(bits(model), bits(resident)) and file.exists()
+    train(model, zk.MeZOStep), train(resident, zk.MeZOStep)
+    assert same(bits(model), bits(resident))
+
+
+def test_what_comes_and_goes() -> None:
+    """A visit a forward and block, but for those that are still there, and no write where none is due."""
+    model = model_of()
+    offloaded = zk.offload(model, write_back=3, small=1000)
+    sizes = offloaded.blocks
+    assert list(sizes) == ["embedding", *(f"layers.{k}" for k in range(LAYERS))]
+    resident = 4 * (8 * WIDTH + 2 * WIDTH)
+    assert offloaded.device_bytes == 2 * sizes["layers.0"] + resident < sum(sizes.values())
+    optimizer, seen = zk.MeZOStep(model, 1e-2), []
+    for step in range(7):
+        before = copy.copy(offloaded.traffic)
+        optimizer.step(closure_of(model, step))
+        now = offloaded.traffic
+        seen.append((now.visits - before.visits, now.bytes - before.bytes, now.written - before.written))
+    whole = 2 * sum(sizes.values())
+    # The embedding is the head, and there when the next forward begins; the first layer is fetched for the next step.
+    assert seen[1] == (2 * (LAYERS + 1), whole, 0)
+    assert [written for *_, written in seen[1:]].count(0) >= 3 and sum(w for *_, w in seen) == 2 * sum(sizes.values())
+
+
+def test_adapters_are_resident_and_nothing_is_written(tmp_path: Path) -> None:
+    def adapted(model: Tied) -> nn.Module:
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        for layer in model.layers:
+            layer.adapter = nn.Linear(WIDTH, WIDTH)
+            layer.register_forward_hook(lambda module, _, x: x + module.adapter(x))
+        return model
+
+    file = write(model_of(), tmp_path / "model.safetensors")
+    for make in (zk.MeZOStep, zk.ZOAdam, zk.LOZO, functools.partial(zk.MeZOStep, perturbation="inplace")):
+        model, resident = model_of(), adapted(model_of())
+        offloaded = zk.offload(model, file, small=0)
+        train(adapted(model), make), train(resident, make)
+        assert same(bits(model), bits(resident)) and offloaded.traffic.written == 0
+
+
+@pytest.mark.parametrize("source", ["cpu", "file"])
+def test_a_run_goes_on_from_its_journal(source: str, tmp_path: Path) -> None:
+    """Whatever was written back when a process was killed is gone or left alone: the base and the journal are the run."""
+    resident = model_of()
+    train(resident, METHODS["queries"], steps=7, journal=tmp_path / "a.zoj").close_journal()
+    file = write(model_of(), tmp_path / "model.safetensors")
+    for steps in (2, 5, 7):
+        model = model_of()
+        zk.offload(model, file if source == "file" else "cpu", write_back=2, folder=tmp_path, small=0)
+        optimizer = train(model, METHODS["queries"], steps, journal=tmp_path / "b.zoj", resume=True)
+        optimizer.close_journal()
+        del model, optimizer
+    model = model_of()
+    zk.offload(model, small=0)
+    train(model, METHODS["queries"], 7, journal=tmp_path / "b.zoj", resume=True)
+    assert same(bits(model), bits(resident))
+    replayed = model_of()
+    zk.replay(replayed, tmp_path / "b.zoj")
+    assert same(bits(replayed), bits(resident))
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_a_failed_forward_leaves_everything_as_it_was() -> None:
+    resident, model = model_of(), model_of()
+    zk.offload(model, write_back=1, small=0)
+    ours, theirs = zk.MeZOStep(model, 1e-2, seed=9), zk.MeZOStep(resident, 1e-2, seed=9)
+    for step in range(4):
+        for at in range(LAYERS):
+
+            def fail(*_: Any) -> None:
+                raise Stop
+
+            handle = model.layers[at].register_forward_hook(fail)
+            with pytest.raises(Stop):
+                ours.step(closure_of(model, step))
+            handle.remove()
+        ours.step(closure_of(model, step)), theirs.step(closure_of(resident, step))
+    assert same(bits(model), bits(resident))
+
+
+def test_a_block_that_does_not_come_is_named(tmp_path: Path) -> None:
+    file = write(model_of(), tmp_path / "model.safetensors")
+    model = model_of()
+    zk.offload(model, file, small=0)
+    optimizer = zk.MeZOStep(model, 1e-2)
+    optimizer.step(closure_of(model, 0))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:3000])
+    with pytest.raises(OSError, match="was cut short"):
+        optimizer.step(closure_of(model, 1))
+    file.write_bytes(whole)
+    optimizer.step(closure_of(model, 1))
+    resident = model_of()
+    train(resident, lambda model, lr, seed: zk.MeZOStep(model, 1e-2), steps=2)
+    assert same(bits(model), bits(resident))
+
+
+def test_checks_and_looks_see_the_weights() -> None:
+    model, resident = model_of(), model_of()
+    zk.offload(model, small=0)
+    a, b = zk.MeZOStep(model, 1e-2, seed=9), zk.MeZOStep(resident, 1e-2, seed=9)
+    for step in range(2):
+        a.step(closure_of(model, step)), b.step(closure_of(resident, step))
+    assert zk.check(a, closure_of(model, 5)).ok
+    with zk.perturbed(a, 77):
+        ours = closure_of(model, 3)()
+    with zk.perturbed(b, 77):
+        assert torch.equal(ours, closure_of(resident, 3)())
+    twin = copy.deepcopy(model)
+    assert same(bits(twin), bits(resident)) and twin.layers[0].up.weight.data_ptr() != model.layers[0].up.weight.data_ptr()
+    views = [layer.up.weight[:2] for layer in model.layers]  # of memory that another block has by now
+    assert torch.equal(torch.stack([v.clone() for v in views]), torch.stack([layer.up.weight[:2] for layer in resident.layers]))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = model_of()
+    start = bits(model)
+    file = write(model, tmp_path / "model.safetensors")
+    for wrong, words in (
+        ({"source": file, "write_back": 2}, "needs a folder"),
+        ({"write_back": -1}, "write_back=-1"),
+        ({"blocks": ["layers.9"]}, "no module 'layers.9'"),
+        ({"blocks": ["layers", "layers.0"]}, "another block inside"),
+        ({"source": write(Layer(), tmp_path / "other.safetensors")}, "no tensor for parameter"),
+        ({"source": write(Tied(2), tmp_path / "short.safetensors")}, "layers.2"),
+        ({"blocks": []}, "name its blocks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            zk.offload(model, **wrong)
+    assert same(bits(model), start)
+    zk.offload(model, small=0)
+    with pytest.raises(ValueError, match="offloaded already"):
+        zk.offload(model)
+    for options, words in (
+        ({"perturbation": "inplace"}, "perturbation='inplace'"),
+        ({"cuda_graph": True}, "cuda_graph"),
+        ({"rule": zk.Momentum()}, "keeps a state"),
+        ({"direction": zk.LowRank(2)}, "LowRank"),
+        ({"direction": zk.MagnitudeSparse()}, "MagnitudeSparse"),
+        ({"estimator": zk.ForwardGradient()}, "ForwardGradient"),
+        ({"projection": zk.Projection(layers=["up.weight"])}, "projection"),
+        ({"anchor": zk.Anchor(0.1, 1, start)}, "anchor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            zk.ZOStep(model, 1e-2, **options)
+    with pytest.raises(RuntimeError, match="pickled"):
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+    with pytest.raises(RuntimeError, match="written to"), torch.no_grad():
+        model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match="resume the journal"):
+        zk.replay(model, tmp_path / "none.zoj")
+    captured = model.layers[0].up.weight
+    with pytest.raises(RuntimeError, match="read past its module's attribute"):
+        zk.MeZOStep(model, 1e-2).step(lambda: captured.square().sum())
+    with pytest.raises(RuntimeError, match="of which two are there"):
+        torch.cat([layer.norm.weight for layer in model.layers])
+
+
+def test_nothing_is_left_of_a_model_that_goes(tmp_path: Path) -> None:
+    model = model_of()
+    offloaded = zk.offload(model, small=0)
+    train(model, zk.MeZOStep, steps=2)
+    gone = weakref.ref(model), weakref.ref(offloaded._away), weakref.ref(model.layers[0].up.weight)
+    del model, offloaded
+    gc.collect(), gc.collect()  # what watches the parameters goes when the blocks are gone
+    assert [one() for one in gone] == [None] * 3
+
+
+def test_headers_of_files_are_read_or_refused(tmp_path: Path) -> None:
+    whole = write(model_of(), tmp_path / "model.safetensors").read_bytes()
+    assert tensors_of(tmp_path / "model.safetensors")["norm.bias"].shape == (WIDTH,)
+    draw, path, refused = random.Random(0), tmp_path / "broken.safetensors", []
+    for _ in range(300):
+        data = bytearray(whole[: draw.choice((len(whole), draw.randrange(1500)))])
+        for _ in range(draw.randrange(4)):
+            data[draw.randrange(len(data)) if data else 0 : 1] = draw.choice((b"", b"{", b"\xff", b"9" * 30, b"null"))
+        path.write_bytes(data)
+        try:
+            found = tensors_of(path)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert all(one.start + one.nbytes <= len(data) for one in found.values())
+    assert len(refused) > 150 and all("broken.safetensors is no safetensors file" in words for words in refused)

@@ -1,0 +1,151 @@
+"""Weights in files: safetensors that are read and never written, and a file without a name for what is written back.
+
+Belongs here: where a tensor's bytes lie in a file, and how they come into memory. Does not belong here: when they come (away.py).
+
+Bytes are read into memory that is there already, and no file is mapped: pages of a mapped file would count as the process's own, and stay with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST = 100_000_000  # bytes of a file's header, as safetensors' own library has it
+CHUNK = 1 << 22  # bytes that are converted at a time, or go to a device
+
+
+class Kept(Protocol):
+    """One parameter's values where they lie while its block is away: `read` writes them, as they are, into bytes of host memory."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def read(self, into: Tensor, start: int) -> None:
+        """Fill these bytes (uint8, host memory) from byte `start` on."""
+        ...
+
+
+class File:
+    """An open file; it is closed when nobody has it any more."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.descriptor, self.name = descriptor, name
+        weakref.finalize(self, os.close, descriptor)
+
+    def read(self, into: Tensor, at: int) -> None:
+        """Raises OSError: it ends before."""
+        view, done = into.numpy().data, 0
+        while done < len(view):
+            got = os.preadv(self.descriptor, [view[done:]], at + done)
+            if got == 0:
+                raise OSError(f"{self.name} ends at byte {at + done}: it was cut short while its weights were in use")
+            done += got
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`nbytes` of a file from `start` on, a tensor of this shape."""
+
+    file: File
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, into: Tensor, start: int) -> None:
+        self.file.read(into, self.start + start)
+
+
+@dataclass(frozen=True)
+class Held:
+    """In host memory: uint8."""
+
+    memory: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel()
+
+    def read(self, into: Tensor, start: int) -> None:
+        into.copy_(self.memory[start : start + into.numel()])
+
+
+class Working:
+    """A file without a name, of a fixed size: it is gone with the process, however that ends."""
+
+    def __init__(self, size: int, folder: str | os.PathLike[str] | None) -> None:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            self.file = File(os.dup(file.fileno()), "the file of what was written back")
+        os.posix_fallocate(self.file.descriptor, 0, max(1, size))  # a full disk is found now, and not when a block is half written
+
+    def read(self, into: Tensor, at: int) -> None:
+        self.file.read(into, at)
+
+    def write(self, values: Tensor, at: int) -> None:
+        view, done = values.numpy().data, 0
+        while done < len(view):
+            done += os.pwrite(self.file.descriptor, view[done:], at + done)
+
+
+def tensors_of(path: str | os.PathLike[str]) -> dict[str, Stretch]:
+    """The tensors of a safetensors file, or of all of a folder, by name, but for those of other dtypes than a weight may have. Headers are read, nothing else.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no such file, or a name is in two of a folder's; says which.
+    """
+    found: dict[str, Stretch] = {}
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors files: give a folder of a model that has its weights in that format")
+    for one in files:
+        descriptor = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
+        file = File(descriptor, str(one))
+        try:
+            there = _header(file, os.fstat(descriptor).st_size)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{one} is no safetensors file: {error}") from None
+        if twice := sorted(found.keys() & there.keys()):
+            raise ValueError(f"{folder}: {twice[0]!r:.80} is in {one.name} and in another of its files")
+        found |= there
+    return found
+
+
+def _header(file: File, size: int) -> dict[str, Stretch]:
+    length = torch.empty(8, dtype=torch.uint8)
+    file.read(length, 0)
+    (n,) = struct.unpack("<Q", length.numpy().tobytes())
+    if not 2 <= n <= min(MOST, size - 8):
+        raise ValueError("its first eight bytes are not the length of a header")
+    text = torch.empty(n, dtype=torch.uint8)
+    file.read(text, 8)
+    head: Mapping[str, Any] = json.loads(text.numpy().tobytes().decode())
+    found = {}
+    for name, entry in head.items():
+        if name == "__metadata__" or entry["dtype"] not in DTYPES:
+            continue
+        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"{name!r:.80} has a size or an offset that is none")
+        if stop - start != math.prod(shape) * dtype.itemsize or 8 + n + stop > size:
+            raise ValueError(f"{name!r:.80} does not lie where its header says")
+        found[name] = Stretch(file, 8 + n + start, stop - start, dtype, tuple(shape))
+    return found
