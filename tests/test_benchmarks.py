@@ -648,6 +648,21 @@ def test_either_name_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert constant in (0.25, 0.5) and chance == 0.5
 
 
+def test_sizes_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shapes that fit here; and docs/memory.md has the table of the others as it is counted."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sizes
+
+    few = 1024  # bytes: the batch, counters of an optimizer, handles of factors
+    for shape in ("opt-125m", "gpt2"):
+        size = sizes.Size.of(shape)
+        for method, state in sizes.STATES.items():
+            measured = next(r for r in rows(BENCHMARKS / "results" / "memory.csv") if (r["shape"], r["method"]) == (shape, method))
+            there = [float(measured[f"{name}_bytes"]) for name in ("model", "state", "gradient")]
+            assert all(abs(a - b) < few for a, b in zip(there, [4 * size.weights, *state(size, 4)], strict=True)), (shape, method)
+    assert sizes.PAGE.read_text() == sizes.page(sizes.PAGE.read_text()), "python benchmarks/sizes.py"
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1

@@ -8,6 +8,7 @@ A block of Python stands alone: what it names and does not define is one of `sta
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import options
+from zo_finetune import methods, options
 from zo_finetune.cli import build_parser
 from zo_finetune.config import COMMANDS
 
@@ -144,3 +145,49 @@ def test_targets_and_scripts_that_are_shown_are_there(page: Path) -> None:
             assert next(w for w in words[1:] if not re.match(r"-|\w+=", w)) in targets, line
         elif words[:1] == ["python"] and words[1].endswith(".py"):
             assert (ROOT / words[1]).exists(), line
+
+
+# ---- what pages name --------------------------------------------------------------------------------------------------
+
+
+def codes(text: str) -> list[str]:
+    """What stands in code within a line."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def templates(path: Path) -> Iterator[str]:
+    """The texts in a file of code; a formatted one has \\0 for what is put in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    sources = [*(ROOT / "zo_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
+    said = [text for path in sources for text in templates(path)]
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:
+        parts = [part for part in row.split("…") if part]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert len("".join(parts)) > 20 and any(pattern.search(text) for text in said), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_library_are_there(page: Path) -> None:
+    for name in re.findall(r"\bzk\.(\w+)", page.read_text()):
+        assert hasattr(zk, name), name
+
+
+def test_names_of_other_codes_lead_to_ours() -> None:
+    """In each row's last column: options of the command line, and methods."""
+    ours = {o.spelling for kind in COMMANDS.values() for o in options.options_of(kind)}
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "coming-from.md").read_text().splitlines() if line.startswith("| ")]
+    for row in rows:
+        for words in codes(row[-1]):
+            for option in re.findall(r"--[a-z][\w-]*", words):
+                assert option in ours or option.replace("--no-", "--") in ours, option
+        for method in re.findall(r"--method ([\w-]+)", row[-1]):
+            assert method in methods.METHODS, method
