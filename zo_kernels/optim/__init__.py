@@ -29,6 +29,7 @@ from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, Low
 from zo_kernels.optim.shaping import group_relative, ranked, z_scored
 from zo_kernels.optim.step import ZOStep
 from zo_kernels.optim.unit import ScaleFree
+from zo_kernels.optim.workers import WorkerError
 
 METHODS = (
     MeZOStep,
@@ -82,6 +83,7 @@ __all__ = [
     "SparseMeZO",
     "ThreePoint",
     "TwoSided",
+    "WorkerError",
     "ZOAdam",
     "ZOConservative",
     "ZOMomentum",

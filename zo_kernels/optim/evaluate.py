@@ -19,6 +19,7 @@ from torch import Tensor
 from zo_kernels import interrupts
 from zo_kernels.optim import findings, generators
 from zo_kernels.optim.points import Losses, Point
+from zo_kernels.optim.workers import Workers, parts_batches, print_of
 from zo_kernels.views import tangents
 
 Loss = Tensor | float
@@ -95,6 +96,11 @@ def _together(losses: Sequence[Tensor | float]) -> Tensor:
     return torch.from_numpy(np.array(losses, dtype=np.float64))
 
 
+def _mean(rows: Sequence[Tensor | float]) -> Tensor | float:
+    """Over the micro-batches of a point."""
+    return rows[0] if len(rows) == 1 else _together(rows).mean(0)
+
+
 def _in_backward(error: BaseException) -> bool:
     """Whether it came out of torch's backward pass."""
     backward = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
@@ -113,6 +119,7 @@ class Evaluation:
         warner: is told what the closure returns, and watches what it reads.
         devices: of the weights, whose generators count; None: no generator is touched (a graph is being captured).
         reads: losses on the host are read. Of a step that is, or will be, a graph none is.
+        workers: share the forwards; None: this process makes all of them.
     """
 
     def __init__(
@@ -122,8 +129,9 @@ class Evaluation:
         warner: findings.Warner,
         devices: Iterable[torch.device] | None,
         reads: bool = True,
+        workers: Workers | None = None,
     ) -> None:
-        self.closure, self.warner = closure, warner
+        self.closure, self.warner, self.workers = closure, warner, workers
         self.convert: Callable[[Any], Loss] = as_loss if reads else as_tensor
         self.calls: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
         self.rng = generators.Generators(devices) if devices is not None else None
@@ -132,17 +140,73 @@ class Evaluation:
 
     def losses(self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float]) -> Tensor:
         """The mean loss over the micro-batches at each point, float64 [points, ...]. `one`: makes one forward, with the closure's arguments."""
+        if self.workers is not None:
+            return _together([_mean(rows) for rows in self._shared(self.workers, points, one)])
         found: list[Tensor | float] = []
         for point in points:
             point.see()
             if self.rng is not None and self.after:
                 self.rng.set(self.before)
             rows = [one(arguments) for arguments in self.calls]
-            found.append(rows[0] if len(rows) == 1 else _together(rows).mean(0))
+            found.append(_mean(rows))
             point.check()
             if self.rng is not None:
                 self.after = self.after or self.rng.get()
         return _together(found)
+
+    def _shared(self, workers: Workers, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float]) -> list[Any]:
+        """The losses [points][micro-batches] of all workers, on the host; this one makes its own forwards. What any worker's forward raises ends the step
+        on all of them, each behind all passes of such points as round the weights."""
+        batches = len(self.calls)
+        shares = workers.shares(len(points), batches)
+        heard, mine, drawn, error = len(self.warner.heard), [], "", None
+        for p, point in enumerate(points):
+            own = [self.calls[c % batches] for c in shares[workers.rank] if c // batches == p]
+            try:
+                if point.rounds or (own and error is None):
+                    point.see()
+                if not own or error is not None:
+                    continue
+                if self.rng is not None:
+                    self.rng.set(self.before)
+                mine += [one(arguments) for arguments in own]
+                point.check()
+                if self.rng is not None and not self.after:
+                    self.after = self.rng.get()
+            except BaseException as raised:
+                error = error or raised
+        parted = parts_batches(shares, batches)
+        if error is None and self.draws():
+            states = generators.Generators.drawn(self.before, self.after)
+            drawn = print_of([before for before, _ in states] if parted else states)
+        numbers = [] if error is not None else _together(mine).reshape(-1).tolist()
+        width = len(numbers) // max(1, len(mine))
+        found, drew = workers.round(
+            "the losses of a step",
+            error,
+            {**workers.common, "the decisions before": workers.chain, "the table of losses": f"{len(points)} x {batches} x {width}"},
+            drawn,
+            numbers,
+            [len(share) * width for share in shares],
+        )
+        if error is not None:
+            raise error
+        if any(drew) and parted:
+            if workers.parallel != "auto":
+                raise RuntimeError(
+                    f"parallel={workers.parallel!r}: the forwards draw random numbers (dropout?), each micro-batch those behind the one before it, and the "
+                    "micro-batches of a point are not all one worker's: take parallel='directions', or what draws out (model.eval())"
+                )
+            workers.whole, self.after = True, []
+            del self.warner.heard[heard:]
+            return self._shared(workers, points, one)
+        table: list[list[Any]] = [[None] * batches for _ in points]
+        for share, row in zip(shares, found, strict=True):
+            for k, c in enumerate(share):
+                values = row[k * width : (k + 1) * width]
+                table[c // batches][c % batches] = torch.tensor(values, dtype=torch.float64) if width > 1 else values[0]
+        self.warner.heard_of_all(heard, [cell for cells in table for cell in cells])
+        return table
 
     def finish(self, keep: bool) -> None:
         """The random state after the step: as after one forward, or, `keep`, as before it."""

@@ -279,6 +279,11 @@ class Warner:
 
         return heard
 
+    def heard_of_all(self, since: int, losses: Sequence[Tensor | float]) -> None:
+        """In place of what this one of several workers has heard since then: the losses of all, as what this one's came as."""
+        if own := self.heard[since:]:
+            self.heard[since:] = [(x.reshape(-1)[0] if isinstance(x, Tensor) else x, own[0][1]) for x in losses]
+
     def note(self, losses: Sequence[Tensor] | Tensor, gradient: Any, finite: Any) -> None:
         """What a step has found: its losses, one a point, g, and whether all is finite (None: g alone tells). On a device: tensors, which nobody waits
         for here."""

@@ -138,6 +138,12 @@ class Generators:
             torch.cuda.set_rng_state(state, k)
 
     @staticmethod
+    def drawn(a: list[Any], b: list[Any]) -> list[tuple[Any, Any]]:
+        """Of two states, those of the generators that were drawn from between them."""
+        pairs = zip(a, b, strict=True)
+        return [(x, y) for x, y in pairs if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y)]
+
+    @staticmethod
     def same(a: list[Any], b: list[Any]) -> bool:
         """Of two states, whether nothing was drawn between them."""
-        return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y for x, y in zip(a, b, strict=True))
+        return not Generators.drawn(a, b)

@@ -221,13 +221,13 @@ def counted(header: journal.Header) -> bool:
 
 def make(
     estimator: Any, rule: Any, direction: Any, blocks: Any, projection: Any, clip: Any, kind: str, names: Sequence[str], *, scale_free: Any = None,
-    anchor: Any = None, first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool,
+    anchor: Any = None, first_order: Any, lazy: bool, cuda_graph: bool, scratch: bool, shared: bool = False,
 ) -> Method:  # fmt: skip
     """The method of these parts; None: the default.
 
     Args:
         names: of the parameters that are trained, some of which a projection moves.
-        first_order, lazy, cuda_graph: of the optimizer. scratch: its passes leave the weights alone.
+        first_order, lazy, cuda_graph: of the optimizer. scratch: its passes leave the weights alone. shared: workers share its steps.
 
     Raises:
         TypeError, ValueError: one is no part, or they make no sense together; says which, and why.
@@ -244,6 +244,8 @@ def make(
         raise TypeError(f"anchor={anchor!r:.80} must be an Anchor, or None: no pull back to the start")
     method = Method(estimator, rule, direction, blocks, projection, limit, kind, scale_free=scale_free, anchor=anchor)
     _check(method, first_order, lazy, cuda_graph, scratch)
+    if shared:
+        _check_shared(method, first_order, cuda_graph)
     return method.over(names)
 
 
@@ -292,6 +294,16 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
     if projection is not None and (blocks is not None or rule.tries):
         raise ValueError(
             "projection with blocks or Conservative: a projection moves layers as a whole between plain steps; leave one out"
+        )
+
+
+def _check_shared(method: Method, first_order: Any, cuda_graph: bool) -> None:
+    if cuda_graph:
+        raise ValueError("cuda_graph=True with process_group: a step waits for the others' losses, which no graph does: leave one out")
+    if first_order is not None or (method.projection is not None and method.projection.learn == "backpropagation"):
+        raise ValueError(
+            "process_group with backpropagation: workers share losses, of 8 bytes each, and no gradients: leave first_order out, and take a projection with "
+            "learn='forward'; or one process"
         )
 
 

@@ -17,10 +17,12 @@ def stay() -> None:
 
 
 class Point(NamedTuple):
-    """`see` brings the weights, as the model reads them, there; `check`, after the forwards, refuses those that changed weights."""
+    """`see` brings the weights, as the model reads them, there; `check`, after the forwards, refuses those that changed weights. `rounds`: seeing it leaves
+    a trace in the weights, so that of workers that share a step each sees all such points."""
 
     see: Callable[[], None] = stay
     check: Callable[[], None] = stay
+    rounds: bool = False
 
 
 class Losses(Protocol):

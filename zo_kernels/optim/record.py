@@ -11,10 +11,11 @@ a killed process had queued is lost with the weights that it had changed: the fi
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from zo_kernels import interrupts, journal, parameters
 from zo_kernels.optim import method
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
+from zo_kernels.optim.findings import ZOWarning
 from zo_kernels.optim.run import Run
+from zo_kernels.optim.workers import Workers, together
 from zo_kernels.parameters import Weights, canonical_name
 from zo_kernels.views import View
 
@@ -117,24 +120,28 @@ class Recording:
     Attributes:
         mode: the journal's word for how its passes go: "scratch", "inplace", "lazy". recorder: None while no journal is open.
         flushed: weights that stood ahead were brought back since the last record.
+        workers: share the steps, of which the first one records; None: there is this process alone. opened: a journal is, by the first one.
     """
 
-    def __init__(self, mode: str) -> None:
-        self.mode, self.flushed = mode, False
+    def __init__(self, mode: str, workers: Workers | None = None) -> None:
+        self.mode, self.flushed, self.workers, self.opened = mode, False, workers, False
         self.recorder: Recorder | None = None
         self._closes: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not record."""
-        return {**self.__dict__, "recorder": None, "_closes": None}
+        return {**self.__dict__, "recorder": None, "_closes": None, "workers": None, "opened": False}
 
     @property
     def path(self) -> str:
         """Of the journal; empty without one."""
         return self.recorder.writer.path if self.recorder is not None else ""
 
-    def begin(self, recorder: Recorder, owner: Any) -> None:
-        """Record from now on, until `close`, or until `owner` goes away."""
+    def begin(self, recorder: Recorder | None, owner: Any) -> None:
+        """Record from now on, until `close`, or until `owner` goes away; None: another worker does."""
+        self.opened = True
+        if recorder is None:
+            return
         with interrupts.uninterrupted():
             self.recorder = recorder
             self._closes = weakref.finalize(owner, recorder.close)
@@ -142,7 +149,7 @@ class Recording:
     def close(self) -> None:
         """Write what is queued, make it durable, release the lock."""
         with interrupts.uninterrupted():
-            recorder, self.recorder = self.recorder, None
+            recorder, self.recorder, self.opened = self.recorder, None, False
             if recorder is not None and self._closes is not None:
                 self._closes.detach()
                 recorder.close()
@@ -165,9 +172,14 @@ class Recording:
         return Decision(tag, numbers.decay, eps=eps, rounding=rounding, flushed=self.flushed)
 
     def before(self, decision: Decision) -> None:
-        """Write the record of a step whose numbers the host knows, before it changes anything."""
-        if self.recorder is not None and decision.known:
-            self.recorder.append(decision)
+        """Write the record of a step whose numbers the host knows, before it changes anything. Workers who share the step wait for it."""
+        workers = self.workers
+        if workers is not None:
+            workers.decided(decision.entry())
+        with together(workers if self.opened else None, "the record of a step", {"the decision": workers.chain} if workers else None):
+            if self.recorder is not None and decision.known:
+                self.recorder.append(decision)
+        if self.opened and decision.known:
             self.flushed = False
 
     def behind(self, decision: Decision) -> None:
@@ -276,7 +288,7 @@ def about(run: Run, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """What a journal says of a run before its first record.
+    """What a journal says of a run before its first record, and what workers who share the run must have in common.
 
     Attributes:
         fixed: seed, kind, perturbation, terms and method: a run with others cannot go on. about: numbers that no record depends on.
@@ -284,6 +296,7 @@ class Start:
         factors: that lie beside the journal; None: none.
     """
 
+    run: Run
     fixed: Mapping[str, Any]
     about: Mapping[str, Any]
     groups: Sequence[Weights]
@@ -296,7 +309,33 @@ class Start:
         return [(n, p) for n, p in (self.model.named_parameters() if self.model is not None else ()) if id(p) not in ids]
 
     def header(self, hyperparameters: Mapping[str, Any] | None, notes: Any) -> journal.Header:
-        """Of the run that begins now. Every weight is read, for its digest."""
+        """Of the run that begins now. Every weight is read, for its digest.
+
+        Raises:
+            RuntimeError: the run has begun, and its records would tell too little.
+        """
+        if self.run.steps and self.fixed["method"] is not None:
+            raise RuntimeError(
+                f"open_journal() after {self.run.steps} steps: what this method's records mean depends on the number of a step and on the steps before "
+                "it; open the journal before the first step"
+            )
+        return self._header(hyperparameters, notes)
+
+    def common(self) -> dict[str, Any]:
+        """The same in words, of where the run is now. Every weight is read, for its digest."""
+        header = self._header(None, "")
+        tables = {"parameter": header.parameters, "frozen parameter": header.frozen, "buffer": header.buffers}
+        named = {
+            f"{what} {canonical_name(p.name)}": {k: v for k, v in asdict(p).items() if k not in ("name", "extra")}
+            for what, table in tables.items()
+            for p in table
+        }
+        where = {"steps": self.run.steps, "tag": self.run.tag, "skipped steps": int(self.run.skipped)}
+        parts = {what: part and method.describe(part) for what, part in self.run.method.configured().items()}
+        parts |= {"clip": repr(self.run.method.clip), "rounding": self.rounding}
+        return {**header.versions, **where, **parts, **self.fixed, **self.about, **named}
+
+    def _header(self, hyperparameters: Mapping[str, Any] | None, notes: Any) -> journal.Header:
         buffers = parameters.persistent_buffers(self.model) if self.model is not None else ()
         return journal.Header(
             parameters=_table(self.groups),
@@ -322,34 +361,67 @@ class Start:
         return _differences(past, self.about, self.rounding)
 
 
+def start_of(
+    run: Run, param_groups: Sequence[Mapping[str, Any]], groups: Sequence[Weights], model: nn.Module | None, mode: str, rounding: str
+) -> Start:
+    """Of a run as it is now, of torch's parameter groups and the weights in them."""
+    fixed: dict[str, Any] = {"seed": run.seed, "kind": run.method.kind, "perturbation": mode, "terms": run.method.terms}
+    fixed["method"] = run.method.described(mode == "scratch", run.rule.together)
+    return Start(run, fixed, about(run, param_groups), groups, model, rounding, run.direction.given)
+
+
 def open_(
-    path: str | os.PathLike[str], start: Start, *, resume: bool, replace: bool, fsync_every: int, begin: Callable[[], journal.Header],
-    go_on: Callable[[journal.Journal, list[str]], None],
-) -> tuple[Recorder, journal.Journal | None]:  # fmt: skip
-    """A journal to record a run in, and what was there if it is resumed.
+    path: str | os.PathLike[str], start: Start, *, resume: bool, replace: bool, fsync_every: int, hyperparameters: Mapping[str, Any] | None,
+    notes: Any, go_on: Callable[[journal.Journal], None], workers: Workers | None,
+) -> tuple[Recorder | None, journal.Journal | None]:  # fmt: skip
+    """A journal to record a run in, and what was there if it is resumed. Of several workers the first one has it, and hands out what was there.
 
     Args:
-        begin: the header of a new one. go_on: takes the records that are there into the run, and is told which numbers are others.
+        go_on: takes the records that are there into the run.
 
     Raises:
-        What `journal.create`, `journal.reopen`, `Start.check` and the two functions raise.
+        What `journal.create`, `journal.reopen`, `Start.check` and `go_on` raise; WorkerError.
     """
-    if resume and os.path.lexists(path):
-        try:
-            writer, past = journal.reopen(path, fsync_every=fsync_every, after_steps=True)
-        except journal.UnbegunError:
-            replace = True
-        else:
-            try:
-                go_on(past, start.check(past))
-                if start.factors is not None and not journal.factors_path(path).exists():  # a copy of the journal alone
+    first = workers is None or workers.rank == 0
+    writer: journal.Writer | None = None
+    past: journal.Journal | None = None
+    try:
+        with together(workers, "opening the journal", {"resume": resume, "hyperparameters": hyperparameters}):
+            if first and resume and os.path.lexists(path):
+                if start.run.tag:
+                    raise RuntimeError(
+                        f"resume=True after {start.run.tag} steps: only an optimizer that has not stepped can resume a journal"
+                    )
+                try:
+                    writer, past = journal.reopen(path, fsync_every=fsync_every, after_steps=True)
+                except journal.UnbegunError:
+                    replace = True
+        if workers is not None:
+            past = workers.hand_out(past)
+        with together(workers, "beginning, or going on with, the journal's run"):
+            if past is not None:
+                _go_on(os.fspath(path), start, past, go_on)
+                if first and start.factors is not None and not journal.factors_path(path).exists():  # a copy of the journal alone
                     journal.write_factors(path, start.factors)
-            except BaseException:
-                writer.close()
-                raise
-            return Recorder(writer), past
-    made = journal.create(path, begin(), fsync_every=fsync_every, replace=replace, factors=start.factors)
-    return Recorder(made), None
+            elif first:
+                header = start.header(hyperparameters, notes)
+                writer = journal.create(path, header, fsync_every=fsync_every, replace=replace, factors=start.factors)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
+    return Recorder(writer) if writer is not None else None, past
+
+
+def _go_on(path: str, start: Start, past: journal.Journal, go_on: Callable[[journal.Journal], None]) -> None:
+    if different := start.check(past):
+        warnings.warn(
+            f"the run in {path} goes on with other numbers than it began with: {'; '.join(different)}. What it has done stays as it was; make the "
+            "optimizer with the recorded numbers to go on with the same run",
+            ZOWarning,
+            stacklevel=4,
+        )
+    go_on(past)
 
 
 def check_recorded(recorder: Recorder, groups: Sequence[Weights]) -> None:

@@ -23,6 +23,7 @@ from zo_kernels.optim.points import Point
 from zo_kernels.optim.record import Recording
 from zo_kernels.optim.refresh import Groups, trained
 from zo_kernels.optim.run import Run
+from zo_kernels.optim.workers import SAMPLED, Workers, print_of
 from zo_kernels.plan import written
 
 
@@ -49,7 +50,7 @@ class Schedule:
 
     Args:
         first_order: steps the parameters that get gradients by backpropagation. model: whose forwards the closure runs; None: not known.
-        rounding: of the updates. graphs: steps are to be launched as graphs, where they can be.
+        rounding: of the updates. graphs: steps are to be launched as graphs, where they can be. workers: share the steps; None: there is this process alone.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Schedule:
         first_order: torch.optim.Optimizer | None,
         rounding: str,
         graphs: bool,
+        workers: Workers | None = None,
     ) -> None:
+        self.workers = workers
         self.run, self.recording, self.warner = run, recording, warner
         self.model, self.first_order, self.rounding = model, first_order, rounding
         self.graphs_wanted = graphs
@@ -85,7 +88,15 @@ class Schedule:
         self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
     ) -> Outcome:
         run = self.run
-        forwards = Evaluation(closure, batches, self.warner, (plan.device for w in view.groups for plan in w.plans))
+        devices = (plan.device for w in view.groups for plan in w.plans)
+        forwards = Evaluation(closure, batches, self.warner, devices, workers=self.workers)
+        if self.workers is not None:
+            self.workers.common = {
+                "steps": run.steps,
+                "tag": run.tag,
+                **{name: list(getattr(numbers, name)) for name in ("lr", "eps", "decay", "signs")},
+                "micro-batches": print_of(batches, SAMPLED),
+            }
         fresh: list[str] = []
         try:
             first = self._backpropagate(forwards, groups)
@@ -183,7 +194,7 @@ class Schedule:
         """The losses at theta + each of these shifts of the groups."""
 
         def point(shift: Any) -> Point:
-            return Point(lambda: self.run.see(view, shift), view.check)
+            return Point(lambda: self.run.see(view, shift), view.check, rounds=view.mode != "scratch")
 
         evaluate = forwards.dual if self.run.method.estimator.dual else forwards.forward
         return evaluate([point(shift) for shift in shifts])

@@ -50,6 +50,7 @@ from zo_kernels.optim.evaluate import Loss
 from zo_kernels.optim.groups import Accepted, check_group, check_signs, joining
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.schedule import Outcome, Paused, Schedule
+from zo_kernels.optim.workers import print_of, workers_of
 
 
 class ZOStep(torch.optim.Optimizer):
@@ -101,8 +102,12 @@ class ZOStep(torch.optim.Optimizer):
         projection: `Projection` (DiZO); None: none.
         first_order: a torch optimizer of other parameters of the model, which get gradients by backpropagation on the same batches and are stepped
             with ours (hybrid ZO-FO). They are taken out of the model's parameters that this optimizer trains.
+        process_group, parallel, timeout: processes of torch.distributed that share each step (docs/parallel.md), such as `torch.distributed.group.WORLD`:
+            all make the same optimizer and the same calls, on the same batches; each evaluates its share of the points ("directions"), of the
+            micro-batches ("data"), or of both, and waits `timeout` seconds for the slowest. None: this process alone.
 
     Attributes:
+        workers: who shares the steps: `rank`, `size`, and `sent`, the bytes that this one has sent; None.
         projected_gradient: g of the last step, first group and first query, before clipping: 0-d float64 tensor on the losses' device.
         skipped: number of steps whose g, or coefficient in fp32, was not finite; such a step leaves the weights as they were.
         steps: number of steps done.
@@ -139,6 +144,9 @@ class ZOStep(torch.optim.Optimizer):
         blocks: blocking.Blocks | None = None,
         projection: projection.Projection | None = None,
         first_order: torch.optim.Optimizer | None = None,
+        process_group: Any = None,
+        parallel: str = "auto",
+        timeout: float = 600.0,
     ) -> None:
         if resume and journal is None:
             raise ValueError("resume=True needs journal=PATH, the journal of the run to go on with")
@@ -158,6 +166,7 @@ class ZOStep(torch.optim.Optimizer):
         what = method.make(
             estimator, rule, direction, blocks, projection, clip, kind, [n for g in named.groups for n, _ in g["params"]],
             scale_free=scale_free, anchor=anchor, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
+            shared=process_group is not None,
         )  # fmt: skip
         deferred.check([p for g in named.groups for _, p in g["params"]], what, scratch, cuda_graph, first_order)
         if scratch_bytes is not None and (not isinstance(scratch_bytes, int) or scratch_bytes < 1):
@@ -171,7 +180,8 @@ class ZOStep(torch.optim.Optimizer):
                 backends.pick(p.device, backend)
         check_signs(groups, what, first_order)
         self._model, self._first_order, self._backend = named.model, first_order, backend
-        self._recording = record.Recording("scratch" if scratch else "lazy" if lazy else "inplace")
+        self.workers = workers_of(process_group, parallel, timeout)
+        self._recording = record.Recording("scratch" if scratch else "lazy" if lazy else "inplace", self.workers)
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._scratch_bytes, self._graph_wanted = scratch_bytes, cuda_graph
         self._owned: set[str] = set()  # the parameters that the module had
@@ -204,9 +214,11 @@ class ZOStep(torch.optim.Optimizer):
     def _begin(self, run: Run) -> None:
         """What belongs to a run, and to this object alone."""
         self._run = run
+        if self.workers is not None:
+            self.workers.met = False
         self._views = refresh.Views(run)
         self._schedule = Schedule(
-            run, self._recording, self._warner, self._model, self._first_order, self._rounding, self._graph_wanted
+            run, self._recording, self._warner, self._model, self._first_order, self._rounding, self._graph_wanted, self.workers
         )
         self._accepted = Accepted()
         self._busy = threading.Lock()  # a step is under way, in this thread or in another
@@ -335,6 +347,8 @@ class ZOStep(torch.optim.Optimizer):
         numbers = self._accepted.of(self.param_groups, run.method, self._first_order)
         view = self._refresh()
         self._recording.check()
+        if self.workers is not None and not self.workers.met:
+            self.workers.meet(self._common())
         self._inside, tag, ahead = True, run.tag, view.begin()
 
         def attempt() -> Decision:
@@ -402,6 +416,16 @@ class ZOStep(torch.optim.Optimizer):
         that stay, as in plain MeZO: such records replay without an optimizer."""
         return self._run.method.described(self._recording.mode == "scratch", self._run.rule.together)
 
+    def _common(self) -> dict[str, Any]:
+        """What workers who share the steps must begin with."""
+        kept = saved.pack(self._run, self.param_groups, self.state, complete=False)
+        return {**self._start().common(), "scratch_bytes": self._scratch_bytes, "the state that the method keeps": print_of(kept["state"])}
+
+    def _start(self) -> record.Start:
+        return record.start_of(
+            self._run, self.param_groups, self._weights(), self._model, self._recording.mode, self._rounding
+        )
+
     # -- the journal --
 
     def open_journal(
@@ -433,47 +457,22 @@ class ZOStep(torch.optim.Optimizer):
         self._refuse_inside("open_journal()")
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"journal={path!r} must be a path")
-        if self._recording.recorder is not None:
-            raise RuntimeError(f"the steps are recorded already, in {self._recording.path}: one run has one journal")
+        if self._recording.opened:
+            raise RuntimeError(f"the steps are recorded already, in {self._recording.path or path}: one run has one journal")
         self.flush()
         view, run = self._refresh(), self._run
         if self._first_order is not None:
             raise RuntimeError(_NO_RECORD)
-        fixed: dict[str, Any] = {
-            "seed": run.seed,
-            "kind": run.method.kind,
-            "perturbation": self._recording.mode,
-            "terms": run.method.terms,
-        }
-        fixed |= {"method": self.method()}
-        about = record.about(run, self.param_groups)
-        start = record.Start(fixed, about, self._weights(), self._model, self._rounding, run.direction.given)
-        if resume and os.path.lexists(path) and run.tag:
-            raise RuntimeError(f"resume=True after {run.tag} steps: only an optimizer that has not stepped can resume a journal")
 
-        def begin() -> journal.Header:
-            if self.steps and fixed["method"] is not None:
-                raise RuntimeError(
-                    f"open_journal() after {self.steps} steps: what this method's records mean depends on the number of a step and on the steps before "
-                    "it; open the journal before the first step"
-                )
-            return start.header(hyperparameters, notes)
-
-        def go_on(past: journal.Journal, different: list[str]) -> None:
-            if different:
-                warnings.warn(
-                    f"the run in {os.fspath(path)!s} goes on with other numbers than it began with: {'; '.join(different)}. What it has done stays as it "
-                    "was; make the optimizer with the recorded numbers to go on with the same run",
-                    findings.ZOWarning,
-                    stacklevel=4,
-                )
+        def go_on(past: journal.Journal) -> None:
             repeat.resume(run, past, view, self._refresh, lambda: refresh.trained(self.param_groups))
             if len(past.steps):
                 self.projected_gradient = torch.tensor(float(past.steps["gradient"][-1]), dtype=torch.float64, device="cpu")
 
         recorder, past = record.open_(
-            path, start, resume=resume, replace=replace, fsync_every=fsync_every, begin=begin, go_on=go_on
-        )
+            path, self._start(), resume=resume, replace=replace, fsync_every=fsync_every, hyperparameters=hyperparameters, notes=notes,
+            go_on=go_on, workers=self.workers,
+        )  # fmt: skip
         self._recording.begin(recorder, self)
         return past
 
@@ -562,6 +561,7 @@ class ZOStep(torch.optim.Optimizer):
         state = {k: v for k, v in self.__dict__.items() if k not in _MADE_ANEW and not k.startswith("_optimizer_")}
         state["_at"] = self._views.now.standing() if self._views.now is not None else []
         state["_journal"], state["_graph_wanted"] = self._recording.path, self._schedule.graphs_wanted
+        state["workers"] = None  # a copy steps alone
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

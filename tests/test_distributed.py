@@ -1,0 +1,365 @@
+"""Steps that workers share: the bits of one process, and what is said when a worker fails, is missing, or is another. Real processes, with gloo.
+
+`make cluster-test RUNS=50` and `python -m tests.cluster --matrix` are the long forms of what is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import zo_kernels as zk
+from tests.cluster import Death, End, Form, Model, batches_of, bits_of, cluster, deaths, matrix, survived
+from zo_kernels.optim import record
+from zo_kernels.optim.workers import FRAME, HEAD, cut, parts_batches
+
+F32, B16 = torch.float32, torch.bfloat16
+BASE = bits_of(Model())
+
+
+def shared(model: nn.Module, **more: Any) -> zk.MeZOStep:
+    return zk.MeZOStep(model, **{"lr": 1e-3, "queries": 4, "process_group": dist.group.WORLD, "timeout": 20, **more})
+
+
+def raised(function: Callable[[], Any]) -> tuple[str, str]:
+    """What it raises: the class's name and the text."""
+    try:
+        function()
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def results(ends: list[End]) -> list[Any]:
+    assert all(not end.error and not end.killed for end in ends), ends
+    return [end.result for end in ends]
+
+
+# ---- the cut -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["auto", "directions", "data", "both"])
+@pytest.mark.parametrize("points, batches", [(2, 1), (1, 4), (8, 4), (3, 5)])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 64])
+def test_every_cell_is_made_and_shares_are_even(parallel: str, points: int, batches: int, workers: int) -> None:
+    shares = cut(parallel, points, batches, workers)
+    assert len(shares) == workers and min(map(len, shares)) > 0
+    assert {c for share in shares for c in share} == set(range(points * batches))
+    parts = {"directions": points, "data": batches}.get(parallel, points * batches)
+    used = shares[: min(workers, parts)]
+    if parallel != "auto":
+        assert sum(map(len, used)) == points * batches  # none twice but by those who would wait
+        size = points * batches // parts
+        assert max(map(len, used)) - min(map(len, used)) <= size
+        assert parts_batches(shares, batches) <= (parallel != "directions")
+    else:
+        assert max(map(len, shares)) == min(max(map(len, cut(kind, points, batches, workers))) for kind in ("directions", "data", "both"))
+
+
+# ---- the bits --------------------------------------------------------------------------------------------------------------
+
+
+def test_bits_are_those_of_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    two = [Form("MeZO", F32, "directions"), Form("FZOO", B16, "data"), Form("Adam", F32, "both"), Form("LOZO", B16, "both")]
+    two += [Form("DiZO", F32, "data"), Form("MeZO", B16, "auto", "inplace"), Form("Adam", F32, "data", "inplace")]
+    four = [Form("LOZO", F32, "data"), Form("DiZO", B16, "directions"), Form("FZOO", F32, "both")]
+    assert matrix(tmp_path, (2,), two, steps=11) == matrix(tmp_path, (1, 4), four, steps=11) == 0, capfd.readouterr().out
+
+
+def test_a_worker_that_dies_and_another_number_that_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert deaths(tmp_path, 2, seed=7) == 0, capfd.readouterr().out
+
+
+class Dropped(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.2))
+
+
+def test_forwards_that_draw_random_numbers(tmp_path: Path) -> None:
+    def steps(**more: Any) -> tuple[str, float]:
+        torch.manual_seed(3)
+        model = Dropped()
+        optimizer = zk.MeZOStep(model, lr=1e-3, queries=4, **more)
+        for k in range(3):
+            optimizer.step(model, batches_of(k, F32))
+        return bits_of(model), float(torch.rand(()))
+
+    def work(rank: int) -> list[Any]:
+        group = {"process_group": dist.group.WORLD, "timeout": 20}
+        found: list[Any] = [steps(**group, parallel=parallel) for parallel in ("directions", "auto")]
+        found += [raised(lambda: steps(**group, parallel="data"))]
+        draw = torch.manual_seed
+        if rank == 1:
+            torch.manual_seed = lambda seed: draw(seed + 1)  # type: ignore[method-assign,assignment]
+        return [*found, raised(lambda: steps(**group))]
+
+    for directions, auto, data, seeds in results(cluster(3, work, tmp_path)):
+        assert directions == auto == steps()
+        assert data[0] == "RuntimeError" and "take parallel='directions'" in data[1]
+        assert seeds[0] == "WorkerError" and "the forwards of worker 1 drew other random numbers" in seeds[1]
+
+
+# ---- what travels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel, most", [("directions", 16), ("data", 16), ("both", 11)])
+def test_bytes_on_the_wire(tmp_path: Path, parallel: str, most: int) -> None:
+    """8 for each loss of the largest share, and 32: of two rounds the first has room for twelve."""
+    size = 2 if parallel != "both" else 3
+
+    def work(rank: int) -> list[int]:
+        model = Model()
+        optimizer = shared(model, parallel=parallel)
+        sent = []
+        for k in range(3):
+            optimizer.step(model, batches_of(k, F32))
+            assert optimizer.workers is not None
+            sent.append(optimizer.workers.sent)
+        return sent
+
+    a_step = 8 * (HEAD + max(most, FRAME - HEAD))
+    for sent in results(cluster(size, work, tmp_path)):
+        assert sent == [8 * FRAME + (k + 1) * a_step for k in range(3)]  # the first round compares the workers
+
+
+# ---- a worker that fails -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["scratch", "inplace"])
+def test_what_one_closure_raises_fails_on_all(tmp_path: Path, mode: str) -> None:
+    def work(rank: int) -> list[Any]:
+        model = Model()
+        optimizer = shared(model, perturbation=mode)
+        calls = 0
+
+        def closure(x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if rank == 1 and calls == 3:
+                raise ValueError("no such batch")
+            if rank == 2 and calls == 103:
+                raise KeyboardInterrupt
+            return model(x)
+
+        found: list[Any] = []
+        for start in (0, 100, 200):
+            calls, before = start, (bits_of(model), optimizer.steps)
+            found.append(raised(lambda: optimizer.step(closure, batches_of(0, F32))))
+            found.append((bits_of(model), optimizer.steps) == before)
+        return [*found, optimizer.steps, bits_of(model)]
+
+    first, second, third = results(cluster(3, work, tmp_path))
+    assert second[0] == ("ValueError", "no such batch")
+    for other in (first, third):
+        assert other[0][0] == "WorkerError" and "worker 1 of 3 failed in the losses of a step (ValueError: no such batch)" in other[0][1]
+    for one in (first, second, third):
+        assert one[2][0] == "KeyboardInterrupt" and one[4] == ("", "") and not one[5] and one[6] == 1
+        if mode == "scratch":
+            assert one[1] and one[3]
+    model = Model()
+    zk.MeZOStep(model, lr=1e-3, queries=4).step(model, batches_of(0, F32))
+    assert first[7] == second[7] == third[7]
+    if mode == "scratch":
+        assert first[7] == bits_of(model)
+
+
+def test_what_is_not_finite_on_one_is_skipped_by_all(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[bool, int, int]:
+        model = Model()
+        optimizer = shared(model)
+        optimizer.step(lambda x: model(x) * (float("nan") if rank == 1 else 1.0), batches_of(0, F32))
+        return bits_of(model) == BASE, optimizer.skipped, optimizer.steps
+
+    assert results(cluster(2, work, tmp_path)) == [(True, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("place", ["closure", "before"])
+def test_a_worker_that_is_killed_is_named(tmp_path: Path, place: str) -> None:
+    death = Death(2, place, 5)
+
+    def work(rank: int) -> str:
+        if rank == death.rank:
+            death.install()
+        model = Model()
+        optimizer = shared(model)
+        for k in range(20):
+            optimizer.step(model, batches_of(k, F32))
+        return bits_of(model)
+
+    ends = cluster(4, work, tmp_path)
+    assert ends[2].killed and survived(ends, death) == ""
+
+
+def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[str, str, bool, str]:
+        model = Model()
+        optimizer = shared(model, timeout=1.5)
+        optimizer.step(model, batches_of(0, F32))
+        before = bits_of(model)
+        if rank == 1:
+            time.sleep(9)
+            return "", "", True, ""
+        found = raised(lambda: optimizer.step(model, batches_of(1, F32)))
+        again = raised(lambda: optimizer.step(model, batches_of(1, F32)))
+        return *found, bits_of(model) == before, again[1]
+
+    for rank, (name, text, same, again) in enumerate(results(cluster(3, work, tmp_path))):
+        if rank != 1:
+            assert name == "WorkerError" and same and re.search(r"worker 1 of 3 (did not come within 1.5 s|is gone)", text), text
+            assert "make a new one" in again
+
+
+# ---- a worker that has another run ------------------------------------------------------------------------------------------------
+
+
+def changed(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    return model
+
+
+LIES: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], nn.Module]]] = {
+    "seed": ("seed: 5 there, 0 on", {"seed": 5}, lambda m: m),
+    "base": ("parameter a.weight: ", {}, changed),
+    "method": ("estimator: {'name': 'two-sided', 'queries': 2} there, ", {"queries": 2}, lambda m: m),
+    "rule": ("rule: {'name': 'sign'", {"rule": zk.Sign()}, lambda m: m),
+    "mode": ("perturbation: 'inplace' there", {"perturbation": "inplace"}, lambda m: m),
+    "kind": ("kind: 'rademacher' there", {"kind": "rademacher"}, lambda m: m),
+    "rounding": ("rounding: 'nearest' there", {"rounding": "nearest"}, lambda m: m),
+    "lr": ("lr: [0.002] there, [0.001] on worker 0", {"lr": 2e-3}, lambda m: m),
+}
+
+
+def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path) -> None:
+    def work(rank: int) -> list[Any]:
+        found: list[Any] = []
+        for _, more, change in LIES.values():
+            model: nn.Module = Model()
+            optimizer = shared(change(model) if rank == 1 else model, **(more if rank == 1 else {}))
+            before = bits_of(model)
+            found.append((*raised(lambda o=optimizer, m=model: o.step(m, batches_of(0, F32))), bits_of(model) == before))
+        version = record.journal.header.__version__
+        record.journal.header.__version__ = "0.0.1" if rank == 1 else version  # type: ignore[attr-defined]
+        model = Model()
+        found.append((*raised(lambda: shared(model).step(model, batches_of(0, F32))), bits_of(model) == BASE))
+        record.journal.header.__version__ = version  # type: ignore[attr-defined]
+        # And later: other batches, another number of them, another schedule, a call that the others do not make.
+        optimizer = shared(model)
+        optimizer.step(model, batches_of(0, F32))
+        before = bits_of(model)
+        found.append((*raised(lambda: optimizer.step(model, batches_of(rank, F32))), bits_of(model) == before))
+        found.append((*raised(lambda: optimizer.step(model, batches_of(0, F32)[rank:])), bits_of(model) == before))
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + rank)
+        found.append((*raised(lambda: optimizer.step(model, batches_of(0, F32))), bits_of(model) == before))
+        optimizer.param_groups[0]["lr"] = 1e-3
+        if rank:
+            odd = raised(lambda: optimizer.open_journal(tmp_path / "other.zoj"))
+        else:
+            odd = raised(lambda: optimizer.step(model, batches_of(0, F32)))
+        return [*found, (*odd, bits_of(model) == before)]
+
+    wanted = [text for text, *_ in LIES.values()]
+    wanted += ["zo_kernels: '0.0.1' there", "micro-batches: ", "micro-batches: ", "lr: [0.002] there, [0.001] on", "what it is at: opening the journal there"]
+    for found in results(cluster(2, work, tmp_path)):
+        for (name, text, same), want in zip(found, wanted, strict=True):
+            assert name == "WorkerError" and same and text.startswith("worker 1 differs from worker 0 in ") and want in text, (want, text)
+
+
+# ---- the journal -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_worker_writes_and_a_record_that_fails_is_nobodys_step(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[Any, ...]:
+        model = Model()
+        path = tmp_path / f"{rank}.zoj"  # of which the first one's alone comes to be
+        optimizer = shared(model, journal=path)
+        optimizer.step(model, batches_of(0, F32))
+        before, write = bits_of(model), os.write
+
+        def full(fd: int, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "no space")
+
+        if rank == 0:
+            os.write = full
+        found = raised(lambda: optimizer.step(model, batches_of(1, F32)))
+        os.write = write
+        kept = bits_of(model) == before, optimizer.steps
+        optimizer.reopen_journal()
+        optimizer.step(model, batches_of(1, F32))
+        optimizer.close_journal()
+        return found, kept, path.exists(), bits_of(model)
+
+    first, second = results(cluster(2, work, tmp_path / "cluster"))
+    assert first[0][0] == "OSError" and second[0][0] == "WorkerError" and "worker 0 of 2 failed in the record of a step" in second[0][1]
+    assert first[1] == second[1] == (True, 1)
+    assert first[2] and not second[2]
+    model = Model()
+    zk.replay(model, tmp_path / "0.zoj")
+    assert bits_of(model) == first[3] == second[3]
+
+
+def test_a_run_that_cannot_go_on_for_one_goes_on_for_none(tmp_path: Path) -> None:
+    Form("MeZO", F32).run(shared=False, journal=tmp_path / "run.zoj", steps=3)
+
+    def work(rank: int) -> tuple[str, str, bool]:
+        model = Model()
+        if rank == 1:
+            changed(model)
+        before = bits_of(model)
+        optimizer = Form("MeZO", F32).optimizer(model, process_group=dist.group.WORLD)
+        found = raised(lambda: optimizer.open_journal(tmp_path / "run.zoj", resume=True))
+        return *found, rank == 1 or bits_of(model) == before
+
+    first, second = results(cluster(2, work, tmp_path / "cluster"))
+    assert first[0] == "WorkerError" and "worker 1 of 2 failed in beginning, or going on with, the journal's run" in first[1]
+    assert second[0] == "ValueError" and "a.weight" in second[1]
+
+
+# ---- what is refused, and said -----------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    def work(rank: int) -> list[tuple[str, str]]:
+        model = Model()
+        sgd = torch.optim.SGD(model.norm.parameters(), 0.1)
+        refused = [
+            raised(lambda: shared(model, cuda_graph=True)),
+            raised(lambda: shared(model, first_order=sgd)),
+            raised(lambda: zk.DiZO(model, 1e-3, layers=["weight$"], learn="backpropagation", process_group=dist.group.WORLD)),
+            raised(lambda: shared(model, parallel="columns")),
+            raised(lambda: shared(model, timeout=0)),
+            raised(lambda: shared(model, process_group="world")),
+            raised(lambda: shared(nn.parallel.DistributedDataParallel(model))),
+        ]
+        with pytest.warns(zk.ZOWarning, match="torch.distributed has 2 processes"):
+            zk.MeZOStep(model, lr=1e-3)
+        return refused
+
+    texts = ["which no graph does", "no gradients", "no gradients", "parallel='columns'", "timeout=0", "must be a process group", "process_group="]
+    for found in results(cluster(2, work, tmp_path)):
+        for (name, text), want in zip(found, texts, strict=True):
+            assert name in ("ValueError", "TypeError") and want in text, (want, text)
+
+
+def test_a_copy_steps_alone(tmp_path: Path) -> None:
+    def work(rank: int) -> bool:
+        model = Model()
+        optimizer = shared(model)
+        optimizer.step(model, batches_of(0, F32))
+        theirs, alone = copy.deepcopy((model, optimizer))
+        if rank == 0:
+            alone.step(theirs, batches_of(1, F32))
+        return alone.workers is None and optimizer.workers is not None
+
+    assert all(results(cluster(2, work, tmp_path)))

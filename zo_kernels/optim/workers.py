@@ -1,0 +1,363 @@
+"""Workers that share a step: who evaluates which losses, how the losses travel, and what is said when one fails, is missing or is another.
+
+Belongs here: the cut of a table of points x micro-batches, one round of numbers between the workers of a process group, what they compare, who is named.
+Does not belong here: forwards (evaluate.py), what follows from losses (decide.py), files (record.py).
+
+A round is one all-gather of `FRAME` float64 numbers from each worker: what it is about, whether this worker failed, a digest of what all must have in
+common, and losses; those that do not fit follow in a second one, once the workers have agreed on how many there are. Only torch.distributed carries them,
+in a gloo group of their own: the losses of a GPU are read by its host, and the user's own collectives are never mixed with ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zo_kernels import checks
+from zo_kernels.optim.findings import ZOWarning
+
+PARALLEL = ("auto", "directions", "data", "both")
+FRAME = 16  # numbers of a round
+HEAD = 4  # of them: what it is about, failure, what is in common, random numbers
+SAMPLED = 1 << 16  # bytes of each tensor of a micro-batch that are compared
+GRACE = 5.0  # seconds in which who still waits says so, when a round has come to no end; a connection that is closed needs a fifth
+
+T = TypeVar("T")
+
+
+class WorkerError(RuntimeError):
+    """Another worker failed, does not answer, or has another run than this one: the text names it. Nothing of the step was done here, nor is anywhere else.
+
+    Attributes:
+        ranks: of the workers that it is about, in the process group.
+    """
+
+    def __init__(self, text: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.ranks = tuple(ranks)
+
+
+# ---- the cut of a table ---------------------------------------------------------------------------------------------------
+
+
+def cut(parallel: str, points: int, batches: int, workers: int) -> list[list[int]]:
+    """The cells of each worker, in order; cell p * batches + k is micro-batch k at point p. A worker for which none is left makes again those of another,
+    while it would wait for them: its forwards draw the same random numbers, and it sees how the model reads its weights.
+
+    Args:
+        parallel: "directions": whole points. "data": a micro-batch at all points. "both": any cell. "auto": the one whose largest share is the smallest.
+    """
+    if parallel == "auto":
+        choices = [cut(kind, points, batches, workers) for kind in PARALLEL[1:]]
+        return min(choices, key=lambda shares: max(map(len, shares)))
+    parts = {"directions": points, "data": batches, "both": points * batches}[parallel]
+
+    def of(part: int) -> list[int]:
+        if parallel == "directions":
+            return [part * batches + k for k in range(batches)]
+        return [p * batches + part for p in range(points)] if parallel == "data" else [part]
+
+    sharing = min(workers, parts)
+    shares = [sorted(c for part in range(w * parts // sharing, (w + 1) * parts // sharing) for c in of(part)) for w in range(sharing)]
+    return [shares[w % sharing] for w in range(workers)]
+
+
+def parts_batches(shares: Sequence[Sequence[int]], batches: int) -> bool:
+    """Whether the micro-batches of a point are not all of one worker."""
+    return any(len({c // batches for c in share}) * batches != len(share) for share in shares)
+
+
+# ---- what workers compare -------------------------------------------------------------------------------------------------
+
+
+def print_of(value: Any, most: int | None = None) -> str:
+    """A digest of tensors, numbers and texts in whatever holds them. Of other objects the class counts alone.
+
+    Args:
+        most: bytes of each tensor that count, from its start, beside its shape; None: all.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    _feed(found, value, most)
+    return found.hexdigest()
+
+
+def _feed(found: Any, value: Any, most: int | None) -> None:
+    if isinstance(value, Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        if not value.is_meta and value.layout == torch.strided:
+            flat = value.detach().reshape(-1)
+            flat = flat if most is None else flat[: most // max(1, value.element_size())]
+            found.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key in value:
+            found.update(f"|{key!r:.200}:".encode())
+            _feed(found, value[key], most)
+    elif isinstance(value, np.ndarray):
+        found.update(f"{value.dtype}{value.shape}".encode() + value.tobytes()[:most])
+    elif isinstance(value, (list, tuple)):
+        found.update(f"[{len(value)}".encode())
+        for one in value:
+            _feed(found, one, most)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            found.update(f".{field.name}".encode())
+            _feed(found, getattr(value, field.name), most)
+    else:
+        plain = value is None or isinstance(value, (bool, int, float, str, bytes))
+        found.update((repr(value) if plain else type(value).__name__).encode())
+
+
+def number_of(text: str) -> float:
+    """A float64 number that stands for a text: 52 bits of its digest, never 0."""
+    return float((int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 12) | 1)
+
+
+# ---- the workers ------------------------------------------------------------------------------------------------------------
+
+
+class Workers:
+    """The workers of one optimizer, which all make theirs, and all its calls, in the same order.
+
+    Args:
+        group: the processes. parallel: see `cut`. timeout: seconds that a round waits for the slowest worker.
+
+    Attributes:
+        rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
+        common: what a step has in common, in words that an error may use; whoever begins a step says it.
+        met: the workers have compared what they begin with.
+
+    Raises:
+        TypeError, ValueError: no process group that this process is in; parallel or timeout is none.
+    """
+
+    def __init__(self, group: Any, parallel: str, timeout: float) -> None:
+        checks.check_choice("parallel", parallel, PARALLEL)
+        if not (isinstance(timeout, (int, float)) and 0 < timeout < 1e7):
+            raise ValueError(f"timeout={timeout!r:.80} must be a positive number of seconds")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group={group!r:.80} must be a process group of torch.distributed that this process is in: call "
+                "torch.distributed.init_process_group(), and give torch.distributed.group.WORLD"
+            )
+        self.parallel, self.timeout = parallel, float(timeout)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent = 0
+        self.common: dict[str, Any] = {}
+        self.met = False
+        self.chain = ""  # a digest of all decisions so far
+        self.whole = False  # the forwards draw random numbers: a point is one worker's
+        self.lost: WorkerError | None = None
+        self._group: Any = None
+        if self.size > 1:
+            self._group = dist.new_group(
+                dist.get_process_group_ranks(group),
+                timeout=datetime.timedelta(seconds=self.timeout),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
+
+    # -- rounds --
+
+    def round(
+        self, what: str, error: BaseException | None = None, common: Mapping[str, Any] | None = None, drawn: str = "",
+        values: Sequence[float] = (), counts: Sequence[int] = (),
+    ) -> tuple[list[list[float]], list[float]]:  # fmt: skip
+        """One round, which every worker makes.
+
+        Args:
+            what: it is about. error: why this worker failed. common: what is the same on all workers. drawn: a digest of the random state around a forward
+                that drew numbers. values: of this worker; counts: how many each worker has.
+
+        Returns:
+            The values of each worker, and the numbers that stand for what each has drawn.
+
+        Raises:
+            WorkerError: a worker failed, differs or is missing; names it. KeyboardInterrupt: one was interrupted. Where this worker failed itself, nothing
+            but what keeps the others from knowing it: its error is the caller's to raise.
+        """
+        failure = 0.0 if error is None else 2.0 if isinstance(error, KeyboardInterrupt) else 1.0
+        text = "" if common is None else print_of(common)
+        head = [number_of(what), failure, number_of(text), number_of(drawn) if drawn else 0.0]
+        room = FRAME - HEAD
+        rows = self._gather([*head, *values[:room]], FRAME)
+        if any(row[1] for row in rows):
+            reasons = self._tell(None if error is None else f"{type(error).__name__}: {error}"[:300])
+            self.met = False
+            if error is None:
+                failed = [rank for rank, reason in enumerate(reasons) if reason is not None]
+                if all(rows[rank][1] == 2.0 for rank in failed):
+                    raise KeyboardInterrupt(f"worker {_names(failed)} was interrupted")
+                raise WorkerError(
+                    f"worker {failed[0]} of {self.size} failed in {what} ({reasons[failed[0]]}): nothing was done on any worker", failed
+                )
+            return [], []
+        if len({row[0] for row in rows}) > 1:
+            self._differ("what it is at", self._tell(what))
+        if len({row[2] for row in rows}) > 1:
+            self._compare(self._tell({key: f"{value!r:.200}" for key, value in (common or {}).items()}))
+        if len({row[3] for row in rows}) > 1:
+            odd = [rank for rank, row in enumerate(rows) if row[3] != rows[0][3]]
+            self._stop(
+                f"the forwards of worker {_names(odd)} drew other random numbers than worker 0's: seed all workers alike (torch.manual_seed, numpy, random), "
+                "or take what draws out (dropout: model.eval()). Numbers whose count depends on the weights cannot be shared",
+                odd,
+            )
+        found = [row[HEAD:] for row in rows]
+        if counts and max(counts) > room:
+            more = self._gather(values[room:], max(counts) - room)
+            found = [a + b for a, b in zip(found, more, strict=True)]
+        return [row[:n] for row, n in zip(found, counts, strict=True)] if counts else found, [row[3] for row in rows]
+
+    def _gather(self, values: Sequence[float], size: int) -> list[list[float]]:
+        """`size` numbers of each worker, in the order of their ranks."""
+        if self.lost is not None:
+            raise WorkerError(f"{self.lost} This optimizer shares no further step: make a new one", self.lost.ranks)
+        mine = torch.zeros(size, dtype=torch.float64)
+        mine[: len(values)] = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return [mine.tolist()]
+        table = torch.empty(self.size, size, dtype=torch.float64)
+        try:
+            dist.all_gather(list(table.unbind()), mine, group=self._group)
+        except RuntimeError as error:
+            self.lost = self._missing(error)
+            raise self.lost from error
+        self.sent += 8 * size
+        found: list[list[float]] = table.tolist()
+        return found
+
+    def _tell(self, value: T) -> list[T]:
+        """An object of each worker; only where something is wrong, or at the start."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            try:
+                dist.all_gather_object(found, value, group=self._group)
+            except RuntimeError as error:
+                self.lost = self._missing(error)
+                raise self.lost from error
+        return found
+
+    def _stop(self, text: str, ranks: Sequence[int]) -> None:
+        self.met = False
+        raise WorkerError(f"{text}. Nothing was done on any worker", ranks)
+
+    def _differ(self, what: str, found: Sequence[Any]) -> None:
+        odd = [rank for rank, one in enumerate(found) if one != found[0]]
+        self._stop(f"worker {_names(odd)} differs from worker 0 in {what}: {found[odd[0]]} there, {found[0]} on worker 0", odd)
+
+    def _compare(self, found: Sequence[Mapping[str, str]]) -> None:
+        """Name the first thing in which a worker differs from the first one."""
+        for what in dict.fromkeys(key for one in found for key in one):
+            if len({one.get(what) for one in found}) > 1:
+                self._differ(what, [one.get(what, "nothing") for one in found])
+        self._stop("the workers' values differ behind their first 200 characters", range(1, self.size))
+
+    # -- a worker that is missing --
+
+    def _missing(self, error: RuntimeError) -> WorkerError:
+        """Which workers do not answer: those whose connection is closed, or after a timeout those that are not waiting, and that do not say that they only
+        gave up for another's sake."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        late = "imed out" in str(error)
+        silent = set(others) if late else {rank for rank in others if not self._reaches(rank)}
+        key = f"zo_kernels/{self._group.group_name}/"
+        with contextlib.suppress(RuntimeError):
+            store = self._group.get_group_store()
+            store.set(f"{key}{self.rank}", "gave up")
+            end = time.monotonic() + (GRACE if late else GRACE / 5)
+            while silent and time.monotonic() < end:
+                silent -= {rank for rank in silent if store.check([f"{key}{rank}"])}
+                time.sleep(0.05)
+            if not silent:  # others were late, and know for whom they waited
+                silent = set(json.loads(store.get(f"{key}missing"))) if store.check([f"{key}missing"]) else silent
+            elif not store.check([f"{key}missing"]):
+                store.set(f"{key}missing", json.dumps(sorted(silent)))
+        # Connections are closed as this worker leaves: whoever waits for it alone learns of it at once.
+        dist.destroy_process_group(self._group)
+        self._group = None
+        names = f"worker {_names(sorted(silent))}" if silent else "a worker"
+        why = f"did not come within {self.timeout:g} s" if late else "is gone (it ended, was killed, or cannot be reached)"
+        return WorkerError(
+            f"{names} of {self.size} {why}: the step was not done. Start the workers again: a run with a journal goes on from it, with any number of them.",
+            sorted(silent),
+        )
+
+    def _reaches(self, rank: int) -> bool:
+        try:
+            dist.isend(torch.zeros(1), group=self._group, group_dst=rank)
+        except RuntimeError:
+            return False
+        return True
+
+    # -- what they do together --
+
+    @contextlib.contextmanager
+    def together(self, what: str, common: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """What each worker does, and none goes on from where one failed.
+
+        Raises:
+            What the block raises; WorkerError of another worker's, or where `common` differs.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.round(what, error)
+            raise
+        self.round(what, None, common)
+
+    def meet(self, common: Mapping[str, Any]) -> None:
+        """Compare what the workers begin with.
+
+        Raises:
+            WorkerError: a worker has another seed, base, method, version, ...: names it, and what differs.
+        """
+        self.round("the comparison before the first step", common=common)
+        self.met = True
+
+    def hand_out(self, value: T) -> T:
+        """The first worker's, on all."""
+        return self._tell(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def decided(self, decision: Mapping[str, Any]) -> None:
+        """What a step decided: the next round compares it."""
+        self.chain = print_of([self.chain, decision])
+
+    def shares(self, points: int, batches: int) -> list[list[int]]:
+        """See `cut`."""
+        return cut("directions" if self.whole else self.parallel, points, batches, self.size)
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) < 4 else f"{ranks[0]}, {ranks[1]} and {len(ranks) - 2} more"
+
+
+def workers_of(process_group: Any, parallel: str, timeout: float) -> Workers | None:
+    """Those of an optimizer; None without a process group, with a word where there are processes that could share its steps."""
+    if process_group is not None:
+        return Workers(process_group, parallel, timeout)
+    if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
+        warnings.warn(
+            f"torch.distributed has {size} processes, and this optimizer is given no process_group: each would step with losses of its own, and their weights "
+            "drift apart. Give process_group=torch.distributed.group.WORLD, and the same batches to all (docs/parallel.md); runs that have nothing in "
+            "common need no torch.distributed",
+            ZOWarning,
+            stacklevel=3,
+        )
+    return None
+
+
+def together(workers: Workers | None, what: str, common: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
+    """`Workers.together`, of a worker that may be alone."""
+    return contextlib.nullcontext() if workers is None else workers.together(what, common)
