@@ -7,6 +7,7 @@
 # make mutants   plant each wrong line of tests/mutants.py in a copy and see its tests fail
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   end RUNS runs by kills, signals and exceptions at random moments, resume each, compare its weights with an undisturbed run's
+# make cluster-test   RUNS runs of workers that share their steps, of which one is killed at a random moment and another number goes on; each ends in the bits of one process
 # make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3 OUT=FOLDER STAGES="smoke steps"
@@ -27,7 +28,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench compare fuzz mutants crash-test sanitize claims sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz mutants crash-test cluster-test sanitize claims sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -63,6 +64,10 @@ mutants: $(READY)
 crash-test: RUNS ?= 200
 crash-test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.crash --runs $(RUNS)
+
+cluster-test: RUNS ?= 50
+cluster-test: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.cluster --runs $(RUNS)
 
 sanitize: $(READY)
 	nice tests/kernels/sanitize.sh $(PYTHON)

@@ -460,6 +460,9 @@ claim(
         fidelity("distance", "open", "bfloat16", "public", lr="1e-07"),
     ],
 )
+claim("docs/parallel.md", "**only losses travel**: 8 bytes each", "tests/test_distributed.py::test_bytes_on_the_wire: float64")
+claim("docs/parallel.md", "128 bytes", "zo_kernels/optim/workers.py: FRAME = 16")
+
 LAW = "tests/kernels/test_statistics.py::test_the_law_of_the_gaussian"
 claim(N, "variance 1 (to 1.5e-5), skew 0, excess kurtosis -0.0019, sup|F - Phi| 4.8e-5, lattice 1.4e-4, max|z| 8.23", LAW)
 claim(N, "tail ratio to the normal 0.994 at 3 sigma, 0.945 at 4, 0.783 at 5", LAW)

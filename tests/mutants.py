@@ -62,6 +62,7 @@ V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
 TRL = "tests/finetune/test_trl.py"
+D = "tests/test_distributed.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "found[p] = min(called", "found[p] = max(called",
@@ -465,8 +466,26 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "return min(r, 1 + self.config.tau)", (f"{R}::test_a_projection_is_clipped_on_both_sides",)),
     ("zo_kernels/optim/decide.py", "descent is ascent", "signs = [1.0 if g[\"maximize\"] else -1.0 for", "signs = [-1.0 if g[\"maximize\"] else 1.0 for",
      (f"{M}::test_each_step_is_the_formula_of_the_losses_it_saw[mezo-scratch-fp16]",)),
-    ("zo_kernels/optim/evaluate.py", "the second forward draws other random numbers", "                self.rng.set(self.before)\n", "                pass\n",
+    ("zo_kernels/optim/evaluate.py", "the second forward draws other random numbers",
+     "and self.after:\n                self.rng.set(self.before)\n", "and self.after:\n                pass\n",
      ("tests/optim/test_mezo.py::test_the_two_forwards_share_their_random_state_and_the_caller_keeps_one",)),
+    ("zo_kernels/optim/evaluate.py", "in place a worker makes its own passes alone", "if point.rounds or (own and error is None):", "if own and error is None:",
+     (f"{D}::test_bits_are_those_of_one_process",)),
+    ("zo_kernels/optim/evaluate.py", "micro-batches are divided where forwards draw", "if any(drew) and parted:", "if False:",
+     (f"{D}::test_forwards_that_draw_random_numbers",)),
+    ("zo_kernels/optim/workers.py", "losses that do not fit a frame are lost", "more = self._gather(values[room:], max(counts) - room)",
+     "more = self._gather(values[:0], max(counts) - room)", (f"{D}::test_bits_are_those_of_one_process",)),
+    ("zo_kernels/optim/workers.py", "what one closure raises fails there alone", "if any(row[1] for row in rows):", "if rows[self.rank][1]:",
+     (f"{D}::test_what_one_closure_raises_fails_on_all[scratch]",)),
+    ("zo_kernels/optim/workers.py", "what workers have in common is not compared", "if len({row[2] for row in rows}) > 1:", "if False:",
+     (f"{D}::test_a_worker_with_another_run_is_named_before_the_first_step",)),
+    ("zo_kernels/optim/workers.py", "who gave up for another's sake is missing too",
+     "silent -= {rank for rank in silent if store.check", "silent -= {rank for rank in () if store.check",
+     (f"{D}::test_a_worker_that_does_not_come_is_named",)),
+    ("zo_kernels/optim/record.py", "workers go on where the first one could not record", "workers if self.opened else None, \"the record", "None, \"the record",
+     (f"{D}::test_the_first_worker_writes_and_a_record_that_fails_is_nobodys_step",)),
+    ("zo_kernels/optim/record.py", "the rule is not compared", "in self.run.method.configured().items()}", "in ()}",
+     (f"{D}::test_a_worker_with_another_run_is_named_before_the_first_step",)),
     ("zo_kernels/optim/decision.py", "a skipped step decays", "decay = self.decay if go else [1.0] * groups", "decay = self.decay",
      ("tests/optim/test_views.py::test_a_non_finite_loss_skips_the_step",)),
     ("zo_kernels/optim/decision.py", "the numbers behind a rule's are every group's",

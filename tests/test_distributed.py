@@ -50,7 +50,7 @@ def results(ends: list[End]) -> list[Any]:
 
 
 @pytest.mark.parametrize("parallel", ["auto", "directions", "data", "both"])
-@pytest.mark.parametrize("points, batches", [(2, 1), (1, 4), (8, 4), (3, 5)])
+@pytest.mark.parametrize(("points", "batches"), [(2, 1), (1, 4), (8, 4), (3, 5)])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 64])
 def test_every_cell_is_made_and_shares_are_even(parallel: str, points: int, batches: int, workers: int) -> None:
     shares = cut(parallel, points, batches, workers)
@@ -64,7 +64,9 @@ def test_every_cell_is_made_and_shares_are_even(parallel: str, points: int, batc
         assert max(map(len, used)) - min(map(len, used)) <= size
         assert parts_batches(shares, batches) <= (parallel != "directions")
     else:
-        assert max(map(len, shares)) == min(max(map(len, cut(kind, points, batches, workers))) for kind in ("directions", "data", "both"))
+        assert max(map(len, shares)) == min(
+            max(map(len, cut(kind, points, batches, workers))) for kind in ("directions", "data", "both")
+        )
 
 
 # ---- the bits --------------------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ def test_forwards_that_draw_random_numbers(tmp_path: Path) -> None:
 # ---- what travels ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel, most", [("directions", 16), ("data", 16), ("both", 11)])
+@pytest.mark.parametrize(("parallel", "most"), [("directions", 16), ("data", 16), ("both", 11)])
 def test_bytes_on_the_wire(tmp_path: Path, parallel: str, most: int) -> None:
     """8 for each loss of the largest share, and 32: of two rounds the first has room for twelve."""
     size = 2 if parallel != "both" else 3
@@ -162,7 +164,10 @@ def test_what_one_closure_raises_fails_on_all(tmp_path: Path, mode: str) -> None
     first, second, third = results(cluster(3, work, tmp_path))
     assert second[0] == ("ValueError", "no such batch")
     for other in (first, third):
-        assert other[0][0] == "WorkerError" and "worker 1 of 3 failed in the losses of a step (ValueError: no such batch)" in other[0][1]
+        assert (
+            other[0][0] == "WorkerError"
+            and "worker 1 of 3 failed in the losses of a step (ValueError: no such batch)" in other[0][1]
+        )
     for one in (first, second, third):
         assert one[2][0] == "KeyboardInterrupt" and one[4] == ("", "") and not one[5] and one[6] == 1
         if mode == "scratch":
@@ -270,10 +275,19 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
         return [*found, (*odd, bits_of(model) == before)]
 
     wanted = [text for text, *_ in LIES.values()]
-    wanted += ["zo_kernels: '0.0.1' there", "micro-batches: ", "micro-batches: ", "lr: [0.002] there, [0.001] on", "what it is at: opening the journal there"]
+    wanted += [
+        "zo_kernels: '0.0.1' there",
+        "micro-batches: ",
+        "micro-batches: ",
+        "lr: [0.002] there, [0.001] on",
+        "what it is at: opening the journal there",
+    ]
     for found in results(cluster(2, work, tmp_path)):
         for (name, text, same), want in zip(found, wanted, strict=True):
-            assert name == "WorkerError" and same and text.startswith("worker 1 differs from worker 0 in ") and want in text, (want, text)
+            assert name == "WorkerError" and same and text.startswith("worker 1 differs from worker 0 in ") and want in text, (
+                want,
+                text,
+            )
 
 
 # ---- the journal -----------------------------------------------------------------------------------------------------------------
@@ -301,7 +315,11 @@ def test_the_first_worker_writes_and_a_record_that_fails_is_nobodys_step(tmp_pat
         return found, kept, path.exists(), bits_of(model)
 
     first, second = results(cluster(2, work, tmp_path / "cluster"))
-    assert first[0][0] == "OSError" and second[0][0] == "WorkerError" and "worker 0 of 2 failed in the record of a step" in second[0][1]
+    assert (
+        first[0][0] == "OSError"
+        and second[0][0] == "WorkerError"
+        and "worker 0 of 2 failed in the record of a step" in second[0][1]
+    )
     assert first[1] == second[1] == (True, 1)
     assert first[2] and not second[2]
     model = Model()
@@ -346,7 +364,15 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
             zk.MeZOStep(model, lr=1e-3)
         return refused
 
-    texts = ["which no graph does", "no gradients", "no gradients", "parallel='columns'", "timeout=0", "must be a process group", "process_group="]
+    texts = [
+        "which no graph does",
+        "no gradients",
+        "no gradients",
+        "parallel='columns'",
+        "timeout=0",
+        "must be a process group",
+        "process_group=",
+    ]
     for found in results(cluster(2, work, tmp_path)):
         for (name, text), want in zip(found, texts, strict=True):
             assert name in ("ValueError", "TypeError") and want in text, (want, text)

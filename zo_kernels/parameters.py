@@ -112,7 +112,8 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 _PARALLEL = {
     "FullyShardedDataParallel": "its weights are shards that come and go with the forwards; give the module as it is before FSDP wraps it",
-    "DistributedDataParallel": "each process would step with a loss of its own, and its weights drift from the others'; give the plain module, model.module, and process_group=..., whose processes share each step",
+    "DistributedDataParallel": "each process would step with a loss of its own, and its weights drift from the others'; give the plain module, "
+    "model.module, and process_group=..., whose processes share each step",
     "DataParallel": "its replicas run in threads, past the perturbed weights; give the plain module, model.module",
 }
 

@@ -184,7 +184,7 @@ class Evaluation:
         found, drew = workers.round(
             "the losses of a step",
             error,
-            {**workers.common, "the decisions before": workers.chain, "the table of losses": f"{len(points)} x {batches} x {width}"},
+            workers.common | {"decisions before": workers.chain, "table of losses": f"{len(points)} x {batches} x {width}"},
             drawn,
             numbers,
             [len(share) * width for share in shares],

@@ -299,7 +299,9 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
 
 def _check_shared(method: Method, first_order: Any, cuda_graph: bool) -> None:
     if cuda_graph:
-        raise ValueError("cuda_graph=True with process_group: a step waits for the others' losses, which no graph does: leave one out")
+        raise ValueError(
+            "cuda_graph=True with process_group: a step waits for the others' losses, which no graph does: leave one out"
+        )
     if first_order is not None or (method.projection is not None and method.projection.learn == "backpropagation"):
         raise ValueError(
             "process_group with backpropagation: workers share losses, of 8 bytes each, and no gradients: leave first_order out, and take a projection with "

@@ -176,7 +176,8 @@ class Recording:
         workers = self.workers
         if workers is not None:
             workers.decided(decision.entry())
-        with together(workers if self.opened else None, "the record of a step", {"the decision": workers.chain} if workers else None):
+        decided = {"the decision": workers.chain} if workers is not None else None
+        with together(workers if self.opened else None, "the record of a step", decided):
             if self.recorder is not None and decision.known:
                 self.recorder.append(decision)
         if self.opened and decision.known:
@@ -332,8 +333,8 @@ class Start:
         }
         where = {"steps": self.run.steps, "tag": self.run.tag, "skipped steps": int(self.run.skipped)}
         parts = {what: part and method.describe(part) for what, part in self.run.method.configured().items()}
-        parts |= {"clip": repr(self.run.method.clip), "rounding": self.rounding}
-        return {**header.versions, **where, **parts, **self.fixed, **self.about, **named}
+        own = {"clip": repr(self.run.method.clip), "rounding": self.rounding}
+        return {**header.versions, **where, **parts, **self.fixed, **self.about, **own, **named}
 
     def _header(self, hyperparameters: Mapping[str, Any] | None, notes: Any) -> journal.Header:
         buffers = parameters.persistent_buffers(self.model) if self.model is not None else ()
@@ -362,7 +363,12 @@ class Start:
 
 
 def start_of(
-    run: Run, param_groups: Sequence[Mapping[str, Any]], groups: Sequence[Weights], model: nn.Module | None, mode: str, rounding: str
+    run: Run,
+    param_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Weights],
+    model: nn.Module | None,
+    mode: str,
+    rounding: str,
 ) -> Start:
     """Of a run as it is now, of torch's parameter groups and the weights in them."""
     fixed: dict[str, Any] = {"seed": run.seed, "kind": run.method.kind, "perturbation": mode, "terms": run.method.terms}

@@ -418,13 +418,11 @@ class ZOStep(torch.optim.Optimizer):
 
     def _common(self) -> dict[str, Any]:
         """What workers who share the steps must begin with."""
-        kept = saved.pack(self._run, self.param_groups, self.state, complete=False)
-        return {**self._start().common(), "scratch_bytes": self._scratch_bytes, "the state that the method keeps": print_of(kept["state"])}
+        kept = print_of(saved.pack(self._run, self.param_groups, self.state, complete=False)["state"])
+        return {**self._start().common(), "scratch_bytes": self._scratch_bytes, "what the method keeps": kept}
 
     def _start(self) -> record.Start:
-        return record.start_of(
-            self._run, self.param_groups, self._weights(), self._model, self._recording.mode, self._rounding
-        )
+        return record.start_of(self._run, self.param_groups, self._weights(), self._model, self._recording.mode, self._rounding)
 
     # -- the journal --
 

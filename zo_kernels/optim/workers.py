@@ -70,7 +70,9 @@ def cut(parallel: str, points: int, batches: int, workers: int) -> list[list[int
         return [p * batches + part for p in range(points)] if parallel == "data" else [part]
 
     sharing = min(workers, parts)
-    shares = [sorted(c for part in range(w * parts // sharing, (w + 1) * parts // sharing) for c in of(part)) for w in range(sharing)]
+    shares = [
+        sorted(c for part in range(w * parts // sharing, (w + 1) * parts // sharing) for c in of(part)) for w in range(sharing)
+    ]
     return [shares[w % sharing] for w in range(workers)]
 
 
@@ -200,7 +202,8 @@ class Workers:
                 if all(rows[rank][1] == 2.0 for rank in failed):
                     raise KeyboardInterrupt(f"worker {_names(failed)} was interrupted")
                 raise WorkerError(
-                    f"worker {failed[0]} of {self.size} failed in {what} ({reasons[failed[0]]}): nothing was done on any worker", failed
+                    f"worker {failed[0]} of {self.size} failed in {what} ({reasons[failed[0]]}): nothing was done on any worker",
+                    failed,
                 )
             return [], []
         if len({row[0] for row in rows}) > 1:
@@ -358,6 +361,8 @@ def workers_of(process_group: Any, parallel: str, timeout: float) -> Workers | N
     return None
 
 
-def together(workers: Workers | None, what: str, common: Mapping[str, Any] | None = None) -> contextlib.AbstractContextManager[None]:
+def together(
+    workers: Workers | None, what: str, common: Mapping[str, Any] | None = None
+) -> contextlib.AbstractContextManager[None]:
     """`Workers.together`, of a worker that may be alone."""
     return contextlib.nullcontext() if workers is None else workers.together(what, common)
