@@ -8,7 +8,9 @@ import gc
 import hashlib
 import json
 import random
+import signal
 import struct
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +79,10 @@ def write(model: nn.Module, path: Path) -> Path:
     return path
 
 
+class Stop(BaseException):
+    pass
+
+
 def closure_of(model: nn.Module, step: int) -> Callable[[], Tensor]:
     ids = (torch.arange(10).view(2, 5) * 7 + step) % WORDS
     return lambda: functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten().roll(1))
@@ -122,7 +128,7 @@ def test_bits_are_those_of_the_resident_run(name: str, dtype: torch.dtype, tmp_p
         if source is file:
             model = model.to("meta")
             model.head.weight = model.embedding.weight
-        zk.offload(model, source, write_back=every, folder=tmp_path if every else None, small=0)
+        zk.offload(model, source, write_back=every, folder=tmp_path if every else None, small=0, together=every != 8)
         train(model, METHODS[name])
         assert same(bits(model), bits(resident)), (source, every)
         ids = torch.arange(8).view(2, 4)
@@ -176,6 +182,71 @@ def test_what_comes_and_goes() -> None:
     assert [written for *_, written in seen[1:]].count(0) >= 3 and sum(w for *_, w in seen) == 2 * sum(sizes.values())
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_block_comes_once_a_step(prefetch: bool) -> None:
+    """For both sides, for all queries, for candidates once more; for each micro-batch."""
+    for make, batches, visits in (
+        (zk.MeZOStep, 1, 1),
+        (METHODS["fzoo"], 1, 1),
+        (zk.ZOConservative, 1, 2),
+        (METHODS["queries"], 3, 3),
+    ):
+        model, resident = model_of(), model_of()
+        offloaded = zk.offload(model, write_back=1, small=0, together=True, prefetch=prefetch)
+        a, b = (make(m, lr=1e-2, seed=9) for m in (model, resident))
+        for step in range(3):
+            before = copy.copy(offloaded.traffic)
+            losses = []
+            for m, optimizer in ((model, a), (resident, b)):
+                losses.append(optimizer.step(lambda k, m=m: closure_of(m, k)(), [step + k for k in range(batches)]))
+            assert torch.equal(*losses)
+            if step:
+                assert offloaded.traffic.visits - before.visits == visits * len(offloaded.blocks)
+                assert offloaded.traffic.bytes - before.bytes == visits * sum(offloaded.blocks.values())
+        assert same(bits(model), bits(resident))
+
+
+def test_forwards_side_by_side_draw_the_same_numbers() -> None:
+    model, resident = model_of().train(), model_of().train()
+    for m in (model, resident):
+        for layer in m.layers:
+            layer.register_forward_hook(lambda module, _, x: functional.dropout(x, 0.3))
+    zk.offload(model, small=0, together=True)
+    for m in (model, resident):
+        torch.manual_seed(5)
+        train(m, METHODS["queries"], steps=3)
+        m.drawn = torch.rand(3)
+    assert same(bits(model), bits(resident)) and torch.equal(model.drawn, resident.drawn)
+
+
+@pytest.mark.parametrize("how", ["raises", "interrupt"])
+def test_a_forward_that_fails_ends_those_beside_it(how: str) -> None:
+    """In whichever thread it runs, at whichever block; a signal, whichever runs then."""
+    model, resident = model_of(), model_of()
+    offloaded = zk.offload(model, write_back=1, small=0, together=True)
+    ours, theirs = (METHODS["queries"](m, lr=1e-2, seed=9) for m in (model, resident))
+    threads, calls, at = threading.active_count() + 1, 0, 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at and how == "raises":
+            raise Stop
+        if calls == at:
+            signal.raise_signal(signal.SIGINT)
+
+    for step, place in enumerate((1, 2, 4, 7, 4 * LAYERS)):
+        handles = [layer.register_forward_hook(fail) for layer in model.layers]
+        calls, at = 0, place
+        with pytest.raises(Stop if how == "raises" else KeyboardInterrupt):
+            ours.step(closure_of(model, step))
+        for handle in handles:
+            handle.remove()
+        assert ours.steps == step and threading.active_count() <= threads and offloaded._away.gate is None
+        ours.step(closure_of(model, step)), theirs.step(closure_of(resident, step))
+    assert same(bits(model), bits(resident))
+
+
 def test_adapters_are_resident_and_nothing_is_written(tmp_path: Path) -> None:
     def adapted(model: Tied) -> nn.Module:
         torch.manual_seed(1)
@@ -189,7 +260,7 @@ def test_adapters_are_resident_and_nothing_is_written(tmp_path: Path) -> None:
     file = write(model_of(), tmp_path / "model.safetensors")
     for make in (zk.MeZOStep, zk.ZOAdam, zk.LOZO, functools.partial(zk.MeZOStep, perturbation="inplace")):
         model, resident = model_of(), adapted(model_of())
-        offloaded = zk.offload(model, file, small=0)
+        offloaded = zk.offload(model, file, small=0, together=True)
         train(adapted(model), make), train(resident, make)
         assert same(bits(model), bits(resident)) and offloaded.traffic.written == 0
 
@@ -213,10 +284,6 @@ def test_a_run_goes_on_from_its_journal(source: str, tmp_path: Path) -> None:
     replayed = model_of()
     zk.replay(replayed, tmp_path / "b.zoj")
     assert same(bits(replayed), bits(resident))
-
-
-class Stop(BaseException):
-    pass
 
 
 def test_a_failed_forward_leaves_everything_as_it_was() -> None:

@@ -70,6 +70,7 @@ def offload(
     write_back: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     prefetch: bool = True,
+    together: bool = False,
     small: int = SMALL,
 ) -> Offloaded:
     """Let a model's weights lie in host memory or on disk, from where they visit the device a block at a time, when a forward, or anything else, reads them.
@@ -91,6 +92,9 @@ def offload(
             blocks, that is gone with the process. 0: never; a block then makes all steps so far at each visit. None: 8, and 0 for files without a folder.
         folder: for what is written back of files.
         prefetch: the next block comes in a thread of its own while one is used.
+        together: a block that comes serves all forwards of a step before the next one does: it comes once a step (and micro-batch) and not once a forward.
+            Their activations are there at once, and a closure is called in several threads, of which one runs at a time and is left in the middle of a
+            forward for another: give it where closure and model have nothing in common between forwards but weights, and buffers that no forward writes.
 
     Returns:
         What counts the traffic and gives the values.
@@ -145,7 +149,7 @@ def offload(
             if b is not None and not b.is_meta and b.device != place:
                 module._buffers[name] = b.to(place)
     found = [_block(label, {n: made.get(id(p), p) for n, p in members.items()}, kept) for label, members in parts.items()]
-    away = Away(found, place, write_back or None, host, folder, prefetch)
+    away = Away(found, place, write_back or None, host, folder, prefetch, together)
     away.settle()
     model.__dict__["_zo_away"] = away  # lives as long as the model
     resident = sum(p.numel() * p.element_size() for p in (made.get(id(p), p) for p in others.values()))

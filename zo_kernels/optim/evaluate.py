@@ -9,6 +9,7 @@ share a step share it there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels import interrupts
-from zo_kernels.optim import findings, generators
+from zo_kernels import interrupts, views
+from zo_kernels.optim import findings, generators, lockstep
 from zo_kernels.optim.points import Losses, Point
 from zo_kernels.optim.workers import Workers, parts_batches, print_of
 from zo_kernels.views import tangents
@@ -222,6 +223,28 @@ class Evaluation:
     def forward(self, points: Sequence[Point]) -> Tensor:
         """`Losses` of plain forwards."""
         return self.losses(points, self._one(self.warner.hearing(self.convert)))
+
+    def side_by_side(self, points: Sequence[Point], away: views.Away) -> Tensor:
+        """The same as `forward`, the forwards in lockstep over the blocks of an offloaded model."""
+        # Workers have one order of forwards for all of them; a look at operations is one thread's.
+        if self.workers is not None or self.rng is None or not isinstance(self.warner.reads, contextlib.nullcontext):
+            return self.forward(points)
+        one, heard, order = self._one(self.warner.hearing(self.convert)), self.warner.heard, list[int]()
+
+        def job(which: lockstep.Forward) -> Tensor | float:
+            rows = []
+            for arguments in self.calls:
+                rows.append(one(arguments))
+                order.append(which.number)
+            which.point.check()
+            return _mean(rows)
+
+        since, together = len(heard), lockstep.Lockstep(away, points, self.rng, self.before)
+        found = together.run(job)
+        self.after = self.after or together.forwards[0].random
+        if len(heard) > since:  # as they would have come one behind the other
+            heard[since:] = [heard[since + k] for k in sorted(range(len(order)), key=order.__getitem__)]
+        return _together(found)
 
     def dual(self, points: Sequence[Point]) -> Tensor:
         """`Losses` with their tangents: float64 [points, 2]."""

@@ -196,8 +196,10 @@ class Schedule:
         def point(shift: Any) -> Point:
             return Point(lambda: self.run.see(view, shift), view.check, rounds=view.mode != "scratch")
 
-        evaluate = forwards.dual if self.run.method.estimator.dual else forwards.forward
-        return evaluate([point(shift) for shift in shifts])
+        points = [point(shift) for shift in shifts]
+        if view.together and len(points) > 1:
+            return forwards.side_by_side(points, view.away)
+        return (forwards.dual if self.run.method.estimator.dual else forwards.forward)(points)
 
     def _try(self, view: views.View, forwards: Evaluation, decided: Decided, numbers: Numbers) -> Decided:
         """Evaluate a rule's candidates, if it has any, and keep the best."""

@@ -91,6 +91,7 @@ class Slot:
     memory: Tensor  # uint8, on the device
     holds: Block | None = None
     at: int = 0  # the step that its values are before
+    asked: bool = False  # a function has asked for it since it came
 
 
 @dataclass(eq=False)
@@ -100,6 +101,7 @@ class Away:
     Args:
         blocks: in the order of a forward, as far as that is known. device: that they visit. every: steps after which a block is written back; None: never.
         host: they lie in host memory and go back there; else to a file without a name in `folder`. ahead: the next block is fetched while one is used.
+        together: the forwards of a step go through a block one behind the other before the next one comes.
     """
 
     blocks: list[Block]
@@ -108,6 +110,7 @@ class Away:
     host: bool
     folder: str | os.PathLike[str] | None = None
     ahead: bool = True
+    together: bool = False
     traffic: Traffic = field(default_factory=Traffic)
     steps: int = 0  # that were made so far
     broken: str = ""  # why the weights cannot be read any more
@@ -123,6 +126,7 @@ class Away:
         self.pending: tuple[Block, concurrent.futures.Future[None]] | None = None
         self.using: tuple[Block, ...] = ()  # by the function that is under way
         self.inside: set[int] = set()  # threads in which our own reads are under way
+        self.gate: Callable[[tuple[Block, ...]], None] | None = None  # is asked before blocks are brought in (optim/lockstep.py)
         self.refuses: Callable[[Tensor], None] = lambda p: None  # is asked before a parameter is read as it stands
         self.process = os.getpid()
         self.thread: concurrent.futures.ThreadPoolExecutor | None = None
@@ -164,17 +168,24 @@ class Away:
     def need(self, blocks: Iterable[Block]) -> None:
         """These are there, with the values of the step that is next."""
         wanted = tuple(dict.fromkeys(blocks))
-        if wanted == self.using and all(self.slots[b.slot].holds is b and self.slots[b.slot].at == self.steps for b in wanted):
+        if all(b in self.using for b in wanted) and self.present(wanted):
             return
         if len({b.slot for b in wanted}) < len(wanted):
             raise RuntimeError(
                 f"one function reads weights of {len(wanted)} blocks, {', '.join(b.name for b in wanted)}, of which two are there at a time: "
                 "give zk.offload blocks=[...] with a module that has both"
             )
+        if self.gate is not None and not self.present(wanted):
+            self.gate(wanted)
         self.using = wanted
         for block in wanted:
             self._bring(block)
         self._fetch_next()
+
+    def present(self, blocks: Iterable[Block]) -> bool:
+        """Whether they were asked for and came; what was fetched in advance counts when it is asked for, whenever the thread was done."""
+        slots = [(self.slots[b.slot], b) for b in blocks]
+        return all(slot.holds is b and slot.asked and slot.at == self.steps for slot, b in slots)
 
     def _bring(self, block: Block) -> None:
         if self.broken:
@@ -186,6 +197,7 @@ class Away:
                 self._load(block)
             elif slot.at != self.steps:
                 self._catch_up(block, slot.at)
+            slot.asked = True
         if self.last is not None and self.last is not block:
             self.next_of[self.last] = block
         self.last = block
@@ -221,7 +233,7 @@ class Away:
 
     def _load(self, block: Block) -> None:
         slot, steps = self.slots[block.slot], self.steps
-        slot.holds = None
+        slot.holds, slot.asked = None, False
         with self.own():
             if block.written and self.working is not None:
                 self._read(self.working, slot.memory[: block.size], block.start)
@@ -324,6 +336,11 @@ def place_of(p: Tensor) -> tuple[Away, Block] | None:
     return (away, block) if away is not None and block is not None else None
 
 
+def away_of(model: nn.Module) -> Away | None:
+    """The blocks of a model, or of one that is a part of it."""
+    return next((module.__dict__["_zo_away"] for module in model.modules() if "_zo_away" in module.__dict__), None)
+
+
 def there(p: Tensor) -> bool:
     """Whether a parameter's memory holds its own values now."""
     place = place_of(p)
@@ -340,6 +357,10 @@ class Watched(Reads):
         super().__init__(params, _QUIET, lambda p: None, self._written, lambda p: None)
         self.away, self.blocks, self.names = weakref.ref(away), mine, names
         self.slots = {slot.memory.untyped_storage().data_ptr() for slot in away.slots}
+
+    def blocks_of(self, tensors: Iterable[Any]) -> list[Block]:
+        """Those that any of these is of."""
+        return [self.blocks[id(self.of[id(t)])] for t in tensors if id(t) in self.of]
 
     def trust(self, alias: Tensor) -> None:
         """One of ours, which is read where its block is there: nobody is asked for it, which costs microseconds."""
@@ -372,6 +393,7 @@ class Watched(Reads):
         for p in own:
             away.refuses(p)
         away.need(self.blocks[id(p)] for p in own)
+        self.thread = threading.get_ident()  # others may have had their turn
         result = super().call(func, args, kwargs, found)
         if type(result) is Tensor and result.layout == torch.strided and result.untyped_storage().data_ptr() in self.slots:
             self._alias(result, found[0])  # a view, which may be read when another block is there

@@ -41,6 +41,7 @@ class View(abc.ABC):
 
     mode: str  # the journal's word: "scratch", "inplace", "lazy"; in the last two a forward leaves a trace in the weights, their rounding
     limit = 0  # bytes of the buffer
+    away: Any = None  # the blocks of an offloaded model (away.Away)
     defers = False  # work waits until its weights are there
 
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
@@ -171,6 +172,10 @@ class View(abc.ABC):
     @abc.abstractmethod
     def see(self, shifts: Sequence[Shift]) -> None:
         """The next forward runs at theta + shift."""
+
+    @property
+    def together(self) -> bool:
+        return False
 
     @property
     def rehearses(self) -> int:

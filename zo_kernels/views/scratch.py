@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Plan
+from zo_kernels.views.away import away_of
 from zo_kernels.views.base import View, changed
 from zo_kernels.views.buffer import Buffer, Forward
 from zo_kernels.views.fronts import Fronts
@@ -67,6 +68,7 @@ class Scratch(View):
         self.thread: int | None = None  # that runs a step now
         self.recorded = False  # this step's passes are recorded and not executed
         self.bare = False  # this forward runs at theta itself
+        self.away = away_of(model)
         self.watched_mode: bool | None = None  # model.training of the step that was watched
 
     def _anew(self, **options: Any) -> Scratch:
@@ -122,7 +124,13 @@ class Scratch(View):
             self.thread = None
             self.held.put_back()
 
+    @property
+    def together(self) -> bool:
+        """Whether the forwards of a step may take turns, each seen again when its turn comes. Not those of a step that is looked at, in its own thread."""
+        return self.away is not None and self.away.together and not self.recorded and self.watched_mode is self.model.training
+
     def see(self, shifts: Sequence[Shift]) -> None:
+        self.thread = threading.get_ident()
         self.held.put_back()
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         if not any(shifts):  # the weights themselves: nothing stands before them

@@ -43,6 +43,10 @@ class Tangents(Scratch):
         with interrupts.uninterrupted(), forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
+    @property
+    def together(self) -> bool:
+        return False
+
     @contextlib.contextmanager
     def step(self, recorded: bool = False) -> Iterator[None]:
         # Fused attention has no forward-mode derivative; its plain form has.

@@ -20,10 +20,10 @@ from torch import Tensor
 from zo_kernels import ops, parameters
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.plan import Pass, Plan
-from zo_kernels.views.away import Away, Block, Missed, place_of
+from zo_kernels.views.away import Block, Missed, place_of
 from zo_kernels.views.buffer import Buffer
 from zo_kernels.views.queued import sequence
-from zo_kernels.views.reads import Reads
+from zo_kernels.views.reads import Reads, walk
 from zo_kernels.views.scratch import Scratch
 from zo_kernels.views.shadow import QUIET, PerturbedWeight
 from zo_kernels.views.work import Shift, Terms, Work
@@ -46,7 +46,7 @@ class Visiting(Scratch):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         places = {id(p): place for p in self.trained if (place := place_of(p)) is not None}
-        self.away: Away = next(iter(places.values()))[0]
+        self.away = next(iter(places.values()))[0]
         self.away.check()
         self.blocks: dict[int, Block] = {i: block for i, (_, block) in places.items()}  # by the parameter's id
         # The others' memory is another block's from one moment to the next. `Away` sees who reads and who writes to them.
@@ -77,11 +77,12 @@ class Visiting(Scratch):
                 "module.weight inside the forward, or keep its module out of zk.offload's blocks"
             )
 
-    def _bring(self, found: Sequence[PerturbedWeight]) -> None:
-        self.away.need(self.blocks[id(s.param)] for s in found if id(s.param) in self.blocks)
+    def _bring(self, found: Sequence[PerturbedWeight], others: Iterable[Any] = ()) -> None:
+        mine = [self.blocks[id(s.param)] for s in found if id(s.param) in self.blocks]
+        self.away.need([*mine, *self.away.reads.blocks_of(others)])
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
-        self._bring(found)
+        self._bring(found, walk((args, kwargs)))  # all that it reads: nothing comes in their place while it runs
         return super().call(func, args, kwargs, found)
 
     def kept(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
