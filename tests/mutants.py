@@ -58,6 +58,7 @@ U = "tests/kernels/test_update.py"
 C = "tests/kernels/test_cpu.py"
 P = "tests/finetune/test_report.py"
 SUITE = "tests/finetune/test_suite.py"
+PACKED = "tests/finetune/test_packed.py"
 V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
@@ -250,6 +251,22 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/scoring.py", "the position before the answer's is scored", "hidden[rows, hidden.shape[1] + columns]",
      "hidden[rows, columns - 1]",
      (f"{S}::test_soft_prompts_do_not_shift_the_scored_positions",)),
+    ("python/zo_finetune/scoring.py", "a packed batch is read at other tokens", "batch.point_columns] - len(places)", "batch.point_columns] - len(at)",
+     (f"{PACKED}::test_losses_are_those_of_padded_rows",)),
+    ("python/zo_finetune/packed.py", "positions go on from row to row", ".reshape(-1)[places][None]", ".reshape(-1)[places][None].cumsum(1)",
+     (f"{PACKED}::test_log_probabilities_are_those_of_padded_rows",)),
+    ("python/zo_finetune/packed.py", "the mask is that of the first tokens", '"q_offset": start, "kv_offset": start', '"q_offset": 0, "kv_offset": 0',
+     (f"{PACKED}::test_log_probabilities_are_those_of_padded_rows",)),
+    ("python/zo_finetune/packed.py", "a window is forgotten", "return None if made is None or torch.equal", "return None if True or torch.equal",
+     (f"{PACKED}::test_log_probabilities_are_those_of_padded_rows",)),
+    ("python/zo_finetune/packed.py", "all batches are packed", "self.weights * TOKEN_NS > len(lengths)", "self.weights * TOKEN_NS > -len(lengths)",
+     (f"{PACKED}::test_which_lengths_pay",)),
+    ("python/zo_finetune/packing.py", "rows that read each other are packed", "if not torch.equal(*others):", "if False:",
+     (f"{PACKED}::test_a_model_whose_rows_are_not_by_themselves_is_noticed",)),
+    ("python/zo_finetune/run.py", "a resumed run decides anew", '.get("batches", "padded")) != batches:', '.get("batches", "padded")) is None:',
+     (f"{PACKED}::test_a_run_goes_on_as_it_began",)),
+    ("python/zo_finetune/config.py", "a run of before packs when it goes on", "{**EARLIER, **content} if", "{**EARLIER, \"batches\": \"auto\", **content} if",
+     (f"{PACKED}::test_a_run_of_before_goes_on_with_padded_batches",)),
     ("python/zo_finetune/scoring.py", "logits stay in 16 bits", "return logits.float()\n", "return logits\n",
      (f"{S}::test_a_16_bit_model_has_a_float32_loss",)),
     ("python/zo_finetune/losses.py", "the language-model loss is a mean over examples", "wide(log_probs), 0.0).sum() / there.sum()",

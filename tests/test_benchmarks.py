@@ -447,6 +447,18 @@ def test_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {r["state_bytes"] for r in table} == {"", str(2 * 8 * 16 * 4)}
 
 
+def test_batches(sentences: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zo_finetune.packed.ROW_NS", 0.0)  # a model so small would pad
+    model, data = map(str, sentences)
+    path = tmp_path / "batches.csv"
+    done = run("batches", "--model", model, "--data", data, "--batch=8", "--rounds=1", "--steps=2", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [(r["trained"], r["batches"]) for r in table] == [(t, b) for t in ("all", "last block") for b in ("padded", "auto")]
+    assert all(float(r["loss_difference"]) <= float(r["bound"]) for r in table)
+    assert [r["padding_percent"] == "0.0" for r in table] == [False, True] * 2
+
+
 def test_against(tmp_path: Path) -> None:
     """This tree against itself."""
     path = tmp_path / "against.csv"

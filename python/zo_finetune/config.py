@@ -39,6 +39,7 @@ INPUT_INITS = {
     "eva": 0.5,
     "whitened": -0.5,
 }  # lora's first matrix in the space of its inputs: the power, see zo_kernels' `input_factors`
+EARLIER = {"batches": "padded"}  # of runs that began before there was the option
 PERTURBING = ("eps", "anchor", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
 
 
@@ -170,6 +171,13 @@ class Config(TaskChoice):
     batch_size: int = option(METHOD, "examples in a micro-batch", 16, metavar="B", positive=True)
     accumulate: int = option(
         METHOD, "micro-batches of --batch-size in one step, their losses averaged", 1, metavar="N", positive=True
+    )
+    batches: str = option(
+        METHOD,
+        "padded: rows of a training batch as long as its longest; packed: one after another in one sequence, without padding; auto: packed on a CPU, where it "
+        "is the same but for rounding and a batch saves time by it",
+        "auto",
+        choices=("auto", "packed", "padded"),
     )
     lr: float | None = option(METHOD, "learning rate", None, least=True, fp32=True, usual="by --method and --peft", each=True)
     eps: float | None = option(
@@ -311,6 +319,8 @@ class Config(TaskChoice):
             raise UserError(
                 f"{part}: --peft {self.peft} puts something before what every block sees: leave one out, or choose lora or ln"
             )
+        if self.batches == "packed" and self.cuda_graph:
+            raise UserError("--batches packed: a CUDA graph has batches of a few shapes: leave it or --cuda-graph out")
         if methods.get(self.method).first_order:
             for o in options.options_of(Config):
                 if o.name in PERTURBING and (value := getattr(self, o.name)) != o.default:
@@ -348,12 +358,12 @@ class Config(TaskChoice):
 
     @classmethod
     def of_json(cls, content: Any, where: str) -> Config:
-        """Exactly these options, each of its type and within its bounds.
+        """Exactly these options, each of its type and within its bounds; what is younger than a run is as it was then.
 
         Raises:
             UserError: names the first that is not so.
         """
-        config = options.of_json(cls, content, where)
+        config = options.of_json(cls, {**EARLIER, **content} if isinstance(content, dict) else content, where)
         config.check()
         return config
 

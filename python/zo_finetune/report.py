@@ -41,6 +41,7 @@ class Outcome:
     movement: float = math.nan  # of the last step: how far it moved a weight, root mean square
     kept: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None  # what is said of hidden states that were kept
+    batches: str = "padded"  # or packed
 
 
 def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
         "objective": loaded.task.objective if config.objective in (None, "loss") else config.objective,
         "form": lm.form,
         "max_length": loaded.max_length,
+        "batches": outcome.batches,
         "options": recipe.options,
     }
     return {

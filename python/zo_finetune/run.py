@@ -25,7 +25,7 @@ import torch
 from zo_finetune import beside, console, files, inputs, methods, outcomes, report, run_folder, sources
 from zo_finetune.cached import keep
 from zo_finetune.common import Common
-from zo_finetune.config import Config
+from zo_finetune.config import EARLIER, Config
 from zo_finetune.errors import UserError, one_line
 from zo_finetune.evaluate import answers_of, describe, measure
 from zo_finetune.files import JOURNAL, path_of
@@ -33,6 +33,7 @@ from zo_finetune.keep import Keeper, last
 from zo_finetune.load import Loaded, load
 from zo_finetune.options import difference
 from zo_finetune.outcomes import Outcomes
+from zo_finetune.packing import pack
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, pace_of, rate, train
@@ -115,7 +116,7 @@ def recorded_config(output: Path, config: Config) -> Config:
     recorded = about.get("config")
     if not isinstance(recorded, dict):
         raise UserError(f"{output / JOURNAL} holds no options: it is not of a run of zo-finetune")
-    if name := difference(config, recorded, but=lambda option: option.movable):
+    if name := difference(config, {**EARLIER, **recorded}, but=lambda option: option.movable):
         now, then = (files.shown(value) for value in (getattr(config, name), recorded.get(name)))
         raise UserError(
             f"{output / 'config.json'}: {name} is {now}, and was {then} when the run began: put it back, or begin a new run"
@@ -148,9 +149,9 @@ def prepared(loaded: Loaded, scorer: Scorer, resumed: bool) -> tuple[Optimizer, 
     return make_optimizer(lm, config, factors) if optimizer is None else optimizer, cache, factors
 
 
-def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | None, resumed: bool) -> Any:
+def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | None, batches: str, resumed: bool) -> Any:
     """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
-    neither; one of an earlier run goes."""
+    neither; one of an earlier run goes. `batches`: "packed" or "padded", as was decided."""
     config, output = loaded.config, Path(loaded.config.output)
     if reason := methods.get(config.method).no_journal:
         console.say(f"--method {config.method} writes no journal and cannot be resumed: {reason}")
@@ -167,6 +168,7 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | N
         "config": asdict(config),
         "dtype": str(loaded.language_model.model.dtype).removeprefix("torch."),
         "data": digest.hexdigest(),
+        "batches": batches,
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -182,6 +184,11 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | N
     if past is not None and past.header.hyperparameters.get("data") != about["data"]:
         optimizer.close_journal()
         raise UserError(f"--data {config.data} gives other examples than when the run began: restore it, or begin a new run")
+    if past is not None and (began := past.header.hyperparameters.get("batches", "padded")) != batches:
+        optimizer.close_journal()
+        raise UserError(
+            f"the run began with {began} batches, and here they are {batches}: go on where it began, or begin a new run"
+        )
     return past
 
 
@@ -228,6 +235,7 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
 
     with loaded.scorer() as scorer:
         optimizer, cache, factors = prepared(loaded, scorer, resumed)
+        batches = pack(loaded, scorer)
 
         def watch(step: int) -> None:
             measured, found = evaluated(scorer, f"step {step}, dev", "dev")
@@ -244,8 +252,8 @@ def trained(loaded: Loaded, resumed: bool, keeper: Keeper, evaluated: Measure) -
         beside.say("before:", measured)
         pace = pace_of(loaded)
         with console.Phase("opening the journal"):  # which reads all weights, for their fingerprint
-            past = open_journal(loaded, optimizer, factors, resumed)
-        outcome, rows = Outcome(before=measured, cache=cache), []
+            past = open_journal(loaded, optimizer, factors, batches, resumed)
+        outcome, rows = Outcome(before=measured, cache=cache, batches=batches), []
         if past is None:
             run_folder.clear_run_dir(output)
             run_folder.write_config(output, config)

@@ -26,6 +26,7 @@ from zo_finetune.chat import turns_of
 from zo_finetune.data import in_batches
 from zo_finetune.errors import UserError
 from zo_finetune.frozen import Lower, Once, States
+from zo_finetune.packed import Line, Packer
 from zo_finetune.stand_ins import standing_in
 from zo_finetune.tasks.base import Candidate, Example, Form
 
@@ -270,6 +271,7 @@ class Batch:
     )
     words_at: Tensor | None = None  # [B, C], index into W
     states: Tensor | None = None  # [R, L, H]: what comes out of the blocks that need not run again (frozen.py)
+    line: Line | None = None  # of which its one row of tokens is made (packed.py); None: its rows are the inputs
 
 
 def padded(inputs: Sequence[Sequence[int]], form: Form, pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -337,6 +339,7 @@ class Scorer:
         self.model, self.form, self.pad_id, self.tokenizer, self.max_length = model, form, pad_id, tokenizer, max_length
         self.device = next(model.parameters()).device
         self.states = states
+        self.packer: Packer | None = None  # of training batches (packing.py)
         self._head = head
         self._once: Once | None = None
         self._points: tuple[Tensor, Tensor] | None = None
@@ -365,6 +368,21 @@ class Scorer:
         inputs = [tokens for example in examples for tokens in example.inputs]
         return replace(batch, states=self.states.of(inputs, batch.input_ids.shape[1], self.device))
 
+    def packed(self, batch: Any, examples: Sequence[Encoded]) -> Any:
+        """The `Batch` of these examples with its rows as one sequence, where there is a packer and it pays; otherwise as it is."""
+        lengths = [len(tokens) for example in examples for tokens in example.inputs]
+        if self.packer is None or not self.packer.pays(lengths):
+            return batch
+        line, places = self.packer.of(batch.input_ids, lengths)
+        rows, width = batch.input_ids.shape
+        at = torch.empty(rows * width, dtype=torch.long, device=places.device)
+        at[places] = torch.arange(len(places), device=places.device)
+        columns = at[batch.point_rows * width + width + batch.point_columns] - len(places)
+        ids, states = (None if x is None else x.flatten(0, 1)[places][None] for x in (batch.input_ids, batch.states))
+        assert ids is not None
+        where = {"point_rows": torch.zeros_like(columns), "point_columns": columns}
+        return replace(batch, input_ids=ids, attention_mask=None, states=states, line=line, **where)
+
     @contextlib.contextmanager
     def once(self, lower: Lower | None) -> Iterator[None]:
         """Forwards inside run these blocks once for each batch, a `Batch` that stays the same object: while their weights stay. None: they run as ever."""
@@ -374,11 +392,11 @@ class Scorer:
         finally:
             self._once = None
 
-    def outputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor | None, **more: Any) -> Any:
         """What the model returns for rows as a `Batch` has them."""
-        if attention_mask is not None:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return self.model(input_ids=input_ids, use_cache=False)
+        if self.form == "masked":
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
+        return self.model(input_ids=input_ids, use_cache=False, **more)
 
     def _logits(self, batch: Batch) -> Tensor:
         """At the scored positions, fp32 [P, V]."""
@@ -391,7 +409,11 @@ class Scorer:
                         stack.enter_context(self.states.narrow.at(where, batch.input_ids.shape[1]))
                 if self._once is not None:
                     stack.enter_context(self._once.forward(batch.input_ids))
-                logits: Tensor = self.outputs(batch.input_ids, batch.attention_mask).logits
+                more = {}
+                if batch.line is not None and self.packer is not None:
+                    stack.enter_context(self.packer.apart(batch.line))
+                    more["position_ids"] = batch.line.positions
+                logits: Tensor = self.outputs(batch.input_ids, batch.attention_mask, **more).logits
         finally:
             self._points = None
         if logits.ndim != 2 or logits.shape[0] != batch.point_rows.shape[0]:

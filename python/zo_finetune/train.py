@@ -253,7 +253,8 @@ def train(
             watched(step)
         with clock:
             examples = batches[step]
-            micro = [objective.batch(scorer, examples[k :: config.accumulate], width) for k in range(config.accumulate)]
+            parts = [examples[k :: config.accumulate] for k in range(config.accumulate)]
+            micro = [scorer.packed(objective.batch(scorer, part, width), part) for part in parts]
             with scorer.once(None if below is None else below.lower(optimizer.block())):
                 loss, lr = optimizer.step(closure, micro), optimizer.param_groups[0]["lr"]
             scheduler.step()
