@@ -8,6 +8,7 @@
 # make sanitize   the CPU kernels' parity tests under AddressSanitizer and UBSan (minutes; gcc)
 # make crash-test   end RUNS runs by kills, signals and exceptions at random moments, resume each, compare its weights with an undisturbed run's
 # make cluster-test   RUNS runs of workers that share their steps, of which one is killed at a random moment and another number goes on; each ends in the bits of one process
+# make docs   the pages of docs/ as a site in build/site, with a reference made from the docstrings (installs mkdocs into .venv the first time)
 # make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3 OUT=FOLDER STAGES="smoke steps"
@@ -28,7 +29,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench compare fuzz mutants crash-test cluster-test sanitize claims sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz mutants crash-test cluster-test sanitize claims docs sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -74,6 +75,10 @@ sanitize: $(READY)
 
 claims: $(READY)
 	@$(PYTHON) benchmarks/claims.py
+
+docs: $(READY)
+	@$(PYTHON) -c 'import mkdocs, mkdocstrings_handlers.python' 2>/dev/null || $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs 'mkdocstrings[python]'
+	$(PYTHON) -m mkdocs build --strict
 
 sass: $(READY)
 	@$(PYTHON) benchmarks/sass.py

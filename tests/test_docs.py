@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import doctest
+import importlib
+import json
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -79,6 +83,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
     batch = tokenizer.pad(texts, return_tensors="pt")
     labels = torch.tensor([0, 1, 0, 1])
 
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    tf.OPTForCausalLM(tf.OPTConfig(**sizes, vocab_size=len(tokenizer))).to(torch.bfloat16).save_pretrained("folder")
+
     def closure(batch: Any = batch) -> torch.Tensor:
         return model(**batch).loss
 
@@ -88,20 +95,24 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
         "step": zk.MeZOStep(model, lr=1e-4), "score": lambda model, batch: model(**batch).logits[:, -1, :2], "train_set": texts, "eval_set": texts,
         "input_ids": [batch["input_ids"]] * 2, "inputs": {name: batch[name] for name in ("input_ids", "attention_mask")},
         "reward": lambda ids: (ids == 2).float().mean(-1), "my_function": lambda completions, **_: [float(len(text)) for text in completions],
-        "prompts": datasets.Dataset.from_dict({"prompt": tiny.TEXTS * 4}),
+        "folder": "folder", "loss_of": lambda output: output.loss.float(), "prompts": datasets.Dataset.from_dict({"prompt": tiny.TEXTS * 4}),
     }  # fmt: skip
+
+
+def run(code: str, names: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exec(compile(code, "the page", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("block", [*blocks("python")])
 def test_a_block_runs(block: str, stand_ins: dict[str, Any]) -> None:
     for long, short in SHORTER.items():
         block = block.replace(long, short)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        exec(compile(block, "the page", "exec"), stand_ins)
-    finally:
-        torch.set_num_threads(threads)
+    run(block, stand_ins)
 
 
 def test_what_is_made_shorter_is_on_a_page() -> None:
@@ -145,6 +156,17 @@ def test_targets_and_scripts_that_are_shown_are_there(page: Path) -> None:
             assert next(w for w in words[1:] if not re.match(r"-|\w+=", w)) in targets, line
         elif words[:1] == ["python"] and words[1].endswith(".py"):
             assert (ROOT / words[1]).exists(), line
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its losses fall, and its replay has the run's bits."""
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path))
+    cells = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
+    run("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), {})
+    said = capsys.readouterr().out
+    falls = re.findall(r"loss ([\d.]+) -> ([\d.]+)", said)
+    assert len(falls) == 2 and all(float(after) < float(before) - 0.2 for before, after in falls), said
+    assert "replayed on every bit: True" in said
 
 
 # ---- what pages name --------------------------------------------------------------------------------------------------
@@ -191,3 +213,28 @@ def test_names_of_other_codes_lead_to_ours() -> None:
                 assert option in ours or option.replace("--no-", "--") in ours, option
         for method in re.findall(r"--method ([\w-]+)", row[-1]):
             assert method in methods.METHODS, method
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted((ROOT / "zo_kernels").rglob("*.py")) if ">>> " in p.read_text()], ids=lambda p: p.name
+)
+def test_examples_of_docstrings(path: Path) -> None:
+    module = importlib.import_module(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
+
+
+# ---- the site -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = {
+        name.rsplit(".", 1)[1] for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    }
+    assert set(zk.__all__) <= shown
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_of_a_page_stay_in_docs(page: Path) -> None:
+    """A site has nothing else: what lies outside is named as a path, in code."""
+    assert re.findall(r"\]\((?:\.\./|/)[^)]*\)", page.read_text()) == []
