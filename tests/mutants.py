@@ -64,6 +64,7 @@ F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
 TRL = "tests/finetune/test_trl.py"
 D = "tests/test_distributed.py"
+Q = "tests/test_quantized.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "found[p] = min(called", "found[p] = max(called",
@@ -349,6 +350,16 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("python/zo_finetune/ranking.py", "the spread of a whole population",
      "statistics.stdev(values) if len(values) > 1", "statistics.pstdev(values) if len(values) > 1",
      ("tests/finetune/test_ranking.py::test_above_below_and_undecided",)),
+    ("zo_kernels/quantized.py", "4 bits with other scales are the same base", '"scales": scales.to(torch.bfloat16), "table"', '"table"',
+     (f"{Q}::test_another_base_is_refused",)),
+    ("zo_kernels/quantized.py", "8 bits with other scales are the same base", '{"codes": p.data, **(', '{"codes": p.data, **({} and ',
+     (f"{Q}::test_another_base_is_refused", f"{Q}::test_a_first_forward_takes_the_scales_of_eight_bits")),
+    ("zo_kernels/quantized.py", "a base in a processor's layout is another", "(codes[:, 0] << 4) | codes[:, 1]", "(codes[:, 1] << 4) | codes[:, 0]",
+     (f"{Q}::test_the_layout_of_a_processor_is_no_other_base",)),
+    ("zo_kernels/quantized.py", "scales that are trained stand for the base", 'changing = {"scale", "scales"}', "changing = set()",
+     (f"{Q}::test_scales_alone_are_trained",)),
+    ("zo_kernels/quantized.py", "a forward replaces the scales that are trained", "module.support_avx512bf16_for_cpu = False", "pass",
+     (f"{Q}::test_a_forward_does_not_replace_scales_that_are_trained",)),
     ("python/zo_finetune/trl_trainers.py", "a loss of ratios to itself", 'if "old_per_token_logps" not in found:', "if False:",
      (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
     ("python/zo_finetune/trl_trainers.py", "answers are weighed with dropout", "with dropout_off(self.model):", "with torch.no_grad():",

@@ -58,6 +58,7 @@ from zo_kernels.optim import (
 )
 from zo_kernels.parameters import stream_of
 from zo_kernels.plan import RandomMask, pack_mask
+from zo_kernels.quantized import quantized_scales
 from zo_kernels.replay import replay
 from zo_kernels.update import update_
 
@@ -119,6 +120,7 @@ __all__ = [
     "perturb_sequence_",
     "perturbed",
     "perturbed_linear",
+    "quantized_scales",
     "ranked",
     "replay",
     "stream_of",

@@ -25,6 +25,7 @@ from zo_kernels.optim.repeat import queue, repeat
 from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Member, Weights, block_of
 from zo_kernels.plan import Pass, Plan, RandomMask
+from zo_kernels.quantized import named_weights
 
 MODES = ("sequential", "fused")
 TERMS = 1024  # of a fused replay in one pass over an fp32 sum
@@ -198,7 +199,7 @@ def replay(
         DamagedError: the file is not a journal.
     """
     checks.check_choice("mode", mode, MODES)
-    named = dict(model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model)
+    named = named_weights(model) if isinstance(model, nn.Module) else dict(model)
     if any(block_of(p) is not None for p in named.values()):
         raise ValueError(
             "model: its weights are offloaded (zk.offload); make an optimizer and resume the journal, which replays it block by block"
@@ -214,8 +215,7 @@ def replay(
         method = changed(method, direction=changed(method.direction, factors=found))
     records = until(past, upto)
     if check:
-        buffers = model.named_buffers(remove_duplicate=False) if isinstance(model, nn.Module) else None
-        journal.verify_base(past.header, named.items(), buffers)
+        journal.verify_base(past.header, model if isinstance(model, nn.Module) else named.items())
     groups = weights_of(past.header, named, masks or {}, scales or {})
     for one in (one for w in groups for one in w.plans):
         backends.pick(one.device, backend)

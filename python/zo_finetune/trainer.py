@@ -299,7 +299,7 @@ class ZOTrainerMixin(_Base):
                 f"{self._zo_journal_path} has {len(past.steps)} steps, and the checkpoint is of step {steps}: it is not the journal of its run"
             )
         if len(past.steps) > steps:
-            journal.verify_base(past.header, self.model.named_parameters(), self.model.named_buffers(remove_duplicate=False))
+            journal.verify_base(past.header, self.model)
             counted = [k for k, failed in enumerate(past.flag("failed_plus") | past.flag("failed_minus")) if not failed]
             journal.recover(self._zo_journal_path, keep=counted[steps])
         self._zo_open_journal(resume=True)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zo_kernels import checks
@@ -41,6 +41,7 @@ from zo_kernels.journal.layout import (
 )
 from zo_kernels.parameters import canonical_name
 from zo_kernels.plan import Mask, check_mask, check_scale
+from zo_kernels.quantized import named_weights
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -400,20 +401,27 @@ def find(named: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def verify_base(
-    header: Header, named_params: Iterable[tuple[str, Tensor]], named_buffers: Iterable[tuple[str, Tensor]] | None = None
+    header: Header,
+    model_or_params: nn.Module | Iterable[tuple[str, Tensor]],
+    named_buffers: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Refuse a model that is not the one the run started from. Names may differ by the prefixes of wrappers; parameters and buffers that the
     header does not list are not looked at.
 
     Args:
-        named_buffers: all of the model's; None: the caller has parameters alone, and the header's buffers are not looked at.
+        model_or_params: the model, or its parameters by name. named_buffers: all of the model's, beside parameters; None: the caller has parameters alone,
+            and the header's buffers are not looked at.
 
     Raises:
         ValueError: names the first parameter or buffer, in the header's order, that is missing or has another shape, dtype or content.
     """
     wrong = "the model is not the one that this run started from"
+    if isinstance(model_or_params, nn.Module):
+        named, named_buffers = named_weights(model_or_params), model_or_params.named_buffers(remove_duplicate=False)
+    else:
+        named = dict(model_or_params)
     pairs: list[tuple[str, Frozen, Tensor]] = []
-    wanted = [("parameter", (*header.parameters, *header.frozen), dict(named_params))]
+    wanted = [("parameter", (*header.parameters, *header.frozen), named)]
     if named_buffers is not None:
         wanted.append(("buffer", header.buffers, dict(named_buffers)))
     for kind, entries, given in wanted:

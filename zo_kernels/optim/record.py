@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import interrupts, journal, parameters
+from zo_kernels import interrupts, journal, parameters, quantized
 from zo_kernels.optim import method
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
@@ -307,7 +307,8 @@ class Start:
 
     def _frozen(self) -> list[tuple[str, Tensor]]:
         ids = {id(p) for w in self.groups for p in w.params}
-        return [(n, p) for n, p in (self.model.named_parameters() if self.model is not None else ()) if id(p) not in ids]
+        frozen = [(n, p) for n, p in (self.model.named_parameters() if self.model is not None else ()) if id(p) not in ids]
+        return list(quantized.spread(frozen, self.model, ids))
 
     def header(self, hyperparameters: Mapping[str, Any] | None, notes: Any) -> journal.Header:
         """Of the run that begins now. Every weight is read, for its digest.
