@@ -333,6 +333,40 @@ claim(
     "benchmarks/results/frozen.csv: ratio",
     lambda: [number("frozen", "ratio", model="stories15m", trained="blocks in turn", cache="step")],
 )
+
+
+def _batches(trained: str, *columns: str, batches: str = "auto") -> list[float]:
+    return [number("batches", column, trained=trained, batches=batches) for column in columns]
+
+
+claim(
+    "docs/learning.md",
+    "{:.1f} % of the tokens were padding, and then none; behind kept hidden states, where a few batches are not worth it, {:.1f} %.",
+    "benchmarks/results/batches.csv: padding_percent",
+    lambda: [*_batches("all", "padding_percent", batches="padded"), *_batches("last block", "padding_percent")],
+)
+claim(
+    "docs/learning.md",
+    "a step of all weights took {:.2f} times less ({:.2f} to {:.2f} over the rounds), one of the last block behind kept states {:.2f} times "
+    "({:.2f} to {:.2f}): there",
+    "benchmarks/results/batches.csv: ratio",
+    lambda: [value for trained in ("all", "last block") for value in _batches(trained, "ratio", "ratio_min", "ratio_max")],
+)
+claim(
+    "docs/learning.md",
+    "it was {:.2f} and {:.2f} times (",
+    "benchmarks/results/batches.csv: wall_ratio",
+    lambda: [value for trained in ("all", "last block") for value in _batches(trained, "wall_ratio")],
+)
+claim(
+    "docs/learning.md",
+    "were within {:.0f}e-7 of those with padded batches, where rounding explains {:.1f}e-3",
+    "benchmarks/results/batches.csv: loss_difference, rounded up, and bound",
+    lambda: [
+        math.ceil(1e7 * max(_batches("all", "loss_difference") + _batches("last block", "loss_difference"))),
+        1e3 * min(_batches("all", "bound")),
+    ],
+)
 claim("docs/learning.md", "in memory up to 2 GiB", "python/zo_finetune/cached.py: 2 << 30")
 claim(B, "with a buffer of 33 MiB", "zo_kernels/views/memory.py: 33 << 20")
 
