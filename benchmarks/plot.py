@@ -198,6 +198,53 @@ def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.legend(fontsize=7, frameon=False, loc="lower right")
 
 
+def draw_learned(axes: Any, rows: list[dict[str, str]], method: str, objective: str) -> None:
+    """AUC less MeZO's with its interval, a line a task."""
+    mine = [row for row in rows if (row["method"], row["objective"], row["verdict"] != "") == (method, objective, True)][::-1]
+    for k, row in enumerate(mine):
+        difference, low, high = (float(row[f"auc_{name}"]) for name in ("difference", "low", "high"))
+        axes.errorbar(difference, k, xerr=[[difference - low], [high - difference]], fmt="o", capsize=3, color="#1b7f5c")
+    axes.axvline(0, color="#b03a48", linewidth=1.2)
+    axes.set_yticks(range(len(mine)), [row["data"].replace("_", " ") for row in mine], fontsize=8)
+    axes.margins(y=0.4)
+    axes.set_xlabel("AUC less that of MeZO, 95 %")
+    row, baseline = mine[0], next(row for row in rows if row["method"] == row["baseline"] and row["objective"] == "loss")
+    axes.set_title(f"Learning: {method} on {objective}, {row['forwards']} forwards; MeZO {baseline['budget']}", fontsize=9)
+
+
+def draw_memory(axes: Any, rows: list[dict[str, str]], shape: str) -> None:
+    """Peak of a step over inference's."""
+    peaks = {row["method"]: float(row["peak_bytes"]) for row in rows if row["shape"] == shape and row["peak_bytes"]}
+    shown = [name for name in ("inference", "mezo", "fzoo", "momentum", "zo-adam", "adam@lora", "sgd", "adam") if name in peaks]
+    first_order = ("adam@lora", "sgd", "adam")
+    colours = ["#4d4d4d" if name == "inference" else "#b03a48" if name in first_order else "#1b7f5c" for name in shown]
+    drawn = axes.barh(shown, [peaks[name] / peaks["inference"] for name in shown], color=colours)
+    axes.bar_label(drawn, [f"{peaks[name] / peaks['inference']:.2f}" for name in shown], fontsize=7, padding=2)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    one = next(row for row in rows if row["shape"] == shape)
+    axes.set_xlabel("peak of a step / peak of inference")
+    axes.set_title(f"Memory: {shape}'s shape, {one['dtype']}, {one['batch']}×{one['sequence']} tokens", fontsize=9)
+
+
+def draw_overhead(axes: Any, rows: list[dict[str, str]], model: str, dtype: str) -> None:
+    """What a step costs over two bare forwards."""
+    found = {row["mode"]: float(row["overhead_percent"]) for row in rows if (row["model"], row["dtype"]) == (model, dtype)}
+    labels = {"mezo": "MeZO's loop", "scratch": "scratch", "inplace": "in place", "lazy": "lazy"}
+    shown = [mode for mode in labels if mode in found]
+    drawn = axes.barh(
+        [labels[m] for m in shown], [found[m] for m in shown], color=["#b03a48" if m == "mezo" else "#1b7f5c" for m in shown]
+    )
+    axes.bar_label(drawn, [f"+{found[m]:.3g} %" for m in shown], fontsize=7, padding=2)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    one = next(row for row in rows if (row["model"], row["dtype"]) == (model, dtype))
+    axes.set_xlabel("time over two bare forwards, %")
+    axes.set_title(f"Speed: {model}, {dtype}, {one['batch']}×{one['sequence']} tokens, {one['threads']} threads", fontsize=9)
+
+
 Panel = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -228,6 +275,14 @@ def figures(results: Path) -> dict[str, list[Panel]]:
     for name in ("step", "gpu_step"):
         if rows := read(name):
             panels["step.png"].append((draw_step, (rows,)))
+    ranking = [row for row in read("ranking") if row["model"] == "smollm2"]
+    memory, speed = read("memory"), [row for row in read("step") if (row["model"], row["dtype"]) == ("llama-110m", "float32")]
+    if ranking and memory and speed:
+        panels["overview.png"] = [
+            (draw_learned, (ranking, "fzoo", "pairs")),
+            (draw_memory, (memory, "opt-125m")),
+            (draw_overhead, (speed, "llama-110m", "float32")),
+        ]
     return {name: drawn for name, drawn in panels.items() if drawn}
 
 
@@ -247,10 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     args.figures.mkdir(parents=True, exist_ok=True)
     for name, panels in drawn.items():
-        lines = -(-len(panels) // 2)
-        figure, axes = pyplot.subplots(
-            lines, min(2, len(panels)), figsize=(5.2 * min(2, len(panels)), 3.6 * lines), squeeze=False, layout="constrained"
-        )
+        wide = 3 if name == "overview.png" else min(2, len(panels))
+        lines, size = -(-len(panels) // wide), (4.2, 2.6) if name == "overview.png" else (5.2, 3.6)
+        figure, axes = pyplot.subplots(lines, wide, figsize=(size[0] * wide, size[1] * lines), squeeze=False, layout="constrained")
         for axis, panel in zip_longest(axes.flat, panels):
             if panel is None:
                 axis.set_visible(False)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -658,6 +659,14 @@ def test_either_name_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = objectives.Config(model="m", task="first-name", data=str(made), output="", eval_examples=4, dev_examples=0)
     constant, chance = objectives.without_learning(config)
     assert constant in (0.25, 0.5) and chance == 0.5
+
+
+def test_the_readmes_figure_is_of_committed_results(tmp_path: Path) -> None:
+    for name in ("ranking", "memory", "step"):
+        shutil.copy(BENCHMARKS / "results" / f"{name}.csv", tmp_path)
+    drawn = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sizes_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:

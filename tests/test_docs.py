@@ -15,6 +15,7 @@ import importlib
 import json
 import re
 import shlex
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -58,13 +59,18 @@ def shown(page: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What blocks name and do not define. Models from a hub are the tiny one too, and a GPU is the CPU."""
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What blocks name and do not define. Models from a hub are the tiny one too, a GPU is the CPU, and workers are this one."""
     import datasets
     import transformers as tf
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in place.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
     import tiny
 
     model, tokenizer = tiny.causal()
@@ -89,7 +95,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
     def closure(batch: Any = batch) -> torch.Tensor:
         return model(**batch).loss
 
-    return {
+    yield {
         "torch": torch, "zk": zk, "model": model, "tokenizer": tokenizer, "base_model": copy.deepcopy(model), "base_again": copy.deepcopy(model),
         "batch": batch, "batches": [batch, batch], "batch_of": lambda k: [batch], "loader": [batch, batch], "labels": labels, "closure": closure,
         "step": zk.MeZOStep(model, lr=1e-4), "score": lambda model, batch: model(**batch).logits[:, -1, :2], "train_set": texts, "eval_set": texts,
@@ -97,6 +103,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
         "reward": lambda ids: (ids == 2).float().mean(-1), "my_function": lambda completions, **_: [float(len(text)) for text in completions],
         "folder": "folder", "loss_of": lambda output: output.loss.float(), "prompts": datasets.Dataset.from_dict({"prompt": tiny.TEXTS * 4}),
     }  # fmt: skip
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run(code: str, names: dict[str, Any]) -> None:
@@ -113,6 +121,10 @@ def test_a_block_runs(block: str, stand_ins: dict[str, Any]) -> None:
     for long, short in SHORTER.items():
         block = block.replace(long, short)
     run(block, stand_ins)
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").read_text().count("\n") <= 110
 
 
 def test_what_is_made_shorter_is_on_a_page() -> None:
@@ -238,3 +250,9 @@ def test_the_reference_has_every_public_name() -> None:
 def test_links_of_a_page_stay_in_docs(page: Path) -> None:
     """A site has nothing else: what lies outside is named as a path, in code."""
     assert re.findall(r"\]\((?:\.\./|/)[^)]*\)", page.read_text()) == []
+
+
+def test_every_page_has_its_place() -> None:
+    """In mkdocs.yml, once: a page that is in no menu is found by nobody."""
+    named = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1], re.MULTILINE)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
