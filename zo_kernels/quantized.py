@@ -10,6 +10,7 @@ were made, and its scales as precisely as every layout has them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,11 @@ def library(t: Any) -> str:
         if package == "torchao" and hasattr(t, "__tensor_flatten__"):
             return "torchao"
     return ""
+
+
+def elements(p: Tensor) -> int:
+    """How many weights a parameter is; in 4 bits a byte is two of them."""
+    return math.prod(p.quant_state.shape) if library(p) == "bitsandbytes-4bit" else p.numel()  # type: ignore[attr-defined]
 
 
 # ---- what stands for a weight ------------------------------------------------------------------------------------------

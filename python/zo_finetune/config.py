@@ -99,6 +99,13 @@ class Config(TaskChoice):
     chat: bool = option(MODEL, "put each prompt into the tokenizer's chat template, as the user's turn", False)
     dtype: str = option(MODEL, "of the weights", "auto", choices=("auto", *DTYPES), usual="float32 on a CPU, as saved on a GPU")
     device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
+    quantize: str | None = option(
+        MODEL,
+        "pack the base's weights as they are loaded, under an adapter: bitsandbytes' 4 bits, or torchao's 8 or 4, of weights alone",
+        None,
+        choices=("nf4", "int8", "int4"),
+        usual="not",
+    )
 
     data: str | None = option(
         DATA,
@@ -314,6 +321,10 @@ class Config(TaskChoice):
         if self.lora_init in INPUT_INITS and methods.get(self.method).looks:
             raise UserError(
                 f"--lora-init {self.lora_init} with --method {self.method}: both take factors of the inputs, and a run keeps those of one: leave one out"
+            )
+        if self.quantize is not None and self.peft == "none" and self.adapter is None:
+            raise UserError(
+                f"--quantize {self.quantize} packs the weights, and --peft none would train them: give --peft lora, ln, prefix or prompt"
             )
         if part is not None and self.peft in SOFT:
             raise UserError(

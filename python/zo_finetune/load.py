@@ -106,6 +106,7 @@ def part_of(config: Config) -> str:
 MODEL_OPTIONS = (
     "dtype",
     "device",
+    "quantize",
     "peft",
     "form",
     "gguf_file",

@@ -19,8 +19,10 @@ from zo_finetune import adapters, blocks, folders
 from zo_finetune.adapters import Adapter
 from zo_finetune.dominant import Dominant, dominant
 from zo_finetune.errors import UserError, one_line, printable, shortened
+from zo_finetune.quantize import arguments as quantized_arguments
 from zo_finetune.tasks.base import Form
 from zo_finetune.values import DOMINANT
+from zo_kernels.quantized import elements, library
 
 
 @dataclass
@@ -63,7 +65,7 @@ class LanguageModel:
 
     def counts(self) -> tuple[int, int]:
         """(trainable, all) weights; tied ones count once."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        sizes = [(elements(p), p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
     def trained_bytes(self) -> int:
@@ -226,7 +228,9 @@ def check_loaded(spec: str, model: Any, report: dict[str, Any]) -> list[str]:
             "one of them is another model's"
         )
     for name, p in model.named_parameters():
-        if p.is_floating_point() and p.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(p.detach())):
+        if library(p) or not p.is_floating_point() or not p.numel():
+            continue
+        if not all(torch.isfinite(edge) for edge in torch.aminmax(p.detach())):
             raise UserError(
                 f"--model {spec}: {name} holds NaN or an infinity in {p.dtype}: choose another --dtype, or fetch the model again"
             )
@@ -257,6 +261,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str | None = None,
     peft: str = "none",
     form: str = "auto",
     gguf_file: str | None = None,
@@ -276,6 +281,7 @@ def load(
         spec: a folder in transformers' format, a `.gguf` file, or a hub id.
         dtype: "float32", "float16", "bfloat16", or "auto": the dtype that the weights were saved in on a GPU, float32 on a CPU.
         device: "auto", or a torch device.
+        quantize: "nf4", "int8", "int4", or None, see quantize.py.
         peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
@@ -295,6 +301,7 @@ def load(
     found = find(spec, device=device, form=form, gguf_file=gguf_file)
     torch_dtype: Any = getattr(torch, dtype) if dtype != "auto" else (torch.float32 if found.place.type == "cpu" else "auto")
     auto_class = AutoModelForMaskedLM if found.form == "masked" else AutoModelForCausalLM
+    packing = quantized_arguments(quantize, found.place, torch_dtype)
     with reported(spec):
         config = AutoConfig.from_pretrained(**found.where)
         folders.check_numbers(config.to_dict(), f"--model {spec}")
@@ -306,14 +313,16 @@ def load(
         cut_anew = same_every_time(tokenizer)
         check_tokenizer(spec, tokenizer)
         loaded: Any = auto_class.from_pretrained(
-            **found.where, config=config, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **found.where, config=config, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **packing
         )
     model, report = loaded
     notes = [*check_loaded(spec, model, report), *cut_anew]
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and "gguf_file" in found.where and not quantizer.packed_modules:
         quantizer.remove_quantization_config(model)  # its weights are numbers as any others, and transformers would not save them
-    model = model.to(found.place).eval()
+    if not packing:  # which are where they were packed
+        model = model.to(found.place)
+    model = model.eval()
     check_forward(spec, model, found.form)
     named = None
     if train_blocks == DOMINANT:

@@ -1,0 +1,50 @@
+"""How a base model's weights are packed as they are loaded: --quantize.
+
+Belongs here: what transformers is told, and which library it needs. Does not belong here: what of a packed weight stands for it in a journal (zo_kernels).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from zo_finetune.errors import UserError
+
+LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
+GROUP = 32  # weights that share a scale in 4 bits of torchao
+
+
+def arguments(quantize: str | None, place: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
+    """Of `from_pretrained`, beside its others; empty for None.
+
+    nf4: bitsandbytes' 4 bits, two weights a byte. int8, int4: torchao's, of weights alone, so that a loss is as smooth as the unpacked model's in its
+    activations (bitsandbytes' 8 bits round these too). int4 lies in a byte a weight on a CPU, and in half of one on a GPU, for which it needs bfloat16.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    if quantize is None:
+        return {}
+    if importlib.util.find_spec(library := LIBRARIES[quantize]) is None:
+        raise UserError(f"--quantize {quantize} needs {library}: pip install 'zo_kernels[quantized]'")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if quantize == "nf4":
+        compute = torch.bfloat16 if isinstance(dtype, str) else dtype
+        how: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    else:
+        how = TorchAoConfig(_of_torchao(quantize, place))
+    return {"quantization_config": how, "device_map": {"": str(place)}}
+
+
+def _of_torchao(quantize: str, place: torch.device) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    if quantize == "int8":
+        return Int8WeightOnlyConfig(version=2)
+    if place.type == "cpu":
+        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
