@@ -28,6 +28,12 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def check_shape(name: str, value: Tensor, like: Tensor, dims: int) -> None:
+    """Raises ValueError: `value` has another shape than the first `dims` dimensions of `like`, by which it would be repeated and every mean be another."""
+    if value.shape != like.shape[:dims] or like.ndim < dims:
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}, beside {tuple(like.shape)}: give {tuple(like.shape[:dims])}")
+
+
 def pair_loss(scores: Tensor, labels: Tensor, centre: float = CENTRE) -> Tensor:
     """Does each example score its own label higher, against every other label, than the examples of that label do?
 
@@ -47,7 +53,11 @@ def pair_loss(scores: Tensor, labels: Tensor, centre: float = CENTRE) -> Tensor:
 
     Returns:
         0-d; NaN where all labels are the same: the mean over no pair.
+
+    Raises:
+        ValueError: `labels` has another shape.
     """
+    check_shape("labels", labels, scores, 1)
     scores = wide(scores)
     own = scores.gather(1, labels[:, None])
     gaps = own - scores[:, labels]  # [i, j]: s_i[label of i] - s_i[label of j]
@@ -80,7 +90,11 @@ def choice_loss(scores: Tensor, right: Tensor) -> Tensor:
 
     Returns:
         0-d; NaN where no example has a pair.
+
+    Raises:
+        ValueError: `right` has another shape.
     """
+    check_shape("right", right, scores, 2)
     scores = wide(scores)
     wrong = ~right & (scores != -torch.inf)
     pairs = right[:, :, None] & wrong[:, None, :]
@@ -99,7 +113,11 @@ def token_loss(log_probs: Tensor, present: Tensor) -> Tensor:
 
     Returns:
         0-d; NaN where there is no token.
+
+    Raises:
+        ValueError: `present` has another shape.
     """
+    check_shape("present", present, log_probs, log_probs.ndim)
     there = present != 0
     return -torch.where(there, wide(log_probs), 0.0).sum() / there.sum()
 
@@ -111,7 +129,11 @@ def answer_loss(log_probs: Tensor, present: Tensor) -> Tensor:
 
     Returns:
         0-d; NaN where there is no token.
+
+    Raises:
+        ValueError: `present` has another shape.
     """
+    check_shape("present", present, log_probs, log_probs.ndim)
     there = present != 0
     counts = there.sum(-1)
     each = torch.where(there, wide(log_probs), 0.0).sum(-1) / counts.clamp(min=1)

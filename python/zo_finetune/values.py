@@ -103,7 +103,7 @@ def pull(option: str, text: str) -> tuple[float, int]:
         lam, steps = number(share), whole(every) if colon else 1
     except (ValueError, argparse.ArgumentTypeError):
         lam, steps = 0.0, 0
-    if not (0 < lam <= 1 and 1 <= steps < 1 << 32):
+    if not (2.0**-126 <= lam <= 1 and 1 <= steps < 1 << 32):
         raise UserError(
             f"{option} {text!r:.80}: give LAM[:EVERY], a share greater than 0 and at most 1 and a number of steps, for example 0.05:10"
         )

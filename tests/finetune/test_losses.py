@@ -6,6 +6,7 @@ Belongs here: the functions of tensors. Does not belong here: objectives and bat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -129,3 +130,23 @@ def test_the_mean_of_nothing_is_no_number() -> None:
     assert choice_loss(torch.tensor([[0.0, -torch.inf]]), torch.tensor([[True, False]])).isnan()
     assert choice_loss(torch.tensor([[0.0, torch.nan]]), torch.tensor([[True, False]])).isnan()
     assert token_loss(scores, torch.zeros(3, 2)).isnan() and answer_loss(scores, torch.zeros(3, 2)).isnan()
+
+
+@pytest.mark.parametrize(
+    ("loss", "other"),
+    [
+        (pair_loss, torch.tensor([1])),
+        (pair_loss, torch.tensor([[0], [1], [1]])),
+        (choice_loss, torch.tensor([[True, False]])),
+        (choice_loss, torch.tensor([[True], [False], [True]])),
+        (token_loss, torch.ones(2)),
+        (token_loss, torch.ones(3, 1)),
+        (token_loss, torch.ones(1, 3, 2)),
+        (answer_loss, torch.ones(2)),
+        (answer_loss, torch.ones(3, 1)),
+    ],
+)
+def test_another_shape_is_refused(loss: Callable[..., Tensor], other: Tensor) -> None:
+    """It would be repeated, and the mean be one of other counts."""
+    with pytest.raises(ValueError, match=r"has the shape \(.*\), beside \(3, 2\): give \(3"):
+        loss(torch.randn(3, 2), other)

@@ -85,7 +85,7 @@ def test_a_pulled_run_ends_nearer_and_is_resumed_and_replayed(
     assert json.loads(text)["hyperparameters"]["anchor"] == "0.5:2"
 
 
-@pytest.mark.parametrize("given", ["0", "1.5", "0.5:0", "0.5:", "half", "0.5:1:2", "nan"])
+@pytest.mark.parametrize("given", ["0", "1e-50", "1.5", "0.5:0", "0.5:", "half", "0.5:1:2", "nan"])
 def test_what_is_no_pull(given: str, train_command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
     assert main(train_command(tmp_path / "run", "--anchor", given)) == 2
     assert f"--anchor '{given}': give LAM[:EVERY]" in capsys.readouterr().err

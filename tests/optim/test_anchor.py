@@ -188,6 +188,7 @@ NO_BASE: Any = [1]
     [
         (lambda m: zk.Anchor(0.0), ValueError, "lam=0.0 must be in"),
         (lambda m: zk.Anchor(1.5), ValueError, "lam=1.5 must be in"),
+        (lambda m: zk.Anchor(1e-50), ValueError, "lam=1e-50 must be in .* and not 0 in fp32"),
         (lambda m: zk.Anchor(0.5, 0), ValueError, "every=0"),
         (lambda m: zk.Anchor(0.5, 1, NO_BASE), TypeError, "base is a list"),
         (lambda m: zk.MeZOStep(m, 1e-3, anchor=zk.Anchor(0.5)), ValueError, "anchor without a base"),

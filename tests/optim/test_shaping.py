@@ -65,6 +65,26 @@ def test_equal_rewards_and_such_that_are_no_numbers() -> None:
         )
 
 
+def test_a_spread_beyond_fp32_is_no_number() -> None:
+    """And not 0, which would pass for rewards that are all the same."""
+    far = torch.tensor([0.5, 0.7, -3e38])
+    assert zk.z_scored(far).isnan().all() and zk.group_relative(far, torch.zeros(3)).isnan().all()
+    assert zk.z_scored(far.double()).isfinite().all()
+
+
+def test_groups_of_another_shape_are_refused() -> None:
+    rewards, groups = torch.randn(4), torch.tensor([0, 0, 1, 1])
+    for r, g in (
+        (rewards, groups[:1]),
+        (rewards[:1], groups),
+        (rewards, groups[:, None]),
+        (rewards[:, None], groups),
+        (rewards.view(2, 2), groups[:2]),
+    ):
+        with pytest.raises(ValueError, match="a group for each reward"):
+            zk.group_relative(r, g)
+
+
 def test_along_a_dimension() -> None:
     r = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for shape in (zk.ranked, zk.z_scored):

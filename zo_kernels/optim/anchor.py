@@ -14,6 +14,8 @@ from torch import Tensor
 
 from zo_kernels import checks, journal
 
+LEAST = 2.0**-126  # below it numbers are 0 where fp32 flushes them
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -37,8 +39,8 @@ class Anchor:
     name: ClassVar[str] = "anchor"
 
     def __post_init__(self) -> None:
-        if not 0 < checks.check_fp32("lam", self.lam) <= 1:
-            raise ValueError(f"lam={self.lam!r} must be in (0, 1]: the share of the way back to the start")
+        if not LEAST <= checks.check_fp32("lam", self.lam) <= 1:
+            raise ValueError(f"lam={self.lam!r} must be in (0, 1], and not 0 in fp32: the share of the way back to the start")
         if checks.check_word("every", self.every) < 1:
             raise ValueError("every=0: give a number of steps, at least 1")
         if self.base is not None and not isinstance(self.base, Mapping):

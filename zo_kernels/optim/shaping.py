@@ -7,7 +7,8 @@ shaped rewards returns 0 at every point. They are for numbers of several evaluat
 of answers drawn once a step, in which a closure weighs log-probabilities, -(advantages * log_probs).mean().
 
 Equal rewards give 0: nothing tells them apart, and 0 / 0 is not asked. One that is not finite makes all that are compared with it NaN, as a step with such a
-loss is skipped. The host reads nothing. fp32 or wider, whatever the rewards are.
+loss is skipped; and so do rewards that differ so much that a square overflows, by which z-scores would all be 0. The host reads nothing. fp32 or wider,
+whatever the rewards are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ def _wide(rewards: Tensor) -> Tensor:
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def _over(centred: Tensor, spread: Tensor, differ: Tensor) -> Tensor:
+    """Quotients; 0 where nothing differs, NaN where the spread is an infinity."""
+    finite = torch.where(spread == torch.inf, torch.nan, spread)
+    return torch.where(differ, centred / finite, centred * 0)
+
+
 def z_scored(rewards: Tensor, dim: int = -1) -> Tensor:
     """(r - mean) / s along a dimension, s the sample standard deviation (n - 1 in the denominator).
 
@@ -30,7 +37,7 @@ def z_scored(rewards: Tensor, dim: int = -1) -> Tensor:
     centred = r - r.mean(dim, keepdim=True)
     differ = r.amax(dim, keepdim=True) != r.amin(dim, keepdim=True)  # NaN differs: it stays
     spread = (centred.square().sum(dim, keepdim=True) / max(r.shape[dim] - 1, 1)).sqrt()
-    return torch.where(differ, centred / spread, centred * 0)
+    return _over(centred, spread, differ)
 
 
 def ranked(rewards: Tensor, dim: int = -1) -> Tensor:
@@ -56,7 +63,14 @@ def group_relative(rewards: Tensor, groups: Tensor) -> Tensor:
 
     Returns:
         [n].
+
+    Raises:
+        ValueError: another shape, which would be repeated.
     """
+    if rewards.ndim != 1 or groups.shape != rewards.shape:
+        raise ValueError(
+            f"rewards have the shape {tuple(rewards.shape)} and groups {tuple(groups.shape)}: give [n] both, a group for each reward"
+        )
     r = _wide(rewards)
     same = groups[:, None] == groups[None, :]
     counts = same.sum(-1)
@@ -67,4 +81,4 @@ def group_relative(rewards: Tensor, groups: Tensor) -> Tensor:
         / (counts - 1).clamp(min=1)
     ).sqrt()
     differ = (same & (r[None, :] != r[:, None])).any(-1)
-    return torch.where(differ, centred / spread, centred * 0)
+    return _over(centred, spread, differ)
