@@ -64,6 +64,7 @@ F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
 TRL = "tests/finetune/test_trl.py"
 D = "tests/test_distributed.py"
+TEAM = "tests/finetune/test_team.py"
 Q = "tests/test_quantized.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
@@ -523,6 +524,14 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{D}::test_a_worker_that_does_not_come_is_named",)),
     ("zo_kernels/optim/record.py", "workers go on where the first one could not record", "workers if self.opened else None, \"the record", "None, \"the record",
      (f"{D}::test_the_first_worker_writes_and_a_record_that_fails_is_nobodys_step",)),
+    ("python/zo_finetune/team.py", "each process evaluates everything and hands out its own", "if _team is None or k % _team.size == _team.rank:",
+     "if _team is None or k % _team.size != _team.rank:", (f"{TEAM}::test_two_processes_write_what_one_does",)),
+    ("python/zo_finetune/run.py", "a run that torchrun starts again goes on whatever its options",
+     "if name := difference(config, asdict(saved), but=lambda option: option.movable):", "if name := None:",
+     (f"{TEAM}::test_a_run_that_torchrun_starts_again_is_the_same_run",)),
+    ("python/zo_finetune/run.py", "other processes keep weights without the journal",
+     "if keeper.best:\n            team.copied", "if False:\n            team.copied",
+     (f"{TEAM}::test_two_processes_write_what_one_does",)),
     ("zo_kernels/optim/record.py", "the rule is not compared", "in self.run.method.configured().items()}", "in ()}",
      (f"{D}::test_a_worker_with_another_run_is_named_before_the_first_step",)),
     ("zo_kernels/optim/decision.py", "a skipped step decays", "decay = self.decay if go else [1.0] * groups", "decay = self.decay",

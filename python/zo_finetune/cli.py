@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from zo_finetune import catalog, console
+from zo_finetune import catalog, console, team
 from zo_finetune.config import COMMANDS, Comparison, Config, Demo, Profile, Replay, SuiteRuns, Tasks, shared
 from zo_finetune.errors import UserError, did_you_mean, plural
 from zo_finetune.machine import versions
@@ -227,9 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     with console.Signals() as signals, console.warnings_as_lines():
         try:
-            result = run(options, ["zo-finetune", *arguments])
+            with team.joined(options.command):
+                result = run(options, ["zo-finetune", *arguments])
+        except team.Told:
+            return 2
         except UserError as error:
-            console.say(f"zo-finetune: error: {error}")
+            who = f"zo-finetune, worker {team.rank()}" if team.rank() else "zo-finetune"
+            console.say(f"{who}: error: {error}", aloud=True)
             return 2
         except KeyboardInterrupt as stop:
             console.say(f"zo-finetune: {stop or 'interrupted before there was anything to save'}")

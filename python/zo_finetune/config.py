@@ -40,7 +40,15 @@ INPUT_INITS = {
     "whitened": -0.5,
 }  # lora's first matrix in the space of its inputs: the power, see zo_kernels' `input_factors`
 EARLIER = {"batches": "padded"}  # of runs that began before there was the option
-PERTURBING = ("eps", "anchor", "perturbation", "rounding", "cuda_graph", "backend")  # what first-order methods do not read
+PERTURBING = (
+    "eps",
+    "anchor",
+    "perturbation",
+    "rounding",
+    "cuda_graph",
+    "parallel",
+    "backend",
+)  # what first-order methods do not read
 
 
 @dataclass(kw_only=True)
@@ -226,6 +234,13 @@ class Config(TaskChoice):
         choices=("auto", "memory", "disk", "off"),
     )
     cuda_graph: bool = option(METHOD, "launch whole steps as CUDA graphs; pads batches", False, negatable=True)
+    parallel: str = option(
+        METHOD,
+        "of several processes (torchrun), what of a step each evaluates: directions, micro-batches (data), or both; auto: what divides best",
+        "auto",
+        choices=("auto", "directions", "data", "both"),
+        movable=True,
+    )
     backend: str | None = option(
         METHOD,
         "of zo_kernels",

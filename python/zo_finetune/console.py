@@ -23,15 +23,29 @@ PATIENCE = 2.0  # seconds after which whatever is going on says so
 LONGEST = 60.0  # seconds between two lines about the same
 
 
+_silent = False
+
+
+def hush(silent: bool) -> None:
+    """Of several processes of one run one speaks."""
+    global _silent
+    _silent = silent
+
+
 def is_terminal() -> bool:
+    if _silent:
+        return False
     try:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):  # none, or closed
         return False
 
 
-def say(line: str) -> None:
-    """One line on stderr, above a bar if there is one. A terminal that was closed, or a reader that went away, ends no run."""
+def say(line: str, aloud: bool = False) -> None:
+    """One line on stderr, above a bar if there is one. A terminal that was closed, or a reader that went away, ends no run. `aloud`: of a process that
+    is silent otherwise, too."""
+    if _silent and not aloud:
+        return
     line = printable(line)
     with contextlib.suppress(OSError, ValueError):
         if is_terminal() and (bars := sys.modules.get("tqdm")) is not None:
@@ -42,6 +56,8 @@ def say(line: str) -> None:
 
 def tell(text: str) -> None:
     """What a command was asked for, on stdout."""
+    if _silent:
+        return
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zo_finetune import beside, console, files, inputs, methods, outcomes, report, run_folder, sources
+from zo_finetune import beside, console, files, inputs, methods, outcomes, report, run_folder, sources, team
 from zo_finetune.cached import keep
 from zo_finetune.common import Common
 from zo_finetune.config import EARLIER, Config
@@ -37,7 +37,9 @@ from zo_finetune.packing import pack
 from zo_finetune.report import Outcome
 from zo_finetune.scoring import Scorer
 from zo_finetune.train import Optimizer, Progress, Stopwatch, eval_every, make_optimizer, pace_of, rate, train
-from zo_kernels import InputFactors, journal
+from zo_kernels import InputFactors, WorkerError, journal
+
+FACTORS = journal.factors_path(JOURNAL).name
 
 
 def run(config: Config, command: Sequence[str] | None = None, common: Common | None = None) -> dict[str, Any]:
@@ -51,10 +53,45 @@ def run(config: Config, command: Sequence[str] | None = None, common: Common | N
     config.check()
     config = config.placed(os.getcwd()).settled()
     config.check_use()
+    goes_on, overwrite = team.by_first(functools.partial(begins, config))
+    if goes_on:
+        return resume(config.output, command, common)
+    with placed(replace(config, overwrite=overwrite)) as config:
+        return complete(begun(config, common), command)
+
+
+def begins(config: Config) -> tuple[bool, bool]:
+    """Whether the run's folder has it already, as torchrun starts it again, and it goes on; and whether it replaces what is there.
+
+    Raises:
+        UserError: the folder may not be used, or several processes cannot share the run.
+    """
     output = Path(config.output)
+    if team.size() > 1 and (reason := methods.get(config.method).no_journal):
+        raise UserError(f"--method {config.method} is one process's ({reason}): start it without torchrun")
+    overwrite = config.overwrite
+    if team.restarted() and output.is_dir() and any(output.iterdir()):
+        if (output / "config.json").exists() and (output / JOURNAL).exists():
+            saved = run_folder.saved_config(output)
+            if name := difference(config, asdict(saved), but=lambda option: option.movable):
+                raise UserError(f"{output} has a run with another {name} in it: give another folder, or --overwrite")
+            return True, False
+        overwrite = overwrite or run_folder.holds_run(output)
     read = [("--model", config.model), *(("--data", str(path)) for path in sources.paths_of(config.rows()[0]))]
     read += [("--adapter", config.adapter)] if config.adapter is not None else []
-    run_folder.check_run_dir(output, config.overwrite, read)
+    run_folder.check_run_dir(output, overwrite, read)
+    return False, overwrite
+
+
+@contextlib.contextmanager
+def placed(config: Config) -> Iterator[Config]:
+    """The run's options in this process of it: the first one writes its folder and saves its weights."""
+    with team.folder(config.output) as output:
+        yield replace(config, output=output, save=config.save and team.first(), device=team.device(config.device))
+
+
+def begun(config: Config, common: Common | None) -> Loaded:
+    """What a new run is of."""
     with explained(functools.partial(way_on, config)):
         loaded = load(config, common=common)
     rows = len(loaded.train_set)
@@ -67,7 +104,7 @@ def run(config: Config, command: Sequence[str] | None = None, common: Common | N
         taken = "as many" if loaded.labels else "all of them"
         note = f"--batch-size {config.batch_size}: there are {rows} examples to train on, and each step takes {taken}"
         loaded = replace(loaded, config=replace(config, batch_size=rows), notes=[*loaded.notes, note])
-    return complete(loaded, command)
+    return loaded
 
 
 def resume(folder: str, command: Sequence[str] | None = None, common: Common | None = None) -> dict[str, Any]:
@@ -75,6 +112,28 @@ def resume(folder: str, command: Sequence[str] | None = None, common: Common | N
 
     Raises:
         UserError: there is no run in the folder, it is running, or its options, base model or data have changed; nothing was changed.
+    """
+    found = team.by_first(functools.partial(resumable, folder))
+    if isinstance(found, dict):
+        console.say(f"{folder} is finished after {found['steps']} steps: there is nothing to resume")
+        return found
+    for name in ("model", "data", "adapter"):
+        if os.path.isabs(path := getattr(found, name) or "") and not sources.paths_of(path):
+            raise UserError(
+                f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {found.output}/config.json"
+            )
+    with placed(found) as config:
+        team.copied(Path(config.output), ("config.json", "evaluations.jsonl", "log.csv", FACTORS))
+        with explained(functools.partial(way_on, config)):
+            loaded = load(config, common=common)
+        return complete(loaded, command, resumed=True)
+
+
+def resumable(folder: str) -> Config | dict[str, Any]:
+    """The options of a run that goes on; of one that is finished, its result.
+
+    Raises:
+        UserError: see `resume`.
     """
     output = path_of("RUN_DIR", folder).absolute()
     run_folder.check_files(output)
@@ -88,17 +147,8 @@ def resume(folder: str, command: Sequence[str] | None = None, common: Common | N
         raise UserError(nothing)
     config.check_file()
     if (result := run_folder.read_result(output / "result.json", config.the_task(), config.save)) is not None:
-        console.say(f"{folder} is finished after {result['steps']} steps: there is nothing to resume")
         return result
-    config = replace(recorded_config(output, config), output=str(output))
-    for name in ("model", "data", "adapter"):
-        if os.path.isabs(path := getattr(config, name) or "") and not sources.paths_of(path):
-            raise UserError(
-                f"the {name} that the run began with, {path}, is gone: put it back, or write its new place into {output}/config.json"
-            )
-    with explained(functools.partial(way_on, config)):
-        loaded = load(config, common=common)
-    return complete(loaded, command, resumed=True)
+    return replace(recorded_config(output, config), output=str(output))
 
 
 def recorded_config(output: Path, config: Config) -> Config:
@@ -164,8 +214,7 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | N
             digest.update(repr(example).encode() + b"\n")
         digest.update(b"\n")
     about = {
-        "model": config.model,
-        "config": asdict(config),
+        **team.by_first(lambda: {"model": config.model, "config": asdict(config)}),
         "dtype": str(loaded.language_model.model.dtype).removeprefix("torch."),
         "data": digest.hexdigest(),
         "batches": batches,
@@ -211,6 +260,8 @@ def perform(loaded: Loaded, resumed: bool) -> Outcome:
     outcome = trained(loaded, resumed, keeper, evaluated)
     outcome.kept = last(outcome.steps)
     if not outcome.interrupted:
+        if keeper.best:
+            team.copied(Path(config.output), (JOURNAL, FACTORS))
         with run_folder.held(Path(config.output) / JOURNAL) as past:
             outcome.kept = keeper.settle(outcome.history, outcome.steps, past)
             try:
@@ -305,8 +356,9 @@ def complete(loaded: Loaded, command: Sequence[str] | None, resumed: bool = Fals
             console.say(line)
         files.write_json(output / "result.json", result)
         try:
-            with console.Phase("drawing curve.png"):
-                report.draw(loaded, outcome, output / "curve.png")
+            if team.first():
+                with console.Phase("drawing curve.png"):
+                    report.draw(loaded, outcome, output / "curve.png")
         except Exception as error:  # the least of what a run leaves, made by a library that needs fonts, caches and space
             console.say(f"curve.png could not be drawn ({one_line(error)}); log.csv has what it shows")
         if config.save:
@@ -339,6 +391,8 @@ def way_on(config: Config) -> str:
     """What to do after a run has ended before its end."""
     output = Path(config.output)
     no_journal = methods.get(config.method).no_journal
+    if not team.first():
+        return "see what worker 0 says"
     with contextlib.suppress(UserError):
         if run_folder.read_result(output / "result.json", config.the_task(), config.save) is not None:
             return f"see {output / 'result.json'} (the run is finished)"
@@ -358,6 +412,8 @@ def explained(way_on: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; {way_on()}") from None
     except OSError as error:
         raise UserError(f"{one_line(error)}; {remedy(error)}, then {way_on()}") from error
+    except WorkerError as error:
+        raise UserError(f"{error}; {way_on()}") from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise

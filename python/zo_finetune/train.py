@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zo_finetune import console, machine, values
+from zo_finetune import console, machine, team, values
 from zo_finetune.cached import Below
 from zo_finetune.config import SCHEDULES, Config
 from zo_finetune.data import Batches
@@ -173,6 +173,7 @@ def make_optimizer(language_model: LanguageModel, config: Config, factors: Input
             "cuda_graph": config.cuda_graph,
             "rounding": config.rounding,
             "backend": config.backend,
+            **team.options(config.parallel),
         }
     if recipe.method.looks:
         options["factors"] = factors

@@ -29,7 +29,7 @@ from zo_kernels.optim.rules import SGD, Adam, Conservative, HessianDiagonal, Low
 from zo_kernels.optim.shaping import group_relative, ranked, z_scored
 from zo_kernels.optim.step import ZOStep
 from zo_kernels.optim.unit import ScaleFree
-from zo_kernels.optim.workers import WorkerError
+from zo_kernels.optim.workers import WorkerError, Workers
 
 METHODS = (
     MeZOStep,
@@ -84,6 +84,7 @@ __all__ = [
     "ThreePoint",
     "TwoSided",
     "WorkerError",
+    "Workers",
     "ZOAdam",
     "ZOConservative",
     "ZOMomentum",

@@ -130,10 +130,10 @@ def number_of(text: str) -> float:
 
 
 class Workers:
-    """The workers of one optimizer, which all make theirs, and all its calls, in the same order.
+    """The workers of one optimizer, or of what they evaluate beside one: all make theirs, and all its calls, in the same order.
 
     Args:
-        group: the processes. parallel: see `cut`. timeout: seconds that a round waits for the slowest worker.
+        group: the processes. parallel: how an optimizer's steps are shared, see `cut`. timeout: seconds that a round waits for the slowest worker.
 
     Attributes:
         rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
@@ -144,7 +144,7 @@ class Workers:
         TypeError, ValueError: no process group that this process is in; parallel or timeout is none.
     """
 
-    def __init__(self, group: Any, parallel: str, timeout: float) -> None:
+    def __init__(self, group: Any, parallel: str = "auto", timeout: float = 600.0) -> None:
         checks.check_choice("parallel", parallel, PARALLEL)
         if not (isinstance(timeout, (int, float)) and 0 < timeout < 1e7):
             raise ValueError(f"timeout={timeout!r:.80} must be a positive number of seconds")
@@ -195,7 +195,7 @@ class Workers:
         room = FRAME - HEAD
         rows = self._gather([*head, *values[:room]], FRAME)
         if any(row[1] for row in rows):
-            reasons = self._tell(None if error is None else f"{type(error).__name__}: {error}"[:300])
+            reasons = self.tell(None if error is None else f"{type(error).__name__}: {error}"[:300])
             self.met = False
             if error is None:
                 failed = [rank for rank, reason in enumerate(reasons) if reason is not None]
@@ -207,9 +207,9 @@ class Workers:
                 )
             return [], []
         if len({row[0] for row in rows}) > 1:
-            self._differ("what it is at", self._tell(what))
+            self._differ("what it is at", self.tell(what))
         if len({row[2] for row in rows}) > 1:
-            self._compare(self._tell({key: f"{value!r:.200}" for key, value in (common or {}).items()}))
+            self._compare(self.tell({key: f"{value!r:.200}" for key, value in (common or {}).items()}))
         if len({row[3] for row in rows}) > 1:
             odd = [rank for rank, row in enumerate(rows) if row[3] != rows[0][3]]
             self._stop(
@@ -241,8 +241,8 @@ class Workers:
         found: list[list[float]] = table.tolist()
         return found
 
-    def _tell(self, value: T) -> list[T]:
-        """An object of each worker; only where something is wrong, or at the start."""
+    def tell(self, value: T) -> list[T]:
+        """An object of each worker, in the order of their ranks. A step needs it only where something is wrong."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
             try:
@@ -331,7 +331,7 @@ class Workers:
 
     def hand_out(self, value: T) -> T:
         """The first worker's, on all."""
-        return self._tell(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.tell(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def decided(self, decision: Mapping[str, Any]) -> None:
         """What a step decided: the next round compares it."""

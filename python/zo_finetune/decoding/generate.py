@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_finetune import team
 from zo_finetune.data import in_batches
 from zo_finetune.decoding.base import Answers, Decoding
 from zo_finetune.decoding.scores import choose, score_table
@@ -100,10 +101,9 @@ class Generation(Decoding):
         progress: Callable[[int], None] = lambda n: None,
     ) -> Answers:
         """Beside the texts, the scores of the answers that are trained on, whose mean is the loss."""
-        written: dict[int, str] = {}
-        for part in in_batches(sorted(range(len(examples)), key=lambda k: len(examples[k].prompt)), batch_size):
-            written.update(zip(part, write(scorer, self.batch(scorer, [examples[k] for k in part])), strict=True))
-            progress(len(part))
+        parts = list(in_batches(sorted(range(len(examples)), key=lambda k: len(examples[k].prompt)), batch_size))
+        texts = team.mapped(lambda part: write(scorer, self.batch(scorer, [examples[k] for k in part])), parts, progress, len)
+        written = {k: text for part, own in zip(parts, texts, strict=True) for k, text in zip(part, own, strict=True)}
         answers = choose(score_table(scorer.scores, scorer, examples, batch_size), examples)
         tokens = torch.tensor([len(e.spans[0].targets) for e in examples])
         return replace(self._of(task, examples, [written[k] for k in range(len(examples))], answers), tokens=tokens)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zo_finetune import team
 from zo_finetune.data import in_batches
 from zo_finetune.decoding.base import Answers, Decoding
 from zo_finetune.scoring import Batch, Encoded, Scorer, right_ones
@@ -51,13 +52,13 @@ def score_table(
     Args:
         score: [B, C] of a batch.
     """
-    found: dict[int, Tensor] = {}  # of an example by its place: rows, as wide as the most candidates of their batch
-    for part in in_batches(sorted(range(len(examples)), key=lambda k: examples[k].length), batch_size):
-        found.update(zip(part, score(scorer.collate([examples[k] for k in part])), strict=True))
-        progress(len(part))
+    parts = list(in_batches(sorted(range(len(examples)), key=lambda k: examples[k].length), batch_size))
+    tables = team.mapped(lambda part: score(scorer.collate([examples[k] for k in part])).cpu(), parts, progress, len)
+    # Of an example by its place: rows, as wide as the most candidates of their batch.
+    found = {k: row for part, table in zip(parts, tables, strict=True) for k, row in zip(part, table, strict=True)}
     width = max(map(len, found.values()))
     rows = (found[k] for k in range(len(examples)))
-    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in rows]).cpu()
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-torch.inf) for row in rows])
 
 
 def highest(table: Tensor) -> Tensor:
