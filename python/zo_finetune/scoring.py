@@ -66,10 +66,7 @@ def new_tokens(max_length: int) -> int:
 
 def right_ones(examples: Sequence[Encoded], width: int) -> Tensor:
     """bool [N, width]: which candidates count as right."""
-    mask = torch.zeros((len(examples), width), dtype=torch.bool)
-    for row, example in zip(mask, examples, strict=True):
-        row[list(example.right or {example.label})] = True
-    return mask
+    return torch.tensor([[k in (example.right or {example.label}) for k in range(width)] for example in examples], dtype=torch.bool)
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -277,11 +274,8 @@ class Batch:
 def padded(inputs: Sequence[Sequence[int]], form: Form, pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
     """Rows of tokens as `input_ids` and `attention_mask` of a `Batch`, on the CPU."""
     width = -(-max(map(len, inputs)) // multiple) * multiple
-    input_ids = torch.full((len(inputs), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(inputs), width), dtype=torch.long)
-    for r, tokens in enumerate(inputs):
-        input_ids[r, : len(tokens)] = torch.tensor(tokens)
-        mask[r, : len(tokens)] = 1
+    input_ids = torch.tensor([[*tokens, *(pad_id,) * (width - len(tokens))] for tokens in inputs], dtype=torch.long)
+    mask = (torch.arange(width) < torch.tensor([*map(len, inputs)])[:, None]).long()
     return input_ids, mask if form == "masked" else None
 
 
@@ -290,20 +284,21 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
     inputs: list[tuple[int, ...]] = []
     points: dict[tuple[int, int], int] = {}
     shape = (len(examples), max(len(e.spans) for e in examples), max(len(s.targets) for e in examples for s in e.spans))
-    where, targets, present = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    of_tokens = [[[[0] * shape[2] for _ in range(shape[1])] for _ in examples] for _ in range(3)]
+    where, targets, present = of_tokens  # lists, since a number is put into a tensor in microseconds
     for b, example in enumerate(examples):
         for c, span in enumerate(example.spans):
             for t, (position, target) in enumerate(zip(span.positions, span.targets, strict=True)):
-                where[b, c, t] = points.setdefault((len(inputs) + span.row, position), len(points))
-                targets[b, c, t], present[b, c, t] = target, 1.0
+                where[b][c][t] = points.setdefault((len(inputs) + span.row, position), len(points))
+                targets[b][c][t], present[b][c][t] = target, 1
         inputs.extend(example.inputs)
     input_ids, mask = padded(inputs, form, pad_id, multiple)
-    spots = torch.tensor(list(points))
+    spots, (points_of, answers, there) = torch.tensor(list(points)), (torch.tensor(one) for one in of_tokens)
     labels, right = torch.tensor([e.label for e in examples]), right_ones(examples, shape[1])
     words = words_at = None
     if shape[2] == 1 and all(len({(s.row, s.positions) for s in e.spans}) == 1 for e in examples):
-        words, words_at = torch.unique(targets[..., 0], return_inverse=True)
-    fields = (spots[:, 0], spots[:, 1] - input_ids.shape[1], where, targets, present, labels, right)
+        words, words_at = torch.unique(answers[..., 0], return_inverse=True)
+    fields = (spots[:, 0], spots[:, 1] - input_ids.shape[1], points_of, answers, there.float(), labels, right)
     moved = [None if one is None else one.to(device) for one in (mask, words, words_at)]
     return Batch(input_ids.to(device), moved[0], *(f.to(device) for f in fields), *moved[1:])
 
