@@ -46,5 +46,6 @@ def _of_torchao(quantize: str, place: torch.device) -> Any:
     if quantize == "int8":
         return Int8WeightOnlyConfig(version=2)
     if place.type == "cpu":
-        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+        types: Any = torch  # whose stubs lack the narrow ones
+        return IntxWeightOnlyConfig(weight_dtype=types.int4, granularity=PerGroup(GROUP))
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
