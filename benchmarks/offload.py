@@ -1,0 +1,175 @@
+"""What training costs whose weights lie in a file or in host memory and visit the device a block at a time.
+
+    python benchmarks/offload.py --work /tmp/offload --out benchmarks/results/offload.csv
+
+Belongs here: resident memory, bytes that come in, seconds of a step. Does not belong here: whether the bits are right (tests/test_offload.py).
+
+First a random OPT-1.3B of bf16 weights from a file of its own, which is made in --work and removed: each step is a row. `peak_bytes` is the peak of the process's
+resident memory from before the model was made, less what it had then (after importing everything). Then a shape that fits, resident and offloaded, in turn: `ratio` is a
+median over the resident one's. MeZO's steps on a batch of a few random tokens; steps after the first, which looks at the weights once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import transformers
+from torch import Tensor, nn
+from zo_finetune import away, shapes
+
+import zo_kernels as zk
+
+COLUMNS = (
+    *("shape", "dtype", "source", "together", "write_back", "weights", "weight_bytes", "blocks", "batch", "sequence", "threads"),
+    *("step", *harness.TIMING_COLUMNS, "ratio", "read_bytes", "visits", "written_bytes", "device_bytes", "peak_bytes"),
+)
+TINY = {"hidden_size": 32, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 500, "word_embed_proj_dim": 32}
+FITS = {"hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8000, "word_embed_proj_dim": 512}
+
+
+def config_of(more: dict[str, Any]) -> Any:
+    shape = {**shapes.get("opt-1.3b"), **more}
+    return transformers.AutoConfig.for_model(**shape)
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    return away.empty(transformers.AutoModelForCausalLM, config, dtype)
+
+
+class Random:
+    """Tensors of a file that is written: their shapes, and values when they are asked for."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.p = p
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.p, name)
+
+    def detach(self) -> Tensor:
+        return torch.randn(self.p.shape, dtype=torch.float32).mul_(0.02).to(self.p.dtype)
+
+
+def write_random(model: nn.Module, path: Path) -> None:
+    away.write_tensors(path, [(name, Random(p)) for name, p in model.named_parameters()])  # type: ignore[misc]
+
+
+def closure_of(model: Any, vocabulary: int, batch: int, sequence: int) -> Callable[[], Tensor]:
+    ids = torch.randint(vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(1))
+
+    def closure() -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    return closure
+
+
+def about(name: str, model: nn.Module, dtype: torch.dtype, batch: int, sequence: int) -> dict[str, Any]:
+    weights = sum(p.numel() for p in model.parameters())
+    return {
+        "shape": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": weights,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "batch": batch,
+        "sequence": sequence,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def from_a_file(work: Path, name: str, more: dict[str, Any], steps: int, write_back: int) -> Iterator[dict[str, Any]]:
+    """A model that is never resident."""
+    dtype, batch, sequence, config = torch.bfloat16, 1, 8, config_of(more)
+    path = work / "model.safetensors"
+    torch.manual_seed(0)
+    write_random(without_weights(config, dtype), path)
+    try:
+        harness.reset_peak("cpu")
+        before = harness.peak_bytes("cpu") or 0
+        model = without_weights(config, dtype)
+        offloaded = zk.offload(model, path, write_back=write_back, folder=work if write_back else None, together=True)
+        shared = about(name, model, dtype, batch, sequence)
+        optimizer, closure = zk.MeZOStep(model, 1e-6), closure_of(model, config.vocab_size, batch, sequence)
+        for step in range(1, steps + 1):
+            t, began = offloaded.traffic, time.perf_counter()
+            read, visits, written = t.bytes, t.visits, t.written
+            optimizer.step(closure)
+            seconds = harness.Timing((time.perf_counter() - began,))
+            yield {
+                **shared, **seconds.columns(), "source": "file", "together": True, "write_back": write_back, "step": step, "ratio": "",
+                "blocks": len(offloaded.blocks), "read_bytes": t.bytes - read, "visits": t.visits - visits, "written_bytes": t.written - written,
+                "device_bytes": offloaded.device_bytes, "peak_bytes": (harness.peak_bytes("cpu") or 0) - before,
+            }  # fmt: skip
+    finally:
+        path.unlink()
+
+
+def beside_resident(work: Path, more: dict[str, Any], rounds: int) -> Iterator[dict[str, Any]]:
+    """Steps of one shape, resident and offloaded, in turn."""
+    batch, sequence, config, path = 4, 32, config_of(more), work / "small.safetensors"
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        write_random(without_weights(config, dtype), path)
+        try:
+            contenders: dict[tuple[str, bool, int], Callable[[], Any]] = {}
+            traffic: dict[tuple[str, bool, int], Any] = {}
+            for key in (("resident", False, 0), ("cpu", False, 1), ("cpu", True, 1), ("cpu", True, 8), ("file", True, 0), ("file", True, 8)):
+                source, together, every = key
+                model = without_weights(config, dtype)
+                traffic[key] = made = zk.offload(
+                    model, path, write_back=every if source == "file" else 0, folder=work if every and source == "file" else None, together=together
+                )
+                if source != "file":
+                    resident = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+                    with torch.no_grad():
+                        for (_, p), (_, q) in zip(resident.named_parameters(), model.named_parameters(), strict=True):
+                            p.copy_(q)
+                    model, made = resident, None
+                    if source == "cpu":
+                        made = zk.offload(model, "cpu", write_back=every, together=together)
+                traffic[key] = made
+                optimizer, closure = zk.MeZOStep(model, 1e-6), closure_of(model, config.vocab_size, batch, sequence)
+                contenders[key] = lambda optimizer=optimizer, closure=closure: optimizer.step(closure)
+            names = {"/".join(map(str, key)): key for key in contenders}
+            times = harness.interleaved({n: contenders[key] for n, key in names.items()}, rounds=rounds)
+            base = times[next(iter(names))].median
+            for n, key in names.items():
+                source, together, every = key
+                made = traffic[key]
+                steps = rounds + 1
+                yield {
+                    **about("fits", model, dtype, batch, sequence), **times[n].columns(), "source": source, "together": together, "write_back": every,
+                    "step": "", "ratio": harness.significant(times[n].median / base, 4), "blocks": len(made.blocks) if made else 0,
+                    "read_bytes": made.traffic.bytes // steps if made else 0, "visits": made.traffic.visits // steps if made else 0,
+                    "written_bytes": made.traffic.written // steps if made else 0, "device_bytes": made.device_bytes if made else "", "peak_bytes": "",
+                }  # fmt: skip
+        finally:
+            path.unlink()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder with room for the weights")
+    parser.add_argument("--out", type=Path, required=True, help="the CSV file")
+    parser.add_argument("--steps", type=int, default=3, help="of the large model")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
+    parser.add_argument("--only", choices=("large", "fits"), help="one of the two")
+    args = parser.parse_args(arguments)
+    args.work.mkdir(parents=True, exist_ok=True)
+    table = harness.Table(args.out, COLUMNS)
+    if args.only != "fits":
+        for row in from_a_file(args.work, "tiny" if args.quick else "opt-1.3b", TINY if args.quick else {}, args.steps, 0):
+            table.add(row)
+    if args.only != "large":
+        for row in beside_resident(args.work, TINY if args.quick else FITS, 2 if args.quick else 7):
+            table.add(row)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

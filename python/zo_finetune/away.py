@@ -1,0 +1,69 @@
+"""A model whose weights are not loaded: they come from its files a block at a time, or lie in host memory.
+
+Belongs here: a module without weights, and what of its folder `zk.offload` is given. Does not belong here: how blocks come and go (zo_kernels), what a folder
+must have (folders.py), a model that is loaded as a whole (model.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zo_kernels import Offloaded
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are made within have their parameters on the meta device, and their buffers, which nobody loads, as they make them."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        register(module, name, None if p is None else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def empty(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """transformers' model of this configuration, in eval mode, its parameters on the meta device and tied as they will be."""
+    with without_weights():
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def save(model: Any, offloaded: Offloaded, folder: Path) -> None:
+    """The model as transformers saves it, its weights written one after another; a tied one once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(folder)
+    write_tensors(folder / "model.safetensors", [(name, p) for name, p in model.named_parameters()])
+
+
+def write_tensors(path: Path, named: list[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file of these tensors, read one after another."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, t in named:
+        size = t.numel() * t.element_size()
+        head[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, t in named:
+            file.write(t.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
