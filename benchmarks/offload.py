@@ -29,8 +29,22 @@ COLUMNS = (
     *("shape", "dtype", "source", "together", "write_back", "weights", "weight_bytes", "blocks", "batch", "sequence", "threads"),
     *("step", *harness.TIMING_COLUMNS, "ratio", "read_bytes", "visits", "written_bytes", "device_bytes", "peak_bytes"),
 )
-TINY = {"hidden_size": 32, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 500, "word_embed_proj_dim": 32}
-FITS = {"hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8000, "word_embed_proj_dim": 512}
+TINY = {
+    "hidden_size": 32,
+    "ffn_dim": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 500,
+    "word_embed_proj_dim": 32,
+}
+FITS = {
+    "hidden_size": 512,
+    "ffn_dim": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8000,
+    "word_embed_proj_dim": 512,
+}
 
 
 def config_of(more: dict[str, Any]) -> Any:
@@ -118,11 +132,22 @@ def beside_resident(work: Path, more: dict[str, Any], rounds: int) -> Iterator[d
         try:
             contenders: dict[tuple[str, bool, int], Callable[[], Any]] = {}
             traffic: dict[tuple[str, bool, int], Any] = {}
-            for key in (("resident", False, 0), ("cpu", False, 1), ("cpu", True, 1), ("cpu", True, 8), ("file", True, 0), ("file", True, 8)):
+            for key in (
+                ("resident", False, 0),
+                ("cpu", False, 1),
+                ("cpu", True, 1),
+                ("cpu", True, 8),
+                ("file", True, 0),
+                ("file", True, 8),
+            ):
                 source, together, every = key
                 model = without_weights(config, dtype)
                 traffic[key] = made = zk.offload(
-                    model, path, write_back=every if source == "file" else 0, folder=work if every and source == "file" else None, together=together
+                    model,
+                    path,
+                    write_back=every if source == "file" else 0,
+                    folder=work if every and source == "file" else None,
+                    together=together,
                 )
                 if source != "file":
                     resident = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -159,14 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="of the large model")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
     parser.add_argument("--only", choices=("large", "fits"), help="one of the two")
+    parser.add_argument("--append", action="store_true", help="to the rows that are there")
     args = parser.parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
-    table = harness.Table(args.out, COLUMNS)
+    table = harness.Table(args.out, COLUMNS, args.append)
     if args.only != "fits":
         for row in from_a_file(args.work, "tiny" if args.quick else "opt-1.3b", TINY if args.quick else {}, args.steps, 0):
             table.add(row)
     if args.only != "large":
-        for row in beside_resident(args.work, TINY if args.quick else FITS, 2 if args.quick else 7):
+        for row in beside_resident(args.work, TINY if args.quick else FITS, 2 if args.quick else 5):
             table.add(row)
     return 0
 
