@@ -4,9 +4,9 @@
 
 Belongs here: resident memory, bytes that come in, seconds of a step. Does not belong here: whether the bits are right (tests/test_offload.py).
 
-First a random OPT-1.3B of bf16 weights from a file of its own, which is made in --work and removed: each step is a row. `peak_bytes` is the peak of the process's
-resident memory from before the model was made, less what it had then (after importing everything). Then a shape that fits, resident and offloaded, in turn: `ratio` is a
-median over the resident one's. MeZO's steps on a batch of a few random tokens; steps after the first, which looks at the weights once more.
+First a random OPT-1.3B of bf16 weights from a file of its own, which is made in --work and removed: each step is a row. `peak_bytes` is the peak of the
+process's resident memory from before the model was made, less what it had then (after importing everything). Then a shape that fits, resident and
+offloaded, in turn: `ratio` is a median over the resident one's. MeZO's steps on a batch of a few random tokens.
 """
 
 from __future__ import annotations

@@ -583,6 +583,20 @@ def test_replay(tmp_path: Path) -> None:
     assert all(row["ratio_to_separate"] == "1.0" for row in table if row["contender"] == "separate")
 
 
+def test_offload(tmp_path: Path) -> None:
+    """In the last step from a file each block comes once, and the file is gone when it was measured."""
+    path = tmp_path / "offload.csv"
+    done = run("offload", "--quick", "--work", str(tmp_path / "work"), "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    last = next(row for row in table if row["step"] == "3")
+    assert last["visits"] == "2" and int(last["read_bytes"]) < int(last["weight_bytes"]) and int(last["peak_bytes"]) > 0
+    assert {(row["source"], row["together"]) for row in table if not row["step"]} == {
+        ("resident", "False"), ("cpu", "False"), ("cpu", "True"), ("file", "True"),
+    }  # fmt: skip
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 @needs_extension
 def test_rule_pass(tmp_path: Path) -> None:
     path = tmp_path / "rule_pass.csv"

@@ -1,6 +1,6 @@
-"""A model whose weights are not loaded: they come from its files a block at a time, or lie in host memory.
+"""A model whose weights are not loaded: `zk.offload` brings them in a block at a time.
 
-Belongs here: a module without weights, and what of its folder `zk.offload` is given. Does not belong here: how blocks come and go (zo_kernels), what a folder
+Belongs here: a module without weights, and weights that are written one after another. Does not belong here: how blocks come and go (zo_kernels), what a folder
 must have (folders.py), a model that is loaded as a whole (model.py).
 """
 
@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-from zo_kernels import Offloaded
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -29,11 +28,8 @@ def without_weights() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
         register(module, name, None if p is None else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
+    with unittest.mock.patch.object(nn.Module, "register_parameter", on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def empty(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -42,15 +38,6 @@ def empty(auto_class: Any, config: Any, dtype: torch.dtype) -> Any:
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model.eval()
-
-
-def save(model: Any, offloaded: Offloaded, folder: Path) -> None:
-    """The model as transformers saves it, its weights written one after another; a tied one once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    if (generation := getattr(model, "generation_config", None)) is not None:
-        generation.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", [(name, p) for name, p in model.named_parameters()])
 
 
 def write_tensors(path: Path, named: list[tuple[str, torch.Tensor]]) -> None:
