@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -268,7 +268,9 @@ class Batch:
     )
     words_at: Tensor | None = None  # [B, C], index into W
     states: Tensor | None = None  # [R, L, H]: what comes out of the blocks that need not run again (frozen.py)
-    line: Line | None = None  # of which its one row of tokens is made (packed.py); None: its rows are the inputs
+    line: Line | None = field(
+        default=None, kw_only=True
+    )  # of which its one row of tokens is made (packed.py); None: its rows are the inputs
 
 
 def padded(inputs: Sequence[Sequence[int]], form: Form, pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -293,7 +295,8 @@ def collate(examples: Sequence[Encoded], form: Form, pad_id: int, device: torch.
                 targets[b][c][t], present[b][c][t] = target, 1
         inputs.extend(example.inputs)
     input_ids, mask = padded(inputs, form, pad_id, multiple)
-    spots, (points_of, answers, there) = torch.tensor(list(points)), (torch.tensor(one) for one in of_tokens)
+    spots = torch.tensor(list(points))
+    points_of, answers, there = (torch.tensor(one) for one in of_tokens)
     labels, right = torch.tensor([e.label for e in examples]), right_ones(examples, shape[1])
     words = words_at = None
     if shape[2] == 1 and all(len({(s.row, s.positions) for s in e.spans}) == 1 for e in examples):

@@ -51,14 +51,11 @@ def family_folder(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory
             return model_folder(family)
         if family not in made:
             source = model_folder("roberta" if family == "bert" else "llama")
-            common: dict[str, Any] = {
-                "vocab_size": tf.AutoConfig.from_pretrained(source).vocab_size,
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-            }
+            vocabulary = tf.AutoConfig.from_pretrained(source).vocab_size
+            common: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2}
             common |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 512}
             torch.manual_seed(7)
-            window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+            window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
             model = (
                 tf.BertForMaskedLM(tf.BertConfig(**common))
                 if family == "bert"
