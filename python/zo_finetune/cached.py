@@ -74,7 +74,7 @@ def keep(loaded: Loaded, scorer: Scorer, evaluations: int) -> dict[str, Any] | N
         UserError: states were asked for, and there can be none.
     """
     config = loaded.config
-    if config.cache == "off":
+    if config.cache == "off" or config.offload != "none":
         return None
     examples = loaded.train_set + (loaded.dev_set if evaluations > 1 else [])
     if config.cache == "auto" and not used_again(loaded, len(examples), evaluations):
@@ -161,7 +161,7 @@ class Below:
     def of(cls, loaded: Loaded, scorer: Scorer, block: Sequence[str] | None) -> Below | None:
         """None: a step may move all parameters (`block` is None), --cache is off, or the model's shape does not allow it, which is said."""
         lm = loaded.language_model
-        if block is None or loaded.config.cache == "off":
+        if block is None or loaded.config.cache == "off" or loaded.config.offload != "none":
             return None
         try:
             found = cls._of(lm, scorer, loaded.train_set[:CHECKED])

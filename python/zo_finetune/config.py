@@ -114,6 +114,21 @@ class Config(TaskChoice):
         choices=("nf4", "int8", "int4"),
         usual="not",
     )
+    offload: str = option(
+        MODEL,
+        "the weights lie in host memory, or stay in the model's safetensors files, and visit the device a block at a time, with the same bits",
+        "none",
+        choices=("none", "cpu", "disk"),
+        movable=True,
+    )
+    offload_every: int = option(
+        MODEL,
+        "steps after which a block that visits is written back, from disk to a file without a name on RUN_DIR's disk, 0: never",
+        8,
+        metavar="N",
+        least=True,
+        movable=True,
+    )
 
     data: str | None = option(
         DATA,
@@ -345,6 +360,8 @@ class Config(TaskChoice):
             raise UserError(
                 f"{part}: --peft {self.peft} puts something before what every block sees: leave one out, or choose lora or ln"
             )
+        if self.offload != "none":
+            self._check_offload()
         if self.batches == "packed" and self.cuda_graph:
             raise UserError("--batches packed: a CUDA graph has batches of a few shapes: leave it or --cuda-graph out")
         if methods.get(self.method).first_order:
@@ -417,6 +434,27 @@ class Config(TaskChoice):
         if config.peft not in ("none", kind):
             raise UserError(f"--peft {config.peft}: --adapter {config.adapter} is of {kind}: leave --peft out")
         return replace(config, peft=kind)
+
+    def _check_offload(self) -> None:
+        """Raises UserError: what is given needs all weights at once, or twice."""
+        method = methods.get(self.method)
+        for wrong, given, why in (
+            (method.first_order, f"--method {self.method}", "backpropagates through all weights"),
+            (
+                self.perturbation in ("inplace", "lazy"),
+                f"--perturbation {self.perturbation}",
+                "writes to all weights for each forward",
+            ),
+            (self.cuda_graph, "--cuda-graph", "cannot wait for a block"),
+            (self.cache in ("memory", "disk"), f"--cache {self.cache}", "keeps hidden states of a model that is there"),
+            (self.batches == "packed", "--batches packed", "changes the model's attention for a forward, and others run beside it"),
+            (self.quantize is not None, f"--quantize {self.quantize}", "packs the weights as they are loaded"),
+            (self.anchor is not None, "--anchor", "reads all weights of the beginning"),
+            (self.keep == "best", "--keep best", "loads the model once more"),
+            (self.offload == "disk" and self.gguf_file is not None, "--gguf-file", "is no safetensors file"),
+        ):
+            if wrong:
+                raise UserError(f"--offload {self.offload} with {given}, which {why}: leave one of them out")
 
     def rows(self) -> tuple[str, str | None]:
         """The data, and its configuration on the hub: the task's own where none is named. Raises as `settled`."""

@@ -12,6 +12,7 @@ import gc
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def made_again(config: Config, past: journal.Journal, upto: int | None, mode: st
         UserError: the base model is not the one that the run started from, or the journal has fewer steps.
     """
     with console.Phase(f"loading the model {config.model}"):
-        language_model = load_model(config)
+        language_model = load_model(replace(config, offload="none"))  # a replay is onto weights that are there
         inputs.begin_again(config, language_model, path)
     try:
         with console.Phase(f"replaying {plural(len(past.steps) if upto is None else upto, 'step')}"):

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ MODEL_OPTIONS = (
     "dtype",
     "device",
     "quantize",
+    "offload",
     "peft",
     "form",
     "gguf_file",
@@ -130,7 +132,7 @@ def model_options(config: Config) -> dict[str, Any]:
 def load_model(config: Config) -> models.LanguageModel:
     """The weights that a run starts from: the base model, and an adapter that is a function of the seed, or that of a folder."""
     torch.manual_seed(config.seed)
-    return models.load(config.model, **model_options(config))
+    return models.load(config.model, **model_options(config), write_back=config.offload_every, room=Path(config.output))
 
 
 def objective_of(config: Config, task: Task) -> Objective:

@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 
-from zo_finetune import adapters, blocks, folders
+from zo_finetune import adapters, away, blocks, folders
 from zo_finetune.adapters import Adapter
 from zo_finetune.dominant import Dominant, dominant
 from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.quantize import arguments as quantized_arguments
 from zo_finetune.tasks.base import Form
 from zo_finetune.values import DOMINANT
+from zo_kernels import Offloaded
 from zo_kernels.quantized import elements, library
+
+REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")  # by transformers, of a model that it loads
 
 
 @dataclass
@@ -37,6 +40,7 @@ class LanguageModel:
     notes: list[str] = field(default_factory=list)  # lines for the user
     virtual_tokens: int = 0  # that a soft prompt takes
     dominant: Dominant | None = None  # the block that --train-blocks dominant found
+    offloaded: Offloaded | None = None  # its weights come and go
 
     @property
     def vocabulary(self) -> int:
@@ -78,7 +82,10 @@ class LanguageModel:
         with warnings.catch_warnings():
             # peft looks for a config.json beside the base model, which a GGUF file does without; the vocabulary is never changed here
             warnings.filterwarnings("ignore", "Could not find a config file")
-            self.model.save_pretrained(target)
+            if self.offloaded is not None and self.peft == "none":
+                away.save(self.model, target)
+            else:
+                self.model.save_pretrained(target)
         self.tokenizer.save_pretrained(target)
         return target
 
@@ -262,6 +269,9 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
+    offload: str = "none",
+    write_back: int = 0,
+    room: Path | None = None,
     peft: str = "none",
     form: str = "auto",
     gguf_file: str | None = None,
@@ -282,6 +292,7 @@ def load(
         dtype: "float32", "float16", "bfloat16", or "auto": the dtype that the weights were saved in on a GPU, float32 on a CPU.
         device: "auto", or a torch device.
         quantize: "nf4", "int8", "int4", or None, see quantize.py.
+        offload: "cpu", "disk", or "none". write_back: as `zk.offload` has it. room: a folder, to be or there, on whose disk there is room for it.
         peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
         gguf_file: name of a GGUF file inside `spec`; its weights are dequantised.
@@ -312,15 +323,22 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(**found.where)
         cut_anew = same_every_time(tokenizer)
         check_tokenizer(spec, tokenizer)
-        loaded: Any = auto_class.from_pretrained(
-            **found.where, config=config, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **packing
-        )
+        if offload == "disk":
+            kind = torch_dtype if isinstance(torch_dtype, torch.dtype) else config.dtype or torch.float32
+            loaded: Any = away.empty(auto_class, config, kind), dict.fromkeys(REPORTED, ())
+        else:
+            loaded = auto_class.from_pretrained(
+                **found.where, config=config, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **packing
+            )
     model, report = loaded
+    # Whatever stands in for the head of a forward, which is frozen then, stands there for all that run beside it.
+    whole = peft == "none" and train_blocks is None and not train_only
+    offloaded = None if offload == "none" else away.offload(spec, model, offload, found.place, write_back, room, whole)
     notes = [*check_loaded(spec, model, report), *cut_anew]
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and "gguf_file" in found.where and not quantizer.packed_modules:
         quantizer.remove_quantization_config(model)  # its weights are numbers as any others, and transformers would not save them
-    if not packing:  # which are where they were packed
+    if not packing and offloaded is None:  # which are where they were packed, or visit
         model = model.to(found.place)
     model = model.eval()
     check_forward(spec, model, found.form)
@@ -330,7 +348,7 @@ def load(
         train_blocks = str(named.block)
         notes.append(str(named))
     adapted = adapt(
-        LanguageModel(model, tokenizer, found.form, "none", found.place, notes, dominant=named),
+        LanguageModel(model, tokenizer, found.form, "none", found.place, notes, dominant=named, offloaded=offloaded),
         Adapter(peft, targets, lora_rank, lora_alpha, lora_init, prefix_length),
         adapter,
         train_blocks,

@@ -37,7 +37,7 @@ def pack(loaded: Loaded, scorer: Scorer) -> str:
         UserError: --batches packed, and the model or the run has none.
     """
     config = loaded.config
-    if config.batches == "padded":
+    if config.batches == "padded" or config.offload != "none":
         return "padded"
     try:
         packer = packer_of(loaded, scorer)
