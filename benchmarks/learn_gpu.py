@@ -103,7 +103,7 @@ def measure(config: Config, model: str, way: str, end: float, write: Callable[[d
                 "step": step,
                 "steps": config.steps,
                 "forwards": forwards,
-                "frozen_forwards": forwards if cache is None else round(cache["examples"] / config.batch_size, 1),
+                "frozen_forwards": forwards if cache is None else round(cache["forwards"], 1),
                 "seconds": harness.significant(seconds),
             }
             numbers = {**{name: found[name] for name in names}, "dev_loss": dev["loss"]}

@@ -39,12 +39,13 @@ MOST_IN_MEMORY = 2 << 30  # bytes; more goes to the disk by itself
 
 @dataclass(frozen=True)
 class Cache:
-    """What result.json says of the states that were kept. `blocks`: how many need not run; `examples`: forwards of these filled it for the training; the
-    `evaluation_` ones are those of what is evaluated before and after it, and `bytes` are of both."""
+    """What result.json says of the states that were kept. `blocks`: how many need not run; `examples`: forwards of these inputs filled it for the training,
+    as many as `forwards` of a step's batch run; the `evaluation_` ones are those of what is evaluated before and after it, and `bytes` are of both."""
 
     blocks: int
     of_blocks: int
     examples: int
+    forwards: float
     seconds: float
     evaluation_examples: int
     evaluation_seconds: float
@@ -228,7 +229,10 @@ def filled(loaded: Loaded, scorer: Scorer, lower: Lower, examples: Sequence[Enco
     if config.cache != "auto" or size + states.bytes_of(inputs_of(loaded.evaluated)) <= MOST_IN_MEMORY:
         more = fill(scorer, states, loaded.evaluated, config.eval_batch_size, folder)
     evaluated_too = len(states.places) - trained
-    return states, Cache(lower.cut, lower.total, trained, seconds, evaluated_too, more, states.bytes, "disk" if disk else "memory")
+    of_batch = config.batch_size * config.accumulate * sum(len(e.inputs) for e in loaded.train_set) / len(loaded.train_set)
+    where = "disk" if disk else "memory"
+    cache = Cache(lower.cut, lower.total, trained, trained / of_batch, seconds, evaluated_too, more, states.bytes, where)
+    return states, cache
 
 
 def inputs_of(examples: Sequence[Encoded]) -> list[Tokens]:

@@ -36,8 +36,8 @@ from zo_finetune.load import load, objective_of
 from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.outcomes import Outcomes
-from zo_finetune.run import remedy
-from zo_finetune.runs import Entry, Interrupted, Rates, check_own, earlier, folder_name, on_dev, run_one, tune
+from zo_finetune.run import digest_of, remedy
+from zo_finetune.runs import Entry, Interrupted, Rates, check_own, check_same, earlier, folder_name, on_dev, run_one, tune
 from zo_finetune.tasks.base import Task
 from zo_finetune.train import make_optimizer
 
@@ -255,9 +255,16 @@ def check_runs(plan: Plan, common: Common) -> None:
     for one in plan.contenders:
         objective_of(plan.config(one, seeds[0]), plan.task)
     console.say(f"checking the methods ({len(plan.contenders)}) and seeds ({len(seeds)}) before the first run")
-    model = None
+    model = weights = None
     for seed in seeds:
-        model = load(plan.config(plan.contenders[0], seed), model, common).language_model
+        loaded = load(plan.config(plan.contenders[0], seed), model, common)
+        if model is None and plan.base.peft == "none":  # an adapter's are of a seed
+            weights = loaded.language_model.model
+        model, now = loaded.language_model, digest_of(loaded)
+        for (_, config), result in zip(planned, results, strict=True):
+            if result and config.seed == seed and objective_of(config, plan.task).gold_only == loaded.objective.gold_only:
+                check_same(config, now, weights)
+                weights = None  # those of one stand for all
     if model is not None:
         for one in plan.contenders:
             make_optimizer(model, plan.config(one, seeds[0]))
@@ -292,8 +299,9 @@ class Finished:
 def row_of(one: Contender, config: Config, result: Mapping[str, Any], by: str) -> dict[str, Any]:
     before, after, task = result["before"], result["after"], config.the_task()
     metric, kept = task.metrics[0], result["cache"]
-    # every forward runs the frozen part, too, or it ran once for each kept example
-    frozen = result["forwards"] if kept is None else round(kept["examples"] / (config.batch_size * config.accumulate), 1)
+    frozen = result["forwards"]  # every forward runs the frozen part, too, or it ran once for each kept input
+    if kept is not None:  # runs of earlier versions have no `forwards`: of one input an example these are they
+        frozen = round(kept.get("forwards", kept["examples"] / (config.batch_size * config.accumulate)), 1)
     return {
         "method": one.entry.label,
         "objective": one.objective,
@@ -471,6 +479,8 @@ def page(plan: Plan, content: Mapping[str, Any], standing: ranking.Standing) -> 
             f"Each learning rate is the best of {tried} by the {content['lr_by']} on {dev:,} held-out training rows with {len(plan.lr_seeds)} of the "
             "seeds; an arrow: it is the last of those tried, and a better one may lie beyond."
         )
+        if no_choice := [label for label, rates in content["tuned"].items() if not any(map(math.isfinite, rates.values()))]:
+            said.append(f"Of {', '.join(no_choice)} it is the first, and none was chosen: with no rate is that a number.")
     said.append(standing.words())
     return " ".join(filter(None, said)) + "\n\n" + standing.markdown()
 

@@ -199,6 +199,16 @@ def prepared(loaded: Loaded, scorer: Scorer, resumed: bool) -> tuple[Optimizer, 
     return make_optimizer(lm, config, factors) if optimizer is None else optimizer, cache, factors
 
 
+def digest_of(loaded: Loaded) -> str:
+    """SHA-256 of the examples of a run, which its journal has."""
+    digest = hashlib.sha256()
+    for part in (loaded.train_set, loaded.dev_set, loaded.eval_set):
+        for example in part:
+            digest.update(repr(example).encode() + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
 def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | None, batches: str, resumed: bool) -> Any:
     """Start or resume the run's journal; returns what was in it. Its lock keeps the folder for this process. A method without a journal has
     neither; one of an earlier run goes. `batches`: "packed" or "padded", as was decided."""
@@ -208,15 +218,10 @@ def open_journal(loaded: Loaded, optimizer: Optimizer, factors: InputFactors | N
         output.mkdir(parents=True, exist_ok=True)
         run_folder.remove_journal(output / JOURNAL)
         return None
-    digest = hashlib.sha256()
-    for part in (loaded.train_set, loaded.dev_set, loaded.eval_set):
-        for example in part:
-            digest.update(repr(example).encode() + b"\n")
-        digest.update(b"\n")
     about = {
         **team.by_first(lambda: {"model": config.model, "config": asdict(config)}),
         "dtype": str(loaded.language_model.model.dtype).removeprefix("torch."),
-        "data": digest.hexdigest(),
+        "data": digest_of(loaded),
         "batches": batches,
     }
     try:

@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from zo_finetune import console, files, methods, run_folder
 from zo_finetune.common import Common
 from zo_finetune.config import Config
-from zo_finetune.errors import UserError, once, shortened
+from zo_finetune.errors import UserError, once, one_line, shortened
 from zo_finetune.files import JOURNAL, check_plain
 from zo_finetune.methods import Method, Recipe
 from zo_finetune.options import difference
 from zo_finetune.run import resume, run
+from zo_kernels import journal
 
 
 class Interrupted(Exception):
@@ -125,6 +128,10 @@ def tune(
             console.say(f"{what}: lr {lr:g}, seed {tried.seed}, to choose by the dev examples")
             numbers.append(on_dev(run_one(tried, root, common), by))
         found[lr] = worst if any(n is None for n in numbers) else sum(n for n in numbers if n is not None) / len(numbers)
+    if not any(map(math.isfinite, found.values())):
+        console.say(
+            f"{what}: with no learning rate is the {by} of the dev examples a number; the first is taken, and none was chosen"
+        )
     best = (min if by == "loss" else max)(found, key=found.__getitem__)
     return best, {f"{lr:g}": number for lr, number in found.items()}
 
@@ -178,6 +185,31 @@ def run_one(config: Config, root: Path, common: Common | None = None) -> dict[st
     if result["interrupted"]:
         raise Interrupted
     return result
+
+
+def check_same(config: Config, examples: str, model: nn.Module | None) -> None:
+    """Refuse a run that is there already, if it was of other examples or weights than there are now: one table would hold both. Nothing is known of one
+    without a journal.
+
+    Args:
+        examples: `run.digest_of` what is loaded now.
+        model: as it is loaded; None: its weights are not looked at.
+
+    Raises:
+        UserError: says what to do.
+    """
+    try:
+        header = journal.read(Path(config.output) / JOURNAL, strict=False).header
+    except (OSError, ValueError):
+        return
+    again = "put back what it was, or delete that folder, and the same command makes the run again"
+    if header.hyperparameters.get("data") != examples:
+        raise UserError(f"{config.output} has a run of other examples than --data {config.data} gives now: {again}")
+    try:
+        if model is not None:
+            journal.verify_base(header, model)
+    except ValueError as error:
+        raise UserError(f"{config.output}: {one_line(error)}; or {again}") from error
 
 
 def check_own(folder: Path, names: Sequence[str], keys: Collection[str], what: str) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from zo_finetune import cached, files, inputs, run_folder
 from zo_finetune import compare as comparing
 from zo_finetune import model as models
@@ -22,6 +24,7 @@ from zo_finetune.objectives.classification import Classification
 from zo_finetune.run import run
 from zo_finetune.tasks import get_task
 
+from tests.finetune.conftest import write_jsonl
 from zo_kernels import journal
 
 ROOT = Path(__file__).parents[2]
@@ -385,3 +388,81 @@ def test_runs_have_the_bits_that_they_have_alone(
             assert mine.header.fingerprint == other.header.fingerprint
             names = [name for name in mine.steps.dtype.names if name != "crc"]  # which is of the file
             assert all(mine.steps[name].tobytes() == other.steps[name].tobytes() for name in names), folder
+
+
+def test_a_table_is_of_one_data_set_and_one_model(
+    command: Callable[..., list[str]], model_folder: Callable[[str], Path], data_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """What changes behind finished runs is noticed before another run is made."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(data_folder, data)
+    shutil.copytree(model_folder("llama"), model)
+
+    def made(methods: str, seeds: str) -> int:
+        return main([*command(methods, seeds=seeds, forwards=4), "--data", str(data), "--model", str(model)])
+
+    assert made("mezo", "0") == 0
+    before = (data / "validation.jsonl").read_text()
+    (data / "validation.jsonl").write_text(
+        before.replace('"label": 1', '"label": 2').replace('"label": 0', '"label": 1').replace('"label": 2', '"label": 0')
+    )
+    capsys.readouterr()
+    assert made("mezo,sign", "0") == 2
+    assert "has a run of other examples than --data" in capsys.readouterr().err
+    assert made("mezo", "0,1") == 2
+    (data / "validation.jsonl").write_text(before)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: t * 1.5 for name, t in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert made("mezo", "0,1") == 2
+    assert "the model is not the one that this run started from" in capsys.readouterr().err
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert made("mezo,sign", "0,1") == 0
+
+
+def test_a_rate_that_nothing_chose_is_said_to_be_that(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    """The dev examples hold one label, and have no AUC."""
+    rows = [{"sentence": f"{k} the film is fine", "label": 1} for k in range(40)] + [{"sentence": "the film is dull", "label": 0}]
+    for name in ("train", "validation"):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    arguments = command("mezo", "--lr-grid", "1e-3,1e-4", "--lr-by", "auc", "--data", str(tmp_path), forwards=4, seeds="0")
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert (
+        "mezo: with no learning rate is the auc of the dev examples a number; the first is taken, and none was chosen" in said.err
+    )
+    assert "Of mezo it is the first, and none was chosen" in said.out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["tuned"] == {"mezo": {"0.001": None, "0.0001": None}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--task", "copa", "--objective", "pairs"), ("--batch-size", "24")],
+    ids=["two inputs an example", "more than there are"],
+)
+def test_the_frozen_part_is_counted_in_batches(
+    more: tuple[str, ...], command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rows that block 0 runs, beside the rows of a batch that block 1 runs in a step."""
+    rows: dict[int, list[int]] = {0: [], 1: []}
+    read = models.load
+
+    def hooked(*args: Any, **options: Any) -> Any:
+        found = read(*args, **options)
+        for k, block in enumerate(found.model.model.layers):
+            block.register_forward_hook(lambda m, args, output, k=k: rows[k].append(args[0].shape[0]))
+        return found
+
+    monkeypatch.setattr(models, "load", hooked)
+    for name, start in (("train", 0), ("validation", 100)):
+        lines = [{"sentence": f"{k} the film is fine", "label": k % 2} for k in range(start, start + 20)]
+        if more[0] == "--task":
+            own = {"choice1": "The cast is great", "choice2": "It was terrible and cold", "question": "cause"}
+            lines = [{"premise": line["sentence"], "label": line["label"], **own} for line in lines]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    options = ("--train-blocks", "last:1", "--cache", "memory", "--data", str(tmp_path), "--points", "0", *more)
+    assert main(command("mezo", *options, forwards=4, seeds="0")) == 0
+    (row,) = rows_of(tmp_path / "out")
+    config = json.loads(next((tmp_path / "out").glob("runs/*/*/result.json")).read_text())
+    kept, batch = config["cache"]["examples"], 4 * 2 if more[0] == "--task" else config["data"]["train"]["rows"]
+    assert batch in rows[1] and float(row["frozen_forwards"]) == round(kept / batch, 1)
