@@ -318,6 +318,10 @@ class Config(TaskChoice):
             values.blocks("--train-blocks", self.train_blocks)
         if self.anchor is not None:
             values.pull("--anchor", self.anchor)
+        if self.quantize is not None and self.peft == "none" and self.adapter is None:
+            raise UserError(
+                f"--quantize {self.quantize} packs the weights, and --peft none would train them: give --peft lora, ln, prefix or prompt"
+            )
         self.recipe()
 
     def check_use(self) -> None:
@@ -351,10 +355,6 @@ class Config(TaskChoice):
         if self.lora_init in INPUT_INITS and methods.get(self.method).looks:
             raise UserError(
                 f"--lora-init {self.lora_init} with --method {self.method}: both take factors of the inputs, and a run keeps those of one: leave one out"
-            )
-        if self.quantize is not None and self.peft == "none" and self.adapter is None:
-            raise UserError(
-                f"--quantize {self.quantize} packs the weights, and --peft none would train them: give --peft lora, ln, prefix or prompt"
             )
         if part is not None and self.peft in SOFT:
             raise UserError(
@@ -656,6 +656,7 @@ class Baseline(TaskChoice):
     chat: bool = again(Config, "chat")
     dtype: str = again(Config, "dtype")
     device: str = again(Config, "device")
+    quantize: str | None = again(Config, "quantize", help="pack the weights as they are loaded, as those under an adapter were")
     data: str | None = again(Config, "data")
     data_config: str | None = again(Config, "data_config")
     columns: dict[str, str] = again(Config, "columns")

@@ -31,6 +31,12 @@ def test_a_run_on_a_packed_base(tmp_path: Path, train_command: Callable[..., lis
     assert main(["replay", str(run), "--model", model, "--device", "cpu", "--output", str(tmp_path / "again")]) == 0
     again = load_file(tmp_path / "again" / "adapter" / "adapter_model.safetensors")
     assert all((again[n] == t).all() for n, t in made.items())
+    if quantize == "int8":  # what it was measured with at the end, measured again
+        options = {"quantize": quantize, "adapter": str(run / "adapter"), **dict.fromkeys(("steps", "batch_size", "dev_examples"))}
+        assert main(train_command(tmp_path / "evaluated", command="evaluate", **options)) == 0
+        after = json.loads((run / "result.json").read_text())["after"]
+        measured = json.loads((tmp_path / "evaluated" / "result.json").read_text())
+        assert measured["metrics"]["loss"] == pytest.approx(after["loss"], rel=1e-6)
 
 
 def test_packed_weights_carry_adapters_alone(
