@@ -44,6 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
     "inplace": {"perturbation": "inplace"},
     "lazy": {"perturbation": "inplace", "lazy": True},
+    "offloaded": {"perturbation": "scratch"},
 }
 STEPS = 24
 MOST_DEATHS = 3
@@ -82,7 +83,9 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "input subspace": lambda m, **k: zk.MeZOStep(m, queries=2, direction=zk.InputSubspace(given_of(m)), **k),
     "LOZO with momentum": lambda m, **k: zk.LOZO(m, every=5, momentum=0.9, **k),
 }
+AWAY = ("MeZO", "ranked", "Adam recomputed")  # whose weights may be away
 MODES_OF = {name: ("scratch",) if name == "forward gradient" else tuple(MODES)[: 3 if name in PLAIN else 2] for name in METHODS}
+MODES_OF |= {name: (*MODES_OF[name], "offloaded") for name in AWAY}
 SIGNALS = {"interrupt": signal.SIGINT, "alarm": signal.SIGALRM, "term": signal.SIGTERM}
 
 
@@ -164,13 +167,16 @@ class Form:
     @property
     def refuses(self) -> bool:
         """Whether an interrupted step may leave weights that no record describes, so that the next one refuses to go on."""
-        return self.mode != "scratch" and self.method not in PLAIN
+        return self.mode not in ("scratch", "offloaded") and self.method not in PLAIN
 
     def base(self) -> Model:
         return Model(self.model, self.dtype)
 
-    def optimizer(self, model: nn.Module, path: Path) -> zk.ZOStep:
+    def optimizer(self, model: Model, path: Path) -> zk.ZOStep:
         settings = {"lr": 1e-3, "eps": 1e-2, "weight_decay": 0.1, "seed": 4, "rounding": self.rounding, **MODES[self.mode]}
+        if self.mode == "offloaded":  # each layer is a block
+            layers = [f"inner.{name}" for name, layer in model.inner.named_children() if any(True for _ in layer.parameters())]
+            zk.offload(model, blocks=layers, write_back=2, together=self.rounding == "nearest")
         if self.method == "forward gradient":
             del settings["eps"]
         return METHODS[self.method](model, journal=path, resume=True, **settings)
@@ -225,7 +231,7 @@ class Form:
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
-    return [p.detach() for p in model.parameters()]
+    return [p.detach().clone() for p in model.parameters()]
 
 
 def then(path: Path) -> Path:
@@ -413,7 +419,7 @@ def wrong(form: Form, path: Path, expected: list[Tensor]) -> str:
         return "the replay has other bits"
     went_on = then(path).exists()
     if len(past) > STEPS:  # failed attempts, whose roundings are those of the run that went on
-        if form.mode == "scratch" or form.refuses or not went_on:
+        if form.mode in ("scratch", "offloaded") or form.refuses or not went_on:
             return "failed attempts in the journal"
     elif not same(weights, expected):
         return "other bits than undisturbed"
