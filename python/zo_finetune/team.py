@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from zo_finetune import console
 from zo_finetune.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 SHARED = ("train", "resume")  # commands
 _team: Any = None  # zo_kernels.Workers; None: this process is alone
 
