@@ -159,6 +159,10 @@ def test_a_copied_and_a_loaded_run_go_on(tmp_path: Path) -> None:
         for _ in range(3):
             s.step(m)
     assert all(same_bits(a, b) and same_bits(a, c) for a, b, c in zip(bits(model), bits(second), bits(third), strict=True))
+    moved = Tiny()
+    moved.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"pulled toward another base than this optimizer's Anchor has"):
+        anchored(moved, every=2).load_state_dict(step.state_dict())  # its base is where the run stands
     with pytest.raises(ValueError, match=r"belongs to another method: its anchor is"):
         anchored(Tiny(), 0.5).load_state_dict(step.state_dict())
     with pytest.raises(ValueError, match=r"belongs to another method: its anchor is"):

@@ -5,7 +5,8 @@ Belongs here: when it is due, and which weights those are. Does not belong here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks, journal
+from zo_kernels.parameters import canonical_name
 
 LEAST = 2.0**-126  # below it numbers are 0 where fp32 flushes them
 
@@ -36,6 +38,9 @@ class Anchor:
     lam: float
     every: int = 1
     base: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    digests: dict[str, str] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )  # of the base's tensors, once they were asked for
     name: ClassVar[str] = "anchor"
 
     def __post_init__(self) -> None:
@@ -67,6 +72,15 @@ class Anchor:
             raise ValueError(
                 f"anchor: the base has no {name!r} ({error.args[0]}): give the weights that the run begins with of all that is trained"
             ) from error
+
+    def fingerprint(self, names: Collection[str]) -> str:
+        """One SHA-256 over the base of these parameters, whatever their order, wrappers and devices: what a saved state knows it by."""
+        for name in names:
+            if (bare := canonical_name(name)) not in self.digests:
+                self.digests[bare] = journal.digest(self.of(name))
+        return hashlib.sha256(
+            "\n".join(sorted(f"{bare} {self.digests[bare]}" for bare in map(canonical_name, names))).encode()
+        ).hexdigest()
 
     def check(self, params: Mapping[str, Tensor], begins: bool) -> None:
         """That the base is of these parameters; where the run `begins`, that it is where they stand, to the bit.

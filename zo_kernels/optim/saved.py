@@ -115,7 +115,9 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
     if tensors:  # torch.distributed.checkpoint wants all parameters to have something, or none
         for k in numbers.values():
             state.setdefault(k, {})
+    anchor = run.method.anchor
     groups[0][KEY] = {
+        **({} if anchor is None else {"base": anchor.fingerprint(run.streams)}),
         "seed": run.seed,
         "tag": run.tag,
         "first_tag": run.first_tag,
@@ -186,6 +188,7 @@ def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
     _check_method(run, zo)
     numbers = _numbers(run, zo)
     renamed, streams = _streams(run, param_groups, zo)
+    _check_base(run, zo)
     groups, order = _groups(param_groups, saved_groups, renamed)
     try:
         contents, others = _contents(run, param_groups, zo, state, order, renamed, numbers)
@@ -218,6 +221,15 @@ def _check_method(run: Run, zo: Mapping[str, Any]) -> None:
                 f"belongs to another method: its {what} is {theirs!r:.200}, this optimizer's {ours!r:.200}; make the optimizer as that run's, "
                 "or begin a new run"
             )
+
+
+def _check_base(run: Run, zo: Mapping[str, Any]) -> None:
+    """The weights that the run is pulled toward are those that it began with. States of the first version with anchors do not have their digest."""
+    if run.method.anchor is not None and "base" in zo and zo["base"] != run.method.anchor.fingerprint(run.streams):
+        raise _refuse(
+            "is of a run that is pulled toward another base than this optimizer's Anchor has (such as weights that had been loaded before it was made): "
+            "give the weights that the run began with"
+        )
 
 
 def _numbers(run: Run, zo: Mapping[str, Any]) -> dict[str, int]:
