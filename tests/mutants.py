@@ -365,6 +365,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
     ("python/zo_finetune/trl_trainers.py", "answers are weighed with dropout", "with dropout_off(self.model):", "with torch.no_grad():",
      (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
+    ("python/zo_finetune/trainer.py", "an adapter that was loaded is another one than is trained", "if now is not p:", "if False:",
+     (f"{TRL}::test_sft_of_an_adapter_on_four_bits",)),
     ("python/zo_finetune/trainer.py", "metrics are counted at every point", "if next(calls) >= len(batches)", "if next(calls) >= 2 * len(batches)",
      (f"{TRL}::test_sft_is_the_hand_written_loop_and_counts_once_a_step",)),
     # the noise contract and the rules, as functions and in the CUDA kernels' bodies

@@ -380,7 +380,20 @@ class ZOTrainerMixin(_Base):
         """With a journal the weights stay those that its run began with, until it is replayed."""
         self._zo_resumes = bool(self.args.zo_journal)
         if not self._zo_resumes:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._zo_load_weights(resume_from_checkpoint, model)
+
+    def _zo_load_weights(self, checkpoint: str, model: Any = None) -> None:
+        """Theirs, into the parameters that are there, in their types: peft puts others in the place of an adapter of 16 bits, such as TRL's on a packed base,
+        and makes them fp32."""
+        before = [(name, p, p.dtype) for name, p in self.model.named_parameters() if p.requires_grad]
+        super()._load_from_checkpoint(checkpoint, model)
+        for name, p, dtype in before:
+            owner, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            now = getattr(module, attribute)
+            p.data = now.detach().to(dtype)
+            if now is not p:
+                setattr(module, attribute, p)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
@@ -395,7 +408,7 @@ class ZOTrainerMixin(_Base):
         )  # with a journal: refused where the state is not of the journal's last step
         if checkpoint is not None and self._zo_resumes:
             replayed = self._zo_digests()
-            super()._load_from_checkpoint(checkpoint)  # what is in no record: buffers
+            self._zo_load_weights(checkpoint)  # what is in no record: buffers
             if different := [name for name, digest in self._zo_digests().items() if digest != replayed[name]]:
                 raise ValueError(
                     f"{self._zo_journal_path} is not the journal of {checkpoint}: after {self.state.global_step} steps {len(different)} weights differ "

@@ -234,6 +234,39 @@ def test_an_adapter_on_16_bits_with_a_loss_in_32(tmp_path: Path, words: Any, bui
     assert not any(issubclass(w.category, zk.ZOWarning) for w in recwarn)
 
 
+def test_sft_of_an_adapter_on_four_bits(tmp_path: Path, words: Any) -> None:
+    """TRL packs the base and makes the adapter, in bf16; the run goes on, with a journal and without, and replays as on any base."""
+    import peft
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(WORDS)}
+    tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)).save_pretrained(
+        tmp_path / "base"
+    )
+    packed = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    options = {
+        "quantization_config": packed,
+        "peft_config": peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"),
+    }
+
+    def made(recorded: str | None = "run.zoj") -> Any:
+        more = {"save_strategy": "steps", "save_steps": 2, "zo_journal": recorded}
+        return sft(tmp_path, words, str(tmp_path / "base"), trainer=options, **more)
+
+    def adapter(trainer: Any) -> list[Tensor]:
+        return [p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad]
+
+    (whole := made()).train()
+    recorded = (tmp_path / "run.zoj").read_bytes()
+    (again := made()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "run.zoj").read_bytes() == recorded
+    zk.replay((other := made()).model, tmp_path / "run.zoj")
+    (without := made(None)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert {p.dtype for p in adapter(whole)} == {torch.bfloat16}
+    for found in (again, other, without):
+        assert adapter(whole) and all(torch.equal(a, b) for a, b in zip(adapter(whole), adapter(found), strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [
