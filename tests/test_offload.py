@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import functools
 import gc
@@ -242,9 +243,30 @@ def test_a_forward_that_fails_ends_those_beside_it(how: str) -> None:
             ours.step(closure_of(model, step))
         for handle in handles:
             handle.remove()
+        assert how == "interrupt" or calls == at  # none of them went on
         assert ours.steps == step and threading.active_count() <= threads and offloaded._away.gate is None
         ours.step(closure_of(model, step)), theirs.step(closure_of(resident, step))
     assert same(bits(model), bits(resident))
+
+
+class AtOnce:
+    """A thread that is done when it is asked."""
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> Any:
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        function(*arguments)
+        future.set_result(None)
+        return future
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_fetched_block_takes_no_slot_that_is_in_use(together: bool) -> None:
+    """The head is behind a norm in its own slot, and each module has several functions."""
+    for small in (0, 1000):
+        model, resident = model_of(), model_of()
+        zk.offload(model, small=small, together=together)._away.thread = AtOnce()  # type: ignore[assignment]
+        train(model, zk.MeZOStep, steps=3), train(resident, zk.MeZOStep, steps=3)
+        assert same(bits(model), bits(resident))
 
 
 def test_adapters_are_resident_and_nothing_is_written(tmp_path: Path) -> None:
@@ -373,6 +395,7 @@ def test_refusals(tmp_path: Path) -> None:
         torch.save(model.state_dict(), tmp_path / "state.pt")
     with pytest.raises(RuntimeError, match="written to"), torch.no_grad():
         model.norm.weight.mul_(2)
+    assert torch.equal(model.norm.weight, start["norm.weight"])
     with pytest.raises(ValueError, match="resume the journal"):
         zk.replay(model, tmp_path / "none.zoj")
     captured = model.layers[0].up.weight
