@@ -613,6 +613,28 @@ claim("docs/suite.md", "has zero-shot 79.0, 35.5, 50.2, 32.0; MeZO with cross-en
 claim("docs/suite.md", "as the objective 92.7, 48.9, 82.7, 68.6;", T3)
 claim("docs/suite.md", "zero-shot 46.2, with cross-entropy 84.7, with F1 as the objective 78.5.", T3)
 
+# docs/learning.md: the noise of a batch
+
+
+def noise(column: str, **where: Any) -> float:
+    return number("noise", column, model="stories15m", batch=32, seed=0, **where)
+
+
+SST2_NOISE: dict[str, Any] = {"task": "sst2", "objective": "classification"}
+MEANS = ("language-model, mean of each answer first", "language-model")
+claim(
+    "docs/learning.md",
+    "with cross-entropy on SST-2 from {:.1f} to {:.1f} for all weights, from {:.1f} to {:.1f} for the last block",
+    "benchmarks/results/noise.csv: sst2, classification",
+    lambda: [noise("ratio", trained=part, balanced=b, **SST2_NOISE) for part in ("all weights", "last block") for b in (0, 1)],
+)
+claim(
+    "docs/learning.md",
+    "has {:.2f} on SQuAD where that of all\ntokens has {:.2f}: less, but with standard errors of {:.2f} and {:.2f}",
+    "benchmarks/results/noise.csv: squad, all weights",
+    lambda: [noise(column, trained="all weights", objective=o) for column in ("ratio", "ratio_stderr") for o in MEANS],
+)
+
 # docs/algorithms.md: the ten methods
 
 

@@ -432,6 +432,34 @@ def objectives(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
+def noise(rows: list[Row]) -> str:
+    body = [
+        [
+            *(row[name] for name in ("model", "task", "objective")),
+            "yes" if row["balanced"] == "1" else "no",
+            *(row[name] for name in ("batch", "trained", "batches", "seed")),
+            f"{float(row['ratio']):.2f} ± {float(row['ratio_stderr']):.2f}",
+            f"{float(row['gradient_norm']):.1f}",
+        ]
+        for row in rows
+    ]
+    return markdown(
+        [
+            "model",
+            "task",
+            "objective",
+            "balanced",
+            "batch",
+            "weights",
+            "batches",
+            "seed",
+            "variance over squared mean",
+            "norm of the mean",
+        ],
+        body,
+    )
+
+
 # table -> (CSV file, function of its rows, figure that shows them too)
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "drift": ("drift", drift, ""),
@@ -443,6 +471,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "against": ("against", against, ""),
     "memory": ("memory", memory, ""),
     "objectives": ("objectives", objectives, ""),
+    "noise": ("noise", noise, ""),
     "journal": ("journal", journal, ""),
     "gpu_pass": ("gpu_pass", gpu_pass, ""),
     "gpu_linear": ("gpu_linear", gpu_linear, ""),

@@ -55,12 +55,12 @@ class Packer:
 
     def __init__(self, model: nn.Module, blocks: int, weights: int, always: bool = False) -> None:
         self.blocks, self.weights, self.always = blocks, weights, always
-        found = [getattr(module, "config", None) for module in model.modules()]
+        found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         kind = getattr(found[0], "_attn_implementation", None)
         if kind != "sdpa":
             raise CannotPack(f"the attention of {type(model).__name__} is {kind or 'its own'}, and not sdpa")
         self.configs = {id(c): c for c in found if getattr(c, "_attn_implementation", None) == kind}.values()
-        self._counts = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
+        self._counts: Any = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
 
     def pays(self, lengths: Sequence[int]) -> bool:
         """Whether a forward of rows of these lengths takes less time as one sequence."""
@@ -101,7 +101,8 @@ class Packer:
                 raise CannotPack("its attention has more than a mask")
             parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), lengths, strict=True)
             each = [
-                sdpa_attention_forward(module, *qkv, None if mask is None else mask[..., :n, :n], **given)[0] for *qkv, n in parts
+                sdpa_attention_forward(module, a, b, c, None if mask is None else mask[..., :n, :n], **given)[0]
+                for a, b, c, n in parts
             ]
             return torch.cat(each, 1), None
 
