@@ -149,10 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=TRAINING)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=harness.DTYPES, help="(default: all for one pass, float32 and bfloat16 for steps)"
+    )
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for case in args.cases:
-        for dtype in harness.DTYPES if case == "one pass" else ("float32", "bfloat16"):
+        for dtype in args.dtypes or (harness.DTYPES if case == "one pass" else ("float32", "bfloat16")):
             for mode in ("scratch", "inplace"):
                 pairs: list[tuple[float, float]] = []
                 while len(pairs) < args.rounds:
