@@ -319,17 +319,19 @@ def _kept(model: str, trained: str) -> float:
 
 claim(
     "docs/learning.md",
-    "a step took {:.1f} times less for stories15m's last block; for GPT-2's shape {:.1f} times less for the last block, {:.1f} times for the last quarter, "
-    "and {:.1f} times for LoRA in the last half",
+    "a step took {:.1f} times less for stories15m's last block, {:.1f} times for its last quarter, and {:.1f} times for LoRA in its last\nhalf",
     "benchmarks/results/frozen.csv: ratio",
-    lambda: [
-        _kept("stories15m", "last block"),
-        *(_kept("gpt2", trained) for trained in ("last block", "last quarter", "lora in the last half")),
-    ],
+    lambda: [_kept("stories15m", trained) for trained in ("last block", "last quarter", "lora in the last half")],
 )
 claim(
     "docs/learning.md",
-    "of all of stories15m's weights, took {:.1f} times less",
+    "For GPT-2's shape it took {:.1f} times less for the last block, {:.1f} times for the last quarter, and {:.1f} times for LoRA in the last half",
+    "benchmarks/results/frozen.csv: ratio",
+    lambda: [_kept("gpt2", trained) for trained in ("last block", "last quarter", "lora in the last half")],
+)
+claim(
+    "docs/learning.md",
+    "of all of stories15m's weights, took {:.1f}\ntimes less",
     "benchmarks/results/frozen.csv: ratio",
     lambda: [number("frozen", "ratio", model="stories15m", trained="blocks in turn", cache="step")],
 )
