@@ -144,11 +144,14 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
+ARGUMENTS = (ZOArguments.__doc__ or "").split("\n", 2)[2].strip()  # what the classes that have them say of them
+
+
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
     __doc__ = f"""`transformers.TrainingArguments` with those of a zeroth-order step.
 
-    {(ZOArguments.__doc__ or "").split(chr(10), 2)[2].strip()}
+    {ARGUMENTS}
     """
 
 

@@ -20,7 +20,7 @@ except ImportError as error:
         f"ZOSFTTrainer and ZOGRPOTrainer are TRL's trainers, which cannot be loaded ({error}): pip install 'zo_kernels[trl]'"
     ) from error
 
-from zo_finetune.trainer import ZOArguments, ZOTrainerMixin, dropout_off
+from zo_finetune.trainer import ARGUMENTS, ZOArguments, ZOTrainerMixin, dropout_off
 
 # A factor that TRL holds constant in the backward pass (by detach) moves with the weights in a difference of two losses, whose slope is then another's.
 _HELD = "it weighs a token by the model's own probability, which only backpropagation can hold constant"
@@ -37,7 +37,7 @@ def _refuse(args: Any, wrong: Mapping[str, tuple[Any, str]]) -> None:
 class ZOSFTConfig(ZOArguments, SFTConfig):  # type: ignore[misc]
     __doc__ = f"""`trl.SFTConfig` with the arguments of a zeroth-order step.
 
-    {(ZOArguments.__doc__ or "").split(chr(10), 2)[2].strip()}
+    {ARGUMENTS}
     """
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
 class ZOGRPOConfig(ZOArguments, GRPOConfig):  # type: ignore[misc]
     __doc__ = f"""`trl.GRPOConfig` with the arguments of a zeroth-order step.
 
-    {(ZOArguments.__doc__ or "").split(chr(10), 2)[2].strip()}
+    {ARGUMENTS}
     """
 
     def __post_init__(self) -> None:
