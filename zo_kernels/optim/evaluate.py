@@ -272,8 +272,8 @@ class Evaluation:
                 if not _in_backward(error):
                     raise
                 raise RuntimeError(
-                    f"the closure calls backward(), and a step needs no gradients ({str(error).splitlines()[0]}): nothing was updated. Leave it out; "
-                    "for parameters that are trained by backpropagation there is first_order"
+                    f"the closure calls backward(), and a step needs no gradients ({str(error).splitlines()[0]}): nothing was updated. Leave it out "
+                    "(in Lightning: self.automatic_optimization = False); for parameters that are trained by backpropagation there is first_order"
                 ) from error
 
         return one

@@ -160,7 +160,7 @@ class Scratch(View):
         if self._drop_gradients():
             raise RuntimeError(
                 "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. Leave it out "
-                "(MeZO needs none), or take perturbation='inplace'"
+                "(MeZO needs none; in Lightning: self.automatic_optimization = False), or take perturbation='inplace'"
             )
 
     @property
