@@ -37,7 +37,19 @@ from zo_finetune.methods import Recipe
 from zo_finetune.options import check
 from zo_finetune.outcomes import Outcomes
 from zo_finetune.run import digest_of, remedy
-from zo_finetune.runs import Entry, Interrupted, Rates, check_own, check_same, earlier, folder_name, on_dev, run_one, tune
+from zo_finetune.runs import (
+    Entry,
+    Interrupted,
+    Rates,
+    check_own,
+    check_rows,
+    check_same,
+    earlier,
+    folder_name,
+    on_dev,
+    run_one,
+    tune,
+)
 from zo_finetune.tasks.base import Task
 from zo_finetune.train import make_optimizer
 
@@ -250,6 +262,7 @@ def check_runs(plan: Plan, common: Common) -> None:
     for (one, config), result in zip(planned, results, strict=True):
         if result is not None:
             Finished.of(one, config, result, by)
+            check_rows(config, result, common)
     if all(results) and not tuning:
         return
     for one in plan.contenders:
@@ -258,8 +271,7 @@ def check_runs(plan: Plan, common: Common) -> None:
     model = weights = None
     for seed in seeds:
         loaded = load(plan.config(plan.contenders[0], seed), model, common)
-        if model is None and plan.base.peft == "none":  # an adapter's are of a seed
-            weights = loaded.language_model.model
+        weights = loaded.language_model.model if model is None or (weights is not None and plan.base.peft == "none") else None
         model, now = loaded.language_model, digest_of(loaded)
         for (_, config), result in zip(planned, results, strict=True):
             if result and config.seed == seed and objective_of(config, plan.task).gold_only == loaded.objective.gold_only:

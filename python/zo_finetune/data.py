@@ -34,6 +34,10 @@ class Splits:
     rows: dict[str, list[int]] = field(default_factory=dict)  # split -> the number of each example's row there, from 1
     notes: list[str] = field(default_factory=list)  # lines for the user: what was read, and what about it may be a mistake
 
+    def sha256(self, names: Iterable[str]) -> dict[str, str]:
+        """Of the examples of these splits, in their order: what a result says that it is of."""
+        return {name: hashlib.sha256("\n".join(map(repr, getattr(self, name))).encode()).hexdigest() for name in names}
+
 
 def possible(field: str, columns: Mapping[str, str], task: Task) -> tuple[str, ...]:
     """What the column of a task's field may be called: as `columns` (--column) says, or by its own name or an alias."""

@@ -19,7 +19,7 @@ from zo_finetune import console
 from zo_finetune import model as models
 from zo_finetune.beside import Beside
 from zo_finetune.common import Common
-from zo_finetune.config import Config
+from zo_finetune.config import SPLITS, Config
 from zo_finetune.data import Splits, load_splits
 from zo_finetune.errors import UserError, shortened
 from zo_finetune.frozen import States
@@ -57,8 +57,9 @@ class Materials:
 @dataclass
 class Loaded:
     """What a run is of. `objective`: what a step lowers; `beside`: what is measured beside the task; `origin`: split -> where its rows came from; `rows`:
-    split -> the number of each example's row there; `notes`: lines for the user; `labels`: of the training examples, where batches hold each equally
-    often; `states`: of inputs whose forwards need not run the lower blocks (cached.py); `common`: what other runs of the process have in common with it."""
+    split -> the number of each example's row there, `rows_sha256` what they say (`Splits.sha256`); `notes`: lines for the user; `labels`: of the training
+    examples, where batches hold each equally often; `states`: of inputs whose forwards need not run the lower blocks (cached.py); `common`: what other runs
+    of the process have in common with it."""
 
     config: Config
     task: Task
@@ -74,6 +75,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     labels: list[int] | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
+    rows_sha256: dict[str, str] = field(default_factory=dict)
     states: States | None = None
     common: Common = field(default_factory=Common)
 
@@ -268,6 +270,7 @@ def load(config: Config, language_model: models.LanguageModel | None = None, com
         max_length=found.max_length,
         origin=splits.origin,
         rows=splits.rows,
+        rows_sha256=splits.sha256(SPLITS),
         seconds=time.perf_counter() - started,
         beside=Beside(found.encoder(), config.language_texts, config.continued or []),
         notes=notes,

@@ -86,6 +86,7 @@ def result_of(loaded: Loaded, outcome: Outcome, command: Sequence[str]) -> dict[
             split: {"from": loaded.origin[split], "rows": len(rows)}
             for split, rows in (("train", loaded.train_set), ("dev", loaded.dev_set), ("eval", loaded.eval_set))
         },
+        "rows_sha256": loaded.rows_sha256,
         "saved": None,
         "saved_files": [],
         "versions": machine.versions(),

@@ -17,9 +17,10 @@ from torch import nn
 
 from zo_finetune import console, files, methods, run_folder
 from zo_finetune.common import Common
-from zo_finetune.config import Config
+from zo_finetune.config import SPLITS, Config
 from zo_finetune.errors import UserError, once, one_line, shortened
 from zo_finetune.files import JOURNAL, check_plain
+from zo_finetune.load import common_splits
 from zo_finetune.methods import Method, Recipe
 from zo_finetune.options import difference
 from zo_finetune.run import resume, run
@@ -185,6 +186,31 @@ def run_one(config: Config, root: Path, common: Common | None = None) -> dict[st
     if result["interrupted"]:
         raise Interrupted
     return result
+
+
+def check_rows(config: Config, result: Mapping[str, Any], common: Common) -> None:
+    """Refuse a finished result whose rows are not those that its options give now: one table would hold both. Results of versions that did not note them are
+    taken as they are; so are all where the data are gone, which is told.
+
+    Args:
+        config: of the run, or the baseline's `run()`.
+
+    Raises:
+        UserError: says what to do.
+    """
+    known = result.get("rows_sha256")
+    if not isinstance(known, dict) or not set(known) <= set(SPLITS):
+        return
+    try:
+        now = common_splits(common, config, config.the_task(), result["hyperparameters"]["form"]).sha256(known)
+    except UserError as reason:
+        console.say(f"{config.output}: whether its rows are those of --data {config.data} cannot be looked at: {one_line(reason)}")
+        return
+    if changed := next((name for name in known if known[name] != now[name]), None):
+        raise UserError(
+            f"{config.output} has a result of other examples than --data {config.data} gives now ({changed} rows): put back what they were, or delete "
+            "that folder, and the same command makes it again"
+        )
 
 
 def check_same(config: Config, examples: str, model: nn.Module | None) -> None:

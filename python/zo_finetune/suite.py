@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zo_finetune import baseline, console, files, run_folder, suite_table
+from zo_finetune.common import Common
 from zo_finetune.config import Config, Evaluation, Probing
 from zo_finetune.errors import UserError, one_line, shortened
 from zo_finetune.load import load_model
@@ -25,7 +26,7 @@ from zo_finetune.metrics.best_threshold import KEY as THRESHOLD
 from zo_finetune.model import LanguageModel
 from zo_finetune.options import difference
 from zo_finetune.run import remedy
-from zo_finetune.runs import Interrupted, check_folders, check_own, earlier, on_dev, run_one, tune
+from zo_finetune.runs import Interrupted, check_folders, check_own, check_rows, earlier, on_dev, run_one, tune
 from zo_finetune.suite_plan import Cell, Plan, describe, left_out, look
 from zo_finetune.tasks import get_task
 
@@ -53,11 +54,18 @@ def earlier_baseline(options: Evaluation | Probing, root: Path) -> dict[str, Any
     return result
 
 
-def result_of(plan: Plan, cell: Cell, lr: float | None = None) -> dict[str, Any] | None:
-    """result.json of a cell that is finished, else None; `lr`: see `Plan.config`. Raises UserError: it has other options."""
+def result_of(plan: Plan, cell: Cell, common: Common, lr: float | None = None) -> dict[str, Any] | None:
+    """result.json of a cell that is finished, else None; `lr`: see `Plan.config`. Raises UserError: it has other options, or is of other rows."""
+    config: Config | Evaluation | Probing
     if cell.way.entry is None:
-        return earlier_baseline(plan.baseline(cell), plan.root)
-    return earlier(plan.config(cell, lr), plan.root)[1]
+        config = plan.baseline(cell)
+        result = earlier_baseline(config, plan.root)
+    else:
+        config = plan.config(cell, lr)
+        result = earlier(config, plan.root)[1]
+    if result is not None:
+        check_rows(config if isinstance(config, Config) else config.run(), result, common)
+    return result
 
 
 def finished(plan: Plan) -> int:
@@ -68,14 +76,14 @@ def finished(plan: Plan) -> int:
     """
     run_folder.check_run_dir(plan.output, overwrite=False, others=True)
     check_own(plan.output, OWN, ("suite", "cells"), "suite")
-    count = 0
+    count, common = 0, Common()
     for cell in plan.cells():
         tried = plan.rates.tried(plan.recipe(cell.way).lr) if cell.way.entry else []
         if tried:
-            results = [result_of(plan, cell, lr) for lr in tried]
+            results = [result_of(plan, cell, common, lr) for lr in tried]
             count += all(results) if cell.seed == plan.seeds[0] else any(results)
         else:
-            count += result_of(plan, cell) is not None
+            count += result_of(plan, cell, common) is not None
     return count
 
 

@@ -407,9 +407,9 @@ def test_a_table_is_of_one_data_set_and_one_model(
         before.replace('"label": 1', '"label": 2').replace('"label": 0', '"label": 1').replace('"label": 2', '"label": 0')
     )
     capsys.readouterr()
-    assert made("mezo,sign", "0") == 2
-    assert "has a run of other examples than --data" in capsys.readouterr().err
-    assert made("mezo", "0,1") == 2
+    for methods, seeds in (("mezo,sign", "0"), ("mezo", "0,1"), ("mezo", "0")):  # the last has nothing left to make
+        assert made(methods, seeds) == 2
+        assert "has a result of other examples than --data" in (said := capsys.readouterr().err) and "(eval rows)" in said
     (data / "validation.jsonl").write_text(before)
     weights = load_file(model / "model.safetensors")
     save_file({name: t * 1.5 for name, t in weights.items()}, model / "model.safetensors", {"format": "pt"})
@@ -418,6 +418,41 @@ def test_a_table_is_of_one_data_set_and_one_model(
     assert "the model is not the one that this run started from" in capsys.readouterr().err
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert made("mezo,sign", "0,1") == 0
+
+
+@pytest.mark.parametrize("methods", ["sgd", "mezo"])
+def test_a_table_without_journals_or_of_adapters_is_of_one_data_set_and_one_model(
+    methods: str,
+    command: Callable[..., list[str]],
+    model_folder: Callable[[str], Path],
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    """sgd notes no rows in a journal; an adapter's first weights are of a seed."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(data_folder, data)
+    shutil.copytree(model_folder("llama"), model)
+    more = ["--peft", "lora"] if methods == "mezo" else []
+    arguments = [*command(methods, *more, forwards=6), "--data", str(data), "--model", str(model), "--seeds"]
+    assert main([*arguments, "0"]) == 0
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(rows.replace("film", "book"))
+    capsys.readouterr()
+    assert main([*arguments, "0,1"]) == 2
+    assert "(train rows)" in capsys.readouterr().err
+    (data / "train.jsonl").write_text(rows)
+    if more:
+        weights = load_file(model / "model.safetensors")
+        save_file({name: t * 1.5 for name, t in weights.items()}, model / "model.safetensors", {"format": "pt"})
+        assert main([*arguments, "0,1"]) == 2
+        assert "the model is not the one that this run started from" in capsys.readouterr().err
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert main([*arguments, "0,1"]) == 0
+    shutil.rmtree(data)  # what is finished is shown without
+    capsys.readouterr()
+    assert main([*arguments, "0,1"]) == 0
+    assert "cannot be looked at" in capsys.readouterr().err
 
 
 def test_a_rate_that_nothing_chose_is_said_to_be_that(command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:

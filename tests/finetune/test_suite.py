@@ -8,6 +8,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -352,6 +353,28 @@ def test_a_baseline_that_was_changed_is_told(command: Callable[..., list[str]], 
     path.write_text(json.dumps({k: v for k, v in content.items() if k != "metrics"}))
     assert main(arguments) == 2
     assert "its result.json is not as it was written (KeyError: 'metrics')" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_table_is_of_one_data_set(command: Callable[..., list[str]], root: Path, tmp_path: Path, capsys: Any) -> None:
+    """What changes behind finished cells, a run's or a baseline's, is noticed before another is made; a task whose rows stayed goes on."""
+    changed = tmp_path / "data"
+    shutil.copytree(root, changed)
+    for methods in ("zero-shot", "mezo"):
+        arguments = command(methods, "--seeds", "0", "--data", str(changed), "--output", str(tmp_path / methods))
+        assert main(arguments) == 0
+        path = changed / "sst2" / "validation.jsonl"
+        rows = path.read_text()
+        path.write_text(rows.replace("film", "book"))
+        capsys.readouterr()
+        assert main([*arguments, "--seeds", "0,1"]) == 2
+        assert "has a result of other examples than --data" in (said := capsys.readouterr().err) and "(eval rows)" in said
+        assert not (tmp_path / methods / "cells" / "seed1").exists()
+        path.write_text(rows)
+        train = changed / "sst2" / "train.jsonl"
+        rows = train.read_text()
+        train.write_text(rows.replace("film", "book"))
+        assert main(arguments) == (0 if methods == "zero-shot" else 2)  # which reads no training rows
+        train.write_text(rows)
 
 
 def test_columns_of_ones_own() -> None:

@@ -217,3 +217,34 @@ def test_what_is_refused(make: Callable[[Tiny], Any], error: type[Exception], sa
     with pytest.raises(error, match=said):
         make(model)
     assert all(same_bits(a, b) for a, b in zip(before, bits(model), strict=True))
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["live", "resumed"])
+def test_weights_that_join_a_run_begin_at_the_base(resumed: bool) -> None:
+    """A group that is added later, and a parameter that is frozen no longer, are compared when they join; those that were there have moved."""
+    model, more = Tiny(), Tiny()
+    base = {**values(model), **{f"more.{name}": t for name, t in values(more).items()}}
+    late = model.layers[1].weight
+    optimizer = anchored(model, base=base)
+    if not resumed:  # what a saved run had is taken to have been compared
+        late.requires_grad_(False)
+    optimizer.step(model)
+    if resumed:
+        state, optimizer = copy.deepcopy(optimizer.state_dict()), anchored(model, base=base)
+        optimizer.load_state_dict(state)
+    group = {"params": [(f"more.{name}", p) for name, p in more.named_parameters()]}
+    if not resumed:
+        late.data += 1
+        late.requires_grad_(True)
+        before = bits(model)
+        with pytest.raises(ValueError, match=r"anchor: 'layers\.1\.weight' is not what the base has"):
+            optimizer.step(model)
+        assert all(same_bits(a, b) for a, b in zip(before, bits(model), strict=True))
+        late.data.copy_(base["layers.1.weight"])
+    more.norm.weight.data += 1
+    optimizer.step(model)
+    optimizer.add_param_group(group)
+    with pytest.raises(ValueError, match=r"anchor: 'more\.norm\.weight' is not what the base has"):
+        optimizer.step(model)
+    more.norm.weight.data.copy_(base["more.norm.weight"])
+    optimizer.step(model)

@@ -82,8 +82,8 @@ class Anchor:
             "\n".join(sorted(f"{bare} {self.digests[bare]}" for bare in map(canonical_name, names))).encode()
         ).hexdigest()
 
-    def check(self, params: Mapping[str, Tensor], begins: bool) -> None:
-        """That the base is of these parameters; where the run `begins`, that it is where they stand, to the bit.
+    def check(self, params: Mapping[str, Tensor], begins: Collection[str] = ()) -> None:
+        """That the base is of these parameters; of those with which the run `begins`, that it is where they stand, to the bit.
 
         Raises:
             ValueError: it is not; names the first parameter.
@@ -98,7 +98,7 @@ class Anchor:
                 raise ValueError(
                     f"anchor: the base's {name!r} is the weight itself, which steps move: give a copy, or a file's tensors"
                 )
-            if begins and not torch.equal(theta.to(p.device, p.dtype), p.detach()):
+            if name in begins and not torch.equal(theta.to(p.device, p.dtype), p.detach()):
                 raise ValueError(
                     f"anchor: {name!r} is not what the base has: a run is pulled toward the weights that it begins with; give those, or load the state "
                     "of a run that goes on"

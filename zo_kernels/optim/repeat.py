@@ -63,5 +63,5 @@ def resume(
         view.stand(queued.standing())
     else:
         repeat(run, past.header, past.records, refresh, params)
-    run.tag, run.first_tag = past.next_tag, past.next_tag - len(past.steps) * run.method.terms
+    run.go_on(past.next_tag, past.next_tag - len(past.steps) * run.method.terms)
     run.skipped = int(past.flag("skipped").sum())

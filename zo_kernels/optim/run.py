@@ -28,7 +28,7 @@ class Run:
     seed: of the noise. streams: of all parameters of the model, by name. backend: see `perturb_`.
     tag: of the next step's first direction. first_tag: of the run's. skipped: steps whose numbers were not finite; a 0-d tensor on a GPU.
     last: the last step's decision; None before the first, and after a state was loaded.
-    looked: an anchor's base was compared with the weights of the beginning.
+    began: the names of the parameters whose anchor was compared with the weights that they joined the run with, or that a loaded run goes on with.
     rule, direction, projector, unit: what the method's parts keep between steps. past: |g| of the last steps, 0-d float64 tensors with fp32 values, as many
         as the method's clip looks at.
     """
@@ -38,7 +38,7 @@ class Run:
         self.tag = self.first_tag = 0
         self.skipped: Tensor | int = 0
         self.last: Decision | None = None
-        self.looked = False
+        self.began: set[str] = set()
         self.rule = method.rule.of()
         self.direction = method.direction.of(seed, method.kind, backend)
         self.projector = Projector(method.projection, seed, method.layers, backend) if method.projection is not None else None
@@ -72,9 +72,9 @@ class Run:
 
     def prepare(self, view: View) -> None:
         """Masks, scales and factors of the next step, from the clean weights."""
-        if self.method.anchor is not None and not self.steps and not self.looked:
-            self.method.anchor.check(view.params, begins=True)
-            self.looked = True  # once: a step in place that fails leaves roundings
+        if self.method.anchor is not None and (joined := view.params.keys() - self.began):
+            self.method.anchor.check(view.params, begins=joined)
+            self.began |= joined  # once: a step in place that fails leaves roundings
         self.direction.prepare(self.steps, self.tag, view.params)
         if (tag := self.direction.mask_tag) is not None and view.mask_tag != tag:
             view.retag(tag)
@@ -111,6 +111,11 @@ class Run:
         anchor = self.method.anchor
         assert anchor is not None
         return Pull(group, list(zip(weights.names, weights.params, strict=True)), anchor.of, anchor.lam, decision.go)
+
+    def go_on(self, tag: int, first_tag: int) -> None:
+        """From steps that were done elsewhere: their weights are where these left them."""
+        self.tag, self.first_tag = tag, first_tag
+        self.began = set(self.streams) if self.steps else set()
 
     def commit(self, decision: Decision, trained: Params) -> None:
         """The step is done, and counts.

@@ -206,7 +206,8 @@ def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         raise _refuse(f"is damaged, or of a version that this one does not know: {type(error).__name__}: {error}") from error
-    found.tag, found.first_tag, found.skipped = numbers["tag"], numbers["first_tag"], numbers["skipped"]
+    found.go_on(numbers["tag"], numbers["first_tag"])
+    found.skipped = numbers["skipped"]
     return Loaded(groups, others, found)
 
 

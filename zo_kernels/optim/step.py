@@ -249,7 +249,7 @@ class ZOStep(torch.optim.Optimizer):
                 "of the model; load_state_dict(old.state_dict()) goes on with the run"
             )
         if self._run.method.anchor is not None:
-            self._run.method.anchor.check(view.params, begins=False)
+            self._run.method.anchor.check(view.params)
         if self._recording.recorder is not None:
             record.check_recorded(self._recording.recorder, self._weights())
         self._owned |= there
