@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -139,6 +140,37 @@ def _scales(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             what, scale = _scale(p, model.get_submodule(name.rpartition(".")[0]))
             if scale is not None:
                 yield f"{name}.{what}", scale
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model is trained, by name: parameters that require a gradient, tied ones once, and scales that `quantized_scales` made trainable."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return named | {n: scale for n, scale in _scales(model) if scale.requires_grad}
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter is, or, of a packed one, its scale that lies beside it."""
+    return p.requires_grad or ((scale := _scale(p, None)[1]) is not None and scale.requires_grad)
+
+
+def largest_codes(model: nn.Module) -> dict[str, float]:
+    """How many of its own size each of `quantized_scales` makes of a block's largest weight, by name: 1 where a scale is that weight (bitsandbytes), 2^(b - 1)
+    where codes are integers of b bits (torchao).
+
+    A scale of torchao's that moves by x moves its largest weights by 128 x in 8 bits, and by 8 x in 4. Divided by these numbers, as the ``scale`` of a
+    parameter group, a direction moves the largest weight of a block by the same in each format, and eps and lr mean the same.
+    """
+    found = {}
+    for name, p in model.named_parameters():
+        if (kind := library(p)) and (what := _scale(p, model.get_submodule(name.rpartition(".")[0]))[0]):
+            codes: Any = p
+            bits = (
+                re.search(r"int(\d+)", str(getattr(codes, "target_dtype", None) or codes.qdata.dtype))
+                if kind == "torchao"
+                else None
+            )
+            found[f"{name}.{what}"] = 2.0 ** (int(bits[1]) - 1) if bits else 1.0
+    return found
 
 
 def quantized_scales(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from zo_finetune.config import Config
 from zo_finetune.data import Splits
 from zo_finetune.model import LanguageModel
+from zo_kernels.quantized import trained_weights
 
 T = TypeVar("T")
 
@@ -100,4 +101,4 @@ def _of_model(config: Config) -> str:
 
 def _changing(lm: LanguageModel) -> dict[str, Tensor]:
     """What a run may write: trained weights, and buffers."""
-    return {n: p for n, p in lm.model.named_parameters() if p.requires_grad} | dict(lm.model.named_buffers())
+    return trained_weights(lm.model) | dict(lm.model.named_buffers())

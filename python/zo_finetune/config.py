@@ -109,7 +109,7 @@ class Config(TaskChoice):
     device: str = option(MODEL, "auto, cpu, cuda or cuda:N", "auto", movable=True)
     quantize: str | None = option(
         MODEL,
-        "pack the base's weights as they are loaded, under an adapter: bitsandbytes' 4 bits, or torchao's 8 or 4, of weights alone",
+        "pack the base's weights as they are loaded, under an adapter or for --method qzo: bitsandbytes' 4 bits, or torchao's 8 or 4, of weights alone",
         None,
         choices=("nf4", "int8", "int4"),
         usual="not",
@@ -318,9 +318,12 @@ class Config(TaskChoice):
             values.blocks("--train-blocks", self.train_blocks)
         if self.anchor is not None:
             values.pull("--anchor", self.anchor)
-        if self.quantize is not None and self.peft == "none" and self.adapter is None:
+        if methods.get(self.method).packed:
+            self._check_scales()
+        elif self.quantize is not None and self.peft == "none" and self.adapter is None:
             raise UserError(
-                f"--quantize {self.quantize} packs the weights, and --peft none would train them: give --peft lora, ln, prefix or prompt"
+                f"--quantize {self.quantize} packs the weights, and --peft none would train them: give --peft lora, ln, prefix or prompt, or --method qzo for "
+                "their scales"
             )
         self.recipe()
 
@@ -434,6 +437,24 @@ class Config(TaskChoice):
         if config.peft not in ("none", kind):
             raise UserError(f"--peft {config.peft}: --adapter {config.adapter} is of {kind}: leave --peft out")
         return replace(config, peft=kind)
+
+    def _check_scales(self) -> None:
+        """Raises UserError: the method trains the scales of packed weights, and there are none, or something else is to be trained."""
+        if self.quantize is None:
+            raise UserError(
+                f"--method {self.method} trains the scales of packed weights: give --quantize nf4, int8 or int4 (int4 has none by themselves on a GPU)"
+            )
+        for given, spelled in (
+            (self.peft != "none", f"--peft {self.peft}"),
+            (self.adapter is not None, f"--adapter {self.adapter}"),
+            (self.train_blocks is not None, f"--train-blocks {self.train_blocks}"),
+            (bool(self.train_only), "--train-only"),
+            (self.anchor is not None, "--anchor"),
+        ):
+            if given:
+                raise UserError(
+                    f"--method {self.method} trains all scales of the packed weights and nothing else: leave {spelled} out"
+                )
 
     def _check_offload(self) -> None:
         """Raises UserError: what is given needs all weights at once, or twice."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from zo_finetune.blocks import blocks_of
 from zo_finetune.narrow import Narrow
 from zo_finetune.stand_ins import standing_in
+from zo_kernels.quantized import is_trained
 
 Tokens = tuple[int, ...]
 
@@ -44,7 +45,7 @@ def cuts_of(model: nn.Module, forward: Callable[[], Any]) -> dict[nn.Parameter, 
             first; one that it does not call counts by its name, or as the first of all.
     """
     name, blocks = blocks_of(model)
-    owners = {n: m for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+    owners = {n: m for n, m in model.named_modules() if any(map(is_trained, m.parameters(recurse=False)))}
     first = {n: next((k for k in range(len(blocks)) if n.startswith(f"{name}.{k}.") or n == f"{name}.{k}"), 0) for n in owners}
     ended: set[int] = set()
     called: dict[str, int] = {}
@@ -62,7 +63,7 @@ def cuts_of(model: nn.Module, forward: Callable[[], Any]) -> dict[nn.Parameter, 
     found: dict[nn.Parameter, int] = {}
     for n, module in owners.items():
         for p in module.parameters(recurse=False):
-            if p.requires_grad:
+            if is_trained(p):
                 found[p] = min(called.get(n, first[n]), found.get(p, len(blocks)))
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zo_finetune import console
+from zo_finetune import console, methods
 from zo_finetune import model as models
 from zo_finetune.beside import Beside
 from zo_finetune.common import Common
@@ -134,7 +134,10 @@ def model_options(config: Config) -> dict[str, Any]:
 def load_model(config: Config) -> models.LanguageModel:
     """The weights that a run starts from: the base model, and an adapter that is a function of the seed, or that of a folder."""
     torch.manual_seed(config.seed)
-    return models.load(config.model, **model_options(config), write_back=config.offload_every, room=Path(config.output))
+    scales = methods.get(config.method).packed
+    return models.load(
+        config.model, **model_options(config), scales=scales, write_back=config.offload_every, room=Path(config.output)
+    )
 
 
 def objective_of(config: Config, task: Task) -> Objective:

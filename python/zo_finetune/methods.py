@@ -21,6 +21,7 @@ from zo_finetune.values import parse, written
 
 FREE = "scale_free"  # the option, and the library's argument
 PEFTS = ("none", "lora", "ln", "prefix", "prompt")
+QZO_CLIP = 100.0  # of public code
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Method:
     scales: bool = (
         True  # with the loss, unless its option `FREE` says so: then lr is how far a step moves a weight along one direction
     )
+    packed: bool = False  # trains the scales of packed weights, and nothing else
     looks: bool = False  # at the inputs of the matrices over the training rows, before the first step; its options say for what
 
     def preset(self, peft: str) -> Preset:
@@ -156,7 +158,8 @@ def _own_parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return {
         name: (hints[name], p.default)
         for name, p in inspect.signature(inside).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "factors"  # which no option says
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+        and name not in ("factors", "perturbation", "clip")  # of a run, not the method's own
     }
 
 
@@ -235,6 +238,38 @@ def _within(factors: Any, others: str) -> dict[str, Any]:
     import zo_kernels as zk
 
     return {} if factors is None else {"direction": zk.InputSubspace(factors, others)}
+
+
+def qzo(
+    model: Any,
+    lr: float,
+    eps: float = 1e-3,
+    *,
+    queries: int = 1,
+    one_sided: bool = False,
+    perturbation: str = "auto",
+    clip: float | None = None,
+    **more: Any,
+) -> Any:
+    """MeZO on the scales of packed weights, whose codes stay, with |g| clipped (Shang et al. 2025, arXiv 2505.13430). eps and lr are of what they make of the
+    largest weight of a block, in every format."""
+    import zo_kernels as zk
+    from zo_kernels.quantized import largest_codes
+
+    scales, codes = zk.quantized_scales(model), largest_codes(model)
+    group = {"params": scales, "scale": {name: 1 / codes[name] for name, _ in scales}}
+    return zk.MeZOStep(
+        [group],
+        lr,
+        eps,
+        queries=queries,
+        one_sided=one_sided,
+        model=model,
+        # A copy of the scales around each forward is what scratch would be.
+        perturbation="inplace" if perturbation == "auto" else perturbation,
+        clip=QZO_CLIP if clip is None else clip,
+        **more,
+    )
 
 
 def hybrid(
@@ -529,6 +564,16 @@ METHODS: Mapping[str, Method] = {
             looks=True,
             scales=False,
         ),
+        Method(
+            "qzo",
+            "MeZO on the scales of a base that --quantize packed; codes stay, |g| is clipped (QZO)",
+            qzo,
+            {"none": Preset(1e-6, 1e-3, "ours: MeZO's, a first guess, not yet measured; clip 100 as public code")},
+            _sides,
+            _SIDES,
+            options_note=f"|g| is clipped at {QZO_CLIP:g} where --clip says nothing; eps and lr are of the largest weight of a block",
+            packed=True,
+        ),
         Method("sgd", "first-order SGD, by backpropagation (FO-SGD)", sgd, _SGD, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
         Method("adam", "first-order Adam, by backpropagation (fine-tuning, FT)", adam, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
         Method("adamw", "first-order AdamW: Adam, its weight decay decoupled", adamw, _ADAM, _flat(3), _BACKWARD, _NO_SCALARS, first_order=True),
@@ -551,7 +596,7 @@ def listing() -> str:
         lines.append(f"    forward passes a step: {m.cost_note}")
         options = ", ".join(f"{name}={written(default)}" for name, (_, default) in m.parameters().items())
         lines.append(f"    options: {options or 'none'}" + (f" ({m.options_note})" if m.options_note else ""))
-        for peft in PEFTS:
+        for peft in PEFTS if not m.packed else ("none",):
             p = m.preset(peft)
             own = "".join(f", {name}={text}" for name, text in p.options.items())
             eps = "" if p.eps is None else f", eps {p.eps:g}"

@@ -22,8 +22,8 @@ from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.quantize import arguments as quantized_arguments
 from zo_finetune.tasks.base import Form
 from zo_finetune.values import DOMINANT
-from zo_kernels import Offloaded
-from zo_kernels.quantized import elements, library
+from zo_kernels import Offloaded, quantized_scales
+from zo_kernels.quantized import elements, library, trained_weights
 
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")  # by transformers, of a model that it loads
 
@@ -69,12 +69,11 @@ class LanguageModel:
 
     def counts(self) -> tuple[int, int]:
         """(trainable, all) weights; tied ones count once."""
-        sizes = [(elements(p), p.requires_grad) for p in self.model.parameters()]
-        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+        return sum(p.numel() for p in trained_weights(self.model).values()), sum(map(elements, self.model.parameters()))
 
     def trained_bytes(self) -> int:
         """Of the trainable weights; a gradient of them takes as much."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return sum(p.nbytes for p in trained_weights(self.model).values())
 
     def save(self, folder: Path) -> Path:
         """Write model or adapter, with the tokenizer, in transformers' or peft's own format; returns the folder's path."""
@@ -269,6 +268,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str | None = None,
+    scales: bool = False,
     offload: str = "none",
     write_back: int = 0,
     room: Path | None = None,
@@ -291,7 +291,7 @@ def load(
         spec: a folder in transformers' format, a `.gguf` file, or a hub id.
         dtype: "float32", "float16", "bfloat16", or "auto": the dtype that the weights were saved in on a GPU, float32 on a CPU.
         device: "auto", or a torch device.
-        quantize: "nf4", "int8", "int4", or None, see quantize.py.
+        quantize: "nf4", "int8", "int4", or None, see quantize.py. scales: those of the packed weights are what is trained.
         offload: "cpu", "disk", or "none". write_back: as `zk.offload` has it. room: a folder, to be or there, on whose disk there is room for it.
         peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
@@ -341,6 +341,12 @@ def load(
     if not packing and offloaded is None:  # which are where they were packed, or visit
         model = model.to(found.place)
     model = model.eval()
+    if scales:
+        model.requires_grad_(False)
+        try:
+            quantized_scales(model)  # before the first forward, which may put others into their place
+        except ValueError as error:
+            raise UserError(f"--quantize {quantize}: {one_line(error)}") from error
     check_forward(spec, model, found.form)
     named = None
     if train_blocks == DOMINANT:

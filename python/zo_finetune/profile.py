@@ -77,7 +77,14 @@ class Row:
 
 def usual() -> list[str]:
     """The rows where --methods says nothing."""
-    return ["inference", "sgd", "adam", "adam@lora", "mezo@lora", *(m.name for m in methods.METHODS.values() if not m.first_order)]
+    return [
+        "inference",
+        "sgd",
+        "adam",
+        "adam@lora",
+        "mezo@lora",
+        *(m.name for m in methods.METHODS.values() if not (m.first_order or m.packed)),
+    ]
 
 
 def request_of(row: Row, given: Profile) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from zo_finetune.pace import Pace
 from zo_finetune.scoring import Scorer
 from zo_finetune.start import start_of
 from zo_kernels import Anchor, InputFactors
+from zo_kernels.quantized import trained_weights
 
 GRAPH_WIDTH = 32  # batches that a CUDA graph serves are padded to multiples of so many tokens: a graph for each width
 
@@ -162,10 +163,12 @@ def make_optimizer(language_model: LanguageModel, config: Config, factors: Input
     Raises:
         UserError: nothing is trainable, or the method does not fit the model.
     """
-    if not any(p.requires_grad for p in language_model.model.parameters()):
+    if not trained_weights(language_model.model):
         raise UserError(f"--model {config.model} with --peft {config.peft} has no trainable weights: choose another --peft")
     recipe = config.recipe()
-    options: dict[str, Any] = {"weight_decay": config.weight_decay, "clip": config.clip}
+    options: dict[str, Any] = {"weight_decay": config.weight_decay}
+    if config.clip is not None:
+        options["clip"] = config.clip
     if not recipe.method.first_order:
         options |= {
             "seed": config.seed,
@@ -207,7 +210,7 @@ def pace_of(loaded: Loaded) -> Pace:
     """Of this run, at the weights that it begins with."""
     config, model = loaded.config, loaded.language_model.model
     own = config.peft in ("none", "ln")  # those of an adapter are not the model's, and some begin at 0
-    weights = [p for p in model.parameters() if p.requires_grad] if own else []
+    weights = trained_weights(model).values() if own else ()
     lr = config.recipe().lr
     return Pace(weights, (lr * rate(config, step) for step in range(config.steps)))
 

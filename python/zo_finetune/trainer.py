@@ -127,6 +127,11 @@ class ZOArguments:
                     f"zo_method={self.zo_method!r} backpropagates, with an optimizer that no checkpoint of this Trainer holds; take transformers.Trainer, or "
                     "another zo_method"
                 )
+            if method.packed:
+                raise ValueError(
+                    f"zo_method={self.zo_method!r} trains the scales of packed weights, and a Trainer refuses to train these without an adapter; take "
+                    "zo_kernels.quantized_scales in a loop of your own, or zo-finetune train"
+                )
             words = {name: value if isinstance(value, str) else values.written(value) for name, value in given.items()}
             return method.recipe(peft, words, self.learning_rate, self.zo_eps), common
         except UserError as error:
