@@ -60,7 +60,10 @@ def pack_mask(keep: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a plan; the fields are those of `zo_tensor` in csrc/zo_kernels.h."""
+    """One tensor of a plan; the fields are those of `zo_tensor` in csrc/zo_kernels.h, of which a block of columns is one for each of its rows.
+
+    With a `width` it is such a block: its element e is element offset + (e // width) * pitch + e % width of the full tensor.
+    """
 
     src: Tensor
     dst: Tensor
@@ -78,9 +81,14 @@ class Entry:
     rank: int = 0
     cols: int = 0
     rsqrt: bool = False  # element e takes RN(1 / RN(sqrt(scale))) instead of its scale
+    width: int = (
+        0  # elements of a row of a block of columns; without gathered rows, and a bit mask then begins each row with a byte
+    )
+    pitch: int = 0  # elements of a row of the full tensor
 
     def part(self, start: int, stop: int, dst: Tensor) -> Entry:
         """Elements start .. stop of this tensor, written to `dst`. With a bit mask, `start` is a multiple of 8."""
+        assert not self.width, "a block of columns has no parts"
         first = self.offset + start
         skipped = first // self.scale_block - self.offset // self.scale_block
         return replace(
@@ -115,6 +123,23 @@ class Entry:
             self.cols,
         )
 
+    def records(self) -> np.ndarray:
+        """uint64 [n, 14]: `record`, or one for each row of a block of columns, whose noise is that of a short tensor with an offset of its own."""
+        if not self.width:
+            return np.array([self.record()], dtype=np.uint64)
+        rows = np.arange(self.src.numel() // self.width, dtype=np.uint64)
+        table = np.tile(np.array(self.record(), dtype=np.uint64), (len(rows), 1))
+        first = np.uint64(self.offset) + rows * np.uint64(self.pitch)
+        for word, t in enumerate((self.src, self.dst)):
+            table[:, word] += rows * np.uint64(self.width * t.element_size())
+        table[:, 2], table[:, 3] = self.width, first
+        if self.mask is not None:
+            table[:, 4] += rows * np.uint64((self.width + 7) // 8)
+        if self.scale is not None:
+            block = np.uint64(self.scale_block)
+            table[:, 5] += np.uint64(4) * (first // block - np.uint64(self.offset) // block)
+        return table
+
 
 @dataclass
 class Plan:
@@ -131,14 +156,21 @@ class Plan:
         int, ...
     ] = ()  # of each entry its tensor's place in the list that `make_plans` was given; () of a plan that it did not make
     table: np.ndarray = field(init=False)  # uint64 [n, 14]: the C structs, in host memory
+    rows: list[int] = field(init=False)  # of the table, that each entry has
     low_rank: bool = field(init=False)  # some entry has factors in the place of noise
     counted: list[Tensor] = field(init=False)  # what is written, where torch counts writes
     cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.table = np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, WORDS)
+        self.rows = [e.src.numel() // e.width if e.width else 1 for e in self.entries]
+        self.table = self._records()
         self.low_rank = any(e.rank for e in self.entries)
         self.counted = [e.dst for e in self.entries if not e.dst.is_inference()]
+
+    def _records(self) -> np.ndarray:
+        if any(e.width for e in self.entries):
+            return np.concatenate([e.records() for e in self.entries])
+        return np.array([e.record() for e in self.entries], dtype=np.uint64).reshape(-1, WORDS)
 
     def part(self, places: Sequence[int]) -> Plan:
         """The entries at these places of `entries` as a plan of their own; this one for all of them."""
@@ -154,7 +186,7 @@ class Plan:
     def retag(self, mask_tag: int) -> None:
         """Another draw of the random masks, in the same tables in host memory; those in a device's are made anew."""
         self.entries = tuple(e.retagged(mask_tag) for e in self.entries)
-        self.table[:] = [e.record() for e in self.entries]
+        self.table[:] = self._records()
         for name in [name for name in self.cache if name != "cpu"]:
             del self.cache[name]
 
@@ -310,7 +342,38 @@ def check_mask(name: str, mask: Any, t: Tensor) -> tuple[Tensor | None, int, int
     return mask, 0, 0
 
 
-def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor | None, int, bool]:
+def _extent(t: Tensor, columns: tuple[int, int] | None) -> int:
+    """How many elements of the full tensor lie between the first of this one and its last, both counted."""
+    if columns is None or not t.numel():
+        return t.numel()
+    width, pitch = columns
+    return (t.numel() // width - 1) * pitch + width
+
+
+def check_columns(name: str, columns: Any, t: Tensor) -> tuple[int, int] | None:
+    """One entry of `columns`: None, or (width, pitch), the elements of a row of this block of columns and of the full tensor."""
+    if columns is None:
+        return None
+    width, pitch = columns
+    if not 1 <= width <= pitch or t.numel() % width:
+        raise ValueError(
+            f"{name}={columns!r}: rows of {width} elements of {pitch} cannot hold {t.numel()}: give 1 <= width <= pitch"
+        )
+    return None if width == pitch else (int(width), int(pitch))
+
+
+def by_rows(mask: Tensor, width: int) -> Tensor:
+    """A bit mask of a block of columns, so that each of its rows begins with a byte."""
+    if width % 8 == 0:
+        return mask
+    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1).bool().view(-1)
+    rows = bits[: bits.numel() // width * width].view(-1, width)
+    return pack_mask(torch.nn.functional.pad(rows, (0, -width % 8)))
+
+
+def check_scale(
+    name: str, scale: Any, t: Tensor, offset: int, columns: tuple[int, int] | None = None
+) -> tuple[Tensor | None, int, bool]:
     """(values, block, whether the scale is 1 / sqrt of the value) of one entry of `scales`: None, a number, a tensor per row, (tensor, block)
     or (tensor, block, "rsqrt")."""
     if scale is None:
@@ -327,7 +390,8 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
         if scale.numel() == 1:
             block = checks.MAX_INDEX  # one block holds every element, whatever the offset
         elif t.ndim and scale.numel() == t.shape[0]:
-            block = max(1, t.numel() // max(1, t.shape[0]))  # of an empty tensor: anything
+            row = t.numel() // max(1, t.shape[0]) if columns is None else columns[1]
+            block = max(1, row)  # of an empty tensor: anything
         else:
             raise ValueError(
                 f"{name} has {scale.numel()} values: give 1, one per row ({t.shape[0] if t.ndim else 1}), or (values, block)"
@@ -344,7 +408,7 @@ def check_scale(name: str, scale: Any, t: Tensor, offset: int) -> tuple[Tensor |
     if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.device != t.device or not scale.is_contiguous():
         raise TypeError(f"{name} must be a contiguous float32 tensor on {t.device}")
     block = int(min(block, checks.MAX_INDEX))  # a larger one holds every element too, and fits the 64 bits of a kernel's argument
-    need = (offset + t.numel() - 1) // block - offset // block + 1 if t.numel() else 0
+    need = (offset + _extent(t, columns) - 1) // block - offset // block + 1 if t.numel() else 0
     if scale.numel() < need:
         raise ValueError(f"{name} has {scale.numel()} values; {t.numel()} elements from {offset} in blocks of {block} need {need}")
     return scale.view(-1), block, rsqrt
@@ -386,12 +450,13 @@ def make_plans(
     scales: Sequence[Any] | None = None,
     offsets: Sequence[int] | None = None,
     factors: Sequence[Any] | None = None,
+    columns: Sequence[tuple[int, int] | None] | None = None,
     names: Sequence[str] | None = None,
     read: Sequence[tuple[str, Tensor]] = (),
     written: Sequence[tuple[str, Tensor]] = (),
 ) -> list[Plan]:
-    """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments; `read` and
-    `written`: by name, what else the pass reads and writes."""
+    """Check a list of tensors and group it by device and dtype, in order of first appearance. See `perturb_` for the arguments; `columns`: for each
+    tensor None, or (width, pitch) of a block of columns (`Entry`); `read` and `written`: by name, what else the pass reads and writes."""
     n = len(params)
     names = names or [f"params[{k}]" for k in range(n)]
     checks.check_list(params, names)
@@ -402,6 +467,7 @@ def make_plans(
         checks.check_length("factors", factors, n),
     )
     offsets = checks.check_offsets(offsets, n)
+    of_columns = checks.check_length("columns", columns, n)
     targets = list(params if out is None else checks.check_length("out", out, n))
     if out is None:
         checks.check_overlap(list(zip(names, params, strict=True)), "a pass reads and writes each weight once")
@@ -418,10 +484,15 @@ def make_plans(
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[Entry, int]]] = {}
     read = list(read)
     for k, (t, o) in enumerate(zip(params, targets, strict=True)):
-        if offsets[k] + t.numel() > checks.MAX_INDEX:
+        block_of_columns = check_columns(f"columns[{k}]", of_columns[k], t)
+        width, pitch = block_of_columns or (0, 0)
+        if offsets[k] + _extent(t, block_of_columns) > checks.MAX_INDEX:
             raise ValueError(f"offsets[{k}]={offsets[k]} with {t.numel()} elements exceeds 2^56, the contract's largest index")
+        if block_of_columns is not None and factors[k] is not None:
+            raise ValueError(f"factors[{k}] are those of rows of whole matrices; tensor {k} is a block of columns: leave them out")
         mask, keep, mask_tag = check_mask(f"masks[{k}]", masks[k], t)
-        scale, block, rsqrt = check_scale(f"scales[{k}]", scales[k], t, offsets[k])
+        mask = by_rows(mask, width) if width and mask is not None else mask
+        scale, block, rsqrt = check_scale(f"scales[{k}]", scales[k], t, offsets[k], block_of_columns)
         left, right = check_factors(f"factors[{k}]", factors[k], t, offsets[k])
         entry = Entry(
             *(t.detach(), o.detach(), streams[k], offsets[k], mask, keep, mask_tag, scale, block),
@@ -430,6 +501,8 @@ def make_plans(
             rank=0 if left is None else left.shape[1],
             cols=0 if right is None else right.shape[0],
             rsqrt=rsqrt,
+            width=width,
+            pitch=pitch,
         )
         groups.setdefault((t.device, t.dtype), []).append((entry, k))
         of_pass = {f"masks[{k}]": mask, f"scales[{k}]": scale, f"factors[{k}]: left": left, f"factors[{k}]: right": right}

@@ -137,8 +137,12 @@ def exact_sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def bit_keep(e: Tensor, mask: Tensor) -> Tensor:
-    return (mask[e >> 3].long() >> (e & 7) & 1).bool()
+def bit_keep(e: Tensor, entry: Entry) -> Tensor:
+    """The mask's bits of the local elements e; of a block of columns each row begins with a byte."""
+    assert entry.mask is not None
+    if entry.width:
+        e = e // entry.width * (8 * ((entry.width + 7) // 8)) + e % entry.width
+    return (entry.mask[e >> 3].long() >> (e & 7) & 1).bool()
 
 
 # ---- 5. Casts -------------------------------------------------------------------------------------------------------
@@ -173,6 +177,8 @@ def low_rank_sum(i: Tensor, coefs: Tensor, entry: Entry) -> Tensor:
 
 def element_indices(entry: Entry, e: Tensor) -> Tensor:
     """The index i in the full tensor of each local element e (section 7)."""
+    if entry.width:
+        return entry.offset + e // entry.width * entry.pitch + e % entry.width
     if entry.rows is None:
         return entry.offset + e
     return entry.rows[e // entry.row_len] * entry.row_len + e % entry.row_len
@@ -196,7 +202,7 @@ def perturb_entry(entry: Entry, p: Pass, tags: Tensor, coefs: Tensor, decay: Ten
         u = s if entry.scale is None else s * scale_of(i, entry)
         keep = live.expand_as(d)
         if entry.mask is not None:
-            keep = keep & bit_keep(e, entry.mask)
+            keep = keep & bit_keep(e, entry)
         if entry.keep:
             keep = keep & random_keep(i, entry.keep, entry.mask_tag, entry.stream, p.seed)
         r = torch.where(keep, d + u, d)
@@ -278,7 +284,7 @@ def update_entry(entry: Entry, held: Sequence[Tensor], p: RulePass, given: tuple
 
         keep = go.expand(len(e))
         if entry.mask is not None:
-            keep = keep & bit_keep(e, entry.mask)
+            keep = keep & bit_keep(e, entry)
         if entry.keep:
             keep = keep & random_keep(i, entry.keep, entry.mask_tag, entry.stream, p.seed)
         tag = tags[0] if len(tags) else 0

@@ -183,11 +183,15 @@ def check_plan(plan: Plan, states: States, p: RulePass) -> None:
 # ---- what backends need of the states ---------------------------------------------------------------------------------
 
 
-def state_table(states: States) -> np.ndarray:
-    """uint64 [n, 2]: the structs zo_states of csrc/zo_kernels.h, 0 where the rule has no such state."""
-    table = np.zeros((len(states), STATE_WORDS), dtype=np.uint64)
-    for row, own in zip(table, states, strict=True):
-        row[: len(own)] = [s.data_ptr() for s in own]
+def state_table(plan: Plan, states: States) -> np.ndarray:
+    """uint64 [n, 2]: the structs zo_states of csrc/zo_kernels.h, row by row those of the plan's table, 0 where the rule has no such state."""
+    table = np.zeros((len(plan.table), STATE_WORDS), dtype=np.uint64)
+    first = 0
+    for entry, rows, own in zip(plan.entries, plan.rows, states, strict=True):
+        for word, s in enumerate(own):
+            steps = np.arange(rows, dtype=np.uint64) * np.uint64(entry.width * s.element_size())
+            table[first : first + rows, word] = np.uint64(s.data_ptr()) + steps
+        first += rows
     return table
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import zo_kernels as zk
 from zo_kernels import checks, reference
-from zo_kernels.plan import Pass, Plan, make_plans
+from zo_kernels.plan import Pass, Passes, Plan, make_passes, make_plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around every boundary of the contract: octets (8), groups (16, 32), Rademacher calls (128), SIMD blocks and launch tiles.
@@ -354,4 +354,71 @@ def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None]) 
             assert same_bits(got, want), (rounding, terms, decay, offset)
 
 
-__all__ = ["CASES", "GROUPS", "Case", "bits", "check", "check_every_half", "reference", "same_bits", "weights"]
+# (rows, elements of a row of the full tensor), then the rows and the columns of the block: what no group of 8, 16, 32 or 128 divides, one
+# column, one row, and halves of even rows.
+BLOCKS = (
+    ((5, 37), (0, 5), (0, 19)),
+    ((5, 37), (2, 5), (19, 37)),
+    ((4, 300), (1, 3), (131, 300)),
+    ((3, 100), (0, 3), (33, 34)),
+    ((2, 512), (0, 2), (256, 512)),
+    ((3, 70), (1, 2), (8, 48)),
+)
+
+
+def check_columns(
+    dtype: torch.dtype, perturb: Callable[[Plan, Pass], None], sequence: Callable[[Plan, Passes], None], device: str = "cpu"
+) -> None:
+    """Blocks of rows and columns beside a whole tensor: every element as the reference has it in the whole tensors."""
+    plain = Pass(SEED, [3], [1e-3])
+    busy = Pass(SEED, [3, 4, 5], [1e-3, -2e-3, 0.5], 0.9, rounding="stochastic")
+    passes = Passes(SEED, *make_passes(MIXED))
+    for number, (p, limits) in enumerate(
+        ((plain, ()), (busy, ("scales", "masks")), (replace(busy, kind="rademacher"), ("random",)), (passes, ("scales", "masks")))
+    ):
+        wholes, given, places = [], [], []
+        for k, (shape, rows, columns) in enumerate(BLOCKS):
+            keep = torch.rand(shape, generator=torch.Generator().manual_seed(k)) < 0.7
+            scale = torch.linspace(-1, 2, shape[0])
+            mask = zk.RandomMask(0.5, tag=k) if "random" in limits else keep if "masks" in limits else None
+            whole = {"masks": mask, "scales": scale if "scales" in limits else None}
+            part = dict(whole)
+            if isinstance(mask, Tensor):
+                part["masks"] = keep[slice(*rows), slice(*columns)].contiguous()
+            if part["scales"] is not None:
+                part["scales"] = scale[slice(*rows)].contiguous()
+            wholes.append((weights(shape[0] * shape[1], dtype, salt=k).view(shape), whole))
+            given.append((wholes[-1][0][slice(*rows), slice(*columns)], part))
+            places.append({"offsets": rows[0] * shape[1] + columns[0], "columns": (columns[1] - columns[0], shape[1])})
+        wholes.append((weights(40, dtype), {"masks": None, "scales": None}))
+        given.append(wholes[-1])
+        places.append({"offsets": 0, "columns": None})
+        targets, buffers = [], []
+        for t, _ in given:
+            buffer, view = guarded(t.reshape(-1), number % 3, device)
+            targets.append(view.view(t.shape))
+            buffers.append(buffer)
+
+        def plan_of(tensors: list[Tensor], own: list[dict[str, Any]], **more: Any) -> Plan:
+            listed = {key: [to_device(o[key], str(tensors[0].device)) for o in own] for key in ("masks", "scales")}
+            (plan,) = make_plans(tensors, list(range(7, 7 + len(tensors))), **listed, **more)
+            return plan
+
+        plan = plan_of(targets, [own for _, own in given], **{key: [at[key] for at in places] for key in ("offsets", "columns")})
+        expected = [t.clone() for t, _ in wholes]
+        whole_plan = plan_of(expected, [own for _, own in wholes])
+        if isinstance(p, Passes):
+            sequence(plan, p.on(plan.device))
+            reference.sequence(whole_plan, p)
+        else:
+            perturb(plan, p)
+            reference.perturb(whole_plan, p)
+        for k, (_, rows, columns) in enumerate(BLOCKS):
+            expected[k] = expected[k][slice(*rows), slice(*columns)]
+        for k, (got, want, buffer) in enumerate(zip(targets, expected, buffers, strict=True)):
+            assert same_bits(got, want), (number, k)
+            before = GUARD + number % 3
+            assert buffer[:before].isnan().all() and buffer[before + want.numel() :].isnan().all(), (number, k)
+
+
+__all__ = ["CASES", "GROUPS", "Case", "bits", "check", "check_columns", "check_every_half", "reference", "same_bits", "weights"]

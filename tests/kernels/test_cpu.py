@@ -85,6 +85,13 @@ def test_case(what: str, isa: int) -> None:
         cases.check("cpu", case)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_blocks_of_columns(dtype: torch.dtype) -> None:
+    cases.check_columns(dtype, reference.perturb, reference.sequence)
+    for index in AVAILABLE:
+        cases.check_columns(dtype, functools.partial(cpu.perturb, isa=index), functools.partial(cpu.sequence, isa=index))
+
+
 @pytest.mark.parametrize("index", ISAS)
 @pytest.mark.parametrize("row_len", [1, 7, 32, 48, 64, 300])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

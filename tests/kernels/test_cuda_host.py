@@ -105,7 +105,7 @@ def update(library: ctypes.CDLL, plan: Plan, states: rules.States, p: rules.Rule
         c.number_ptr = numbers.data_ptr()
     else:
         c.numbers[: len(numbers)] = numbers.tolist()
-    tile, table = spans * cuda.SPAN, rules.state_table(states)
+    tile, table = spans * cuda.SPAN, rules.state_table(plan, states)
     blocks = cuda.work_map(plan.table, tile)
     addresses = (ctypes.c_void_p(x.ctypes.data) for x in (plan.table, table, blocks))
     assert library.zo_cuda_update(ctypes.byref(c), *addresses, ctypes.c_int64(len(blocks)), ctypes.c_int64(tile), None) == 0
@@ -221,6 +221,11 @@ def test_rows(row_len: int, feature: str, library: ctypes.CDLL) -> None:
         entry = Entry(source.view(-1), target.view(-1), 77, rows=rows, row_len=row_len, **more)
         run(Plan((entry,), source.device, source.dtype), p)
     assert cases.same_bits(got, want)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_blocks_of_columns(dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    cases.check_columns(dtype, functools.partial(perturb, library), functools.partial(sequence, library))
 
 
 def test_work_map_covers_every_element_once() -> None:

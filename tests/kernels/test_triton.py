@@ -199,6 +199,10 @@ if not interpreter.INTERPRETED:
             check_rows("cuda", dtype)
 
         @pytest.mark.parametrize("dtype", cases.DTYPES)
+        def test_blocks_of_columns(self, dtype: torch.dtype) -> None:
+            cases.check_columns(dtype, backend.perturb, backend.sequence, "cuda")
+
+        @pytest.mark.parametrize("dtype", cases.DTYPES)
         @pytest.mark.parametrize("decay", [None, 0.9, float("nan")])
         @pytest.mark.parametrize("out", [False, True])
         @pytest.mark.parametrize("coefs", COEFFICIENTS)
@@ -229,6 +233,9 @@ else:
         assert backend.supports(torch.device("cpu")) is None
         assert _backends.pick(torch.device("cpu"), "triton") is backend
         assert _backends.pick(torch.device("cpu")) is not backend
+
+    def test_blocks_of_columns() -> None:
+        cases.check_columns(torch.bfloat16, backend.perturb, backend.sequence)
 
     @pytest.mark.parametrize("case", INTERPRETER_CASES, ids=lambda c: c.name)
     def test_case(case: cases.Case) -> None:

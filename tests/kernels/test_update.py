@@ -478,7 +478,7 @@ def test_plans_that_no_rule_takes() -> None:
 def test_binding_refuses(change: dict[str, Any], error: str) -> None:
     x, b = torch.ones(40), torch.ones(40)
     (plan,) = make_plans([x], [0])
-    table = update.state_table([[b]])
+    table = update.state_table(plan, [[b]])
     args = {"table": plan.table.ctypes.data, "states": table.ctypes.data, "n": 1, "seed": 0, "dtype": 0, "kind": 0, "rounding": 0}
     args |= {"rule": 0, "state_dtype": 0, "tags": [1], "coefs": [1.0], "n_terms": 0, "numbers": [1.0, 1.0, 0.1, 0.9]}
     args |= {"squares": None, "threads": 1, "isa": 0}

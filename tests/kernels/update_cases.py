@@ -121,6 +121,18 @@ def case_list() -> Iterator[Case]:
                 **({} if rule == "hizoo" else {"scales": lambda j, p: (torch.linspace(-1, 2, 200), 11)}),
             },
         )
+        yield case(
+            "columns",
+            sizes=(5 * 37, 3 * 130, 64),
+            rounding="stochastic",
+            terms=2,
+            plan={
+                "offsets": [3 * 80 + 41, 5, 9],
+                "columns": [(37, 80), (130, 256), None],
+                "masks": cases.random_bits,
+                **({} if rule == "hizoo" else {"scales": lambda j, p: (torch.linspace(-1, 2, 90), 11)}),
+            },
+        )
         yield case("far", sizes=(1000,), rounding="stochastic", plan={"offsets": [(1 << 36) - 512]})
         yield case(
             "octets", sizes=(1000,), rounding="stochastic", plan={"offsets": [(1 << 35) - 512], "masks": [zk.RandomMask(0.5)]}

@@ -73,7 +73,7 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
         module = extension()
         if isinstance(module, str):
             raise RuntimeError(module) from None
-        call, address, n, dtype = module.cpu_perturb, plan.table.ctypes.data, len(plan.entries), checks.DTYPES[plan.dtype]
+        call, address, n, dtype = module.cpu_perturb, plan.table.ctypes.data, len(plan.table), checks.DTYPES[plan.dtype]
         plan.cache["cpu"] = call, address, n, dtype
     tags: Any = p.tags
     coefs: Any = p.coefs
@@ -100,7 +100,7 @@ def sequence(plan: Plan, passes: Passes, isa: int | None = None) -> None:
         raise RuntimeError(module)
     module.cpu_sequence(
         plan.table.ctypes.data,
-        len(plan.entries),
+        len(plan.table),
         passes.seed,
         checks.DTYPES[plan.dtype],
         checks.KINDS[passes.kind],
@@ -121,12 +121,12 @@ def update(plan: Plan, states: States, p: RulePass, isa: int | None = None) -> N
     module = extension()
     if isinstance(module, str):
         raise RuntimeError(module)
-    table = rules.state_table(states)
+    table = rules.state_table(plan, states)
     tags, coefs, numbers, squares = p.tensors_on(plan.device)
     module.cpu_update(
         plan.table.ctypes.data,
         table.ctypes.data,
-        len(plan.entries),
+        len(plan.table),
         p.seed,
         checks.DTYPES[plan.dtype],
         checks.KINDS[p.kind],

@@ -223,7 +223,7 @@ class ResidentStates:
 
 def resident_states(plan: Plan, states: States, index: int) -> Tensor:
     """The states' table, in order before the work that the current stream gets next."""
-    table = rules.state_table(states)
+    table = rules.state_table(plan, states)
     held: ResidentStates | None = plan.cache.get("cuda states")
     capturing = torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(index)

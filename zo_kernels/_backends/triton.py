@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -150,27 +151,28 @@ class Batch:
     flags: dict[str, Any]
 
 
-def _tile_count(entry: Entry, groups: int) -> int:
-    """As in `perturb_kernel`."""
-    n = entry.src.numel()
-    if n == 0:
-        return 0
+def _tile_counts(entry: Entry, records: np.ndarray, groups: int) -> np.ndarray:
+    """For each of the entry's rows of the table, as in `perturb_kernel`."""
     if entry.rows is None:
-        return -(-(entry.offset % (16 * groups) + n) // (16 * groups))
+        n, offset = (records[:, word].astype(np.int64) for word in (2, 3))
+        return np.where(n > 0, -(-(offset % (16 * groups) + n) // (16 * groups)), 0)
+    n = entry.src.numel()
     row_calls = 2 * (entry.row_len // 32 if entry.row_len % 32 == 0 else (entry.row_len + 62) // 32)
-    return -(-(n // entry.row_len * row_calls) // groups)
+    return np.array([-(-(n // entry.row_len * row_calls) // groups)])
 
 
 def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     """The launch that serves these entries of the plan; None if they hold no element."""
     kernels = _kernels()
     entries = [plan.entries[k] for k in members]
-    counts = np.array([_tile_count(e, launch.groups) for e in entries], dtype=np.int64)
+    first_rows = [0, *itertools.accumulate(plan.rows)]
+    records = [plan.table[first_rows[k] : first_rows[k + 1]] for k in members]
+    counts = np.concatenate([_tile_counts(e, own, launch.groups) for e, own in zip(entries, records, strict=True)])
     if not counts.sum():
         return None
     tiles = int(np.clip(counts.sum() // launch.programs, 1, launch.max_tiles))
     spans = -(-counts // tiles)
-    tensor = np.repeat(np.arange(len(entries)), spans)
+    tensor = np.repeat(np.arange(len(counts)), spans)
     first = (np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)) * tiles
     scale_blocks = [e.scale_block for e in entries if e.scale is not None]
     scale = 0 if not scale_blocks else 1 if min(scale_blocks) >= 8 else 2
@@ -179,7 +181,7 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
         eights = all(e.cols % 8 == 0 and e.right is not None and e.right.data_ptr() % 16 == 0 for e in entries)
         flags["KIND"] = (kernels.LOW_RANK_8 if eights else kernels.LOW_RANK).value
     return Batch(
-        table=move(torch.from_numpy(plan.table[members].view(np.int64)), plan.device),
+        table=move(torch.from_numpy(np.concatenate(records).view(np.int64)), plan.device),
         spans=move(torch.from_numpy(tensor << kernels.TILE_BITS | first), plan.device),
         tiles=tiles,
         flags={
@@ -350,7 +352,7 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
 
     tags, coefs, numbers = there(p.tags, torch.int64), there(p.coefs, torch.float32), there(p.numbers, torch.float32)
     squares = None if p.squares is None else there(p.squares, torch.float32)
-    table = move(torch.from_numpy(rules.state_table(states).view(np.int64)), plan.device)
+    table = move(torch.from_numpy(rules.state_table(plan, states).view(np.int64)), plan.device)
     arguments = {
         **_common(p.seed, p.kind, plan.dtype),
         **{"n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "squares": squares, "numbers": numbers},
