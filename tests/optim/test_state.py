@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 
 import zo_kernels as zk
@@ -552,17 +554,18 @@ def test_distributed_checkpoint_takes_and_gives_the_state(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mezo", "adam", "adam-blocks", "momentum-recomputed", "hizoo", "dizo"])
 def test_a_distributed_checkpoint_on_disk_goes_on(name: str, tmp_path: Path) -> None:
-    """What is loaded goes into the memory that a fresh optimizer's state offers: it has a place for every tensor."""
+    """With the weights in it; what is loaded goes into the memory that a fresh optimizer's state offers: it has a place for every tensor."""
     import torch.distributed.checkpoint as dcp
 
     model, other = Tiny(), Tiny()
     step, fresh = CASES[name].make(model), CASES[name].make(other)
     go_on(model, step, 6)
-    dcp.save({"optim": get_optimizer_state_dict(model, step)}, checkpoint_id=tmp_path / "c", no_dist=True)
-    other.load_state_dict(model.state_dict())
-    target = {"optim": get_optimizer_state_dict(other, fresh)}
-    dcp.load(target, checkpoint_id=tmp_path / "c", no_dist=True)
-    set_optimizer_state_dict(other, fresh, target["optim"])
+    weights, state = get_state_dict(model, step)
+    dcp.save({"model": weights, "step": state}, checkpoint_id=tmp_path / "c", no_dist=True)
+    weights, state = get_state_dict(other, fresh)
+    dcp.load({"model": weights, "step": state}, checkpoint_id=tmp_path / "c", no_dist=True)
+    set_state_dict(other, fresh, model_state_dict=weights, optim_state_dict=state)
+    assert same(model, other) and fresh.steps == 6
     go_on(model, step, 13)
     go_on(other, fresh, 13)
     assert same(model, other)
