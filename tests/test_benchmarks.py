@@ -163,6 +163,44 @@ def test_ranking(sentences: tuple[Path, Path], tmp_path: Path) -> None:
     assert again.returncode == 0 and "training: " not in again.stderr
 
 
+def test_choices(sentences: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = map(str, sentences)
+    texts, page = tmp_path / "texts.txt", tmp_path / "page.md"
+    texts.write_text("the cat sat on the mat\n\nit rained all day\n")
+    page.write_text("".join(f"<!-- table choices-{q} -->\n<!-- end -->\n" for q in ("inputs", "rates", "anchor")))
+    common = ["--quick", "--model", model, "--shared", data, "--texts", str(texts), "--work", str(tmp_path / "work")]
+    common += [
+        "--places",
+        "smollm2-film_reviews",
+        "--questions",
+        "inputs",
+        "rates",
+        "anchor",
+        "--out",
+        str(tmp_path / "choices.csv"),
+    ]
+    done = run("choices", *common, "--page", str(page))
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "choices.csv")
+    made = {(row["question"], row["method"], row["anchor"], row["lr"], row["seed"]) for row in found}
+    inputs = {
+        ("inputs", name, "", lr, seed)
+        for name, lr in (("fzoo", "2e-05"), ("fzoo-inputs:rank=4:power=-0.5", "0.00024"))
+        for seed in "01"
+    }
+    rates = {
+        ("rates", name, "", lr, s)
+        for name, lrs in (("mezo", ("1.25e-05", "5e-05")), ("mezo:scale_free=true", ("2.5e-05", "0.0001")))
+        for lr in lrs
+        for s in "01"
+    }
+    assert made == inputs | rates | {("anchor", "fzoo", "", lr, seed) for lr in ("5e-06", "1e-05") for seed in "01"}
+    assert all((row["language_after"] != "") == (row["question"] == "anchor") for row in found)
+    said = page.read_text()
+    assert "| `mezo:scale_free=true` | 2.5e-05 | 0.0001 | at most lost by another's rate |" in said and "| none | 5e-06 |" in said
+    assert "| `fzoo-inputs:rank=4:power=-0.5` | 0.00024 |" in said and model not in (tmp_path / "choices.csv").read_text()
+
+
 def test_learn(sentences: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = map(str, sentences)
     path = tmp_path / "learn_gpu.csv"

@@ -11,7 +11,7 @@ counts no padding.)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from zo_finetune import adapters, console
 from zo_finetune.common import Common
 from zo_finetune.config import INPUT_INITS, Config
 from zo_finetune.data import in_batches
-from zo_finetune.errors import UserError, one_line
+from zo_finetune.errors import UserError, one_line, shortened
 from zo_finetune.frozen import States
 from zo_finetune.model import LanguageModel
 from zo_finetune.scoring import Encoded
@@ -38,24 +38,25 @@ RIDGE = 0.1  # of the mean eigenvalue, where inputs are whitened
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to look for. `only`: as zo_kernels' `input_factors` has it; None: the matrices that are trained."""
+    """What to look for. `matrices`: their names; or a regular expression, which chooses among the weights that are trained."""
 
     rank: int
     power: float
     ridge: float
-    only: Sequence[str] | Callable[[str], bool] | None = None
+    matrices: frozenset[str] | str = ""
 
-    def chooser(self, model: nn.Module) -> Callable[[nn.Module], bool]:
-        """Whether a part of the model may hold a matrix that is looked at. Raises ValueError: an expression is none."""
-        if self.only is None:
-            return lambda part: any(p.requires_grad for p in part.parameters())
-        names = {p: canonical_name(name) for name, p in model.named_parameters()}
-        if callable(self.only):
-            chosen = {name for name in names.values() if self.only(name)}
-        else:
-            patterns = Patterns("only", self.only)
-            chosen = {name for name in names.values() if patterns.first(name) is not None}
-        return lambda part: any(names[p] in chosen for p in part.parameters())
+    def names(self, model: nn.Module) -> frozenset[str]:
+        """Of the parameters among which the matrices are. Raises ValueError: the expression is none, or chooses none."""
+        if not isinstance(self.matrices, str):
+            return self.matrices
+        trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        patterns = Patterns("matrices", [self.matrices]) if self.matrices else None
+        found = frozenset(name for name in trained if patterns is None or patterns.first(name) is not None)
+        if not found:
+            raise ValueError(
+                f"matrices={self.matrices}: no weight that is trained has such a name; they are {shortened(sorted(trained), 3)}"
+            )
+        return found
 
 
 def wanted(config: Config, model: Any) -> Wanted | None:
@@ -64,12 +65,12 @@ def wanted(config: Config, model: Any) -> Wanted | None:
         names = {canonical_name(f"{name}.base_layer.weight") for name, _ in adapters.lora_layers(model)}
         rank = adapters.RANK if config.lora_rank is None else config.lora_rank
         power = INPUT_INITS[config.lora_init]
-        return Wanted(rank, power, RIDGE if power < 0 else 0.0, names.__contains__)
+        return Wanted(rank, power, RIDGE if power < 0 else 0.0, frozenset(names))
     recipe = config.recipe()
     if not recipe.method.looks:
         return None
     own = recipe.options
-    return Wanted(own["rank"], own["power"], own["ridge"], [own["matrices"]] if own["matrices"] else None)
+    return Wanted(own["rank"], own["power"], own["ridge"], own["matrices"])
 
 
 def token_batches(examples: Sequence[Encoded], device: torch.device, size: int) -> Iterator[Tensor]:
@@ -98,14 +99,20 @@ def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int
 
     with contextlib.ExitStack() as hooks:
         try:
-            looked_at = what.chooser(lm.model)
+            names = what.names(lm.model)
+            chosen = {p for name, p in lm.model.named_parameters() if canonical_name(name) in names}
+
+            def looked_at(part: nn.Module) -> bool:
+                """Whether it may hold one of the matrices."""
+                return not chosen.isdisjoint(part.parameters())
+
             if states is not None and any(map(looked_at, states.lower.blocks)):
                 states = None
             if not looked_at(head):
                 hooks.callback(head.register_forward_pre_hook(lambda m, args: (args[0][:, :1], *args[1:])).remove)
             with console.Phase("looking at the inputs of the matrices"):
                 return zo_kernels.input_factors(
-                    lm.model, forward, batches, rank=what.rank, only=what.only, power=what.power, ridge=what.ridge
+                    lm.model, forward, batches, rank=what.rank, only=names.__contains__, power=what.power, ridge=what.ridge
                 )
         except (TypeError, ValueError) as error:
             raise UserError(f"the space of the inputs: {one_line(error)}") from error

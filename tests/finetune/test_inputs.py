@@ -148,9 +148,9 @@ def test_every_family_has_its_components(family: str, dtype: str, model_folder: 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
-@pytest.mark.parametrize(("matrices", "below"), [("", False), (r"(layers?|h)\.1\.", False), ("q_proj|c_attn|query", True)])
-def test_a_look_begins_from_kept_states_where_all_that_it_looks_at_lies_above(
-    family: str, matrices: str, below: bool, model_folder: Any, data_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("matrices", ["", r"(layers?|h)\.1\.", "q_proj|c_attn|query"])
+def test_a_look_begins_from_kept_states_and_is_at_what_is_trained(
+    family: str, matrices: str, model_folder: Any, data_folder: Path, tmp_path: Path
 ) -> None:
     """The same space within rounding, the lower block and the head but for a token of each row are not run."""
     config = Config(
@@ -176,10 +176,11 @@ def test_a_look_begins_from_kept_states_where_all_that_it_looks_at_lies_above(
         inner.register_forward_hook(lambda *_: ran.append(0))
         model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
         found = inputs.of_run(config, one.language_model, one.train_set, scorer.states)
-        assert bool(ran) == below and set(seen) == {1}
+        assert not ran and set(seen) == {1}
         plain = inputs.of_run(config, one.language_model, one.train_set)
         assert ran
     assert found is not None and plain is not None and found.matrices.keys() == plain.matrices.keys()
+    assert found.matrices.keys() <= {name for name, p in model.named_parameters() if p.requires_grad}
     for name, (side, v) in found.matrices.items():
         other = plain.matrices[name][1]
         assert side == plain.matrices[name][0] and (v @ v.T - other @ other.T).norm() < 1e-3 * (other @ other.T).norm(), name
@@ -196,6 +197,11 @@ def test_inputs_are_run_once_and_without_padding() -> None:
     [
         (["--lora-init", "eva", "--lora-rank", "65"], "the space of the inputs: rank=65 must be"),
         (["--lora-init", "eva", "--lora-rank", "33"], "rank=33: parameter 'model.layers.0.self_attn.q_proj.weight' has 32 inputs"),
+        (
+            ["--peft", "none", "--method", "fzoo-inputs", "--option", "matrices=q_prj"],
+            "matrices=q_prj: no weight that is trained has such a name",
+        ),
+        (["--peft", "none", "--method", "fzoo-inputs", "--option", "matrices=("], "the space of the inputs: "),
         (["--peft", "ln", "--lora-freeze-a"], "--lora-freeze-a is of --peft lora, and --peft is ln"),
         (["--peft", "none", "--lora-init", "eva"], "--lora-init eva is of --peft lora"),
     ],
