@@ -94,9 +94,12 @@ def machine() -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over all rounds. The spread is stated with every median; a mean would hide a disturbed round."""
+    """Seconds of one call over all rounds. The spread is stated with every median; a mean would hide a disturbed round.
+
+    `cpu`: of the process's processor time, which other work of the machine disturbs less; () where it was not taken."""
 
     seconds: tuple[float, ...]
+    cpu: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -143,14 +146,16 @@ def interleaved(
     for function in contenders.values():
         for _ in range(warmup):
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
             before, after = (around or {}).get(name, (_nothing, _nothing))
             before()
-            seconds[name].append(seconds_of(contenders[name], calls[name], device))
+            cpu = time.process_time()
+            wall = seconds_of(contenders[name], calls[name], device)
+            seconds[name].append((wall, (time.process_time() - cpu) / calls[name]))
             after()
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return {name: Timing(*zip(*values, strict=True)) for name, values in seconds.items()}
 
 
 def _nothing() -> None:

@@ -6,12 +6,14 @@ Belongs here: resident memory, bytes that come in, seconds of a step. Does not b
 
 First a random OPT-1.3B of bf16 weights from a file of its own, which is made in --work and removed: each step is a row. `peak_bytes` is the peak of the
 process's resident memory from before the model was made, less what it had then (after importing everything). Then a shape that fits, resident and
-offloaded, in turn: `ratio` is a median over the resident one's. MeZO's steps on a batch of a few random tokens.
+offloaded, in turn: `ratio` is a median over the resident one's, `cpu_ratio` that of the processor time, with the thread that fetches. MeZO's steps on a
+batch of a few random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,8 @@ import zo_kernels as zk
 
 COLUMNS = (
     *("shape", "dtype", "source", "together", "write_back", "weights", "weight_bytes", "blocks", "batch", "sequence", "threads"),
-    *("step", *harness.TIMING_COLUMNS, "ratio", "read_bytes", "visits", "written_bytes", "device_bytes", "peak_bytes"),
+    *("step", *harness.TIMING_COLUMNS, "ratio", "cpu_median_s", "cpu_ratio"),
+    *("read_bytes", "visits", "written_bytes", "device_bytes", "peak_bytes"),
 )
 TINY = {
     "hidden_size": 32,
@@ -110,12 +113,13 @@ def from_a_file(work: Path, name: str, more: dict[str, Any], steps: int, write_b
         shared = about(name, model, dtype, batch, sequence)
         optimizer, closure = zk.MeZOStep(model, 1e-6), closure_of(model, config.vocab_size, batch, sequence)
         for step in range(1, steps + 1):
-            t, began = offloaded.traffic, time.perf_counter()
+            t, began, cpu = offloaded.traffic, time.perf_counter(), time.process_time()
             read, visits, written = t.bytes, t.visits, t.written
             optimizer.step(closure)
-            seconds = harness.Timing((time.perf_counter() - began,))
+            seconds, cpu_seconds = harness.Timing((time.perf_counter() - began,)), time.process_time() - cpu
             yield {
                 **shared, **seconds.columns(), "source": "file", "together": True, "write_back": write_back, "step": step, "ratio": "",
+                "cpu_median_s": harness.significant(cpu_seconds), "cpu_ratio": "",
                 "blocks": len(offloaded.blocks), "read_bytes": t.bytes - read, "visits": t.visits - visits, "written_bytes": t.written - written,
                 "device_bytes": offloaded.device_bytes, "peak_bytes": (harness.peak_bytes("cpu") or 0) - before,
             }  # fmt: skip
@@ -162,14 +166,16 @@ def beside_resident(work: Path, more: dict[str, Any], rounds: int) -> Iterator[d
                 contenders[key] = lambda optimizer=optimizer, closure=closure: optimizer.step(closure)
             names = {"/".join(map(str, key)): key for key in contenders}
             times = harness.interleaved({n: contenders[key] for n, key in names.items()}, rounds=rounds)
-            base = times[next(iter(names))].median
+            base, base_cpu = times[next(iter(names))].median, statistics.median(times[next(iter(names))].cpu)
             for n, key in names.items():
                 source, together, every = key
                 made = traffic[key]
                 steps = rounds + 1
                 yield {
                     **about("fits", model, dtype, batch, sequence), **times[n].columns(), "source": source, "together": together, "write_back": every,
-                    "step": "", "ratio": harness.significant(times[n].median / base, 4), "blocks": len(made.blocks) if made else 0,
+                    "step": "", "ratio": harness.significant(times[n].median / base, 4),
+                    "cpu_median_s": harness.significant(statistics.median(times[n].cpu)),
+                    "cpu_ratio": harness.significant(statistics.median(times[n].cpu) / base_cpu, 4), "blocks": len(made.blocks) if made else 0,
                     "read_bytes": made.traffic.bytes // steps if made else 0, "visits": made.traffic.visits // steps if made else 0,
                     "written_bytes": made.traffic.written // steps if made else 0, "device_bytes": made.device_bytes if made else "", "peak_bytes": "",
                 }  # fmt: skip
@@ -182,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="an empty folder with room for the weights")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
     parser.add_argument("--steps", type=int, default=3, help="of the large model")
+    parser.add_argument("--rounds", type=int, default=5, help="of the shape that fits")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
     parser.add_argument("--only", choices=("large", "fits"), help="one of the two")
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
@@ -192,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in from_a_file(args.work, "tiny" if args.quick else "opt-1.3b", TINY if args.quick else {}, args.steps, 0):
             table.add(row)
     if args.only != "large":
-        for row in beside_resident(args.work, TINY if args.quick else FITS, 2 if args.quick else 5):
+        for row in beside_resident(args.work, TINY if args.quick else FITS, 2 if args.quick else args.rounds):
             table.add(row)
     return 0
 

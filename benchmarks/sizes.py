@@ -17,7 +17,10 @@ from pathlib import Path
 from zo_finetune import measure, shapes
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-LARGE = ("opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-2-7b", "opt-13b", "llama-2-13b", "opt-30b", "opt-66b")
+LARGE = (
+    *("opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-2-7b", "opt-13b", "llama-2-13b", "opt-30b", "opt-66b"),
+    *("llama-2-70b", "opt-175b"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from zo_finetune import shapes
 
 import zo_kernels
+from zo_kernels.optim.workers import cut
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -630,6 +633,97 @@ def test_offload(tmp_path: Path) -> None:
         ("resident", "False"), ("cpu", "False"), ("cpu", "True"), ("file", "True"),
     }  # fmt: skip
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_ranks_and_cluster(tmp_path: Path) -> None:
+    """Contenders of real processes end in one and the same bits; and what is computed from such rows says of each number what it is."""
+    done = run("ranks", "--quick", "--out", str(tmp_path / "ranks.csv"))
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "ranks.csv")
+    steps = [row for row in found if row["question"] == "step"]
+    assert len(steps) == 5 and {row["same_bits"] for row in found if row["question"] != "round"} == {"1"}
+    assert [row["sent_bytes"] for row in steps] == ["", "0", "128", "128", "256"]
+    for name in ("gpu_step", "gpu_pass"):
+        shutil.copy(BENCHMARKS / "results" / f"{name}.csv", tmp_path)
+    page, names = tmp_path / "page.md", ("device", "offload", "llama_2_7b", "cuts", "wire", "inputs", "restarts")
+    page.write_text("".join(f"<!-- table plan_{name} -->\n<!-- end -->\n" for name in names))
+    done = run("cluster", "--quick", "--results", str(tmp_path), "--out", str(tmp_path / "cluster.csv"), "--page", str(page))
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "cluster.csv")
+    assert {row["kind"] for row in found} == {"measured", "counted", "published", "assumed", "computed", "simulated"}
+    assert all(row["source"] for row in found if row["kind"] in ("measured", "published"))
+    assert "| 10000 |" not in page.read_text() and "| 4 |" in page.read_text()
+
+
+class TestCluster:
+    """The model of cluster.py, against what can be written down."""
+
+    @pytest.fixture(autouse=True)
+    def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def test_without_delays_the_largest_share_is_the_step(self) -> None:
+        import cluster_model as model
+
+        draw = np.random.default_rng(0)
+        for parallel, workers, most in (("directions", 3, 8), ("data", 3, 12), ("both", 3, 8), ("auto", 5, 5), ("both", 100, 1)):
+            shares = cut(parallel, 6, 4, workers)
+            assert model.slowest(shares, 0.5, model.Delays(), 7, draw).tolist() == [0.5 * most] * 7
+
+    def test_the_latest_of_n_exponentials(self) -> None:
+        """Its mean is the sum of 1/k, its variance that of 1/k^2; those whose share is smaller are none of the latest."""
+        import cluster_model as model
+
+        for workers in (1, 7, 1000):
+            shares = [[0, 1]] * workers + [[0]]
+            found = model.slowest(shares, 0.5, model.Delays(jitter=0.01), 20_000, np.random.default_rng(workers)) - 1
+            k = np.arange(1, workers + 1)
+            assert abs(found.mean() - 0.01 * np.sum(1 / k)) < 4 * 0.01 * np.sqrt(np.sum(1 / k**2) / 20_000)
+
+    def test_pauses(self) -> None:
+        import cluster_model as model
+
+        found = model.slowest([[0]] * 50, 1.0, model.Delays(pauses=0.01, pause=3.0), 20_000, np.random.default_rng(0))
+        late = 1 - 0.99**50
+        assert set(found.tolist()) == {1.0, 4.0}
+        assert abs((found - 1).mean() / 3 - late) < 4 * np.sqrt(late * (1 - late) / 20_000)
+
+    def test_a_ring(self) -> None:
+        import cluster_model as model
+
+        assert model.ring(1, 5, 1.0, 10.0, 0.1, 7.0) == 0
+        assert model.ring(5, 0, 1.0, 10.0, 0.5, 7.0) == 4 * 1.5 + 7
+        assert model.ring(5, 3, 1.0, 10.0, 0.0, 0.0) == 3 * 10 + 1
+        assert model.ring(5, 99, 1.0, 10.0, 0.0, 0.0) == 4 * 10
+
+    def test_visits(self) -> None:
+        """The first upload, then whatever takes longer for each further block, then the last use."""
+        import cluster_model as model
+
+        for up, use in ((1.0, 3.0), (3.0, 1.0), (2.0, 2.0)):
+            assert model.visits([up] * 6, [use] * 6) == up + 5 * max(up, use) + use
+        # A block that is long in use keeps its slot: the second next one waits for it.
+        assert model.visits([1.0, 1.0, 1.0], [10.0, 0.0, 0.0]) == 12.0
+
+    def test_a_run_with_losses(self) -> None:
+        """Each step takes (e^(loss x step) - 1) e^(loss x restart) / loss on average, where what is replayed takes no time."""
+        import cluster_model as model
+
+        losses, step, restart, steps = 0.05, 2.0, 5.0, 400
+        found = [model.run(steps, step, losses, restart, 0.0, np.random.default_rng(k))[0] for k in range(200)]
+        want = steps * math.exp(losses * restart) * math.expm1(losses * step) / losses
+        assert abs(np.mean(found) - want) < 4 * np.std(found) / math.sqrt(len(found))
+        assert model.run(steps, step, 0.0, restart, 0.0, np.random.default_rng(0)) == (steps * step, 0)
+        # With a replay of all that was done, a run whose steps are lost about as fast as they are replayed does not end.
+        assert model.run(steps, step, 0.5, restart, 2.0, np.random.default_rng(0), most=1e4)[0] == math.inf
+        assert model.run(steps, step, 0.05, 0.0, 0.1, np.random.default_rng(0), kept=10)[0] < 2 * steps * step
+
+    def test_the_frame_is_the_librarys(self) -> None:
+        """As tests/test_distributed.py counts the bytes of a step."""
+        import cluster_model as model
+
+        assert [model.frame(n) for n in (1, 12, 16)] == [128, 128, 160]
+        assert [model.rounds(n, journal) for n in (12, 13) for journal in (False, True)] == [1, 2, 2, 3]
 
 
 @needs_extension

@@ -22,10 +22,10 @@ def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024}
 
 
-def _llama(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
+def _llama(width: int, layers: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
     return {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": heads, "intermediate_size": inner, "max_position_embeddings": 4096,
+        "num_key_value_heads": heads, "intermediate_size": inner, "max_position_embeddings": 4096, **more,
     }  # fmt: skip
 
 
@@ -49,8 +49,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
+    "opt-175b": _opt(12288, 96, 96),
     "llama-2-7b": _llama(4096, 32, 32, 11008),
     "llama-2-13b": _llama(5120, 40, 40, 13824),
+    "llama-2-70b": _llama(8192, 80, 64, 28672, num_key_value_heads=8),
     "roberta-base": _roberta(768, 12, 12),
     "roberta-large": _roberta(1024, 24, 16),
 }
