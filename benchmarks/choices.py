@@ -13,7 +13,7 @@ where: FZOO, pairs: the last block, the dominant one, all weights.
 rates: MeZO with and without division by g's running root mean square, pairs, the last block, each with one grid of rates on every model and data set: what the
 best rate of one costs the others. A rate's number is the dev rows' AUC; nothing is evaluated for it.
 anchor: FZOO, pairs, SmolLM2's last block: by how much plain language modelling on texts of another kind gets worse, and what the task gains, of rates without
-a pull toward the start and with pulls. Every run is a point; none is chosen.
+a pull toward the start and with pulls, and among the inputs. Every run is a point; none is chosen.
 
 Rates are chosen by the dev rows, training rows that no run trains on (500 of them, or 300 of film reviews), with the first seed where `rates` does not say
 otherwise. The sample of rows is the same for all seeds of a question.
@@ -107,6 +107,9 @@ def comparisons() -> Iterator[Comparison]:
             rate = f"{factor * FILMS.dense:g}"
             more = {**ONCE, **({"anchor": pull} if pull else {}), "language-texts": ""}
             yield Comparison("anchor", FILMS, f"{pull or 0}-{rate}", {"fzoo": float(rate)}, more, factors="1")
+    for factor in (0.25, 1):
+        rates = {f"fzoo-inputs:rank={rank}:power=-0.5": factor * BY_RANK[rank] * FILMS.inputs for rank in (16, 64)}
+        yield Comparison("anchor", FILMS, f"inputs-{factor:g}", rates, {**ONCE, "language-texts": ""}, factors="1")
 
 
 class Bench:
@@ -263,11 +266,16 @@ def of_rates(rows: Sequence[Row]) -> str:
 
 
 def of_anchor(rows: Sequence[Row]) -> str:
-    text = ["| pull a step | lr | AUC | accuracy | nats a token more, other texts |\n| --- | --- | --- | --- | --- |\n"]
-    for (pull, lr), runs in sorted(grouped(rows, "anchor", "lr").items(), key=lambda item: [float(x or 0) for x in item[0]]):
+    """Every rate and pull, those that leave most of the model first."""
+    text = [
+        "| method | pull a step | lr | AUC | accuracy | nats a token more, other texts |\n| --- | --- | --- | --- | --- | --- |\n"
+    ]
+    lines = []
+    for (method, pull, lr), runs in grouped(rows, "method", "anchor", "lr").items():
         more = [{"more": str(float(row["language_after"]) - float(row["language_before"]))} for row in runs]
-        text.append(f"| {pull or 'none'} | {lr} | {spread(runs, 'auc')} | {spread(runs, 'accuracy')} | {spread(more, 'more')} |\n")
-    return "".join(text)
+        scores = " | ".join([spread(runs, "auc"), spread(runs, "accuracy"), spread(more, "more")])
+        lines.append((mean(more, "more"), f"| `{method}` | {pull or 'none'} | {lr} | {scores} |\n"))
+    return "".join([*text, *(line for _, line in sorted(lines))])
 
 
 TABLES = {

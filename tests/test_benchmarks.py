@@ -200,7 +200,10 @@ def test_choices(sentences: tuple[Path, Path], tmp_path: Path) -> None:
     assert made == inputs | rates | {("anchor", "fzoo", "", lr, seed) for lr in ("5e-06", "1e-05") for seed in "01"}
     assert all((row["language_after"] != "") == (row["question"] == "anchor") for row in found)
     said = page.read_text()
-    assert "| `mezo:scale_free=true` | 2.5e-05 | 0.0001 | at most lost by another's rate |" in said and "| none | 5e-06 |" in said
+    assert (
+        "| `mezo:scale_free=true` | 2.5e-05 | 0.0001 | at most lost by another's rate |" in said
+        and "| `fzoo` | none | 5e-06 |" in said
+    )
     assert "| `fzoo-inputs:rank=4:power=-0.5` | 0.00024 |" in said and model not in (tmp_path / "choices.csv").read_text()
 
 
