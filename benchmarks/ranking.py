@@ -38,11 +38,11 @@ BASELINE, OBJECTIVES, FACTORS = "mezo", ("loss", "pairs"), "0.25,1,4"
 RATES = {
     "stories15m": {
         "mezo": 5e-5, "mezo:queries=8:one_sided=true": 5e-5, "sign": 8e-5, "momentum": 5e-6, "zo-adam": 8e-5, "sparse": 2e-4,
-        "lozo": 1e-5, "fzoo": 4e-6, "mezo-inputs": 1.5e-4, "fzoo-inputs": 1.5e-5,
+        "lozo": 1e-5, "fzoo": 4e-6, "mezo-inputs:rank=16": 1.5e-4, "fzoo-inputs:rank=16": 1.5e-5,
     },
-    "smollm2": {"mezo": 4e-4, "fzoo": 2e-5, "mezo-inputs": 1.2e-3, "fzoo-inputs": 3e-5},
+    "smollm2": {"mezo": 4e-4, "fzoo": 2e-5, "mezo-inputs:rank=16": 1.2e-3, "fzoo-inputs:rank=16": 3e-5},
 }  # fmt: skip
-OURS = ("fzoo-inputs@loss", "fzoo-inputs@pairs", "mezo-inputs@pairs", "fzoo@pairs")
+OURS = ("fzoo-inputs:rank=16@loss", "fzoo-inputs:rank=16@pairs", "mezo-inputs:rank=16@pairs", "fzoo@pairs")
 FIRST_ORDER = {
     "adamw": 1e-4
 }  # what backpropagation reaches with as many forward passes, with the first objective: a row beside, which is never chosen

@@ -156,7 +156,7 @@ def test_ranking(sentences: tuple[Path, Path], tmp_path: Path) -> None:
     first = [row for row in found if row["model"] == "stories15m" and row["lr"]]
     assert {(row["method"], row["objective"], row["budget"]) for row in first} == {("mezo", o, "20") for o in ("loss", "pairs")}
     half = {(row["method"], row["budget"]) for row in found if row["model"] == "smollm2" and row["lr"]}
-    assert half == {("mezo", "20"), ("mezo-inputs", "10"), ("fzoo-inputs", "10"), ("fzoo", "10")}
+    assert half == {("mezo", "20"), ("mezo-inputs:rank=16", "10"), ("fzoo-inputs:rank=16", "10"), ("fzoo", "10")}
     assert str(tmp_path) not in (tmp_path / "ranking.csv").read_text() and model not in (tmp_path / "ranking.csv").read_text()
     assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
     assert "| zero-shot, line of these rows* |" in page.read_text() and page.read_text().endswith("<!-- end -->\nafter\n")
@@ -197,7 +197,13 @@ def test_choices(sentences: tuple[Path, Path], tmp_path: Path) -> None:
         for lr in lrs
         for s in "01"
     }
-    assert made == inputs | rates | {("anchor", "fzoo", "", lr, seed) for lr in ("5e-06", "1e-05") for seed in "01"}
+    pulls = {
+        ("anchor", "fzoo", pull, lr, seed)
+        for pull, lrs in (("", ("5e-06", "1e-05")), ("0.01", ("2e-05", "4e-05")))
+        for lr in lrs
+        for seed in "01"
+    }
+    assert made == inputs | rates | pulls
     assert all((row["language_after"] != "") == (row["question"] == "anchor") for row in found)
     said = page.read_text()
     assert (

@@ -502,7 +502,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pairs": {"train_blocks": "last:1", "objective": "pairs"},
     "lora": {"peft": "lora", "train_blocks": "2-", "accumulate": 2},
     "masked": {"train_blocks": "last:1", "model": "roberta", "keep": "best"},
-    "inputs": {"train_blocks": "last:1", "method": "fzoo-inputs", "keep": "best"},
+    "inputs": {"train_blocks": "last:1", "method": "fzoo-inputs", "option": "rank=16", "keep": "best"},
 }
 
 
