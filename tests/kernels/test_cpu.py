@@ -470,7 +470,7 @@ def test_sanitizers(sanitizers: str, tmp_path: Path) -> None:
     }
     if _C.cpu_best_isa() == 1:
         isa_flags = {stem: [] for stem in isa_flags}
-    else:  # looked at where it may run; and for races once, since threads share the same work whatever the instructions are
+    else:  # looked at where it is run
         unseen = [s for k, s in ((2, "perturb_avx2"), (3, "perturb_avx512")) if k > _C.cpu_best_isa() or sanitizers == "thread"]
         isa_flags |= {stem: [*isa_flags[stem], "-O0", "-fno-sanitize=all"] for stem in unseen}
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), Path(__file__).parent / "sanitize.cpp"]

@@ -625,7 +625,7 @@ def test_autocast_sees_clean_weights_behind_perturbed_ones(mode: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
+def test_hundreds_of_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -643,6 +643,6 @@ def test_two_thousand_steps_at_lr_0_leave_every_bit(dtype: torch.dtype) -> None:
     before = snapshot(model)
     step = zk.MeZOStep(model, lr=0.0, eps=1e-3, perturbation="scratch")
     ids = tokens(1, 4)
-    for _ in range(2000):
+    for _ in range(400):
         step.step(lambda: loss_of(model, ids))
     assert unchanged(model, before)

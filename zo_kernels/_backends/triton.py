@@ -47,7 +47,7 @@ class Launch:
 GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)
 # One tuning run on an H100 gave fp32 about twice the bandwidth with 256 groups (65 % of a copy's instead of 34 %); not taken yet, since the
 # count of a sequence's instructions does not know that loop, and the full benchmark is not yet measured again.
-INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs 30 ms, whatever its size
+INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs the same, whatever its size
 
 
 @dataclass(frozen=True)
