@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import checks, looks
+from zo_kernels import checks, looks, shards
 from zo_kernels.plan import Entry, Mask, Plan, make_plans
 
 _TRAINS = attrgetter("requires_grad")
@@ -166,6 +166,7 @@ def read_params(
     for what, module in (("model_or_params", source), ("model", model)):
         if isinstance(module, nn.Module):
             refuse_parallel(what, module)
+            shards.settle(module)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
             f"model is a {type(model).__name__}: give the module whose parameters are in the first argument, or leave it out"
@@ -265,16 +266,37 @@ class Member:
     """One parameter as a pass sees it: what its noise is named, where its first element lies in the full tensor, and what limits its noise.
 
     `mask`, `scale` and `factors` are as `perturb_` takes them. `update_scale`: of the update, where that does not take the perturbation's scale.
+    `whole`: the DTensor of which `tensor` is this process's part, None where a process has all of it. `columns`: (width, pitch) of a part that is a
+    block of columns.
     """
 
     name: str
     tensor: Tensor
     stream: int
     offset: int = 0
+    columns: tuple[int, int] | None = None
+    whole: Tensor | None = None
     mask: Mask = None
     scale: Any = None
     factors: Any = None
     update_scale: Any = None
+
+    @classmethod
+    def of(cls, name: str, p: Tensor, stream: int, **limits: Any) -> Member:
+        """Of a model's parameter.
+
+        Raises:
+            ValueError: it is a part of a tensor of a kind that passes cannot serve.
+        """
+        if not shards.is_part(p):
+            return cls(name, p, stream, **limits)
+        offset, columns = shards.place_of(name, p)
+        return cls(name, shards.memory_of(p), stream, offset, columns, p, **limits)
+
+    @property
+    def param(self) -> Tensor:
+        """What the model has by this name."""
+        return self.tensor if self.whole is None else self.whole
 
     def limited(self, limits: Any, update_differs: bool) -> Member:
         """With what a direction says of it (limits.Limits).
@@ -326,6 +348,7 @@ class Weights:
             masks=[m.mask for m in members],
             scales=[scales[i] for i in places],
             offsets=[m.offset for m in members],
+            columns=[m.columns for m in members],
             factors=[m.factors for m in members],
             names=[f"parameter {m.name}" for m in members],
         )
@@ -342,9 +365,19 @@ class Weights:
         return [m.tensor for m in self.members]
 
     @functools.cached_property
+    def held(self) -> list[Tensor]:
+        """What the model has, in the order of `params`, which are the tensors that passes see."""
+        return [m.param for m in self.members]
+
+    @functools.cached_property
     def lie_at(self) -> looks.Columns:
         """Every member's memory as the plans have it, which stay while their masks change."""
         return looks.MEMORY.at([e.src for _, e in self.entries()])
+
+    @functools.cached_property
+    def parted(self) -> bool:
+        """Some of them are parts of whole tensors."""
+        return any(m.whole is not None for m in self.members)
 
     def entries(self) -> list[tuple[Member, Entry]]:
         """Every member beside its entry in `plans`, in the group's order."""
@@ -390,9 +423,9 @@ class Weights:
                     f"{what} of a parameter group: no parameter is called {unknown[0]!r}; they are {', '.join(list(streams)[:3])}, ..."
                 )
         mask, scale = group.get("mask"), group.get("scale")
-        members = [Member(n, p, streams[n], mask=_of(mask, n), scale=_of(scale, n)) for n, p in active]
+        members = [Member.of(n, p, streams[n], mask=_of(mask, n), scale=_of(scale, n)) for n, p in active]
         if limits is not None:
-            found = [limits(n, p) for n, p in active]
+            found = [limits(m.name, m.tensor) for m in members]
             members = [m.limited(f, update_differs) for m, f in zip(members, found, strict=True)]
         made = cls(members, limits is not None and update_differs)
         made.own = _own(group, made.names)
@@ -406,8 +439,8 @@ class Weights:
             active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
             len(active) == len(self.params)
-            and not any(map(is_not, active, self.params))
-            and looks.MEMORY.first_change(active, self.lie_at) < 0
+            and not any(map(is_not, active, self.held))
+            and looks.MEMORY.first_change([shards.memory_of(p) for p in active] if self.parted else active, self.lie_at) < 0
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
         )
@@ -428,4 +461,4 @@ def check_apart(groups: Sequence[Weights], trained: Iterable[tuple[str, Tensor]]
     for m, e in (pair for w in groups for pair in w.entries()):
         limits = {"mask": e.mask, "scale": e.scale, "left factor": e.left, "right factor": e.right}
         read += [(f"the {what} of parameter {m.name}", t) for what, t in limits.items() if t is not None]
-    checks.check_apart([(f"parameter {n}", p) for n, p in trained], read)
+    checks.check_apart([(f"parameter {n}", shards.memory_of(p)) for n, p in trained], read)

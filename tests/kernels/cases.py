@@ -373,9 +373,13 @@ def check_columns(
     plain = Pass(SEED, [3], [1e-3])
     busy = Pass(SEED, [3, 4, 5], [1e-3, -2e-3, 0.5], 0.9, rounding="stochastic")
     passes = Passes(SEED, *make_passes(MIXED))
-    for number, (p, limits) in enumerate(
-        ((plain, ()), (busy, ("scales", "masks")), (replace(busy, kind="rademacher"), ("random",)), (passes, ("scales", "masks")))
-    ):
+    kinds: tuple[tuple[Pass | Passes, tuple[str, ...]], ...] = (
+        (plain, ()),
+        (busy, ("scales", "masks")),
+        (replace(busy, kind="rademacher"), ("random",)),
+        (passes, ("scales", "masks")),
+    )
+    for number, (p, limits) in enumerate(kinds):
         wholes, given, places = [], [], []
         for k, (shape, rows, columns) in enumerate(BLOCKS):
             keep = torch.rand(shape, generator=torch.Generator().manual_seed(k)) < 0.7

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zo_kernels import checks
+from zo_kernels import checks, shards
 from zo_kernels._version import __version__
 from zo_kernels.journal.layout import (
     CHUNK,
@@ -72,11 +72,13 @@ def strict_json(text: bytes) -> Any:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes in contiguous order, as hex digits: chunk by chunk through host memory, the same on every device.
+    """SHA-256 of a tensor's bytes in contiguous order, as hex digits: chunk by chunk through host memory, the same on every device. Of a sharded tensor
+    (DTensor) all processes of its mesh ask for it, in the same order, and each has the digest of the whole one.
 
     Raises:
-        TypeError: the tensor has no bytes of its own (meta, sparse, sharded).
+        TypeError: the tensor has no bytes of its own (meta, sparse).
     """
+    tensor = shards.whole(tensor)
     if tensor.is_meta or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
         raise TypeError(f"a {type(tensor).__name__} on {tensor.device} with layout {tensor.layout} has no plain bytes to hash")
     h = hashlib.sha256()

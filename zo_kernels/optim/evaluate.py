@@ -192,6 +192,7 @@ class Evaluation:
         )
         if error is not None:
             raise error
+        workers.agree(found)
         if any(drew) and parted:
             if workers.parallel != "auto":
                 raise RuntimeError(

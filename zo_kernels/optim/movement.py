@@ -42,7 +42,7 @@ def movement(run: Run, groups: Sequence[Weights]) -> float:
 
 def _taking(members: Sequence[Member]) -> float:
     """How many weights take part; of those under a stored mask all are counted."""
-    return sum(m.tensor.numel() * (m.mask.keep if isinstance(m.mask, RandomMask) else 1.0) for m in members)
+    return sum(m.param.numel() * (m.mask.keep if isinstance(m.mask, RandomMask) else 1.0) for m in members)
 
 
 def _spread(run: Run, members: Sequence[Member]) -> float:

@@ -220,7 +220,7 @@ class Recording:
 def _table(groups: Sequence[Weights]) -> tuple[journal.Parameter, ...]:
     """The header's table of the weights as they are now."""
     return tuple(
-        journal.Parameter.of(m.name, m.tensor, m.stream, number, m.mask, m.scale)
+        journal.Parameter.of(m.name, m.param, m.stream, number, m.mask, m.scale)
         for number, w in enumerate(groups)
         for m in w.members
     )
@@ -243,7 +243,7 @@ def _check_header(header: journal.Header, mine: Mapping[str, Any], groups: Seque
     for number, w in enumerate(groups):
         for m in w.members:
             entry = recorded_table[canonical_name(m.name)]
-            mask, scale = journal.described(m.name, m.tensor, m.mask, m.scale)
+            mask, scale = journal.described(m.name, m.param, m.mask, m.scale)
             for what, a, b in (
                 ("group", entry.group, number), ("stream", entry.stream, m.stream), ("mask", entry.mask, mask), ("scale", entry.scale, scale),
             ):  # fmt: skip
@@ -306,7 +306,7 @@ class Start:
     factors: journal.InputFactors | None = None
 
     def _frozen(self) -> list[tuple[str, Tensor]]:
-        ids = {id(p) for w in self.groups for p in w.params}
+        ids = {id(p) for w in self.groups for p in w.held}
         frozen = [(n, p) for n, p in (self.model.named_parameters() if self.model is not None else ()) if id(p) not in ids]
         return list(quantized.spread(frozen, self.model, ids))
 
@@ -358,7 +358,7 @@ class Start:
         method.parts_of(past.header)  # what this version cannot go on with is named as such
         _check_header(past.header, self.fixed, self.groups)
         buffers = self.model.named_buffers(remove_duplicate=False) if self.model is not None else None
-        trained = [(m.name, m.tensor) for w in self.groups for m in w.members]
+        trained = [(m.name, m.param) for w in self.groups for m in w.members]
         journal.verify_base(past.header, [*trained, *self._frozen()], buffers)
         return _differences(past, self.about, self.rounding)
 
@@ -410,9 +410,10 @@ def open_(
                 _go_on(os.fspath(path), start, past, go_on)
                 if first and start.factors is not None and not journal.factors_path(path).exists():  # a copy of the journal alone
                     journal.write_factors(path, start.factors)
-            elif first:
-                header = start.header(hyperparameters, notes)
-                writer = journal.create(path, header, fsync_every=fsync_every, replace=replace, factors=start.factors)
+            else:
+                header = start.header(hyperparameters, notes)  # on all of them: whole tensors are gathered from everyone's parts
+                if first:
+                    writer = journal.create(path, header, fsync_every=fsync_every, replace=replace, factors=start.factors)
     except BaseException:
         if writer is not None:
             writer.close()
@@ -447,7 +448,7 @@ def check_recorded(recorder: Recorder, groups: Sequence[Weights]) -> None:
     known = {p.name: (p.mask, p.scale) for p in table}
     for w in groups:
         for m in w.members if w.own else ():
-            if journal.described(m.name, m.tensor, m.mask, m.scale) != known[m.name]:
+            if journal.described(m.name, m.param, m.mask, m.scale) != known[m.name]:
                 raise RuntimeError(
                     f"parameter {m.name!r} has another mask or scale than when {path} was opened, and the journal has one for "
                     "the run: put it back, or close_journal(), and open_journal() another one"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import checks, parameters, views
+from zo_kernels import checks, parameters, shards, views
 from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Weights
 from zo_kernels.views import View
@@ -109,7 +109,8 @@ class Views:
             self.blocks = run.method.blocks.split([n for _, n, _ in present])
         block = self._block()
         among = self._among(block)
-        run.direction.expect([(n, p, run.streams[n]) for _, n, p in present if among is None or n in among])
+        mine = [(n, shards.memory_of(p), run.streams[n]) for _, n, p in present if among is None or n in among]
+        run.direction.expect(mine)
         weights = [
             Weights.of_group(
                 g, run.streams, among, lambda n, p: run.direction.limits(n, p, run.streams[n]), run.method.direction.update_differs

@@ -42,6 +42,7 @@ from zo_kernels.optim import (
     repeat,
     rules,
     saved,
+    sharded,
     unit,
 )
 from zo_kernels.optim.decide import Numbers
@@ -181,6 +182,7 @@ class ZOStep(torch.optim.Optimizer):
         check_signs(groups, what, first_order)
         self._model, self._first_order, self._backend = named.model, first_order, backend
         self.workers = workers_of(process_group, parallel, timeout)
+        sharded.check(named, what, self.workers, process_group, lazy, first_order)
         self._recording = record.Recording("scratch" if scratch else "lazy" if lazy else "inplace", self.workers)
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._scratch_bytes, self._graph_wanted = scratch_bytes, cuda_graph
@@ -200,8 +202,8 @@ class ZOStep(torch.optim.Optimizer):
         self._guard()
         if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
             warnings.warn(
-                "16-bit weights without a (plain, not compiled) module are perturbed in place, which rounds them anew at every step: the weights drift "
-                "(docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
+                "16-bit weights without a (plain, not compiled, not sharded) module are perturbed in place, which rounds them anew at every step: the weights "
+                "drift (docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
                 stacklevel=2,
             )
         if journal is not None:
@@ -241,6 +243,7 @@ class ZOStep(torch.optim.Optimizer):
 
     def found(self, view: views.View) -> None:
         """Of a new view, for `refresh.Views`: that the model still has what is trained, and the journal's table is that of the whole run."""
+        sharded.found(view, self.workers)
         there = {view.names[id(p)] for _, _, p in view.places}
         if lost := sorted(self._owned & set(view.names.values()) - there):
             raise RuntimeError(
@@ -270,6 +273,7 @@ class ZOStep(torch.optim.Optimizer):
         Raises:
             RuntimeError: a step is under way; `what` is called between two steps.
         """
+        sharded.refuse(what, self.workers)
         if not self._busy.acquire(blocking=False):
             raise under_way(what)
 

@@ -160,6 +160,7 @@ class Workers:
         self.met = False
         self.chain = ""  # a digest of all decisions so far
         self.whole = False  # the forwards draw random numbers: a point is one worker's
+        self.alike = False  # they have the parts of one model between them: all make all forwards, together
         self.lost: WorkerError | None = None
         self._group: Any = None
         if self.size > 1:
@@ -337,8 +338,24 @@ class Workers:
         """What a step decided: the next round compares it."""
         self.chain = print_of([self.chain, decision])
 
+    def agree(self, found: Sequence[Sequence[float]]) -> None:
+        """Of workers that are alike, each has found the same losses.
+
+        Raises:
+            WorkerError: one has others; names it.
+        """
+        rows = [np.array(row, dtype=np.float64).tobytes() for row in found]
+        if self.alike and (odd := [rank for rank, row in enumerate(rows) if row != rows[0]]):
+            self._stop(
+                f"worker {_names(odd)} found other losses than worker 0 ({list(found[odd[0]])[:2]} there, {list(found[0])[:2]} on worker 0), "
+                "and the weights are sharded over them: give all of them the same batches (no DistributedSampler), and models in the same mode",
+                odd,
+            )
+
     def shares(self, points: int, batches: int) -> list[list[int]]:
         """See `cut`."""
+        if self.alike:
+            return [list(range(points * batches))] * self.size
         return cut("directions" if self.whole else self.parallel, points, batches, self.size)
 
 

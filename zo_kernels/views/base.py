@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import looks, ops
+from zo_kernels import looks, ops, shards
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Pass, Plan
@@ -47,7 +47,10 @@ class View(abc.ABC):
     def __init__(self, groups: Sequence[Weights], model: nn.Module | None, *, seed: int, kind: str, backend: str | None) -> None:
         self.groups, self.model, self.seed, self.kind, self.backend = groups, model, seed, kind, backend
         self.params = {m.name: m.tensor for w in groups for m in w.members}
-        self.names = {id(p): name for name, p in self.params.items()}
+        self.parts = [m for w in groups for m in w.members if m.whole is not None]
+        self.parted = bool(self.parts) or shards.parted(model)
+        self.settle()
+        self.names = {id(p): m.name for w in groups for m in w.members for p in (m.tensor, m.param)}
         # Every attribute of the model that reads a trainable parameter: a tied one has several. A scripted module has its own.
         self.places: list[tuple[nn.Module, str, Tensor]] = [
             (module, attribute, p)
@@ -135,12 +138,21 @@ class View(abc.ABC):
         """After a forward that `see` was called for. Raises what `check_weights` does, and where a value that stands for a weight was changed."""
         self.check_weights()
 
+    def settle(self) -> None:
+        """What a forward has gathered of sharded weights is given back."""
+        if self.parted:
+            shards.settle(self.model)
+
     def check_weights(self) -> None:
         """After any forward, of the modules' own parameters.
 
         Raises:
             RuntimeError: it wrote to a weight, moved, converted or replaced one. Writes through `.data` keep no count and are not seen.
         """
+        self.settle()
+        for m in self.parts:
+            if shards.memory_of(m.param).data_ptr() != m.tensor.data_ptr():
+                raise changed(m.name, "moved or converted")
         if (k := looks.VERSIONS.first_change(self.counted, self.versions)) >= 0:
             raise changed(self.names[id(self.counted[k])], "written to")
         if (k := looks.ADDRESSES.first_change(self.trained, self.lie_at)) >= 0:
@@ -154,10 +166,12 @@ class View(abc.ABC):
 
     def moved(self) -> bool:
         """`_replaced`, or one holds another module."""
+        self.settle()
         return self._replaced() >= 0 or looks.first_replaced(self.parents, "_modules", self.child_names, self.held_by) >= 0
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
+        self.settle()
         for module, attribute, p in self.places:
             if module._parameters.get(attribute) is not p:
                 module._parameters[attribute] = p  # type: ignore[assignment]

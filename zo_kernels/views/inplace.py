@@ -59,6 +59,7 @@ class InPlace(View):
             raise
 
     def see(self, shifts: Sequence[Shift]) -> None:
+        self.settle()
         with uninterrupted():
             self.whole = False
             for k, shift in enumerate(shifts):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_kernels import shards
 from zo_kernels.parameters import Weights
 from zo_kernels.plan import Plan
 from zo_kernels.views.away import away_of
@@ -318,4 +319,9 @@ def can_serve(model: nn.Module | None, perturbation: str) -> bool:
         )
     if perturbation == "scratch" and compiled:
         raise ValueError("perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'")
-    return model is not None and perturbation != "inplace" and not compiled
+    parted = shards.parted(model)
+    if perturbation == "scratch" and parted:
+        raise ValueError(
+            "perturbation='scratch' cannot serve sharded weights (DTensor), which forwards gather: take 'inplace', or leave it out"
+        )
+    return model is not None and perturbation != "inplace" and not compiled and not parted

@@ -1,0 +1,349 @@
+"""Models whose weights are sharded (FSDP2, tensor parallel, both): noise of the whole tensors, the bits of unsharded runs, journals and checkpoints over
+other meshes, and what is refused. Real processes, with gloo; a start of them serves many checks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, _utils, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import zo_kernels as zk
+from tests.cluster import End, Model, batches_of, cluster
+from zo_kernels import ops, shards
+from zo_kernels.optim import workers as sharing
+from zo_kernels.parameters import Member, Weights
+from zo_kernels.plan import Pass
+
+F32, B16 = torch.float32, torch.bfloat16
+SHAPES = ((37, 13), (5, 37), (8, 64), (1, 9), (3, 6, 7), (41,), (2, 2))
+METHODS: dict[str, Callable[..., zk.ZOStep]] = {
+    "MeZO": lambda m, **k: zk.MeZOStep(m, queries=2, weight_decay=0.1, **k),
+    "FZOO": lambda m, **k: zk.FZOO(m, queries=3, **k),
+    "Adam": lambda m, **k: zk.ZOAdam(m, state="recomputed", history=4, **k),
+    "sparse": lambda m, **k: zk.ZOStep(m, direction=zk.RandomSparse(0.5), **k),
+}
+
+
+def optimizer_of(name: str, model: nn.Module, **more: Any) -> zk.ZOStep:
+    return METHODS[name](model, **{"lr": 1e-3, "eps": 1e-2, "seed": 4, "perturbation": "inplace", **more})
+
+
+def steps(optimizer: zk.ZOStep, model: nn.Module, upto: int, dtype: torch.dtype = F32) -> None:
+    while (k := optimizer.steps) < upto:
+        optimizer.step(model, batches_of(k, dtype)[:2])
+        if k % 5 == 2:
+            with torch.no_grad():
+                model(
+                    batches_of(k, dtype)[0]
+                )  # a forward of the user's, after which FSDP's outermost module keeps what it gathered
+
+
+def shard(model: Any, mesh: DeviceMesh) -> Any:
+    for module in (model.a, model.b, model):  # the norm is the outermost's, which keeps what it gathers
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def parallel(model: nn.Module, mesh: DeviceMesh) -> Any:
+    """The first matrix by rows, which need not divide, and the second by columns; the norm between them sees whole rows."""
+    return parallelize_module(
+        model, mesh, {"a": ColwiseParallel(output_layouts=Replicate()), "b": RowwiseParallel(input_layouts=Replicate())}
+    )
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(x.shape == y.shape and torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+@functools.cache
+def alone(name: str, dtype: torch.dtype, upto: int = 20) -> list[Tensor]:
+    """The unsharded run."""
+    model = Model(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps(optimizer_of(name, model), model, upto, dtype)
+    return weights_of(model)
+
+
+def raised(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def results(ends: list[End]) -> list[dict[str, Any]]:
+    assert all(not end.error and not end.killed for end in ends), [end.text[-3000:] for end in ends]
+    return [end.result for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((37, 13), ((10, 19), (0, 13))),
+        ((5, 37), ((3, 5), (19, 37))),
+        ((5, 37), ((0, 5), (0, 19))),
+        ((41,), ((7, 20),)),
+        ((3, 6, 7), ((1, 3), (0, 6), (2, 5))),
+        ((3, 6, 7), ((1, 2), (2, 5), (0, 7))),
+        ((3, 6, 7), ((0, 3), (6, 6), (0, 7))),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_places(shape: tuple[int, ...], box: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indices of a part's elements, one after another."""
+    part = torch.arange(math.prod(shape)).view(shape)[tuple(slice(*ends) for ends in box)]
+    where = tuple(part.shape), tuple(start for start, _ in box)
+    monkeypatch.setattr(_utils, "compute_local_shape_and_global_offset", lambda *_: where)
+    p = SimpleNamespace(shape=shape, placements=(), device_mesh=None, _local_tensor=part)
+    first, columns = shards.place_of("x", p)
+    width, pitch = columns or (max(1, part.numel()),) * 2
+    assert part.reshape(-1).tolist() == [first + e // width * pitch + e % width for e in range(part.numel())]
+
+
+def test_what_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(shape: tuple[int, ...], mine: tuple[int, ...]) -> None:
+        monkeypatch.setattr(_utils, "compute_local_shape_and_global_offset", lambda *_: ((2, 2, 2), (0, 0, 0)))
+        shards.place_of("x", SimpleNamespace(shape=shape, placements=(), device_mesh=None, _local_tensor=torch.ones(mine)))
+
+    with pytest.raises(ValueError, match=r"'x' of shape \(2, 4, 4\) is sharded in its dimensions \[1, 2\]"):
+        of((2, 4, 4), (2, 2, 2))
+    with pytest.raises(ValueError, match="it was replaced"):
+        of((2, 4, 4), (2, 4, 2))
+
+
+def test_workers_that_are_alike_agree() -> None:
+    workers = object.__new__(sharing.Workers)
+    workers.alike = workers.met = True
+    workers.agree([[1.0, float("nan")], [1.0, float("nan")]])
+    with pytest.raises(zk.WorkerError, match="worker 1 found other losses"):
+        workers.agree([[1.0, 2.0], [1.0, 2.0 + 2**-50]])
+    workers.alike = False
+    workers.agree([[1.0], [2.0]])
+
+
+# ---- what the processes do ---------------------------------------------------------------------------------------------------
+
+
+def noise(mesh: DeviceMesh) -> list[Any]:
+    """Placements and shapes whose noise is not that of the whole tensor."""
+    choices: list[tuple[Any, ...]] = [(Shard(0),), (Shard(1),), (Replicate(),)]
+    if mesh.ndim == 2:
+        choices = [
+            (Shard(0), Shard(1)),
+            (Shard(1), Shard(0)),
+            (Replicate(), Shard(1)),
+            (Shard(0), Replicate()),
+            (Shard(0), Shard(0)),
+        ]
+    wrong = []
+    for shape in SHAPES:
+        for placements in choices:
+            if any(isinstance(p, Shard) and p.dim >= len(shape) for p in placements):
+                continue
+            for dtype in (F32, B16):
+                p = distribute_tensor(torch.zeros(shape, dtype=dtype), mesh, placements)
+                (plan,) = Weights([Member.of("x", p, 9)]).plans
+                ops.run([plan], Pass(3, [5, 6], [1.0, -0.5], kind="gaussian"))
+                want = torch.zeros(shape, dtype=dtype)
+                zk.perturb_([want], [(5, 1.0), (6, -0.5)], seed=3, streams=[9])
+                if not same([p.full_tensor()], [want]):
+                    wrong.append((shape, placements, dtype))
+    return wrong
+
+
+def run(name: str, sharded: nn.Module, dtype: torch.dtype = F32, upto: int = 20, **more: Any) -> zk.ZOStep:
+    optimizer = optimizer_of(name, sharded, process_group=dist.group.WORLD, timeout=20, **more)
+    steps(optimizer, sharded, upto, dtype)
+    return optimizer
+
+
+def checkpoint(folder: Path, model: nn.Module, optimizer: zk.ZOStep, save: bool) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    if save:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        return
+    content: dict[str, Any] = {"model": weights, "optimizer": state}
+    dcp.load(content, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
+
+
+def four(rank: int, folder: Path) -> dict[str, Any]:
+    line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    found: dict[str, Any] = {"noise": noise(line) + noise(grid)}
+    model = shard(Model(), line)
+    found["empty"] = [n for n, p in model.named_parameters() if isinstance(p, DTensor) and not p.to_local().numel()]
+    optimizer = run("MeZO", model, upto=10, journal=folder / "run.zoj")
+    checkpoint(folder / "saved", model, optimizer, save=True)
+    steps(optimizer, model, 20)
+    found["MeZO"] = weights_of(model)
+    optimizer.close_journal()
+    both = shard(parallel(Model(), grid["tensor"]), grid["data"])
+    run("MeZO", both, journal=folder / "both.zoj").close_journal()
+    found["both"] = weights_of(both)
+    return found
+
+
+def refusals(model: nn.Module, rank: int) -> dict[str, str]:
+    group: dict[str, Any] = {"process_group": dist.group.WORLD, "timeout": 20, "lr": 1e-3}
+
+    def begin(**more: Any) -> Callable[[], Any]:
+        return lambda: zk.ZOStep(model, **{**group, **more})
+
+    optimizer = begin()()
+    partial = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()])
+    found = {
+        "process_group": raised(begin(process_group=None)),
+        "parallel": raised(begin(parallel="data")),
+        "subgroup": raised(begin(process_group=dist.new_group([0]) if rank == 0 else dist.new_group([0]) and dist.new_group([1]))),
+        "scratch": raised(begin(perturbation="scratch")),
+        "lazy": raised(begin(perturbation="inplace", lazy=True)),
+        "rule": raised(begin(rule=zk.Momentum())),
+        "direction": raised(begin(direction=zk.LowRank())),
+        "projection": raised(lambda: zk.DiZO(model, **group, layers=["weight$"])),
+        "mask": raised(lambda: zk.ZOStep([{"params": list(model.named_parameters()), "scale": 0.5}], model=model, **group)),
+        "module": raised(lambda: zk.ZOStep(list(model.named_parameters()), **group)),
+        "check": raised(lambda: zk.check(optimizer, model, batches_of(0, F32))),
+        "partial": raised(lambda: Member.of("x", nn.Parameter(partial), 0)),
+        "copy": raised(lambda: copy.copy(optimizer)),
+    }
+    before = weights_of(model)
+    found["batches"] = raised(lambda: optimizer.step(model, batches_of(rank, F32)))
+    hidden = batches_of(rank, F32)
+    found["losses"] = raised(lambda: optimizer.step(lambda: model(hidden[0])))
+
+    def failing(x: Tensor) -> Tensor:
+        model(x)
+        raise ValueError("mine")
+
+    found["closure"] = raised(lambda: optimizer.step(failing, batches_of(0, F32)))
+    found["undone"] = str(max(float((a - b).abs().max()) for a, b in zip(before, weights_of(model), strict=True)) < 1e-6)
+    return found
+
+
+def two(rank: int, folder: Path) -> dict[str, Any]:
+    line = init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {"noise": noise(line)}
+    for name in METHODS:
+        for dtype in (F32, B16) if name == "MeZO" else (F32,):
+            model = shard(Model(dtype), line)
+            run(name, model, dtype)
+            found[f"{name} {dtype}"] = weights_of(model)
+    model = shard(Model(), line)
+    optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20, seed=99)
+    checkpoint(folder / "saved", model, optimizer, save=False)
+    steps(optimizer, model, 20)
+    found["loaded"] = weights_of(model)
+    model = shard(Model(), line)
+    optimizer = run("MeZO", model, journal=folder / "run.zoj", resume=True)
+    found["resumed"], found["resumed at"] = weights_of(model), optimizer.steps
+    optimizer.close_journal()
+    model = parallel(Model(), line)
+    run("MeZO", model, journal=folder / "tensor.zoj").close_journal()
+    found["tensor"] = weights_of(model)
+    found["refused"] = refusals(shard(Model(), line), rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("shards")
+    on_four = results(cluster(4, lambda rank: four(rank, folder), folder / "four", limit=300))
+    return folder, on_four, results(cluster(2, lambda rank: two(rank, folder), folder / "two", limit=300))
+
+
+Ends = tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]
+
+# ---- what they found ---------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_that_of_the_whole_tensor(ends: Ends) -> None:
+    for found in (*ends[1], *ends[2]):
+        assert found["noise"] == []
+
+
+def test_runs_have_the_bits_of_the_unsharded_run(ends: Ends) -> None:
+    """Of a model whose forwards gather whole layers, with parts that are uneven and empty."""
+    assert any(found["empty"] for found in ends[1])
+    for found in ends[1]:
+        assert same(found["MeZO"], alone("MeZO", F32))
+    for found in ends[2]:
+        for name in METHODS:
+            for dtype in (F32, B16) if name == "MeZO" else (F32,):
+                assert same(found[f"{name} {dtype}"], alone(name, dtype)), name
+
+
+def test_checkpoints_and_journals_go_on_over_another_mesh(ends: Ends) -> None:
+    """Saved after 10 of 20 steps on four processes, loaded on two, with another seed before; a journal of four, resumed on two."""
+    for found in ends[2]:
+        assert same(found["loaded"], alone("MeZO", F32))
+        assert same(found["resumed"], alone("MeZO", F32)) and found["resumed at"] == 20
+
+
+@pytest.mark.parametrize("what", ["run", "tensor", "both"])
+def test_a_sharded_run_is_replayed_by_one_process(ends: Ends, what: str) -> None:
+    """Whatever its forwards rounded: the weights are what the recorded numbers make of the whole ones."""
+    folder, on_four, on_two = ends
+    model = Model()
+    zk.replay(model, folder / f"{what}.zoj")
+    for found in {"run": on_four, "tensor": on_two, "both": on_four}[what]:
+        assert same(found["MeZO" if what == "run" else what], weights_of(model))
+
+
+@pytest.mark.parametrize("what", ["tensor", "both"])
+def test_tensor_parallel_runs_are_near_the_unsharded_run(ends: Ends, what: str) -> None:
+    """Sums over the columns are in another order: a loss differs by some 2^-23 of it, g = (L+ - L-) / (2 eps) by that over eps, and a step of 20 moves a
+    weight by lr |z| < 9 lr times it, in each of 2 queries."""
+    limit = 20 * 1e-3 * 9 * (8 * 2.0**-23 / 1e-2) + 20 * 2.0**-22
+    for found in ends[1] if what == "both" else ends[2]:
+        for got, want in zip(found[what], alone("MeZO", F32), strict=True):
+            assert float((got - want).abs().max()) <= limit * max(1.0, float(want.abs().max()))
+
+
+def test_what_is_refused(ends: Ends) -> None:
+    want = {
+        "process_group": "ValueError: .*sharded.*process_group=None",
+        "parallel": "ValueError: .*parallel='data' would have",
+        "subgroup": "ValueError: .*which are not in process_group",
+        "scratch": "ValueError: perturbation='scratch' cannot serve sharded weights",
+        "lazy": "ValueError: .*leave lazy out",
+        "rule": "ValueError: .*rule=Momentum\\(\\) keeps",
+        "direction": "ValueError: .*direction=LowRank\\(\\) is made of whole tensors",
+        "projection": "ValueError: .*projection needs whole tensors",
+        "mask": "ValueError: .*has a scale of its own",
+        "module": "TypeError: .*no module",
+        "check": "ValueError: .*zk.check",
+        "partial": "ValueError: .*a term of a sum",
+        "copy": "TypeError",
+        "closure": "ValueError: mine",
+        "batches": "WorkerError: .*micro-batches",
+        "losses": "WorkerError: worker 1 found other losses than worker 0 ",
+    }
+    for found in ends[2]:
+        refused = found["refused"]
+        assert refused.pop("undone") == "True"
+        assert {k: v for k, v in refused.items() if not re.match(want[k], v, re.DOTALL)} == {}

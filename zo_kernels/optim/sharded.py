@@ -1,0 +1,95 @@
+"""What a run over sharded weights may do: each worker has a part of them, all evaluate the same losses, and what is kept or measured of whole tensors has no
+parts yet.
+
+Belongs here: what is refused, and why. Does not belong here: where a part lies (zo_kernels/shards.py), how workers meet (workers.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from zo_kernels import shards
+from zo_kernels.optim import directions
+from zo_kernels.optim.method import Method
+from zo_kernels.optim.workers import Workers
+from zo_kernels.parameters import Named
+from zo_kernels.views import View
+
+WRONG = "the model's weights are sharded (DTensor), and "
+
+
+def check(named: Named, method: Method, workers: Workers | None, process_group: Any, lazy: bool, first_order: Any) -> None:
+    """Tell the workers of a model with sharded parameters that they have one between them.
+
+    Raises:
+        TypeError, ValueError: the run could not be made; says why. Nothing was changed.
+    """
+    params = [(n, p) for g in named.groups for n, p in g["params"]]
+    parts = [(n, p) for n, p in params if shards.is_part(p)]
+    if not parts and not shards.parted(named.model):
+        return
+    wrong = WRONG
+    if named.model is None:
+        raise TypeError(wrong + "the optimizer has no module, whose forwards gather them: give the module, or model=...")
+    if workers is None:
+        raise ValueError(
+            wrong
+            + "process_group=None: each process would step its part with losses of its own; give process_group=torch.distributed.group.WORLD, or the "
+            "group of all processes that have a part"
+        )
+    if workers.parallel != "auto":
+        raise ValueError(
+            wrong
+            + f"parallel={workers.parallel!r} would have the processes make other forwards at a time, which gather each other's parts: leave parallel out"
+        )
+    ranks = set(dist.get_process_group_ranks(process_group))
+    for name, p in ((n, p) for n, p in named.model.named_parameters() if shards.is_part(p)):
+        if strangers := sorted(set(p.device_mesh.mesh.flatten().tolist()) - ranks):  # type: ignore[attr-defined]
+            raise ValueError(
+                wrong
+                + f"parts of {name!r} are on the ranks {strangers}, which are not in process_group: give the group of all that have a part"
+            )
+    for name, p in parts:
+        shards.place_of(name, p)
+    if lazy:
+        raise ValueError(
+            wrong + "lazy=True leaves them perturbed between steps, where a forward would gather them so: leave lazy out"
+        )
+    if first_order is not None:
+        raise ValueError(wrong + "first_order backpropagates through gathered ones: leave it out")
+    if method.rule.keeps:
+        raise ValueError(
+            wrong
+            + f"rule={type(method.rule).__name__}() keeps tensors of their size, which checkpoints would not know as parts: take SGD or Sign, or "
+            "state='recomputed'"
+        )
+    if not isinstance(method.direction, (directions.Dense, directions.RandomSparse)):
+        raise ValueError(
+            wrong + f"direction={type(method.direction).__name__}() is made of whole tensors: take Dense() or RandomSparse()"
+        )
+    if method.projection is not None or method.anchor is not None:
+        part = "projection" if method.projection is not None else "anchor"
+        raise ValueError(wrong + f"{part} needs whole tensors at the end of a step: leave it out")
+    for group in named.groups:
+        for what in ("mask", "scale"):
+            if group.get(what) is not None:
+                raise ValueError(wrong + f"a parameter group has a {what} of its own, made for whole tensors: leave it out")
+    workers.alike = True
+
+
+def found(view: View, workers: Workers | None) -> None:
+    """Raises RuntimeError: the view has parts that were whole when the optimizer was made, or that are a copy's."""
+    if view.parted and (workers is None or not workers.alike):
+        raise RuntimeError(
+            WRONG + "they were not when the optimizer was made, or this is a copy of it: make a new one of the sharded module"
+        )
+
+
+def refuse(what: str, workers: Workers | None) -> None:
+    """Raises ValueError: `what` evaluates a model in one process, and this one is sharded."""
+    if workers is not None and workers.alike:
+        raise ValueError(
+            WRONG + f"{what} evaluates in one process, which would wait for the others: call it on the model before it is sharded"
+        )
