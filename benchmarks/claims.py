@@ -426,6 +426,70 @@ claim(
     _over_resident,
 )
 
+# docs/scaling.md
+
+S, PLAN = "docs/scaling.md", "benchmarks/results/cluster.csv"
+
+
+def plan(quantity: str, question: str, **where: Any) -> float:
+    return number("cluster", "value", quantity=quantity, question=question, **where)
+
+
+def shared(column: str, *contenders: str, dtype: str = "float32") -> list[float]:
+    """Of steps that real processes share."""
+    return [number("ranks", column, contender=c, dtype=dtype, question="step") for c in contenders]
+
+
+def a_step(shape: str, where: str, workers: int) -> float:
+    return plan("a step", "workers", shape=shape, where=where, workers=workers, parallel="auto")
+
+
+claim(
+    S,
+    "says, {:,.0f} from host memory and {:,.0f} from an SSD",
+    f"{PLAN}: hidden",
+    lambda: [
+        plan("tokens x forwards of a visit", "hidden", shape="opt-175b", where=f"from {link}") for link in ("host memory", "an SSD")
+    ],
+)
+claim(S, "in parentheses 5 to 95 % of the simulated steps", "benchmarks/cluster.py: [0.05, 0.95]")
+claim(
+    S,
+    "a step of the 7B shape takes {:.1f} s with one worker, {:.2f} s with 128 in one room, {:.1f} s with 16 that are scattered, and {:.1f} s with 128 of those",
+    f"{PLAN}: workers",
+    lambda: [a_step("llama-2-7b", *way) for way in (("one room", 1), ("one room", 128), ("everywhere", 16), ("everywhere", 128))],
+)
+claim(
+    S,
+    "comes out at {:.0f} % of what was measured, forwards run at {:.0f} % of the data sheet's peak",
+    f"{PLAN}: check",
+    lambda: [plan(name, "check") for name in ("of what was measured", "of the peak")],
+)
+claim(
+    S,
+    "spends {:.2f} of the processor time that one process spends on a step whose directions are shared, {:.2f} where micro-batches are",
+    "benchmarks/results/ranks.csv: busiest_ratio, float32",
+    lambda: shared("busiest_ratio", "two, directions", "two, data"),
+)
+claim(
+    S,
+    "both together {:.2f} and {:.2f}",
+    "benchmarks/results/ranks.csv: cpu_ratio, float32",
+    lambda: shared("cpu_ratio", "two, directions", "two, data"),
+)
+claim(
+    S,
+    "says {:.0f} bytes a step, {:.0f} with a journal",
+    "benchmarks/results/ranks.csv: sent_bytes",
+    lambda: shared("sent_bytes", "two, directions", "two, directions, journal"),
+)
+claim(
+    S,
+    "replayed in {:.1f} % of the processor time of a step",
+    "benchmarks/results/ranks.csv: replay, float32",
+    lambda: [100 * number("ranks", "cpu_ratio", question="replay", dtype="float32")],
+)
+
 # docs/journal.md: sizes of the format, and limits of its reader
 J = "docs/journal.md"
 claim(J, "28 or 32 bytes a step for plain MeZO", "tests/test_benchmarks.py::test_journal: record_bytes; 4 more for eps in place")

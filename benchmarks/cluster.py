@@ -401,7 +401,7 @@ Row = dict[str, str]
 
 def number(text: str) -> str:
     x = float(text)
-    return "does not end" if math.isinf(x) else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -414,8 +414,8 @@ def grid(rows: Sequence[Row], label: str, column: str, first: str) -> str:
     found = {(row[label], row[column]): row for row in rows}
 
     def cell(row: Row | None) -> str:
-        if row is None:
-            return ""
+        if row is None or math.isinf(float(row["value"])):
+            return "" if row is None else "does not end"
         return number(row["value"]) + (f" ({number(row['low'])} to {number(row['high'])})" if row["low"] else "")
 
     labels = list(dict.fromkeys(row[label] for row in rows))

@@ -245,6 +245,17 @@ def draw_overhead(axes: Any, rows: list[dict[str, str]], model: str, dtype: str)
     axes.set_title(f"Speed: {model}, {dtype}, {one['batch']}×{one['sequence']} tokens, {one['threads']} threads", fontsize=9)
 
 
+def draw_cluster(axes: Any, rows: list[dict[str, str]], shape: str) -> None:
+    """Simulated seconds of a step against workers, a line for each way in which they are apart."""
+    rows = [row for row in rows if (row["question"], row["shape"], row["parallel"]) == ("workers", shape, "auto")]
+    for where in dict.fromkeys(row["where"] for row in rows):
+        mine = [row for row in rows if row["where"] == where]
+        axes.plot([int(row["workers"]) for row in mine], [float(row["value"]) for row in mine], marker=".", label=where)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    caption(axes, "workers", "seconds of a step", f"{shape}, computed and simulated")
+
+
 Panel = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -275,6 +286,9 @@ def figures(results: Path) -> dict[str, list[Panel]]:
     for name in ("step", "gpu_step"):
         if rows := read(name):
             panels["step.png"].append((draw_step, (rows,)))
+    if rows := read("cluster"):
+        shapes = list(dict.fromkeys(row["shape"] for row in rows if row["question"] == "workers"))
+        panels["cluster.png"] = [(draw_cluster, (rows, shape)) for shape in (shapes[0], shapes[-1])]
     ranking = [row for row in read("ranking") if row["model"] == "smollm2"]
     memory, speed = read("memory"), [row for row in read("step") if (row["model"], row["dtype"]) == ("llama-110m", "float32")]
     if ranking and memory and speed:

@@ -371,6 +371,47 @@ def against(rows: list[Row]) -> str:
     return f"{note}\n\n" + markdown(["case", "dtype", "mode", "µs a step before", "µs now", "ratio (all rounds)"], body)
 
 
+def ranks(rows: list[Row]) -> str:
+    """A step that processes share, and its replay; then the rounds of losses."""
+    body = [
+        [
+            *(row[name] for name in ("dtype", "contender", "ranks")),
+            *(short(1e3 * float(row[name])) for name in ("median_s", "min_s", "max_s", "cpu_median_s", "busiest_median_s")),
+            *(f"{float(row[name]):.3f}" if row[name] else "" for name in ("ratio", "cpu_ratio", "busiest_ratio")),
+            row["sent_bytes"],
+            "yes" if row["same_bits"] == "1" else "no",
+        ]
+        for row in rows
+        if row["question"] != "round"
+    ]
+    one = next(row for row in rows if row["question"] == "step")
+    sizes = f"{one['points']} points, {one['batches']} micro-batches of {one['batch']}x{one['sequence']} tokens"
+    note = f"{one['model']}, {sizes}, one thread a process; {one['rounds']} rounds."
+    times = ["wall, ms", "least", "most", "CPU of all, ms", "CPU of the busiest, ms"]
+    header = [
+        "dtype",
+        "contender",
+        "processes",
+        *times,
+        "wall over one",
+        "CPU over one",
+        "busiest over one",
+        "bytes sent",
+        "same bits",
+    ]
+    exchanges = [
+        [
+            row["ranks"],
+            *(short(1e3 * float(row[name])) for name in ("median_s", "min_s")),
+            short(1e3 * float(row["cpu_median_s"]) / int(row["ranks"])),
+        ]
+        for row in rows
+        if row["question"] == "round"
+    ]
+    second = markdown(["processes", "a round, wall, ms", "least", "CPU of each, ms"], exchanges)
+    return f"{note}\n\n{markdown(header, body)}\n\n{second}"
+
+
 def memory(rows: list[Row]) -> str:
     """MiB, and the peak as a multiple of inference's of the same shape."""
     inference = {row["shape"]: float(row["peak_bytes"]) for row in rows if row["method"] == "inference"}
@@ -469,6 +510,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "told": ("told", told, ""),
     "against": ("against", against, ""),
+    "ranks": ("ranks", ranks, ""),
     "memory": ("memory", memory, ""),
     "objectives": ("objectives", objectives, ""),
     "noise": ("noise", noise, ""),

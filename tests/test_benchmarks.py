@@ -671,6 +671,13 @@ class TestCluster:
     def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.syspath_prepend(str(BENCHMARKS))
 
+    def test_the_page_has_the_committed_numbers(self) -> None:
+        import cluster
+
+        page = (ROOT / "docs" / "scaling.md").read_text()
+        for name, table in cluster.tables(rows(BENCHMARKS / "results" / "cluster.csv")).items():
+            assert f"<!-- table {name} -->\n\n{table}\n" in page, "python benchmarks/cluster.py --page docs/scaling.md"
+
     def test_without_delays_the_largest_share_is_the_step(self) -> None:
         import cluster_model as model
 
