@@ -88,6 +88,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
     texts = [{**{name: values[k] for name, values in rows.items()}, "labels": rows["input_ids"][k]} for k in range(4)]
     batch = tokenizer.pad(texts, return_tensors="pt")
     labels = torch.tensor([0, 1, 0, 1])
+    Path("texts.txt").write_text("\n".join(tiny.TEXTS * 4))
 
     sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
     tf.OPTForCausalLM(tf.OPTConfig(**sizes, vocab_size=len(tokenizer))).to(torch.bfloat16).save_pretrained("folder")
