@@ -139,11 +139,26 @@ def test_what_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_that_are_alike_agree() -> None:
     workers = object.__new__(sharing.Workers)
     workers.alike = workers.met = True
-    workers.agree([[1.0, float("nan")], [1.0, float("nan")]])
+    shares = [[0, 1], [0, 1]]
+    workers.agree([[1.0, float("nan")], [1.0, float("nan")]], shares)
     with pytest.raises(zk.WorkerError, match="worker 1 found other losses"):
-        workers.agree([[1.0, 2.0], [1.0, 2.0 + 2**-50]])
+        workers.agree([[1.0, 2.0], [1.0, 2.0 + 2**-50]], shares)
+    workers.agree([[1.0], [2.0]], [[0], [1]])
     workers.alike = False
-    workers.agree([[1.0], [2.0]])
+    workers.agree([[1.0], [2.0]], [[0], [0]])
+
+
+def test_workers_that_are_alike_have_as_many_forwards() -> None:
+    """Each forward of one is also the others', whose parts it gathers."""
+    workers = object.__new__(sharing.Workers)
+    workers.alike, workers.apart, workers.whole, workers.parallel, workers.size = True, True, False, "auto", 2
+    assert workers.shares(2, 4) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert workers.shares(2, 3) == [[0, 1, 2, 3, 4, 5]] * 2
+    workers.parallel = "data"
+    with pytest.raises(ValueError, match="3 micro-batches are not as many for each"):
+        workers.shares(2, 3)
+    workers.apart, workers.parallel = False, "auto"
+    assert workers.shares(1, 2) == [[0, 1]] * 2
 
 
 # ---- what the processes do ---------------------------------------------------------------------------------------------------
@@ -218,7 +233,8 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     partial = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()])
     found = {
         "process_group": raised(begin(process_group=None)),
-        "parallel": raised(begin(parallel="data")),
+        "parallel": raised(begin(parallel="directions")),
+        "data": raised(lambda: zk.ZOStep(parallel(Model(), init_device_mesh("cpu", (2,))), parallel="data", **group)),
         "subgroup": raised(begin(process_group=dist.new_group([0]) if rank == 0 else dist.new_group([0]) and dist.new_group([1]))),
         "scratch": raised(begin(perturbation="scratch")),
         "lazy": raised(begin(perturbation="inplace", lazy=True)),
@@ -251,7 +267,10 @@ def two(rank: int, folder: Path) -> dict[str, Any]:
     for name in METHODS:
         for dtype in (F32, B16) if name == "MeZO" else (F32,):
             model = shard(Model(dtype), line)
-            run(name, model, dtype)
+            calls: list[int] = []
+            model.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            optimizer = run(name, model, dtype, parallel="data" if name == "MeZO" else "auto")
+            found["forwards"] = len(calls) - 4, 20 * optimizer.forwards(0)  # of one micro-batch of two; 4 are the user's
             found[f"{name} {dtype}"] = weights_of(model)
     model = shard(Model(), line)
     optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20, seed=99)
@@ -292,6 +311,7 @@ def test_runs_have_the_bits_of_the_unsharded_run(ends: Ends) -> None:
     for found in ends[1]:
         assert same(found["MeZO"], alone("MeZO", F32))
     for found in ends[2]:
+        assert found["forwards"][0] == found["forwards"][1]
         for name in METHODS:
             for dtype in (F32, B16) if name == "MeZO" else (F32,):
                 assert same(found[f"{name} {dtype}"], alone(name, dtype)), name
@@ -327,7 +347,8 @@ def test_tensor_parallel_runs_are_near_the_unsharded_run(ends: Ends, what: str) 
 def test_what_is_refused(ends: Ends) -> None:
     want = {
         "process_group": "ValueError: .*sharded.*process_group=None",
-        "parallel": "ValueError: .*parallel='data' would have",
+        "parallel": "ValueError: .*parallel='directions' would have",
+        "data": "ValueError: .*parallel='data' is for processes that each have whole layers",
         "subgroup": "ValueError: .*which are not in process_group",
         "scratch": "ValueError: perturbation='scratch' cannot serve sharded weights",
         "lazy": "ValueError: .*leave lazy out",

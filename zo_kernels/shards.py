@@ -68,8 +68,13 @@ def parted(model: nn.Module | None) -> bool:
     return model is not None and any(map(is_part, model.parameters()))
 
 
+def gathers(module: nn.Module) -> bool:
+    """Whether it is one of FSDP2's, whose forward gathers whole parameters."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
 def settle(model: nn.Module | None) -> None:
     """FSDP's modules keep what they gathered for a forward, the outermost always: parts again, so that the next forward gathers what they are then."""
     for module in model.modules() if model is not None else ():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if gathers(module):
             module.reshard()  # type: ignore[operator]

@@ -192,7 +192,7 @@ class Evaluation:
         )
         if error is not None:
             raise error
-        workers.agree(found)
+        workers.agree(found, shares)
         if any(drew) and parted:
             if workers.parallel != "auto":
                 raise RuntimeError(

@@ -30,53 +30,61 @@ def check(named: Named, method: Method, workers: Workers | None, process_group: 
     parts = [(n, p) for n, p in params if shards.is_part(p)]
     if not parts and not shards.parted(named.model):
         return
-    wrong = WRONG
     if named.model is None:
-        raise TypeError(wrong + "the optimizer has no module, whose forwards gather them: give the module, or model=...")
+        raise TypeError(WRONG + "the optimizer has no module, whose forwards gather them: give the module, or model=...")
     if workers is None:
         raise ValueError(
-            wrong
+            WRONG
             + "process_group=None: each process would step its part with losses of its own; give process_group=torch.distributed.group.WORLD, or the "
             "group of all processes that have a part"
         )
-    if workers.parallel != "auto":
+    if workers.parallel not in ("auto", "data"):
         raise ValueError(
-            wrong
-            + f"parallel={workers.parallel!r} would have the processes make other forwards at a time, which gather each other's parts: leave parallel out"
+            WRONG
+            + f"parallel={workers.parallel!r} would have the processes at other points at a time, while they gather each other's parts: leave parallel out, "
+            "or take 'data'"
         )
     ranks = set(dist.get_process_group_ranks(process_group))
     for name, p in ((n, p) for n, p in named.model.named_parameters() if shards.is_part(p)):
         if strangers := sorted(set(p.device_mesh.mesh.flatten().tolist()) - ranks):  # type: ignore[attr-defined]
             raise ValueError(
-                wrong
+                WRONG
                 + f"parts of {name!r} are on the ranks {strangers}, which are not in process_group: give the group of all that have a part"
             )
+    lines = [p.device_mesh.mesh for p in named.model.parameters() if shards.is_part(p)]  # type: ignore[attr-defined]
+    apart = shards.gathers(named.model) and all(mesh.ndim == 1 and mesh.numel() == len(ranks) for mesh in lines)
+    if workers.parallel == "data" and not apart:
+        raise ValueError(
+            WRONG
+            + "parallel='data' is for processes that each have whole layers in a forward: fully_shard alone, of the outermost module too, over all of "
+            "process_group; or leave parallel out"
+        )
     for name, p in parts:
         shards.place_of(name, p)
     if lazy:
         raise ValueError(
-            wrong + "lazy=True leaves them perturbed between steps, where a forward would gather them so: leave lazy out"
+            WRONG + "lazy=True leaves them perturbed between steps, where a forward would gather them so: leave lazy out"
         )
     if first_order is not None:
-        raise ValueError(wrong + "first_order backpropagates through gathered ones: leave it out")
+        raise ValueError(WRONG + "first_order backpropagates through gathered ones: leave it out")
     if method.rule.keeps:
         raise ValueError(
-            wrong
+            WRONG
             + f"rule={type(method.rule).__name__}() keeps tensors of their size, which checkpoints would not know as parts: take SGD or Sign, or "
             "state='recomputed'"
         )
     if not isinstance(method.direction, (directions.Dense, directions.RandomSparse)):
         raise ValueError(
-            wrong + f"direction={type(method.direction).__name__}() is made of whole tensors: take Dense() or RandomSparse()"
+            WRONG + f"direction={type(method.direction).__name__}() is made of whole tensors: take Dense() or RandomSparse()"
         )
     if method.projection is not None or method.anchor is not None:
         part = "projection" if method.projection is not None else "anchor"
-        raise ValueError(wrong + f"{part} needs whole tensors at the end of a step: leave it out")
+        raise ValueError(WRONG + f"{part} needs whole tensors at the end of a step: leave it out")
     for group in named.groups:
         for what in ("mask", "scale"):
             if group.get(what) is not None:
-                raise ValueError(wrong + f"a parameter group has a {what} of its own, made for whole tensors: leave it out")
-    workers.alike = True
+                raise ValueError(WRONG + f"a parameter group has a {what} of its own, made for whole tensors: leave it out")
+    workers.alike, workers.apart = True, apart
 
 
 def found(view: View, workers: Workers | None) -> None:

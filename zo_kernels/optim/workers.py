@@ -160,7 +160,10 @@ class Workers:
         self.met = False
         self.chain = ""  # a digest of all decisions so far
         self.whole = False  # the forwards draw random numbers: a point is one worker's
-        self.alike = False  # they have the parts of one model between them: all make all forwards, together
+        self.alike = (
+            False  # they have the parts of one model between them: all make their forwards together, at one point after the other
+        )
+        self.apart = False  # of such workers: each has whole layers in a forward, and may have a micro-batch of its own
         self.lost: WorkerError | None = None
         self._group: Any = None
         if self.size > 1:
@@ -338,14 +341,14 @@ class Workers:
         """What a step decided: the next round compares it."""
         self.chain = print_of([self.chain, decision])
 
-    def agree(self, found: Sequence[Sequence[float]]) -> None:
-        """Of workers that are alike, each has found the same losses.
+    def agree(self, found: Sequence[Sequence[float]], shares: Sequence[Sequence[int]]) -> None:
+        """Of workers that are alike, each has found the same losses where they had the same share.
 
         Raises:
             WorkerError: one has others; names it.
         """
         rows = [np.array(row, dtype=np.float64).tobytes() for row in found]
-        if self.alike and (odd := [rank for rank, row in enumerate(rows) if row != rows[0]]):
+        if self.alike and shares[0] == shares[-1] and (odd := [rank for rank, row in enumerate(rows) if row != rows[0]]):
             self._stop(
                 f"worker {_names(odd)} found other losses than worker 0 ({list(found[odd[0]])[:2]} there, {list(found[0])[:2]} on worker 0), "
                 "and the weights are sharded over them: give all of them the same batches (no DistributedSampler), and models in the same mode",
@@ -353,8 +356,19 @@ class Workers:
             )
 
     def shares(self, points: int, batches: int) -> list[list[int]]:
-        """See `cut`."""
+        """See `cut`. Workers that are alike have as many forwards at each point, or all of them.
+
+        Raises:
+            ValueError: micro-batches were to be shared, and the workers do not divide them.
+        """
         if self.alike:
+            if self.apart and not self.whole and batches % self.size == 0:
+                return cut("data", points, batches, self.size)
+            if self.parallel == "data":
+                raise ValueError(
+                    f"parallel='data': {self.size} processes with sharded weights make their forwards together, and {batches} micro-batches are not as many "
+                    "for each: give a multiple"
+                )
             return [list(range(points * batches))] * self.size
         return cut("directions" if self.whole else self.parallel, points, batches, self.size)
 
