@@ -47,7 +47,7 @@ def pair_loss(scores: Tensor, labels: Tensor, centre: float = CENTRE) -> Tensor:
     term of `centre` holds them so that no label has a head start over a batch. That is right where batches hold each label equally often.
 
     Args:
-        scores: [N, K], of each example the score of each label; finite.
+        scores: [N, K], of each example the score of each label, K at least 2; finite. One score s a row is torch.stack((torch.zeros_like(s), s), 1).
         labels: [N], whole numbers 0 to K - 1.
         centre: at least 0; 0 leaves the term out.
 
@@ -55,8 +55,12 @@ def pair_loss(scores: Tensor, labels: Tensor, centre: float = CENTRE) -> Tensor:
         0-d; NaN where all labels are the same: the mean over no pair.
 
     Raises:
-        ValueError: `labels` has another shape.
+        ValueError: `scores` has no column for each of two labels, or `labels` has another shape.
     """
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores has the shape {tuple(scores.shape)}: give [N, K], one for each label; of one score s a row torch.stack((torch.zeros_like(s), s), 1)"
+        )
     check_shape("labels", labels, scores, 1)
     scores = wide(scores)
     own = scores.gather(1, labels[:, None])

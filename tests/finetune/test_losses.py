@@ -153,3 +153,17 @@ def test_another_shape_is_refused(loss: Callable[..., Tensor], other: Tensor) ->
     """It would be repeated, and the mean be one of other counts."""
     with pytest.raises(ValueError, match=r"has the shape \(.*\), beside \(3, 2\): give \(3"):
         loss(torch.randn(3, 2), other)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 2)])
+def test_pairs_want_a_score_of_each_label(shape: tuple[int, ...]) -> None:
+    """Of one score a row, as a ranker has it, the message says what to give; that has the loss of the two labels' difference."""
+    with pytest.raises(ValueError, match=r"scores has the shape \(3.*torch\.stack\(\(torch\.zeros_like\(s\), s\), 1\)"):
+        pair_loss(torch.randn(shape), torch.tensor([0, 1, 1]))
+
+
+def test_one_score_a_row_is_ranked() -> None:
+    s, labels = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0, 1, 1])
+    f = torch.tensor([1.5, -1.5])  # of the row of label 0 the score less those of label 1
+    expected = torch.nn.functional.softplus(f).mean() + 0.02 * s.mean() ** 2
+    assert torch.isclose(pair_loss(torch.stack((torch.zeros_like(s), s), 1), labels, 0.02), expected)
