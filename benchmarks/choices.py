@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from zo_finetune.blocks import blocks_of
 from zo_finetune.cli import main as zo_finetune
 from zo_finetune.demo import MODEL, cache_dir
+from zo_finetune.model import load
 from zo_finetune.runs import on_dev
 
 FORWARDS, TEXTS = 600, "plain_texts.txt"
@@ -54,12 +56,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Place:
-    """A model and its data. `dense`, `inputs`: the middle of the rates of FZOO and of FZOO among the inputs, at rank 16."""
+    """A model and its data. `dense`, `inputs`: the middle of the rates of FZOO and of FZOO among the inputs, at rank 16; `size`: root mean square of the
+    matrices of its last block, as --weights prints it."""
 
     model: str
     data: str
     dense: float
     inputs: float
+    size: float
     sizes: Mapping[str, int]
 
     @property
@@ -68,9 +72,9 @@ class Place:
 
 
 ROWS = {"train-examples": 1000, "data-seed": 0, "points": 1}
-STORIES = Place("stories15m", "sst2", 4e-6, 1.5e-5, {**ROWS, "batch-size": 32, "dev-examples": 500, "eval-examples": 0})
-FILMS = Place("smollm2", "film_reviews", 2e-5, 1.2e-4, {**ROWS, "batch-size": 16, "dev-examples": 300, "eval-examples": 800})
-SST2 = Place("smollm2", "sst2", 2e-5, 1.2e-4, {**FILMS.sizes, "dev-examples": 500})
+STORIES = Place("stories15m", "sst2", 4e-6, 1.5e-5, 0.027, {**ROWS, "batch-size": 32, "dev-examples": 500, "eval-examples": 0})
+FILMS = Place("smollm2", "film_reviews", 2e-5, 1.2e-4, 0.19, {**ROWS, "batch-size": 16, "dev-examples": 300, "eval-examples": 800})
+SST2 = Place("smollm2", "sst2", 2e-5, 1.2e-4, FILMS.size, {**FILMS.sizes, "dev-examples": 500})
 QUICK = {"train-examples": 16, "data-seed": 0, "points": 1, "batch-size": 4, "dev-examples": 6, "eval-examples": 8}
 
 
@@ -285,6 +289,13 @@ TABLES = {
 }
 
 
+def size_of(model: Path) -> float:
+    """The root mean square of the matrices of the last block."""
+    _, blocks = blocks_of(load(str(model), device="cpu").model)
+    matrices = [p.detach().double() for p in blocks[-1].parameters() if p.ndim == 2]
+    return (sum(float(p.square().sum()) for p in matrices) / sum(p.numel() for p in matrices)) ** 0.5
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -294,14 +305,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--texts", type=Path, help="texts of another kind for `anchor` (default: the demo's)")
     parser.add_argument("--work", type=Path, default=Path("runs/choices"), help="the runs themselves (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "choices.csv")
-    parser.add_argument("--page", type=Path, help="a page with tables between <!-- table choices-QUESTION --> and <!-- end -->")
+    parser.add_argument("--page", type=Path, help="a page with tables between <!-- table choices_QUESTION --> and <!-- end -->")
     parser.add_argument("--questions", nargs="+", choices=list(TABLES), help="(default: all)")
     parser.add_argument("--places", nargs="+", choices=[p.name for p in (STORIES, FILMS, SST2)], help="(default: all)")
+    parser.add_argument("--weights", action="store_true", help="print how large the matrices of the last blocks are, and end")
     parser.add_argument("--plan", action="store_true", help="print what there is to do, and end")
     parser.add_argument("--written", action="store_true", help="make nothing: take what is in --work")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args(arguments)
     bench = Bench(options)
+    if options.weights:
+        for place in (STORIES, FILMS):
+            print(f"{place.model}: {size_of(bench.source(place)[0]):.3f}")
+        return 0
     if options.plan:
         for one in bench.comparisons:
             print(f"{one.name}: {sum(1 for _ in bench.rows(one))} runs done")
@@ -316,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.page:
             written = harness.read_csv(options.out)
             for (question,), mine in grouped(written, "question").items():
-                harness.fill(options.page, f"choices-{question}", TABLES[question](mine))
+                harness.fill(options.page, f"choices_{question}", TABLES[question](mine))
     return code
 
 

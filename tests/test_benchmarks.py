@@ -170,7 +170,7 @@ def test_choices(sentences: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = map(str, sentences)
     texts, page = tmp_path / "texts.txt", tmp_path / "page.md"
     texts.write_text("the cat sat on the mat\n\nit rained all day\n")
-    page.write_text("".join(f"<!-- table choices-{q} -->\n<!-- end -->\n" for q in ("inputs", "rates", "anchor")))
+    page.write_text("".join(f"<!-- table choices_{q} -->\n<!-- end -->\n" for q in ("inputs", "rates", "anchor")))
     common = ["--quick", "--model", model, "--shared", data, "--texts", str(texts), "--work", str(tmp_path / "work")]
     common += [
         "--places",
