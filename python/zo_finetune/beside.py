@@ -30,8 +30,12 @@ def read_texts(path: str) -> list[str]:
         UserError: there is no such file, it is no text, or has none.
     """
     file = path_of("--language-texts", path)
-    if not file.is_file() or file.stat().st_size > MOST_BYTES:
-        raise UserError(f"--language-texts {path} is no file of at most {MOST_BYTES:,} bytes: give one")
+    if not file.is_file():
+        raise UserError(
+            f"--language-texts {path}: there is no such file: give one of plain text, with empty lines between the texts"
+        )
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise UserError(f"--language-texts {path} has {size:,} bytes, and at most {MOST_BYTES:,} are read: give a part of it")
     try:
         parts = file.read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
