@@ -168,7 +168,7 @@ def test_hybrid_trains_the_chosen_parameters_by_backpropagation(
         ("forward-grad", ["--perturbation", "inplace"], "estimator=ForwardGradient() differentiates the model"),
         ("mezo-inputs", ["--option", "rank=65"], "the space of the inputs: rank=65 must be"),
         ("mezo-inputs", ["--option", "matrices=nowhere"], "the space of the inputs: matrices=nowhere: no weight that is trained"),
-        ("fzoo-inputs", ["--option", "others=gone"], "others='gone' must be one of"),
+        ("fzoo-inputs", ["--option", "rank=4", "--option", "others=gone"], "others='gone' must be one of"),
         ("fzoo-inputs", ["--peft", "lora", "--lora-init", "eva"], "--lora-init eva with --method fzoo-inputs: both take factors"),
         ("dizo", ["--option", "layers=nowhere"], "projection: no parameter matches ['nowhere']"),
     ],
