@@ -115,7 +115,8 @@ def look(lm: LanguageModel, examples: Sequence[Encoded], what: Wanted, size: int
                     lm.model, forward, batches, rank=what.rank, only=names.__contains__, power=what.power, ridge=what.ridge
                 )
         except (TypeError, ValueError) as error:
-            raise UserError(f"the space of the inputs: {one_line(error)}") from error
+            option = "--option matrices" if isinstance(what.matrices, str) else "--peft-target"  # what `only` is made of
+            raise UserError(f"the space of the inputs: {one_line(error).replace('only=', option)}") from error
 
 
 def of_run(

@@ -132,5 +132,6 @@ def misgivings(outcome: Outcome, first_order: bool = False) -> list[str]:
         lines.append(
             f"the projected gradient was 0 in {outcome.still} of {steps} steps: both losses of a step were the same to the bit, and nothing was "
             "learned from it; try a larger --eps, --dtype float32, or, where --objective is a metric, a larger --batch-size"
+            + ("; if it was so from some step on, a smaller --lr" if outcome.still + skipped < steps else "")
         )
     return lines

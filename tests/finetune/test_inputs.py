@@ -202,6 +202,7 @@ def test_inputs_are_run_once_and_without_padding() -> None:
             "matrices=q_prj: no weight that is trained has such a name",
         ),
         (["--peft", "none", "--method", "fzoo-inputs", "--option", "matrices=("], "the space of the inputs: "),
+        (["--peft", "lora", "--method", "fzoo-inputs"], "inputs: leave it out with --option matrices, or give a lower rank"),
         (["--peft", "ln", "--lora-freeze-a"], "--lora-freeze-a is of --peft lora, and --peft is ln"),
         (["--peft", "none", "--lora-init", "eva"], "--lora-init eva is of --peft lora"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from zo_finetune import compare, figures, run_folder
+from zo_finetune import compare, figures, report, run_folder
 from zo_finetune.evaluate import describe, evaluate
 from zo_finetune.scoring import Encoded, Span
 from zo_finetune.tasks import get_task
@@ -69,3 +69,10 @@ def test_no_name_is_a_formula(drawn: None, name: str, tmp_path: Path) -> None:
     run = {"seed": 0, "dev": [(0, 0.7, 0.5), (2, 0.6, 0.5)], "training": []}
     compare.draw(tmp_path / "curves.png", {"curves": {name: [run]}, "model": name, "peft": "none", "seeds": [0], "task": name})
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "curve.png", tmp_path / "curves.png"))
+
+
+@pytest.mark.parametrize(("still", "smaller"), [(12, False), (11, True)])
+def test_gradients_that_became_0_may_be_the_rates(still: int, smaller: bool) -> None:
+    """A rate that ends the model in a step leaves scores that nothing changes; there a larger eps alone is the wrong way."""
+    (line,) = report.misgivings(report.Outcome(before={}, steps=12, still=still))
+    assert f"0 in {still} of 12 steps" in line and "try a larger --eps" in line and ("a smaller --lr" in line) == smaller
