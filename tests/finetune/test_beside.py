@@ -46,7 +46,7 @@ def test_the_loss_is_that_of_each_next_token(model_folder: Callable[[str], Path]
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"language_texts": "/nowhere/texts"}, "--language-texts /nowhere/texts is no file"),
+        ({"language_texts": "/nowhere/texts"}, "--language-texts /nowhere/texts: there is no such file"),
         ({"language_texts": "EMPTY"}, "has no text: give a file with some"),
         ({"language_texts": "BYTES"}, "cannot be read"),
         ({"language_texts": "TEXTS", "model": "roberta"}, "a masked language model predicts no next token"),
