@@ -9,6 +9,7 @@
 # make crash-test   end RUNS runs by kills, signals and exceptions at random moments, resume each, compare its weights with an undisturbed run's
 # make cluster-test   RUNS runs of workers that share their steps, of which one is killed at a random moment and another number goes on; each ends in the bits of one process
 # make docs   the pages of docs/ as a site in build/site, with a reference made from the docstrings (installs mkdocs into .venv the first time)
+# make wheel-check   a wheel made from the source archive, in clean environments without a compiler, with the newest and the oldest packages (gigabytes in build/wheel-check)
 # make claims   every figure of README and docs with its row, test or line of code; fails on one without
 # make sass   instruction counts of the GPU kernels, as CSV (no GPU needed)
 # make gpu-check   everything that only a GPU can show, with the Python that has torch for it: make gpu-check PYTHON=python3 OUT=FOLDER STAGES="smoke steps"
@@ -29,7 +30,7 @@ CLANG_FORMAT ?= $(dir $(PYTHON))clang-format
 OUT ?= benchmarks/results
 
 
-.PHONY: demo test lint format bench compare fuzz mutants crash-test cluster-test sanitize claims docs sass gpu-check clean
+.PHONY: demo test lint format bench compare fuzz mutants crash-test cluster-test sanitize wheel-check claims docs sass gpu-check clean
 
 demo: $(READY)
 	$(PYTHON) -m zo_finetune demo --output runs/demo --overwrite
@@ -72,6 +73,10 @@ cluster-test: $(READY)
 
 sanitize: $(READY)
 	nice tests/kernels/sanitize.sh $(PYTHON)
+
+wheel-check: WHICH ?= newest oldest
+wheel-check: $(READY)
+	nice tests/wheel_check.sh $(PYTHON) build/wheel-check $(WHICH)
 
 claims: $(READY)
 	@$(PYTHON) benchmarks/claims.py
