@@ -691,9 +691,9 @@ claim(
 )
 
 
-def reviews(column: str) -> float:
+def reviews(column: str, objective: str = "accuracy") -> float:
     """The mean of the larger model's runs on film reviews, with the rate that was chosen."""
-    found = rows_of("objectives", model="smollm2", task="sst2", objective="accuracy", chosen="1")
+    found = rows_of("objectives", model="smollm2", task="sst2", objective=objective, chosen="1")
     return statistics.mean(float(r[column]) for r in found)
 
 
@@ -708,6 +708,12 @@ claim(
     "the best line on the zero-shot scores gives {:.3f}, and AUC goes from {:.3f} to {:.3f}",
     "benchmarks/results/objectives.csv: smollm2, accuracy",
     lambda: [reviews(name) for name in ("threshold", "auc_before", "auc_after")],
+)
+claim(
+    B,
+    "raises accuracy to {:.3f}, by {:.3f} ({:.3f} to {:.3f}), and AUC to {:.3f}",
+    "benchmarks/results/objectives.csv: smollm2, loss",
+    lambda: [reviews(name, "loss") for name in ("after", "gain", "gain_low", "gain_high", "auc_after")],
 )
 T3 = "paper: MeZO, arXiv 2305.17333, table 3"
 claim("docs/suite.md", "has zero-shot 79.0, 35.5, 50.2, 32.0; MeZO with cross-entropy 93.3, 53.2, 83.0, 94.3;", T3)
