@@ -156,9 +156,9 @@ def _tile_counts(entry: Entry, records: np.ndarray, groups: int) -> np.ndarray:
     if entry.rows is None:
         n, offset = (records[:, word].astype(np.int64) for word in (2, 3))
         return np.where(n > 0, -(-(offset % (16 * groups) + n) // (16 * groups)), 0)
-    n = entry.src.numel()
+    gathered = entry.src.numel() // entry.row_len
     row_calls = 2 * (entry.row_len // 32 if entry.row_len % 32 == 0 else (entry.row_len + 62) // 32)
-    return np.array([-(-(n // entry.row_len * row_calls) // groups)])
+    return np.array([-(-(gathered * row_calls) // groups)])
 
 
 def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
