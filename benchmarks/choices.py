@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -33,11 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from ranking import ended, source
 from zo_finetune.blocks import blocks_of
 from zo_finetune.cli import main as zo_finetune
-from zo_finetune.demo import MODEL, cache_dir
+from zo_finetune.demo import cache_dir
 from zo_finetune.model import load
-from zo_finetune.runs import on_dev
+from zo_finetune.pace import Pace
+from zo_finetune.runs import folder_name, on_dev
 
 FORWARDS, TEXTS = 600, "plain_texts.txt"
 ONCE = {"train-blocks": "last:1"}
@@ -131,16 +132,8 @@ class Bench:
     def folder(self, one: Comparison) -> Path:
         return self.options.work / one.name.replace(":", "-")
 
-    def source(self, place: Place) -> tuple[Path, Path]:
-        """Model and data."""
-        if self.options.model:
-            return self.options.model, self.options.shared
-        model = cache_dir() / MODEL.name if place.model == "smollm2" else self.options.shared / "models" / place.model
-        data = cache_dir() / place.data if place.data == "film_reviews" else self.options.shared / "data" / place.data
-        return model, data
-
     def command(self, one: Comparison) -> list[str]:
-        model, data = self.source(one.place)
+        model, data = source(self.options, one.place.model, one.place.data)
         quick = self.options.quick
         methods = list(one.methods)[:2] if quick else list(one.methods)
         words = ["compare", "--model", str(model), "--task", "sst2", "--data", str(data), "--output", str(self.folder(one))]
@@ -167,23 +160,21 @@ class Bench:
 
     def rows(self, one: Comparison) -> Iterator[dict[str, Any]]:
         """Of choices.csv: every run that came to its end."""
-        found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.folder(one).glob("runs/*/*/result.json"))]
-        for result in found:
-            if not result["interrupted"]:
-                yield {name: harness.significant(v) if isinstance(v, float) else v for name, v in self.row(one, result).items()}
+        labels = {folder_name(label): label for label in one.methods}
+        for path, result in ended(self.folder(one)).items():
+            row = self.row(one, labels[path.parent.parent.name], result)
+            yield {name: harness.significant(v) if isinstance(v, float) else v for name, v in row.items()}
 
-    def row(self, one: Comparison, result: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, one: Comparison, label: str, result: Mapping[str, Any]) -> dict[str, Any]:
         used, before, after = result["hyperparameters"], result["before"], result["after"]
-        options = {name: value for name, value in used["options"].items() if f"{name}=" in " ".join(one.methods)}
-        given = {name: value for name, value in options.items() if not (name == "matrices" and value == "")}
-        words = (f"{name}={'true' if value is True else value}" for name, value in given.items() if value is not False)
+        dominant = result["dominant_block"]
         return {
             "question": one.question,
             "model": one.place.model,
             "data": one.place.data,
             "train_blocks": used["train_blocks"] or "all",
-            "dominant_block": result.get("dominant_block", {}).get("block", "") if result.get("dominant_block") else "",
-            "method": ":".join([used["method"], *words]),
+            "dominant_block": "" if dominant is None else dominant["block"],
+            "method": label,
             "anchor": one.more.get("anchor", ""),
             "objective": used["objective"],
             "forwards": result["forwards"],
@@ -292,8 +283,7 @@ TABLES = {
 def size_of(model: Path) -> float:
     """The root mean square of the matrices of the last block."""
     _, blocks = blocks_of(load(str(model), device="cpu").model)
-    matrices = [p.detach().double() for p in blocks[-1].parameters() if p.ndim == 2]
-    return (sum(float(p.square().sum()) for p in matrices) / sum(p.numel() for p in matrices)) ** 0.5
+    return Pace((p for p in blocks[-1].parameters() if p.ndim == 2), ()).size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options)
     if options.weights:
         for place in (STORIES, FILMS):
-            print(f"{place.model}: {size_of(bench.source(place)[0]):.3f}")
+            print(f"{place.model}: {size_of(source(options, place.model, place.data)[0]):.3f}")
         return 0
     if options.plan:
         for one in bench.comparisons:

@@ -86,6 +86,21 @@ OWN = (
 )  # fmt: skip
 
 
+def source(options: argparse.Namespace, model: str, data: str) -> tuple[Path, Path]:
+    """Where model and data of these names are."""
+    if options.model:
+        return options.model, options.shared
+    at_model = cache_dir() / MODEL.name if model == "smollm2" else options.shared / "models" / model
+    at_data = cache_dir() / data if data == "film_reviews" else options.shared / "data" / data
+    return at_model, at_data
+
+
+def ended(folder: Path) -> dict[Path, dict[str, Any]]:
+    """By its path, each result.json of a comparison's runs that came to their end."""
+    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("runs/*/*/result.json"))}
+    return {p: result for p, result in found.items() if not result["interrupted"]}
+
+
 class Bench:
     """The cells, and the folder that their runs are in."""
 
@@ -99,14 +114,6 @@ class Bench:
     def folder(self, cell: Cell) -> Path:
         return self.options.work / cell.name
 
-    def source(self, cell: Cell) -> tuple[Path, Path]:
-        """Model and data."""
-        if self.options.model:
-            return self.options.model, self.options.shared
-        model = cache_dir() / MODEL.name if cell.model == "smollm2" else self.options.shared / "models" / cell.model
-        data = cache_dir() / cell.data if cell.data == "film_reviews" else self.options.shared / "data" / cell.data
-        return model, data
-
     def methods(self, cell: Cell) -> list[str]:
         if cell.name == CELLS[0].name:
             names = self.options.methods or RATES[cell.model]
@@ -114,7 +121,7 @@ class Bench:
         return [f"{BASELINE}@{OBJECTIVES[0]}@{cell.forwards}", *(f"{ours}@{cell.forwards // 2}" for ours in OURS)]
 
     def command(self, cell: Cell, methods: Sequence[str]) -> list[str]:
-        model, data = self.source(cell)
+        model, data = source(self.options, cell.model, cell.data)
         words = ["compare", "--model", str(model), "--task", cell.task, "--data", str(data), "--output", str(self.folder(cell))]
         words += ["--methods", ",".join(methods), "--objectives", ",".join(OBJECTIVES)]
         words += ["--baseline", BASELINE] if any(m.split("@")[0] == BASELINE for m in methods) else []
@@ -135,11 +142,6 @@ class Bench:
             words += ["--lr", f"{name}={rate:g}"] + ([] if name in FIRST_ORDER else ["--eps", f"{name}=1e-3"])
         return [*words, *(word for name, value in cell.sizes.items() for word in (f"--{name}", str(value))), "--device", "cpu"]
 
-    def results(self, cell: Cell) -> list[dict[str, Any]]:
-        """Of the runs that have come to their end."""
-        found = (json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.folder(cell).glob("runs/*/*/result.json")))
-        return [result for result in found if not result["interrupted"]]
-
     def runs(self, cell: Cell, methods: Sequence[str]) -> int:
         """How many the cell has: of each method with each objective, every rate with the first seed and one with the others."""
         rates, seeds = len(self.factors.split(",")), len(str(cell.sizes["seeds"]).split(","))
@@ -151,7 +153,7 @@ class Bench:
         for cell in self.cells:
             methods = self.methods(cell)
             total = self.runs(cell, methods)
-            spent = [seconds_of(result) for result in self.results(cell)]
+            spent = [seconds_of(result) for result in ended(self.folder(cell)).values()]
             of_model.setdefault(cell.model, []).extend(spent)
             known = spent or of_model[cell.model]
             each = statistics.fmean(known) if known else None

@@ -125,14 +125,6 @@ def read_rows(options: Evaluation, config: Config, task: Task, form: Form) -> Sp
     return replace(named, train=others.train, origin={**named.origin, "train": others.origin["train"]}, notes=notes)
 
 
-def used(options: Baseline) -> tuple[str, ...]:
-    """The splits whose rows a baseline depends on."""
-    if not isinstance(options, Evaluation):
-        return SPLITS
-    split = options.split if options.split in SPLITS else "eval"
-    return ("train", split) if options.shots and split != "train" else (split,)
-
-
 def of_split(splits: Splits, name: str) -> list[Example]:
     found: list[Example] = getattr(splits, "eval" if name not in ("train", "dev") else name)
     if not found:
@@ -213,7 +205,7 @@ def measured(
         "given": asdict(options),
         "hyperparameters": {**asdict(options), "form": lm.form, "max_length": found.max_length},
         "data": origin,
-        "rows_sha256": found.splits.sha256(used(options)),
+        "rows_sha256": found.splits.sha256(options.reads),
         "notes": notes,
         "versions": machine.versions(),
         "machine": machine.machine(lm.device),

@@ -271,7 +271,10 @@ def check_runs(plan: Plan, common: Common) -> None:
     model = weights = None
     for seed in seeds:
         loaded = load(plan.config(plan.contenders[0], seed), model, common)
-        weights = loaded.language_model.model if model is None or (weights is not None and plan.base.peft == "none") else None
+        if model is None:
+            weights = loaded.language_model.model
+        elif plan.base.peft != "none":
+            weights = None  # an adapter's are of a seed
         model, now = loaded.language_model, digest_of(loaded)
         for (_, config), result in zip(planned, results, strict=True):
             if result and config.seed == seed and objective_of(config, plan.task).gold_only == loaded.objective.gold_only:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -707,6 +707,11 @@ class Baseline(TaskChoice):
         """As a run has --train-examples."""
         return self.train_examples or 0
 
+    @property
+    def reads(self) -> Sequence[str]:
+        """The splits whose rows it depends on, by the names that they have when they are read."""
+        return SPLITS
+
 
 @dataclass(kw_only=True)
 class Evaluation(Baseline):
@@ -726,6 +731,11 @@ class Evaluation(Baseline):
     calibrated: bool = option(
         METHOD, "score answers by how much likelier the prompt makes them than neutral words do (MeZO's sfc)", False
     )
+
+    @property
+    def reads(self) -> Sequence[str]:
+        split = self.split if self.split in SPLITS else "eval"
+        return ("train", split) if self.shots and split != "train" else (split,)
 
     def check(self) -> None:
         super().check()

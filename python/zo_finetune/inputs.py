@@ -31,6 +31,7 @@ from zo_finetune.scoring import Encoded
 from zo_kernels import InputFactors, journal
 from zo_kernels.parameters import canonical_name
 from zo_kernels.patterns import Patterns
+from zo_kernels.quantized import trained_weights
 
 MOST_INPUTS = 1024  # of the training rows, the first ones of the run's sample: some 20,000 tokens of short texts
 RIDGE = 0.1  # of the mean eigenvalue, where inputs are whitened
@@ -49,7 +50,7 @@ class Wanted:
         """Of the parameters among which the matrices are. Raises ValueError: the expression is none, or chooses none."""
         if not isinstance(self.matrices, str):
             return self.matrices
-        trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
+        trained = set(map(canonical_name, trained_weights(model)))
         patterns = Patterns("matrices", [self.matrices]) if self.matrices else None
         found = frozenset(name for name in trained if patterns is None or patterns.first(name) is not None)
         if not found:

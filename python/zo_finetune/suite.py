@@ -56,15 +56,14 @@ def earlier_baseline(options: Evaluation | Probing, root: Path) -> dict[str, Any
 
 def result_of(plan: Plan, cell: Cell, common: Common, lr: float | None = None) -> dict[str, Any] | None:
     """result.json of a cell that is finished, else None; `lr`: see `Plan.config`. Raises UserError: it has other options, or is of other rows."""
-    config: Config | Evaluation | Probing
     if cell.way.entry is None:
-        config = plan.baseline(cell)
-        result = earlier_baseline(config, plan.root)
+        options = plan.baseline(cell)
+        config, result = options.run(), earlier_baseline(options, plan.root)
     else:
         config = plan.config(cell, lr)
         result = earlier(config, plan.root)[1]
     if result is not None:
-        check_rows(config if isinstance(config, Config) else config.run(), result, common)
+        check_rows(config, result, common)
     return result
 
 

@@ -20,6 +20,7 @@ from zo_finetune.cli import main
 from zo_finetune.errors import UserError
 from zo_finetune.objectives.classification import Classification
 
+from tests.finetune.calls import Calls
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
 
@@ -151,15 +152,7 @@ def test_a_run_goes_on_from_an_adapter(
     ended, went_on = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "run"))
     assert went_on["hyperparameters"]["peft"] == "lora" and went_on["weights"] == ended["weights"]
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
-    loss, calls = Classification.loss, [0]
-
-    def stop(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", stop)
+    monkeypatch.setattr(Classification, "loss", Calls(4).of(Classification.loss))
     again = tmp_path / "again"
     assert main(train_command(again, **options)) == 130
     assert main(["resume", str(again)]) == 0

@@ -24,6 +24,7 @@ from zo_finetune.objectives.classification import Classification
 from zo_finetune.run import run
 from zo_finetune.tasks import get_task
 
+from tests.finetune.calls import Calls
 from tests.finetune.conftest import write_jsonl
 from zo_kernels import journal
 
@@ -49,22 +50,15 @@ def test_two_methods_and_two_seeds(
 ) -> None:
     """Ctrl-C in the third run keeps two; the same command goes on, and ends as if nothing had been."""
     arguments = command("mezo,fzoo:queries=3", "--lr", "mezo=1e-3")
-    calls, stop, loss = [0], [12 + 12 + 5], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", counted)
+    calls = Calls(12 + 12 + 5)
+    monkeypatch.setattr(Classification, "loss", calls.of(Classification.loss))
     assert main(arguments) == 130
     out = tmp_path / "out"
     assert [(row["method"], row["seed"]) for row in rows_of(out)] == [("mezo", "0"), ("fzoo:queries=3", "0")]
     assert "2 runs are finished and kept" in capsys.readouterr().err
     kept = {path: path.read_bytes() for path in out.glob("runs/*/*seed0/result.json")}
     assert len(kept) == 2
-    stop[0] = 0
+    calls.stop = 0
     assert main(arguments) == 0
     assert all(path.read_bytes() == content for path, content in kept.items())
     rows = rows_of(out)
@@ -85,8 +79,8 @@ def test_two_methods_and_two_seeds(
     assert len(re.findall(r"\n\| mezo \| 12 \| 12 \| \d+ \| 0.001 \|", table)) == 1 and table in capsys.readouterr().out
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     # Without a journal, only finished runs are kept; here all of them are.
-    calls[0] = 0
-    assert main(arguments) == 0 and calls[0] == 0
+    calls.made = 0
+    assert main(arguments) == 0 and calls.made == 0
     assert main([*arguments, "--batch-size", "5"]) == 2
     assert "has a run with another batch_size" in capsys.readouterr().err
 
@@ -251,15 +245,7 @@ def test_what_the_parser_refuses(option: list[str], command: Callable[..., list[
 def test_an_unfinished_run_without_a_journal_begins_anew(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, loss = [0], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 5:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", counted)
+    monkeypatch.setattr(Classification, "loss", Calls(5).of(Classification.loss))
     arguments = command("hybrid", forwards=10, seeds="0")
     assert main(arguments) == 130
     assert not (tmp_path / "out" / "compare.csv").exists()

@@ -29,6 +29,7 @@ from zo_finetune.objectives.pairs import Pairs
 from zo_finetune.scoring import Encoded, Scorer
 from zo_finetune.train import Progress, Stopwatch, make_optimizer, train
 
+from tests.finetune.calls import Calls
 from tests.finetune.test_parts import Memory
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
@@ -538,15 +539,7 @@ def test_killed_and_resumed_and_replayed(
     result = files.read_json(run / "result.json")
     assert result["cache"]["examples"] == 20 and result["cache"]["evaluation_examples"] > 0 and result["cache"]["bytes"] > 0
     kind: Any = Pairs if name == "pairs" else Classification
-    loss, calls = kind.loss, [0]
-
-    def stop(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 9:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(kind, "loss", stop)
+    monkeypatch.setattr(kind, "loss", Calls(9).of(kind.loss))
     assert main(command(again, name)) == 130
     assert main(["resume", str(again)]) == 0
     mine, other = (json.loads((at / "result.json").read_text()) for at in (again, run))

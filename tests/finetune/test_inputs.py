@@ -22,6 +22,7 @@ from zo_finetune.model import LanguageModel
 from zo_finetune.objectives.classification import Classification
 from zo_finetune.scoring import Encoded
 
+from tests.finetune.calls import Calls
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
 from zo_kernels import InputFactors, journal
@@ -65,16 +66,8 @@ def test_a_run_begins_with_the_components_and_trains_the_second_matrix_alone(
     header = journal.read(run / files.JOURNAL).header
     assert {p.name.rpartition("lora_")[2][0] for p in header.parameters} == {"B"}
 
-    calls, loss = [0], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 6:
-            raise KeyboardInterrupt
-        return loss(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Classification, "loss", counted)
+        patch.setattr(Classification, "loss", Calls(6).of(Classification.loss))
         assert main(command(*own, output="again")) == 130
     if init == "eva":
         journal.factors_path(again / files.JOURNAL).unlink()

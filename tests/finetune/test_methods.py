@@ -16,6 +16,7 @@ from zo_finetune.errors import UserError
 from zo_finetune.objectives.classification import Classification
 
 import zo_kernels as zk
+from tests.finetune.calls import Calls
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
 from zo_kernels import journal
@@ -74,15 +75,8 @@ def test_a_method_end_to_end(
 ) -> None:
     """A run and its record; the forward passes are those that were made; an interrupted run goes on to the same bits."""
     method, steps = methods.METHODS[name], 5
-    calls, stop, loss = [0], [0], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", counted)
+    calls = Calls()
+    monkeypatch.setattr(Classification, "loss", calls.of(Classification.loss))
     assert main(command(name, options=options, steps=steps)) == 0
     run = tmp_path / "run"
     result = json.loads((run / "result.json").read_text())
@@ -90,7 +84,7 @@ def test_a_method_end_to_end(
     per_step = {"forward-grad": 1, "hybrid": 2}.get(name, 2 if method.first_order else 0)  # tangents, and backward passes
     backward = 2 * 2 if "learn=backpropagation" in options else 0  # of a projection's two inner steps, after every second step
     extra = steps * per_step + steps // 2 * backward
-    assert result["forwards"] == calls[0] + extra == method.forwards(result["hyperparameters"]["options"], steps)
+    assert result["forwards"] == calls.made + extra == method.forwards(result["hyperparameters"]["options"], steps)
     given = dict(option.split("=") for option in options)
     assert result["hyperparameters"]["method"] == name
     assert json.loads((run / "config.json").read_text())["config"]["options"] == given
@@ -106,7 +100,7 @@ def test_a_method_end_to_end(
     assert len(records.steps) == steps and records.header.hyperparameters["config"]["method"] == name
     # Ctrl-C in step 4. A pass that carries tangents is counted twice, and so is a backward pass, which is no call.
     before = method.forwards(result["hyperparameters"]["options"], 3) - (3 if name == "forward-grad" else backward)
-    again, calls[0], stop[0] = tmp_path / "again", 0, before + 1
+    again, calls.made, calls.stop = tmp_path / "again", 0, before + 1
     assert main(command(name, options=options, steps=steps, output="again")) == 130
     assert len(journal.read(again / files.JOURNAL).steps) == 3
     assert main(["resume", str(again)]) == 0

@@ -29,6 +29,7 @@ from zo_finetune.packed import CannotPack, Packer
 from zo_finetune.scoring import Encoded, Encoder, Scorer
 from zo_finetune.train import make_optimizer
 
+from tests.finetune.calls import Calls
 from tests.finetune.conftest import SHARED
 from tests.finetune.test_resume import assert_same
 from tests.finetune.test_scoring import examples, several_tokens
@@ -297,15 +298,7 @@ def test_a_run_goes_on_as_it_began(train_command: Any, tmp_path: Path, monkeypat
     found = [json.loads((at / "result.json").read_text())["hyperparameters"]["batches"] for at in (run, plain)]
     losses = [[line.split(",")[1] for line in (at / "log.csv").read_text().splitlines()] for at in (run, plain)]
     assert found == ["packed", "padded"] and losses[0] != losses[1]
-    loss, calls = Classification.loss, [0]
-
-    def stop(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 7:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", stop)
+    monkeypatch.setattr(Classification, "loss", Calls(7).of(Classification.loss))
     assert main(train_command(again, **options)) == 130
     with monkeypatch.context() as patch:
         patch.setattr(packed, "ROW_NS", 1e9)

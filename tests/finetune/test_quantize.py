@@ -22,6 +22,7 @@ from zo_finetune.config import Config
 from zo_finetune.objectives.classification import Classification
 
 import zo_kernels as zk
+from tests.finetune.calls import Calls
 from zo_kernels import journal, quantized
 
 
@@ -72,24 +73,17 @@ def test_scales_are_trained_gone_on_with_and_replayed(
     tmp_path: Path, train_command: Callable[..., list[str]], model_folder: Any, quantize: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QZO: a run of five steps, another that Ctrl-C ends in the fourth and that goes on, and the journal alone have the same bits; nothing else has moved."""
-    calls, stop, loss = [0], [0], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", counted)
+    calls = Calls()
+    monkeypatch.setattr(Classification, "loss", calls.of(Classification.loss))
     options = {"quantize": quantize, "method": "qzo", "peft": None, "lr": "1e-3", "dev_examples": 0, "eval_examples": 4, "steps": 5}
     run, again, model = tmp_path / "run", tmp_path / "again", str(model_folder("llama"))
     assert main(train_command(run, **options)) == 0
     result = json.loads((run / "result.json").read_text())
-    assert result["forwards"] == calls[0] == 10 and 0 < result["weights"]["trainable"] < result["weights"]["total"]
+    assert result["forwards"] == calls.made == 10 and 0 < result["weights"]["trainable"] < result["weights"]["total"]
     header = journal.read(run / "run.zoj").header
     assert header.hyperparameters["clip"] == methods.QZO_CLIP
     assert {p.name.rpartition(".")[2] for p in header.parameters} == {"absmax" if quantize == "nf4" else "scale"}
-    calls[0], stop[0] = 0, 7
+    calls.made, calls.stop = 0, 7
     assert main(train_command(again, **options)) == 130
     assert len(journal.read(again / "run.zoj").steps) == 3
     assert main(["resume", str(again)]) == 0

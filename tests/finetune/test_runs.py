@@ -23,6 +23,7 @@ from zo_finetune.objectives.classification import Classification
 from zo_finetune.scoring import Scorer
 from zo_finetune.tasks import get_task
 
+from tests.finetune.calls import Calls
 from zo_kernels import journal
 
 Arguments = Callable[..., list[str]]
@@ -268,22 +269,6 @@ def test_weights_that_could_not_be_saved(arguments: Arguments, tmp_path: Path, b
 # ---- interrupts -------------------------------------------------------------------------------------------------------------
 
 
-def at_call(number: int, do: Callable[[], Any], of: Callable[..., Any]) -> Callable[..., Any]:
-    calls = [0]
-
-    def counted(*args: Any, **more: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == number:
-            do()
-        return of(*args, **more)
-
-    return counted
-
-
-def interrupt() -> NoReturn:
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("place", "number", "said"),
     [
@@ -314,7 +299,7 @@ def test_an_interrupt_says_how_to_go_on(
                 return torch.nn.functional.cross_entropy(scores(scorer, batch), batch.labels)
 
             patch.setattr(Classification, "loss", loss)
-        patch.setattr(owner, name, at_call(number, interrupt, getattr(owner, name)))
+        patch.setattr(owner, name, Calls(number).of(getattr(owner, name)))
         assert main(arguments(out)) == 130
     assert last_line(capsys) == said.format(out=out)
     if "resume" in said:
@@ -331,7 +316,7 @@ def test_signals_end_a_run_as_ctrl_c_does(
     number: signal.Signals, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     before = [signal.getsignal(n) for n in (number, signal.SIGINT)]
-    monkeypatch.setattr(Classification, "loss", at_call(3, lambda: signal.raise_signal(number), Classification.loss))
+    monkeypatch.setattr(Classification, "loss", Calls(3, lambda: signal.raise_signal(number)).of(Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save")) == 128 + number
     assert last_line(capsys) == f"interrupted after 1 of 4 steps; go on with: zo-finetune resume {tmp_path / 'run'}"
     assert [signal.getsignal(n) for n in (number, signal.SIGINT)] == before
@@ -340,7 +325,7 @@ def test_signals_end_a_run_as_ctrl_c_does(
 def test_a_run_without_a_journal_cannot_go_on(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Classification, "loss", at_call(4, interrupt, Classification.loss))
+    monkeypatch.setattr(Classification, "loss", Calls(4).of(Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save", "--method", "hybrid")) == 130
     assert last_line(capsys).endswith(
         "give the same command again with --overwrite (a run of --method hybrid has no journal to go on from)"
@@ -351,7 +336,7 @@ def test_too_little_memory_is_said(arguments: Arguments, tmp_path: Path, monkeyp
     def exhausted() -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(Classification, "loss", at_call(4, exhausted, Classification.loss))
+    monkeypatch.setattr(Classification, "loss", Calls(4, exhausted).of(Classification.loss))
     assert main(arguments(tmp_path / "run", "--no-save")) == 2
     said = last_line(capsys)
     assert f"go on with: zo-finetune resume {tmp_path / 'run'}; or begin anew with a smaller --batch-size" in said
@@ -400,7 +385,7 @@ def test_a_run_is_resumed_from_anywhere(
         command[at] = name
     monkeypatch.chdir(home)
     with monkeypatch.context() as patch:
-        patch.setattr(Classification, "loss", at_call(6, interrupt, Classification.loss))
+        patch.setattr(Classification, "loss", Calls(6).of(Classification.loss))
         assert main(command) == 130
     config = json.loads((home / "out" / "config.json").read_text())
     assert [config["config"][name] for name in ("model", "data", "output")] == [str(home / name) for name in ("m", "d", "out")]

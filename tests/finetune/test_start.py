@@ -18,6 +18,7 @@ from zo_finetune.cli import main
 from zo_finetune.objectives.classification import Classification
 from zo_finetune.start import start_of
 
+from tests.finetune.calls import Calls
 from tests.finetune.test_resume import assert_same
 from tests.kernels.cases import same_bits
 from zo_kernels import journal
@@ -67,15 +68,7 @@ def test_a_pulled_run_ends_nearer_and_is_resumed_and_replayed(
     again = load_file(tmp_path / "again" / part / file)
     assert all(same_bits(saved[n], again[n]) for n in saved)
 
-    calls, loss = [0], Classification.loss
-
-    def interrupted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 6:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", interrupted)
+    monkeypatch.setattr(Classification, "loss", Calls(6).of(Classification.loss))
     assert main(command("cut", "--anchor", "0.5:2")) == 130
     assert len(journal.read(tmp_path / "cut" / "run.zoj").steps) == 2
     assert main(["resume", str(tmp_path / "cut")]) == 0

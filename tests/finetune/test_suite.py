@@ -25,6 +25,7 @@ from zo_finetune.suite_table import COLUMNS, Table
 from zo_finetune.suites import SUITES, Column
 from zo_finetune.tasks import get_task
 
+from tests.finetune.calls import Calls
 from tests.finetune.children import Children
 from tests.finetune.conftest import make_rows, write_jsonl
 
@@ -288,15 +289,7 @@ def test_a_cell_with_an_error_ends_no_other(
 def test_ctrl_c_keeps_what_is_finished(
     command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    calls, loss = [0], Classification.loss
-
-    def counted(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 4 + 2:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(Classification, "loss", counted)
+    monkeypatch.setattr(Classification, "loss", Calls(4 + 2).of(Classification.loss))
     assert main(command("mezo", tasks="sst2")) == 130
     assert "interrupted: 1 of 2 cells are finished and kept" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "suite.json").read_text())["interrupted"]
