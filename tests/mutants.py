@@ -576,6 +576,16 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/views/tangents.py", "the tangents of a forward gradient are eps z", "[(tag, 1.0) for tag, _ in shift]",
      "[(tag, c) for tag, c in shift]",
      (f"{M}::test_steps_equal_the_float64_reference[forward-scratch-0.0]",)),
+    ("zo_kernels/views/gathered.py", "what FSDP keeps is perturbed again", "if part.clean and run is not None", "if run is not None",
+     ("tests/test_shards.py::test_what_is_gathered_is_perturbed_once",)),
+    ("zo_kernels/views/gathered.py", "a forward writes to what FSDP gathered", "if self.spoiled:", "if False:",
+     ("tests/test_shards.py::test_what_is_gathered_is_perturbed_once",)),
+    ("zo_kernels/views/gathered.py", "another draw of the masks reaches the parts alone", "part.entry, part.plan = part.entry.retagged(mask_tag), None", "pass",
+     ("tests/test_shards.py::test_runs_have_the_bits_of_the_unsharded_run",)),
+    ("zo_kernels/views/gathered.py", "what is gathered within tensor parallelism lies at the start", "self.offset, keep", "0, keep",
+     ("tests/test_shards.py::test_tensor_parallel_runs_are_near_the_unsharded_run",)),
+    ("zo_kernels/shards.py", "FSDP takes a forward that failed for under way", "        module.reset_iter_state()", "        pass",
+     ("tests/test_shards.py::test_what_is_gathered_is_perturbed_once",)),
 ])  # fmt: skip
 
 

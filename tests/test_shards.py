@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, _utils, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -40,10 +40,20 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "Adam": lambda m, **k: zk.ZOAdam(m, state="recomputed", history=4, **k),
     "sparse": lambda m, **k: zk.ZOStep(m, direction=zk.RandomSparse(0.5), **k),
 }
+RUNS = [("MeZO", F32, "inplace"), ("MeZO", B16, "inplace"), *((name, F32, "auto") for name in METHODS), ("MeZO", B16, "auto")]
+
+
+class Twice(Model):
+    """One of its layers runs twice in a forward, so that FSDP gathers it twice, or keeps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.b(self.norm(self.a(x) + self.a(x.tanh())).tanh()).float().square().mean()
+        return loss
 
 
 def optimizer_of(name: str, model: nn.Module, **more: Any) -> zk.ZOStep:
-    return METHODS[name](model, **{"lr": 1e-3, "eps": 1e-2, "seed": 4, "perturbation": "inplace", **more})
+    """With sharded weights, "auto" is what is perturbed as FSDP gathers it."""
+    return METHODS[name](model, **{"lr": 1e-3, "eps": 1e-2, "seed": 4, **more})
 
 
 def steps(optimizer: zk.ZOStep, model: nn.Module, upto: int, dtype: torch.dtype = F32) -> None:
@@ -56,9 +66,9 @@ def steps(optimizer: zk.ZOStep, model: nn.Module, upto: int, dtype: torch.dtype 
                 )  # a forward of the user's, after which FSDP's outermost module keeps what it gathered
 
 
-def shard(model: Any, mesh: DeviceMesh) -> Any:
+def shard(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
     for module in (model.a, model.b, model):  # the norm is the outermost's, which keeps what it gathers
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, **options)
     return model
 
 
@@ -78,12 +88,12 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @functools.cache
-def alone(name: str, dtype: torch.dtype, upto: int = 20) -> list[Tensor]:
-    """The unsharded run."""
-    model = Model(dtype)
+def alone(name: str, dtype: torch.dtype, mode: str = "inplace", kind: type[Model] = Model) -> list[Tensor]:
+    """The unsharded run of 20 steps."""
+    model = kind(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        steps(optimizer_of(name, model), model, upto, dtype)
+        steps(optimizer_of(name, model, perturbation=mode), model, 20, dtype)
     return weights_of(model)
 
 
@@ -191,10 +201,53 @@ def noise(mesh: DeviceMesh) -> list[Any]:
     return wrong
 
 
-def run(name: str, sharded: nn.Module, dtype: torch.dtype = F32, upto: int = 20, **more: Any) -> zk.ZOStep:
-    optimizer = optimizer_of(name, sharded, process_group=dist.group.WORLD, timeout=20, **more)
+def run(name: str, sharded: nn.Module, dtype: torch.dtype = F32, upto: int = 20, mode: str = "inplace", **more: Any) -> zk.ZOStep:
+    optimizer = optimizer_of(name, sharded, process_group=dist.group.WORLD, timeout=20, perturbation=mode, **more)
     steps(optimizer, sharded, upto, dtype)
     return optimizer
+
+
+def gathered(mesh: DeviceMesh) -> dict[str, Any]:
+    """Of runs whose forwards gather a layer twice, or keep it: the weights, what became of forwards that fail, or write to what they gathered, and whether a
+    forward saw parts that were not clean."""
+    found: dict[str, Any] = {}
+    keeps: dict[str, Any] = {"frees": {"reshard_after_forward": True}, "keeps": {"reshard_after_forward": False}, "one unit": None}
+    if mesh.size() == 4:
+        keeps = {"keeps half": {"reshard_after_forward": 2}}
+    for kind, options in keeps.items():
+        model: Any = Twice()
+        if options is None:
+            fully_shard([model.a, model.b], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            shard(model, mesh, **options)
+        optimizer = run("MeZO", model, upto=7, mode="scratch")
+        parts: list[Any] = list(model.parameters())
+        clean, dirty = [shards.memory_of(p).clone() for p in parts], list[bool]()
+
+        def look(*_: Any, parts: Any = parts, clean: Any = clean, dirty: Any = dirty) -> None:
+            dirty.append(not same([shards.memory_of(p) for p in parts], clean))
+
+        def write(*_: Any, model: Any = model) -> None:
+            model.b.weight.add_(1)
+
+        def replace(*_: Any, model: Any = model) -> None:
+            model.b.weight = nn.Parameter(torch.ones(5, 37))
+
+        def fail(*_: Any) -> None:
+            raise ValueError("mine")
+
+        for hook in (write, replace, fail):
+            handle = model.b.register_forward_pre_hook(hook)
+            found[f"{kind}: {hook.__name__}"] = raised(functools.partial(optimizer.step, model, batches_of(7, F32)[:2]))
+            handle.remove()
+        handle = model.b.register_forward_pre_hook(look)
+        optimizer.step(model, batches_of(7, F32)[:2])
+        handle.remove()
+        found[f"{kind}: dirty"] = str(dirty)
+        steps(optimizer, model, 20)
+        found[kind] = weights_of(model)
+    return found
 
 
 def checkpoint(folder: Path, model: nn.Module, optimizer: zk.ZOStep, save: bool) -> None:
@@ -218,8 +271,9 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
     found["MeZO"] = weights_of(model)
     optimizer.close_journal()
     both = shard(parallel(Model(), grid["tensor"]), grid["data"])
-    run("MeZO", both, journal=folder / "both.zoj").close_journal()
+    run("MeZO", both, mode="scratch", journal=folder / "both.zoj").close_journal()
     found["both"] = weights_of(both)
+    found["gathered"] = gathered(line)
     return found
 
 
@@ -230,13 +284,17 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
         return lambda: zk.ZOStep(model, **{**group, **more})
 
     optimizer = begin()()
+    narrow = shard(Model(), init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(param_dtype=B16))
+    assert zk.ZOStep(narrow, **group)._recording.mode == "inplace"
     partial = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()])
     found = {
         "process_group": raised(begin(process_group=None)),
         "parallel": raised(begin(parallel="directions")),
         "data": raised(lambda: zk.ZOStep(parallel(Model(), init_device_mesh("cpu", (2,))), parallel="data", **group)),
         "subgroup": raised(begin(process_group=dist.new_group([0]) if rank == 0 else dist.new_group([0]) and dist.new_group([1]))),
-        "scratch": raised(begin(perturbation="scratch")),
+        "scratch": raised(lambda: zk.ZOStep(parallel(Model(), init_device_mesh("cpu", (2,))), perturbation="scratch", **group)),
+        "narrow": raised(lambda: zk.ZOStep(narrow, perturbation="scratch", **group)),
+        "dual": raised(begin(estimator=zk.ForwardGradient())),
         "lazy": raised(begin(perturbation="inplace", lazy=True)),
         "rule": raised(begin(rule=zk.Momentum())),
         "direction": raised(begin(direction=zk.LowRank())),
@@ -247,6 +305,12 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
         "partial": raised(lambda: Member.of("x", nn.Parameter(partial), 0)),
         "copy": raised(lambda: copy.copy(optimizer)),
     }
+    unseen, shards.ungathered = shards.ungathered, lambda model: ""
+    found["gathered as"] = raised(lambda: zk.ZOStep(narrow, perturbation="scratch", **group))
+    found["not gathered"] = raised(
+        lambda: zk.ZOStep(parallel(Model(), init_device_mesh("cpu", (2,))), perturbation="scratch", **group)
+    )
+    shards.ungathered = unseen
     before = weights_of(model)
     found["batches"] = raised(lambda: optimizer.step(model, batches_of(rank, F32)))
     hidden = batches_of(rank, F32)
@@ -257,23 +321,26 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
         raise ValueError("mine")
 
     found["closure"] = raised(lambda: optimizer.step(failing, batches_of(0, F32)))
-    found["undone"] = str(max(float((a - b).abs().max()) for a, b in zip(before, weights_of(model), strict=True)) < 1e-6)
+    found["undone"] = str(same(before, weights_of(model)))
+    optimizer = begin(perturbation="inplace")()
+    found["closure in place"] = raised(lambda: optimizer.step(failing, batches_of(0, F32)))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(before, weights_of(model), strict=True))
     return found
 
 
 def two(rank: int, folder: Path) -> dict[str, Any]:
     line = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {"noise": noise(line)}
-    for name in METHODS:
-        for dtype in (F32, B16) if name == "MeZO" else (F32,):
-            model = shard(Model(dtype), line)
-            calls: list[int] = []
-            model.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-            optimizer = run(name, model, dtype, parallel="data" if name == "MeZO" else "auto")
-            found["forwards"] = len(calls) - 4, 20 * optimizer.forwards(0)  # of one micro-batch of two; 4 are the user's
-            found[f"{name} {dtype}"] = weights_of(model)
+    for name, dtype, mode in RUNS:
+        model = shard(Model(dtype), line)
+        calls: list[int] = []
+        model.a.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        optimizer = run(name, model, dtype, mode=mode, parallel="data" if name == "MeZO" else "auto")
+        found["forwards"] = len(calls) - 4, 20 * optimizer.forwards(0)  # of one micro-batch of two; 4 are the user's
+        found[f"{name} {dtype} {mode}"] = weights_of(model)
+    found["gathered"] = gathered(line)
     model = shard(Model(), line)
-    optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20, seed=99)
+    optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20, seed=99, perturbation="inplace")
     checkpoint(folder / "saved", model, optimizer, save=False)
     steps(optimizer, model, 20)
     found["loaded"] = weights_of(model)
@@ -312,9 +379,22 @@ def test_runs_have_the_bits_of_the_unsharded_run(ends: Ends) -> None:
         assert same(found["MeZO"], alone("MeZO", F32))
     for found in ends[2]:
         assert found["forwards"][0] == found["forwards"][1]
-        for name in METHODS:
-            for dtype in (F32, B16) if name == "MeZO" else (F32,):
-                assert same(found[f"{name} {dtype}"], alone(name, dtype)), name
+        for name, dtype, mode in RUNS:
+            assert same(found[f"{name} {dtype} {mode}"], alone(name, dtype, mode)), (name, mode)
+
+
+def test_what_is_gathered_is_perturbed_once(ends: Ends) -> None:
+    """However long FSDP keeps it, also behind a forward that failed; and parts are clean at every point."""
+    for found in (*ends[1], *ends[2]):
+        kinds = {key: value for key, value in found["gathered"].items() if ":" not in key}
+        assert len(kinds) in (1, 3)
+        for kind, weights in kinds.items():
+            assert same(weights, alone("MeZO", F32, "scratch", Twice)), kind
+            told = {what: found["gathered"][f"{kind}: {what}"] for what in ("write", "replace", "fail", "dirty")}
+            assert "False" in told["dirty"] and "True" not in told["dirty"]
+            assert told["fail"] == "ValueError: mine"
+            assert "b.weight was written to, where FSDP had gathered it," in told["write"]
+            assert "b.weight was replaced" in told["replace"]
 
 
 def test_checkpoints_and_journals_go_on_over_another_mesh(ends: Ends) -> None:
@@ -350,7 +430,11 @@ def test_what_is_refused(ends: Ends) -> None:
         "parallel": "ValueError: .*parallel='directions' would have",
         "data": "ValueError: .*parallel='data' is for processes that each have whole layers",
         "subgroup": "ValueError: .*which are not in process_group",
-        "scratch": "ValueError: perturbation='scratch' cannot serve sharded weights",
+        "scratch": "ValueError: perturbation='scratch' .* 'a.weight' is in no module of fully_shard",
+        "narrow": "ValueError: perturbation='scratch' .* gathers 'a.weight' as torch.bfloat16",
+        "gathered as": "ValueError: perturbation='scratch': parameter 'a.weight' is torch.float32, and gathered as torch.bfloat16",
+        "not gathered": "ValueError: perturbation='scratch': parameter 'a.weight' is not gathered by FSDP",
+        "dual": "ValueError: .*ForwardGradient",
         "lazy": "ValueError: .*leave lazy out",
         "rule": "ValueError: .*rule=Momentum\\(\\) keeps",
         "direction": "ValueError: .*direction=LowRank\\(\\) is made of whole tensors",
@@ -361,6 +445,7 @@ def test_what_is_refused(ends: Ends) -> None:
         "partial": "ValueError: .*a term of a sum",
         "copy": "TypeError",
         "closure": "ValueError: mine",
+        "closure in place": "ValueError: mine",
         "batches": "WorkerError: .*micro-batches",
         "losses": "WorkerError: worker 1 found other losses than worker 0 ",
     }

@@ -1,12 +1,14 @@
 """Parameters that are parts of larger tensors: torch's DTensors, as FSDP2 (`fully_shard`) and tensor parallelism (`parallelize_module`) make them.
 
-Belongs here: what is such a part, its memory, where it lies in the whole tensor, the whole tensor, and giving back what a forward has gathered. Does not
-belong here: passes (plan.py), which runs parts can have (optim/sharded.py). Nothing is imported of torch.distributed before a DTensor is there.
+Belongs here: what is such a part, its memory, where it lies in the whole tensor, the whole tensor, what a forward gathers of it, and giving that back. Does
+not belong here: passes (plan.py), which runs parts can have (optim/sharded.py), how a forward sees a perturbation (views/gathered.py). Nothing is imported
+of torch.distributed before a DTensor is there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,8 +75,51 @@ def gathers(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
+def gathering(model: nn.Module | None) -> list[Any]:
+    """FSDP2's modules, those outside before those within."""
+    return [module for module in model.modules() if gathers(module)] if model is not None else []
+
+
 def settle(model: nn.Module | None) -> None:
     """FSDP's modules keep what they gathered for a forward, the outermost always: parts again, so that the next forward gathers what they are then."""
-    for module in model.modules() if model is not None else ():
-        if gathers(module):
-            module.reshard()  # type: ignore[operator]
+    for module in gathering(model):
+        module.reshard()
+
+
+def recover(model: nn.Module | None) -> None:
+    """Behind a forward that failed: FSDP's modules that it was within take it for under way, and keep what they gathered."""
+    within: set[int] = set()
+    for module in gathering(model):
+        if id(module) not in within and hasattr(module, "reset_iter_state"):  # of torch 2.13
+            module.reset_iter_state()
+        within.update(map(id, module.modules()))
+    settle(model)
+
+
+def ungathered(model: nn.Module) -> str:
+    """Why forwards do not read every trained weight as one that FSDP2 has gathered whole, in its own dtype; "" where they do, as far as can be seen without
+    gathering them."""
+    inside = {id(p) for module in gathering(model) for p in module.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and not (is_part(p) and id(p) in inside):
+            return f"{name!r} is in no module of fully_shard, which would gather it"
+    for module in gathering(model):
+        dtype = getattr(getattr(module._get_fsdp_state(), "_mp_policy", None), "param_dtype", None)
+        if other := [name for name, p in module.named_parameters() if p.requires_grad and dtype not in (None, p.dtype)]:
+            return f"MixedPrecisionPolicy gathers {other[0]!r} as {dtype}, in which c z would be rounded once more than in an unsharded model"
+    return ""
+
+
+def wholes(model: nn.Module, params: Iterable[Tensor]) -> dict[int, Tensor]:
+    """What FSDP2 gathers of these parameters, by their ids. The tensors stay the same, their memory comes and goes: each unit is gathered once for it, by
+    all processes."""
+    wanted, found = {id(p) for p in params}, dict[int, Tensor]()
+    for unit in gathering(model):
+        places = [
+            (m._parameters, name, p) for m in unit.modules() for name, p in m._parameters.items() if id(p) in wanted - found.keys()
+        ]
+        if places:
+            unit.unshard()
+            found |= {id(p): whole for there, name, p in places if (whole := there[name]) is not None and whole is not p}
+            unit.reshard()
+    return found

@@ -35,6 +35,8 @@ def view_over(groups: list[Weights], model: nn.Module | None, run: Run, mode: st
     options: dict[str, Any] = {"seed": run.seed, "kind": run.method.kind, "backend": run.backend}
     if mode != "scratch" or model is None:
         return views.InPlace(groups, model, mode == "lazy", **options)
+    if any(weights.parted for weights in groups):
+        return views.GatheredCopies(groups, model, **options)
     if run.method.estimator.dual:
         return views.Tangents(groups, model, scratch_bytes, **options)
     away = any(views.place_of(p) is not None for weights in groups for p in weights.params)

@@ -67,6 +67,8 @@ def check(named: Named, method: Method, workers: Workers | None, process_group: 
         )
     if first_order is not None:
         raise ValueError(WRONG + "first_order backpropagates through gathered ones: leave it out")
+    if method.estimator.dual:
+        raise ValueError(WRONG + "ForwardGradient() has no tangents of gathered ones: take TwoSided()")
     if method.rule.keeps:
         raise ValueError(
             WRONG

@@ -72,8 +72,9 @@ class ZOStep(torch.optim.Optimizer):
         seed: 0 .. 2^64 - 1; the run's noise is a function of it.
         weight_decay: decoupled; a module's biases and normalization layers (by class) get their own group without it.
         perturbation: "scratch": the forwards see theta ± eps z through a buffer and the weights change in the update alone, exactly;
-            needs a module. "inplace": the weights really change and come back, three passes, each of which rounds. "auto": scratch
-            if there is a module (one that is not torch.compile'd), otherwise in place.
+            needs a module. Of FSDP2's modules the copies are perturbed that they gather for a forward. "inplace": the weights really change
+            and come back, three passes, each of which rounds. "auto": scratch
+            if there is a module (one that is not torch.compile'd, nor has shards that no forward gathers), otherwise in place.
         lazy: in place only: restore, update and the next step's perturbation are one pass, two passes a step. **Between steps the
             weights then stand at theta + eps z.** `flush()` makes them clean, and is called by itself before a forward outside of
             a step, before the module's or the optimizer's state is saved or loaded, when the optimizer goes away and when the
@@ -202,8 +203,8 @@ class ZOStep(torch.optim.Optimizer):
         self._guard()
         if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
             warnings.warn(
-                "16-bit weights without a (plain, not compiled, not sharded) module are perturbed in place, which rounds them anew at every step: the weights "
-                "drift (docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
+                "16-bit weights without a (plain, not compiled, not tensor-parallel) module are perturbed in place, which rounds them anew at every step: the "
+                "weights drift (docs/numerics.md). Give the module, or model=..., for the exact scratch mode; perturbation='inplace' silences this.",
                 stacklevel=2,
             )
         if journal is not None:

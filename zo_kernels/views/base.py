@@ -171,7 +171,8 @@ class View(abc.ABC):
 
     def _undo(self) -> None:
         """Parameters that a failed forward replaced, moved or converted are what they were."""
-        self.settle()
+        if self.parted:
+            shards.recover(self.model)
         for module, attribute, p in self.places:
             if module._parameters.get(attribute) is not p:
                 module._parameters[attribute] = p  # type: ignore[assignment]

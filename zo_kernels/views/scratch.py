@@ -303,7 +303,7 @@ class Scratch(View):
 
 
 def can_serve(model: nn.Module | None, perturbation: str) -> bool:
-    """Whether a model's forwards go through a scratch buffer where a user asks for this perturbation: "auto", "scratch" or "inplace".
+    """Whether a model's forwards see perturbed values in the place of its weights where a user asks for this perturbation: "auto", "scratch" or "inplace".
 
     Raises:
         ValueError: "scratch" was asked for, and cannot be; says why.
@@ -320,8 +320,9 @@ def can_serve(model: nn.Module | None, perturbation: str) -> bool:
     if perturbation == "scratch" and compiled:
         raise ValueError("perturbation='scratch' cannot serve a torch.compile'd module: give the plain module, or take 'inplace'")
     parted = shards.parted(model)
-    if perturbation == "scratch" and parted:
+    why = shards.ungathered(model) if model is not None and parted else ""
+    if perturbation == "scratch" and why:
         raise ValueError(
-            "perturbation='scratch' cannot serve sharded weights (DTensor), which forwards gather: take 'inplace', or leave it out"
+            f"perturbation='scratch' serves sharded weights (DTensor) where a forward gathers them: {why}: take 'inplace', or leave it out"
         )
-    return model is not None and perturbation != "inplace" and not compiled and not parted
+    return model is not None and perturbation != "inplace" and not compiled and not why
