@@ -63,6 +63,7 @@ V = "tests/finetune/test_evaluate.py"
 F = "tests/finetune/test_generation.py"
 UNIT = "tests/optim/test_unit.py"
 TRL = "tests/finetune/test_trl.py"
+TR = "tests/finetune/test_trainer.py"
 D = "tests/test_distributed.py"
 TEAM = "tests/finetune/test_team.py"
 Q = "tests/test_quantized.py"
@@ -369,6 +370,16 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{TRL}::test_sft_of_an_adapter_on_four_bits",)),
     ("python/zo_finetune/trainer.py", "metrics are counted at every point", "if next(calls) >= len(batches)", "if next(calls) >= 2 * len(batches)",
      (f"{TRL}::test_sft_is_the_hand_written_loop_and_counts_once_a_step",)),
+    ("python/zo_finetune/trainer.py", "a user's own loss is lost behind the first batch", "if own is not None:", "if False:",
+     (f"{TR}::test_a_loss_that_a_user_puts_in_the_place_of_the_classs_stays",)),
+    ("python/zo_finetune/trainer.py", "a rate that was not given is the last model's", "self.args.learning_rate = given", "pass",
+     (f"{TR}::test_arguments_serve_two_trainers",)),
+    ("python/zo_finetune/trainer.py", "losses behind a skipped step are NaN", "tr_loss.zero_()", "pass",
+     (f"{TR}::test_a_skipped_step_is_nan_in_its_own_row_alone",)),
+    ("python/zo_finetune/trainer.py", "a checkpoint goes on with other numbers in silence", "past[name] != mine[name]", "False",
+     (f"{TR}::test_a_run_goes_on_with_the_numbers_of_its_checkpoint_and_says_so",)),
+    ("zo_kernels/optim/findings.py", "unfrozen in a run, and nobody says so", "not self.steps % MEMBERS", "False",
+     ("tests/optim/test_check.py::test_a_run_tells_of_parameters_that_are_unfrozen_in_it",)),
     # the noise contract and the rules, as functions and in the CUDA kernels' bodies
     ("csrc/noise.h", "the key of a round is the next round's", "0xBB67AE85u * (uint32_t)round;", "0xBB67AE85u * (uint32_t)(round + 1);",
      (f"{N}::test_philox_known_answers",)),

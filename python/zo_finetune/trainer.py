@@ -13,6 +13,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -95,10 +96,24 @@ class ZOArguments:
             raise ValueError(f"zo_perturbation={self.zo_perturbation!r} must be one of {', '.join(PERTURBATIONS)}")
         if self.zo_seed is not None and not (isinstance(self.zo_seed, int) and 0 <= self.zo_seed < 1 << 64):
             raise ValueError(f"zo_seed={self.zo_seed!r} must be an integer of 0 .. 2^64 - 1, or None for seed")
+        self.learning_rate, self.zo_eps = _number("learning_rate", self.learning_rate), _number("zo_eps", self.zo_eps)
+        if self.zo_eps == 0:
+            raise ValueError("zo_eps=0 must be > 0, or None for the method's preset")
         self.recipe("none")
         super().__post_init__()  # type: ignore[misc]
         args: Any = self
         defaults: Any = type(self)
+        for name in _OF_ADAM:
+            if (value := getattr(args, name)) != getattr(defaults, name):
+                raise ValueError(
+                    f"{name}={value!r}: training steps are those of zo_method; give zo_options, such as {{'beta1': {value}}} of zo-adam"
+                )
+        if args.max_grad_norm not in (None, 0, defaults.max_grad_norm):
+            warnings.warn(
+                f"max_grad_norm={args.max_grad_norm!r} is not used: there is no gradient whose norm could be clipped; zo_options={{'clip': ...}} clips |g|",
+                zk.ZOWarning,
+                stacklevel=3,
+            )
         if args.torch_compile and self.zo_perturbation != "inplace":
             raise ValueError(
                 f"torch_compile=True with zo_perturbation={self.zo_perturbation!r}: a compiled graph reads the weights themselves; give 'inplace'"
@@ -111,6 +126,11 @@ class ZOArguments:
                     "gradient_checkpointing is switched off: zeroth-order steps keep no activations", zk.ZOWarning, stacklevel=3
                 )
             args.gradient_checkpointing = args.activation_checkpointing = False
+
+    def of_zo_method(self) -> list[str]:
+        """Those given that make an optimizer of `zo_method`, and say nothing to another one."""
+        names = ("learning_rate", "weight_decay", "zo_method", "zo_options", "zo_eps", "zo_seed", "zo_perturbation")
+        return [f"{name}={value!r}" for name in names if (value := getattr(self, name)) != getattr(type(self), name)]
 
     def recipe(self, peft: str) -> tuple[Recipe, dict[str, Any]]:
         """The method with all its numbers for a kind of tuning, and the options that every step takes.
@@ -127,6 +147,11 @@ class ZOArguments:
                     f"zo_method={self.zo_method!r} backpropagates, with an optimizer that no checkpoint of this Trainer holds; take transformers.Trainer, or "
                     "another zo_method"
                 )
+            if method.looks:
+                raise ValueError(
+                    f"zo_method={self.zo_method!r} looks at the inputs of the matrices over the training rows before its first step, which a Trainer does "
+                    "not; take zo-finetune train, or optimizers=(a ZOStep with zk.InputSubspace, None)"
+                )
             if method.packed:
                 raise ValueError(
                     f"zo_method={self.zo_method!r} trains the scales of packed weights, and a Trainer refuses to train these without an adapter; take "
@@ -138,6 +163,24 @@ class ZOArguments:
             raise ValueError(f"zo_method={self.zo_method!r}, zo_options={self.zo_options!r}: {error}") from None
 
 
+def _number(name: str, given: Any) -> float | None:
+    """As a float: what a YAML file has as 1e-6 is text.
+
+    Raises:
+        ValueError: it is no number, not finite, or negative; names it.
+    """
+    if given is None:
+        return None
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={given!r} must be a finite number >= 0, or None for the method's preset")
+    return value
+
+
+_OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 _REFUSED: Mapping[str, str] = {
     "fp16": "its gradient scaler has no gradients to scale; load the model with dtype=torch.float16, or give bf16=True",
     "deepspeed": "it shards optimizer states and gradients, of which there are none; leave it out",
@@ -146,6 +189,7 @@ _REFUSED: Mapping[str, str] = {
     "auto_find_batch_size": "steps that were done would be done again; give per_device_train_batch_size",
     "neftune_noise_alpha": "embeddings get no noise where dropout is off; leave it out",
     "optim_args": "training steps are those of zo_method; give zo_options",
+    "optim_target_modules": "training steps are those of zo_method; leave it out",
 }
 
 
@@ -251,10 +295,21 @@ class ZOTrainerMixin(_Base):
             raise TypeError(
                 f"optimizers=({type(self.optimizer).__name__}, ...): a step without gradients needs a zo_kernels.ZOStep, or None"
             )
+        if self.optimizer is not None and (idle := given.of_zo_method()):
+            raise ValueError(
+                f"{', '.join(idle)} with optimizers=({type(self.optimizer).__name__}, ...): a step of your own has numbers of its own; leave one of the two out"
+            )
         if self.optimizer_cls_and_kwargs is not None:
             raise TypeError(
                 "optimizer_cls_and_kwargs: training steps are those of zo_method; leave it out, or give optimizers=(a ZOStep, None)"
             )
+        for name, found in {  # by what started the script
+            "fp16": self.accelerator.mixed_precision == "fp16", "deepspeed": self.is_deepspeed_enabled, "fsdp": self.is_fsdp_enabled,
+        }.items():  # fmt: skip
+            if found:
+                raise ValueError(
+                    f"{name}, from the environment (accelerate's configuration), with zeroth-order steps: {_REFUSED[name]}"
+                )
         if processes > 1:
             raise ValueError(f"{processes} processes: they would take steps of their own; start one")
         if gpus > 1:
@@ -273,14 +328,15 @@ class ZOTrainerMixin(_Base):
         if self.optimizer is None:
             trained: nn.Module = self.model if model is None else model
             recipe, common = self.args.recipe(_peft(trained))
-            self.args.learning_rate = recipe.lr
+            if self.is_in_train:
+                self.args.learning_rate = recipe.lr  # for loggers
             seed = self.args.seed if self.args.zo_seed is None else self.args.zo_seed
             self.optimizer = recipe.make(
                 trained, seed=seed, weight_decay=self.args.weight_decay, **view_options(self.args.zo_perturbation), **common
             )
         if isinstance(self.optimizer, zk.ZOStep):
             self.optimizer = _Driven(self.optimizer)
-        if self.args.zo_journal and not self._zo_resumes:
+        if self.args.zo_journal and self.is_in_train and not self._zo_resumes:
             self._zo_open_journal(resume=False)
         return self.optimizer
 
@@ -301,6 +357,11 @@ class ZOTrainerMixin(_Base):
         Raises:
             ValueError: it has fewer, or the weights are not those that its run began with; neither was changed.
         """
+        if not os.path.isfile(self._zo_journal_path):
+            raise ValueError(
+                f"zo_journal={self.args.zo_journal!r}: {self._zo_journal_path} is not there. To go on with a run, give its own journal (by its whole path "
+                "where output_dir is another), and for a run without one zo_journal=None"
+            )
         past = journal.read(self._zo_journal_path, strict=False)
         if len(past.steps) < steps:
             raise ValueError(
@@ -318,9 +379,11 @@ class ZOTrainerMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._zo_resumes = False
+        given = self.args.learning_rate  # None is another number for another model or method
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.args.learning_rate = given
             if self.optimizer is not None:
                 self.zo_step.flush()
                 self.zo_step.close_journal()
@@ -333,6 +396,7 @@ class ZOTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Theirs, with a loss that gathers its batches, and in the last one is a whole step: nothing is left for its backward pass."""
+        own = vars(self).get("compute_loss")  # a user may have put one in the place of the class's
         evaluate = self.compute_loss
 
         def collect(model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -347,13 +411,15 @@ class ZOTrainerMixin(_Base):
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
             del self.compute_loss
+            if own is not None:
+                self.compute_loss = own  # type: ignore[method-assign]
 
     def _zo_make(self, evaluate: Any, model: nn.Module, items: Any) -> Tensor:
         """A step on the batches that are there. Returns its loss as `compute_loss` would: what its caller divides, where that is not done yet."""
         batches, self._zo_batches = self._zo_batches, []
         if (scaled := getattr(self, "loss_is_scaled_for_ga", None)) is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
-        half = self.args.bf16 or any(p.dtype in HALF for p in self.model.parameters())
+        half = self.accelerator.mixed_precision == "bf16" or any(p.dtype in HALF for p in self.model.parameters())
         calls = itertools.count()
 
         def closure(batch: Any) -> Tensor:
@@ -378,6 +444,13 @@ class ZOTrainerMixin(_Base):
         """Of forwards alone: theirs counts a forward and a backward, which is three."""
         return super().floating_point_ops(inputs) // 3 * self.zo_step.forwards()
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Theirs takes a logged sum off itself, which leaves NaN of one that was not finite, and all later losses of the log NaN with it."""
+        logged = self._globalstep_last_logged
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged != logged:
+            tr_loss.zero_()
+
     # -- checkpoints --
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -391,10 +464,19 @@ class ZOTrainerMixin(_Base):
             self._zo_load_weights(resume_from_checkpoint, model)
 
     def _zo_load_weights(self, checkpoint: str, model: Any = None) -> None:
-        """Theirs, into the parameters that are there, in their types: peft puts others in the place of an adapter of 16 bits, such as TRL's on a packed base,
-        and makes them fp32."""
+        with self._zo_same_parameters():
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._zo_same_parameters():
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _zo_same_parameters(self) -> Iterator[None]:
+        """What is loaded meanwhile goes into the parameters that are there, in their types: peft puts others in the place of an adapter of 16 bits, such as
+        TRL's on a packed base, and makes them fp32."""
         before = [(name, p, p.dtype) for name, p in self.model.named_parameters() if p.requires_grad]
-        super()._load_from_checkpoint(checkpoint, model)
+        yield
         for name, p, dtype in before:
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -409,6 +491,8 @@ class ZOTrainerMixin(_Base):
                 f"resume_from_checkpoint={checkpoint!r} has no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or by another trainer, and the run's "
                 "noise would begin again. Give the checkpoint's folder as the model, and begin a new run"
             )
+        if checkpoint is not None:
+            self._zo_take_numbers(os.path.join(checkpoint, OPTIMIZER_NAME))
         if checkpoint is not None and self._zo_resumes:
             self._zo_replay(self.state.global_step)
         super()._load_optimizer_and_scheduler(
@@ -422,6 +506,28 @@ class ZOTrainerMixin(_Base):
                     f"{self._zo_journal_path} is not the journal of {checkpoint}: after {self.state.global_step} steps {len(different)} weights differ "
                     f"({', '.join(different[:3])})"
                 )
+
+    def _zo_take_numbers(self, path: str) -> None:
+        """The numbers of a checkpoint's run in the place of those of the arguments, as any Trainer goes on; and a word where they are others."""
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        others: dict[str, str] = {}
+        seeds = [groups[0].get("zo", {}).get("seed") for groups in (saved, self.zo_step.state_dict()["param_groups"])]
+        if seeds[0] != seeds[1]:
+            others["seed"] = f"seed {seeds[0]}, not {seeds[1]}"
+        for mine, past in zip(
+            self.zo_step.param_groups, saved, strict=False
+        ):  # as many as there are: what loads them says where they are not
+            for name in ("initial_lr", "eps", "weight_decay"):
+                if name in past and name in mine and past[name] != mine[name]:
+                    others.setdefault(name, f"{name.removeprefix('initial_')} {past[name]:g}, not {mine[name]:g}")
+            mine.update({name: past[name] for name in ("lr", "initial_lr", "eps", "weight_decay") if name in past})
+        if others:
+            warnings.warn(
+                f"the run goes on with the numbers of its checkpoint: {', '.join(others.values())}. For others begin a new run, with the checkpoint's folder "
+                "as the model",
+                zk.ZOWarning,
+                stacklevel=2,
+            )
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):

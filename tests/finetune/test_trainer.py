@@ -6,6 +6,7 @@ Belongs here: runs of `ZOTrainer` with tiny models. Does not belong here: what a
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,12 @@ def test_pushing_to_a_hub_that_is_not_there_says_so_before_anything_starts(tmp_p
         ({"optim": "sgd"}, "optim='?sgd|optim='OptimizerNames"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"neftune_noise_alpha": 5.0}, "neftune"),
+        ({"adam_beta1": 0.8}, "adam_beta1=0.8.*zo_options"),
+        ({"optim_target_modules": ["q_proj"]}, "optim_target_modules"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a finite number"),
+        ({"zo_eps": 0.0}, "zo_eps=0 must be > 0"),
+        ({"zo_eps": -1.0}, "zo_eps=-1.0 must be"),
+        ({"zo_method": "mezo-inputs"}, "looks at the inputs.*zo-finetune train"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_told_as_they_are_made(tmp_path: Path, more: dict[str, Any], words: str) -> None:
@@ -243,6 +250,124 @@ def test_other_arguments_and_optimizers_are_refused(tmp_path: Path) -> None:
         trainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
 
 
+def test_what_started_the_script_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's configuration reaches a Trainer through the environment, past its arguments."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    try:
+        with pytest.raises(ValueError, match=r"fp16, from the environment.*bf16=True"):
+            trainer(llama(), arguments(tmp_path))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_numbers_may_be_text_as_yaml_has_them(tmp_path: Path) -> None:
+    args = arguments(tmp_path, learning_rate="1e-2", zo_eps="1e-3")
+    assert (args.learning_rate, args.zo_eps) == (1e-2, 1e-3)
+
+
+def test_clipping_of_a_gradients_norm_is_said_to_be_unused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    arguments(tmp_path)
+    arguments(tmp_path, max_grad_norm=0)
+    assert not any(issubclass(w.category, zk.ZOWarning) for w in recwarn)
+    with pytest.warns(zk.ZOWarning, match="max_grad_norm=0.3 is not used.*clip"):
+        arguments(tmp_path, max_grad_norm=0.3)
+
+
+def test_a_loss_that_a_user_puts_in_the_place_of_the_classs_stays(tmp_path: Path) -> None:
+    made = trainer(plain(), arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2))
+    theirs, calls = made.compute_loss, []
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(made.state.global_step)
+        return 2 * theirs(*args, **kwargs)
+
+    made.compute_loss = doubled
+    made.train()
+    assert calls == [0] * 4 + [1] * 4 and made.compute_loss is doubled
+
+
+def test_a_skipped_step_is_nan_in_its_own_row_alone(tmp_path: Path) -> None:
+    made = trainer(plain(), arguments(tmp_path, max_steps=4))
+    made.compute_loss = lambda *args, **kwargs: (
+        (math.nan if made.state.global_step == 1 else 1) * type(made).compute_loss(made, *args, **kwargs)
+    )
+    made.train()
+    assert [math.isnan(loss) for loss in losses_of(made)] == [False, True, False, False]
+    assert made.zo_step.skipped == 1
+
+
+def test_arguments_serve_two_trainers(tmp_path: Path) -> None:
+    """A rate that was not given is each model's own, and each method's."""
+    import peft
+
+    args = arguments(tmp_path, max_steps=1, learning_rate=None, zo_eps=None)
+    found = []
+    for model, method in (
+        (llama(), "mezo"),
+        (peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2)), "mezo"),
+        (llama(), "fzoo"),
+    ):
+        args.zo_method = method  # as a search for hyperparameters does
+        made = trainer(model, args)
+        made.train()
+        found.append((made.zo_step.param_groups[0]["initial_lr"], args.learning_rate))
+    rates = [methods.get("mezo").preset("none").lr, methods.get("mezo").preset("lora").lr, methods.get("fzoo").preset("none").lr]
+    assert found == [(lr, None) for lr in rates]
+
+
+def test_a_run_goes_on_with_the_numbers_of_its_checkpoint_and_says_so(tmp_path: Path) -> None:
+    for recorded in (None, "run.zoj"):
+        folder = tmp_path / str(recorded)
+        kept = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "zo_journal": recorded}
+        trainer(model := llama(), arguments(folder, **kept)).train()
+        again = trainer(other := llama(), arguments(folder, learning_rate=0.5, zo_eps=0.25, **kept))
+        with pytest.warns(zk.ZOWarning) as said:
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        (words,) = [str(w.message) for w in said if issubclass(w.category, zk.ZOWarning)]
+        assert "lr 0.05, not 0.5, eps 0.01, not 0.25" in words and same(model, other)
+    made = trainer(llama(), arguments(tmp_path / "None", zo_seed=9, max_steps=4))
+    with pytest.warns(zk.ZOWarning, match="seed 3, not 9"):
+        made.train(resume_from_checkpoint=str(tmp_path / "None" / "checkpoint-2"))
+
+
+def test_a_journal_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
+    kept = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(llama(), arguments(tmp_path, **kept)).train()
+    with pytest.raises(ValueError, match=r"run\.zoj is not there.*zo_journal=None"):
+        trainer(model := llama(), arguments(tmp_path, zo_journal="run.zoj", **kept)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+    assert same(model, llama())
+
+
+def test_an_optimizer_made_before_the_run_is_the_runs(tmp_path: Path) -> None:
+    made = trainer(model := llama(), arguments(tmp_path, max_steps=2, zo_journal="run.zoj"))
+    made.create_optimizer_and_scheduler(2)
+    assert not (tmp_path / "run.zoj").exists()
+    made.train()
+    zk.replay(replayed := llama(), tmp_path / "run.zoj")
+    assert same(model, replayed) and made.zo_step.steps == 2
+
+
+def test_the_best_adapter_of_16_bits_stays_and_trains_on(tmp_path: Path) -> None:
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    params = [p for p in model.parameters() if p.requires_grad]
+    kept = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    made = trainer(model, arguments(tmp_path, max_steps=2, **kept))
+    made.train()
+    now = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(params, now, strict=True))
+    made.train()
+    assert made.zo_step.steps == 4
+
+
 def test_checkpointing_of_activations_is_switched_off(tmp_path: Path) -> None:
     with pytest.warns(zk.ZOWarning, match="switched off"):
         args = arguments(tmp_path, gradient_checkpointing=True)
@@ -258,14 +383,16 @@ def test_presets_and_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     made.train()
     (group,) = made.zo_step.param_groups
     preset = methods.get("mezo").preset("lora")
-    assert (group["initial_lr"], group["eps"], args.learning_rate) == (preset.lr, preset.eps, preset.lr)
+    assert (group["initial_lr"], group["eps"]) == (preset.lr, preset.eps)
     assert (
         made.zo_step.forwards() == 4
         and not made.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad
     )
     model = llama()
     own = zk.ZOStep(model, 0.1, rule=zk.Sign(), estimator=zk.OneSided())
-    made = trainer(model, arguments(tmp_path, max_steps=2), optimizers=(own, None))
+    with pytest.raises(ValueError, match=r"learning_rate=0\.05, zo_eps=0\.01 with optimizers=\(ZOStep"):
+        trainer(model, arguments(tmp_path), optimizers=(own, None))
+    made = trainer(model, arguments(tmp_path, max_steps=2, learning_rate=None, zo_eps=None), optimizers=(own, None))
     made.train()
     assert made.zo_step is own and own.steps == 2
 

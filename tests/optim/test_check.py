@@ -59,6 +59,7 @@ def told(run: Callable[[], Any]) -> list[str]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal losses are told of after fewer steps than elsewhere: what is seen is a count."""
     monkeypatch.setattr(findings, "EQUAL", 20)
+    monkeypatch.setattr(findings, "MEMBERS", 10)
 
 
 def steps(optimizer: zk.ZOStep, closure: Callable[..., Any], n: int, batches: Any = None) -> list[str]:
@@ -561,6 +562,18 @@ def test_a_step_tells_of_parameters_that_came_later() -> None:
     model.get_submodule("lm_head").requires_grad_(True)
     model.get_submodule("model.norm").requires_grad_(False)  # the view is made anew
     assert "lm_head.weight" in steps(optimizer, lambda: models.loss_of(model, IDS), 1)[0]
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_run_tells_of_parameters_that_are_unfrozen_in_it() -> None:
+    """Gradual unfreezing: what was frozen when the optimizer was made is none of its parameters."""
+    model = models.make("llama")
+    model.get_submodule("lm_head").requires_grad_(False)
+    optimizer = zk.MeZOStep(model, lr=0.0)
+    assert not steps(optimizer, lambda: models.loss_of(model, IDS), findings.FIRST + 1)
+    model.get_submodule("lm_head").requires_grad_(True)
+    (words,) = steps(optimizer, lambda: models.loss_of(model, IDS), findings.MEMBERS)
+    assert "1 trainable parameters of the model are not in this optimizer" in words and "lm_head.weight" in words
 
 
 def test_a_step_of_chosen_parameters_is_silent_about_the_others() -> None:

@@ -27,6 +27,7 @@ FIRST = 4  # steps that are looked at closely
 EQUAL = 100  # steps in a row whose losses are equal, before a word: accuracy over few examples may be equal for a while
 SKIPPED = 10  # steps in a row that were skipped; at a run's start FIRST are enough
 RARELY = 1000  # on a device, later steps between two looks
+MEMBERS = 100  # steps between two looks for parameters that were unfrozen or added in a run
 GRAINS = 8  # a difference of fewer grains is off by more than a twentieth (sqrt(1/6) of a grain, root mean square)
 MOVES = 0.5  # of a tensor's elements have to move; with half of them the move's correlation with z is 0.9
 MATTERS = 0.1  # share of the trained elements that may lie in tensors that do not move, before a step says so
@@ -298,6 +299,7 @@ class Warner:
         self.steps += 1
         if number >= FIRST and isinstance(gradient, Tensor) and number % RARELY and not (self.equal or self.skipped):
             return []
+        self.membership |= not self.steps % MEMBERS
         g = float(gradient)
         go = math.isfinite(g) if finite is None else bool(finite)
         if go and g:
