@@ -587,6 +587,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/views/tangents.py", "the tangents of a forward gradient are eps z", "[(tag, 1.0) for tag, _ in shift]",
      "[(tag, c) for tag, c in shift]",
      (f"{M}::test_steps_equal_the_float64_reference[forward-scratch-0.0]",)),
+    ("zo_kernels/optim/workers.py", "who is late meets those that gave up", "if store.check([gone])", "if False",
+     ("tests/test_distributed.py::test_a_worker_that_does_not_come_is_named",)),
     ("zo_kernels/views/gathered.py", "what FSDP keeps is perturbed again", "if part.clean and run is not None", "if run is not None",
      ("tests/test_shards.py::test_what_is_gathered_is_perturbed_once",)),
     ("zo_kernels/views/gathered.py", "a forward writes to what FSDP gathered", "if self.spoiled:", "if False:",

@@ -214,15 +214,21 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
         before = bits_of(model)
         if rank == 1:
             time.sleep(9)
-            return "", "", True, ""
+            return "", "", True, raised(lambda: shared(model))[1]
         found = raised(lambda: optimizer.step(model, batches_of(1, F32)))
         again = raised(lambda: optimizer.step(model, batches_of(1, F32)))
-        return *found, bits_of(model) == before, again[1]
+        same = bits_of(model) == before
+        return *found, same, again[1] + raised(lambda: shared(model, timeout=1))[1]
 
     for rank, (name, text, same, again) in enumerate(results(cluster(3, work, tmp_path))):
-        if rank != 1:
+        if rank == 1:
+            assert "worker 1 of 3 did not come" in again
+        else:
             assert name == "WorkerError" and same and re.search(r"worker 1 of 3 (did not come within 1.5 s|is gone)", text), text
-            assert "make a new one" in again
+            assert re.search(
+                r"make a new one.*worker 1 of 3 did not come within 1 s to make optimizer number 2 of",
+                again,
+            ), again
 
 
 # ---- a worker that has another run ------------------------------------------------------------------------------------------------
@@ -234,12 +240,19 @@ def changed(model: nn.Module) -> nn.Module:
     return model
 
 
+def frozen(model: Any) -> nn.Module:
+    model.norm.weight.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
 LIES: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], nn.Module]]] = {
     "seed": ("seed: 5 there, 0 on", {"seed": 5}, lambda m: m),
     "base": ("parameter a.weight: ", {}, changed),
     "method": ("estimator: {'name': 'two-sided', 'queries': 2} there, ", {"queries": 2}, lambda m: m),
     "rule": ("rule: {'name': 'sign'", {"rule": zk.Sign()}, lambda m: m),
-    "mode": ("perturbation: 'inplace' there", {"perturbation": "inplace"}, lambda m: m),
+    "mode": ("perturbation: inplace there, scratch on", {"perturbation": "inplace"}, lambda m: m),
+    "cut": ("parallel: data there, auto on", {"parallel": "data"}, lambda m: m),
+    "names": ("parameters, number 3 of 6, 5: norm.bias torch.float32 (37,) there, norm.weight", {}, frozen),
     "kind": ("kind: 'rademacher' there", {"kind": "rademacher"}, lambda m: m),
     "rounding": ("rounding: 'nearest' there", {"rounding": "nearest"}, lambda m: m),
     "lr": ("lr: [0.002] there, [0.001] on worker 0", {"lr": 2e-3}, lambda m: m),
@@ -251,9 +264,11 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
         found: list[Any] = []
         for _, more, change in LIES.values():
             model: nn.Module = Model()
-            optimizer = shared(change(model) if rank == 1 else model, **(more if rank == 1 else {}))
+            model, more = (change(model), more) if rank == 1 else (model, {})
             before = bits_of(model)
-            found.append((*raised(lambda o=optimizer, m=model: o.step(m, batches_of(0, F32))), bits_of(model) == before))
+            found.append(
+                (*raised(lambda m=model, more=more: shared(m, **more).step(m, batches_of(0, F32))), bits_of(model) == before)
+            )
         version = record.journal.header.__version__
         record.journal.header.__version__ = "0.0.1" if rank == 1 else version  # type: ignore[attr-defined]
         model = Model()
@@ -272,7 +287,10 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
             odd = raised(lambda: optimizer.open_journal(tmp_path / "other.zoj"))
         else:
             odd = raised(lambda: optimizer.step(model, batches_of(0, F32)))
-        return [*found, (*odd, bits_of(model) == before)]
+        found.append((*odd, bits_of(model) == before))
+        if rank:
+            dist.new_group([1], use_local_synchronization=True)
+        return [*found, (*raised(lambda: shared(model)), bits_of(model) == before)]
 
     wanted = [text for text, *_ in LIES.values()]
     wanted += [
@@ -281,6 +299,7 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
         "micro-batches: ",
         "lr: [0.002] there, [0.001] on",
         "what it is at: opening the journal there",
+        "process groups (which name torch's new ones",
     ]
     for found in results(cluster(2, work, tmp_path)):
         for (name, text, same), want in zip(found, wanted, strict=True):

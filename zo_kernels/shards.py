@@ -29,6 +29,11 @@ def whole(p: Tensor) -> Tensor:
     return p.full_tensor() if is_part(p) else p  # type: ignore[attr-defined,no-any-return]
 
 
+def said(name: str, p: Any) -> str:
+    """A parameter in words, the same on all processes that have a part of it."""
+    return f"{name} {p.dtype} {tuple(p.shape)}" + (f" {p.placements}" if is_part(p) else "")
+
+
 def place_of(name: str, p: Any) -> tuple[int, tuple[int, int] | None]:
     """Where this process's part of a DTensor lies: the index of its first element in the whole tensor, and (width, pitch) of a block of columns
     (`plan.Entry`), or None of elements one behind another.

@@ -20,6 +20,17 @@ from zo_kernels.views import View
 WRONG = "the model's weights are sharded (DTensor), and "
 
 
+def made_of(named: Named, mode: str, recorded: bool) -> dict[str, list[str]]:
+    """What processes have in common that make an optimizer together: with sharded weights it is made by collectives."""
+    pairs = [pair for group in named.groups for pair in group["params"]]
+    mine = {id(p) for _, p in pairs}
+    frozen = [(name, p) for name, p in (named.model.named_parameters() if named.model is not None else ()) if id(p) not in mine]
+    words = {"perturbation": [mode], "journal": ["one" if recorded else "none"]}
+    return words | {
+        what: [shards.said(*pair) for pair in some] for what, some in (("parameters", pairs), ("frozen parameters", frozen))
+    }
+
+
 def check(named: Named, method: Method, workers: Workers | None, process_group: Any, lazy: bool, first_order: Any) -> None:
     """Tell the workers of a model with sharded parameters that they have one between them.
 

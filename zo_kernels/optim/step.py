@@ -73,8 +73,8 @@ class ZOStep(torch.optim.Optimizer):
         weight_decay: decoupled; a module's biases and normalization layers (by class) get their own group without it.
         perturbation: "scratch": the forwards see theta ± eps z through a buffer and the weights change in the update alone, exactly;
             needs a module. Of FSDP2's modules the copies are perturbed that they gather for a forward. "inplace": the weights really change
-            and come back, three passes, each of which rounds. "auto": scratch
-            if there is a module (one that is not torch.compile'd, nor has shards that no forward gathers), otherwise in place.
+            and come back, three passes, each of which rounds. "auto": scratch if there is a module (one that is not torch.compile'd, nor has
+            shards that no forward gathers), otherwise in place.
         lazy: in place only: restore, update and the next step's perturbation are one pass, two passes a step. **Between steps the
             weights then stand at theta + eps z.** `flush()` makes them clean, and is called by itself before a forward outside of
             a step, before the module's or the optimizer's state is saved or loaded, when the optimizer goes away and when the
@@ -182,9 +182,10 @@ class ZOStep(torch.optim.Optimizer):
                 backends.pick(p.device, backend)
         check_signs(groups, what, first_order)
         self._model, self._first_order, self._backend = named.model, first_order, backend
-        self.workers = workers_of(process_group, parallel, timeout)
+        mode = "scratch" if scratch else "lazy" if lazy else "inplace"
+        self.workers = workers_of(process_group, parallel, timeout, lambda: sharded.made_of(named, mode, journal is not None))
         sharded.check(named, what, self.workers, process_group, lazy, first_order)
-        self._recording = record.Recording("scratch" if scratch else "lazy" if lazy else "inplace", self.workers)
+        self._recording = record.Recording(mode, self.workers)
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._scratch_bytes, self._graph_wanted = scratch_bytes, cuda_graph
         self._owned: set[str] = set()  # the parameters that the module had

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -134,6 +134,7 @@ class Workers:
 
     Args:
         group: the processes. parallel: how an optimizer's steps are shared, see `cut`. timeout: seconds that a round waits for the slowest worker.
+        made_of: lists of texts by what they are of: what must be the same on all for an optimizer to be made.
 
     Attributes:
         rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
@@ -141,10 +142,13 @@ class Workers:
         met: the workers have compared what they begin with.
 
     Raises:
-        TypeError, ValueError: no process group that this process is in; parallel or timeout is none.
+        TypeError, ValueError: no process group that this process is in; parallel or timeout is none. WorkerError: a worker makes another one, or none: names
+            it, and what differs.
     """
 
-    def __init__(self, group: Any, parallel: str = "auto", timeout: float = 600.0) -> None:
+    def __init__(
+        self, group: Any, parallel: str = "auto", timeout: float = 600.0, made_of: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         checks.check_choice("parallel", parallel, PARALLEL)
         if not (isinstance(timeout, (int, float)) and 0 < timeout < 1e7):
             raise ValueError(f"timeout={timeout!r:.80} must be a positive number of seconds")
@@ -167,12 +171,54 @@ class Workers:
         self.lost: WorkerError | None = None
         self._group: Any = None
         if self.size > 1:
+            self._introduce(group.get_group_store(), {"parallel": [parallel], **(made_of or {})})
             self._group = dist.new_group(
                 dist.get_process_group_ranks(group),
                 timeout=datetime.timedelta(seconds=self.timeout),
                 backend="gloo",
                 use_local_synchronization=True,
             )
+
+    def _introduce(self, store: Any, made_of: Mapping[str, Sequence[str]]) -> None:
+        """Compare, by the processes' store, what torch would wait for in vain where it differs: a new group is named by how many there are, and whole tensors
+        are gathered one after another."""
+        turn = store.add(f"zo_kernels/made by {self.rank}", 1)
+
+        def exchange(what: str, value: Any) -> list[Any]:
+            keys = [f"zo_kernels/{turn}/{what}/{rank}" for rank in range(self.size)]
+            gone = f"zo_kernels/{turn}/gone"
+            store.set(keys[self.rank], json.dumps(value))
+            try:
+                store.wait(keys, datetime.timedelta(seconds=self.timeout))
+                if store.check([gone]):  # for this worker's own sake
+                    raise RuntimeError("the others no longer wait")
+            except RuntimeError as error:
+                silent = [rank for rank, key in enumerate(keys) if not store.check([key])] or [self.rank]
+                store.set(gone, "")
+                raise WorkerError(
+                    f"worker {_names(silent)} of {self.size} did not come within {self.timeout:g} s to make optimizer number {turn} of process_group's "
+                    "processes: all of them make the same ones, in the same order. Nothing was made",
+                    silent,
+                ) from error
+            return [json.loads(store.get(key)) for key in keys]
+
+        mine = {"process groups": [str(_groups())], **{what: list(lines) for what, lines in made_of.items()}}
+        rows = exchange("digests", {what: print_of(lines) for what, lines in mine.items()})
+        for what in dict.fromkeys(key for row in rows for key in row):
+            if len({row.get(what) for row in rows}) > 1:
+                lists = exchange(what, mine.get(what, []))
+                at = next(k for k in range(max(map(len, lists))) if len({tuple(found[k : k + 1]) for found in lists}) > 1)
+                remedy = (
+                    " (which name torch's new ones: make the optimizer before those that not every process is in, or as many on each)"
+                    if what == "process groups"
+                    else ""
+                )
+                where = (
+                    f"{what}, number {at + 1} of {', '.join(str(len(found)) for found in lists[:4])}"
+                    if max(map(len, lists)) > 1
+                    else what
+                )
+                self._differ(where + remedy, ["".join(found[at : at + 1]) or "nothing" for found in lists])
 
     # -- rounds --
 
@@ -373,14 +419,21 @@ class Workers:
         return cut("directions" if self.whole else self.parallel, points, batches, self.size)
 
 
+def _groups() -> int:
+    """How many process groups this process is in, where torch tells."""
+    return len(getattr(getattr(dist.distributed_c10d, "_world", None), "pg_names", ()))
+
+
 def _names(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks)) if len(ranks) < 4 else f"{ranks[0]}, {ranks[1]} and {len(ranks) - 2} more"
 
 
-def workers_of(process_group: Any, parallel: str, timeout: float) -> Workers | None:
+def workers_of(
+    process_group: Any, parallel: str, timeout: float, made_of: Callable[[], Mapping[str, Sequence[str]]]
+) -> Workers | None:
     """Those of an optimizer; None without a process group, with a word where there are processes that could share its steps."""
     if process_group is not None:
-        return Workers(process_group, parallel, timeout)
+        return Workers(process_group, parallel, timeout, made_of())
     if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
         warnings.warn(
             f"torch.distributed has {size} processes, and this optimizer is given no process_group: each would step with losses of its own, and their weights "
