@@ -107,6 +107,13 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             f"model={type(model).__name__} has no trainable parameter (requires_grad is False on all {sum(1 for _ in model.parameters())}): "
             "unfreeze some, or add an adapter"
         )
+    if empty := next((name for name, p in pairs if p.is_meta), None):
+        if hasattr(model.get_submodule(empty.rpartition(".")[0]), "_hf_hook"):
+            raise ValueError(
+                f"parameter {empty!r} is offloaded by accelerate (device_map, cpu_offload, disk_offload): its values are there for the time of its module's "
+                "forward alone, past every update. Load the model without that and give it to zk.offload(model, source); or freeze the parameter"
+            )
+        raise ValueError(f"parameter {empty!r} is on the meta device and has no values: load its weights first")
     return pairs
 
 

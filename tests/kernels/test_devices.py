@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zo_kernels import _backends as backends
 from zo_kernels import ops, plan
 from zo_kernels._backends import cuda
 from zo_kernels.plan import Entry, Pass, Plan
 from zo_kernels.views.buffer import Buffer, Fill, Forward
+from zo_kernels.views.shadow import PerturbedWeight
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +106,29 @@ class Elsewhere:
     def perturb(self, plan: Plan, p: Pass) -> None:
         assert all(t.device == plan.device for t in (p.tags, p.coefs, p.decay) if isinstance(t, Tensor)), "of another device"
         self.seen.append(p)
+
+
+def test_layers_on_two_devices_have_a_buffer_and_a_launch_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one forward, in the order in which it asks, with coefficients of the first device: meta stands for the second."""
+    here, there = torch.device("cpu"), torch.device("meta")
+    backend: Any = Elsewhere()
+    chosen = backends.pick
+    monkeypatch.setattr(backends, "pick", lambda device, name: backend if device == there else chosen(device, name))
+    params = [nn.Parameter(torch.zeros(8, 4, device=device)) for device in (here, there, here, there)]
+    shadows = [PerturbedWeight(p, Entry(p.detach(), p.detach(), stream), 0, SimpleNamespace()) for stream, p in enumerate(params)]
+    forward = Forward()
+    forward.passes = [Pass(1, torch.tensor([3]), torch.tensor([0.5]))]
+    buffer = Buffer(1 << 14, None, forward)
+    for _ in range(3):  # the first forward surprises, and the second one shows the order
+        buffer.begin()
+        backend.seen.clear()
+        for stream, shadow in enumerate(shadows):
+            (value,) = buffer.values([shadow])
+            assert value.device == params[stream].device
+            if value.device == here:
+                assert torch.equal(value, 0.5 * ops.normal((8, 4), seed=1, stream=stream, tag=3))
+    assert buffer.memory.keys() == {here, there} and len(buffer.fills) == 1
+    assert len(backend.seen) == 1 and backend.seen[0].coefs.device == there, "one launch for both weights of a device"
 
 
 def test_fills_take_a_pass_to_the_device_of_their_weights() -> None:
