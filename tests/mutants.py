@@ -362,6 +362,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{Q}::test_scales_alone_are_trained",)),
     ("zo_kernels/quantized.py", "a forward replaces the scales that are trained", "module.support_avx512bf16_for_cpu = False", "pass",
      (f"{Q}::test_a_forward_does_not_replace_scales_that_are_trained",)),
+    ("zo_kernels/quantized.py", "a layout that does not hold a matrix is tried", "not (rows % _IN_BLOCK or columns %", "not (rows % _IN_BLOCK and columns %",
+     (f"{Q}::test_matrices_that_a_processors_layout_cannot_hold_are_trained_on",)),
     ("python/zo_finetune/trl_trainers.py", "a loss of ratios to itself", 'if "old_per_token_logps" not in found:', "if False:",
      (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
     ("python/zo_finetune/trl_trainers.py", "answers are weighed with dropout", "with dropout_off(self.model):", "with torch.no_grad():",

@@ -203,6 +203,21 @@ def test_a_forward_does_not_replace_scales_that_are_trained() -> None:
     assert linear.support_avx512bf16_for_cpu is False
 
 
+def test_matrices_that_a_processors_layout_cannot_hold_are_trained_on() -> None:
+    """bitsandbytes would bring them into it at the first forward of a step, and fail: rows of 32, columns of 64."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False), nn.Linear(64, 48, bias=False))
+    packed: Any = nn.Sequential(*(four_bits(linear) for linear in model), nn.Linear(48, 4)).eval()
+    for linear in packed[:3]:
+        linear.support_avx512bf16_for_cpu = True
+    step = zk.MeZOStep(packed, lr=1e-2, eps=1e-2)
+    assert [linear.support_avx512bf16_for_cpu for linear in packed[:3]] == [True, False, False]
+    before = packed[3].weight.clone()
+    packed[0].support_avx512bf16_for_cpu = False  # whose layout needs the processor
+    step.step(lambda: packed(torch.ones(2, 64)).square().mean())
+    assert not torch.equal(packed[3].weight, before)
+
+
 def test_a_packed_weight_is_known_by_its_type() -> None:
     plain = llama()
     assert {quantized.library(p) for p in plain.parameters()} == {""} and quantized.parts(plain.lm_head.weight) == {}

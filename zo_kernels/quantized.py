@@ -39,6 +39,16 @@ def elements(p: Tensor) -> int:
     return math.prod(p.quant_state.shape) if library(p) == "bitsandbytes-4bit" else p.numel()  # type: ignore[attr-defined]
 
 
+def keep_what_runs(model: nn.Module | None) -> None:
+    """Matrices in 4 bits that bitsandbytes cannot bring into its layout for AVX512-BF16 stay in the usual one, in which it multiplies on any processor. It
+    tries at the first forward without gradients, and fails where rows are no multiple of 32, or columns none of a block."""
+    for module in model.modules() if model is not None else ():
+        weight: Any = getattr(module, "weight", None)
+        if getattr(module, "support_avx512bf16_for_cpu", False) and library(weight) == "bitsandbytes-4bit":
+            rows, columns = weight.quant_state.shape
+            module.support_avx512bf16_for_cpu = not (rows % _IN_BLOCK or columns % weight.quant_state.blocksize)  # type: ignore[assignment]
+
+
 # ---- what stands for a weight ------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from zo_finetune.quantize import arguments as quantized_arguments
 from zo_finetune.tasks.base import Form
 from zo_finetune.values import DOMINANT
 from zo_kernels import Offloaded, quantized_scales
-from zo_kernels.quantized import elements, library, trained_weights
+from zo_kernels.quantized import elements, keep_what_runs, library, trained_weights
 
 REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")  # by transformers, of a model that it loads
 
@@ -341,6 +341,7 @@ def load(
     if not packing and offloaded is None:  # which are where they were packed, or visit
         model = model.to(found.place)
     model = model.eval()
+    keep_what_runs(model)
     if scales:
         model.requires_grad_(False)
         try:

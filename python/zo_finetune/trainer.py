@@ -32,7 +32,7 @@ from zo_finetune import methods, values
 from zo_finetune.errors import UserError
 from zo_finetune.methods import Recipe
 from zo_finetune.train import view_options
-from zo_kernels import journal
+from zo_kernels import journal, quantized
 
 PERTURBATIONS = ("auto", "scratch", "inplace", "lazy")
 OF_A_STEP = ("backend", "clip", "rounding", "scratch_bytes")  # zo_options that every method takes
@@ -312,6 +312,7 @@ class ZOTrainerMixin(_Base):
                 )
         if processes > 1:
             raise ValueError(f"{processes} processes: they would take steps of their own; start one")
+        quantized.keep_what_runs(self.model)
         if gpus > 1:
             raise ValueError(f"{gpus} GPUs are DataParallel's, which copies the weights; set CUDA_VISIBLE_DEVICES to one of them")
 

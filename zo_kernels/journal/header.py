@@ -444,7 +444,7 @@ def verify_base(
         if (found := digest(p)) != entry.sha256:
             raise ValueError(
                 f"{wrong}: {name} has other values (SHA-256 {found[:16]}..., the run's {entry.sha256[:16]}...); "
-                f"load the base model {_whose(header)} as it was before training"
+                f"load the base model {_whose(header)} as it was before training, with the adapter that it had (of the same random state)"
             )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import _backends as backends
-from zo_kernels import checks, interrupts, journal, parameters, views
+from zo_kernels import checks, interrupts, journal, parameters, quantized, views
 from zo_kernels.optim import anchor as anchors
 from zo_kernels.optim import blocks as blocking
 from zo_kernels.optim import clip as clips
@@ -190,16 +190,16 @@ class ZOStep(torch.optim.Optimizer):
         self._scratch_bytes, self._graph_wanted = scratch_bytes, cuda_graph
         self._owned: set[str] = set()  # the parameters that the module had
         self._warner = findings.Warner(named.model, first_order, kind, isinstance(model_or_params, nn.Module))
-        self._complete = False  # state_dict() has a place for every tensor that there will be
+        self._complete = self._made = False  # state_dict() has a place for every tensor that there will be; torch's part
         self.projected_gradient: Tensor | None = None
         self._begin(Run(what, int(seed), parameters.streams_of(named.all_names), backend))
-        self._made = False
         with interrupts.uninterrupted():  # torch imports its compiler for the first optimizer: cut short, that cannot be done again
             super().__init__(named.groups, defaults)
             # And for the first step of all, which it names, a part of its profiler, where it keeps whatever a handler raises to itself.
             with torch.autograd.profiler.record_function("zo_kernels"):
                 pass
         self._made = True
+        quantized.keep_what_runs(named.model)
         self._refresh()
         self._guard()
         if not scratch and perturbation == "auto" and any(p.dtype != torch.float32 for g in self.param_groups for p in g["params"]):
