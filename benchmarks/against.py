@@ -10,7 +10,9 @@ Each tree runs in a process of its own; a round is some steps of one and as many
 time with one thread. Every `RENEW` rounds both processes are new ones: where a process's memory lies moves its steps by some per cent, whatever the
 code. Contenders: a model of hidden size 64 with its forwards, and the shapes of GPT-2 small (148 tensors, each with a hundredth of its
 elements, so that the passes over them do not hide the rest) with a closure that computes nothing. "one pass" is theta + c z over 2^24 weights, in place
-and from them into a buffer of 2^20, as scratch mode has it; its rows are in a file of their own, against_pass.csv.
+and from them into a buffer of 2^20, as scratch mode has it; "one mask" is what Sparse-MeZO does before each step, the mask of the smallest weights of a
+tensor of 2^24. The rows of these two are in files of their own, against_pass.csv and
+against_mask.csv.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import harness
 
 RENEW = 10
 TRAINING = ("hidden 64", "GPT-2 shapes")
-CASES = (*TRAINING, "one pass")
+CASES = (*TRAINING, "one pass", "one mask")
 COLUMNS = (
     "case",
     "dtype",
@@ -80,6 +82,12 @@ def one_pass(dtype, mode):
             cpu.perturb(plan, Pass(1, [7], [1e-3]))
     return step
 
+def one_mask(dtype):
+    weights = {"weight": (torch.randn(1 << 24) * 0.02).to(dtype)}
+    direction = zk.MagnitudeSparse(0.25).of(1)
+    direction.limits("weight", weights["weight"], 5)
+    return lambda: direction.prepare(0, 0, weights)
+
 def training(case, dtype, mode):
     model, closure = {"hidden 64": hidden64, "GPT-2 shapes": gpt2}[case]()
     optimizer = zk.MeZOStep(model.to(dtype), lr=1e-6, eps=1e-3, perturbation=mode, seed=1)
@@ -91,7 +99,7 @@ for line in sys.stdin:
     key = case, dtype, mode
     if key not in cases:
         kind = getattr(torch, dtype)
-        cases[key] = one_pass(kind, mode) if case == "one pass" else training(case, kind, mode)
+        cases[key] = one_pass(kind, mode) if case == "one pass" else one_mask(kind) if case == "one mask" else training(case, kind, mode)
         for _ in range(steps):
             cases[key]()
     step = cases[key]
@@ -150,13 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=TRAINING)
     parser.add_argument(
-        "--dtypes", nargs="+", choices=harness.DTYPES, help="(default: all for one pass, float32 and bfloat16 for steps)"
+        "--dtypes", nargs="+", choices=harness.DTYPES, help="(default: float32 and bfloat16 for steps, otherwise all)"
     )
     args = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for case in args.cases:
-        for dtype in args.dtypes or (harness.DTYPES if case == "one pass" else ("float32", "bfloat16")):
-            for mode in ("scratch", "inplace"):
+        for dtype in args.dtypes or (("float32", "bfloat16") if case in TRAINING else harness.DTYPES):
+            for mode in ("",) if case == "one mask" else ("scratch", "inplace"):
                 pairs: list[tuple[float, float]] = []
                 while len(pairs) < args.rounds:
                     rounds = min(RENEW, args.rounds - len(pairs))

@@ -171,6 +171,25 @@ def compile_update(arch: int, dtype: str, rule: str, state: str, flags: dict[str
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def compile_magnitude_mask(arch: int, dtype: str) -> Any:
+    """`magnitude_mask_kernel` as `zo_kernels._backends.triton.magnitude_mask` would launch it."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zo_kernels._backends import _triton_mask as kernels
+    from zo_kernels._backends.triton import GPU
+
+    names = kernels.magnitude_mask_kernel.arg_names
+    constants = {"DTYPE": getattr(tl, dtype), "P": GPU.groups}
+    pointers = {"table": "*i64", "limits": "*fp32", "spans": "*i64"}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "spans")}
+    source = ASTSource(kernels.magnitude_mask_kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": GPU.warps})
+
+
 LINEAR_PLAIN: dict[str, Any] = {"KIND": 0, "TERMS": 1, "HALVES": True, "BIAS": True, "SPLIT": False, "EVEN_K": True, "BM": 16}
 LINEAR_VARIANTS: dict[str, dict[str, Any]] = {
     "perturbed-linear": {},

@@ -510,6 +510,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "told": ("told", told, ""),
     "against": ("against", against, ""),
+    "against_mask": ("against_mask", against, ""),
     "ranks": ("ranks", ranks, ""),
     "memory": ("memory", memory, ""),
     "objectives": ("objectives", objectives, ""),

@@ -180,6 +180,16 @@ void cpu_update(uint64_t table, uint64_t states, int64_t n, uint64_t seed, int d
   check(code);
 }
 
+void cpu_magnitude_mask(uint64_t table, uint64_t limits, int64_t n, int dtype, int threads, int isa) {
+  int code;
+  {
+    py::gil_scoped_release release;
+    code = zo_cpu_magnitude_mask(dtype, (const zo_tensor *)(uintptr_t)table, (const float *)(uintptr_t)limits, n,
+                                 threads, isa);
+  }
+  check(code);
+}
+
 #ifdef ZO_WITH_CUDA
 /* A launch blocks while the stream's queue is full, and other threads go on meanwhile. */
 template <typename Launch> void launch_cuda(Launch launch) {
@@ -230,6 +240,14 @@ void cuda_update(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint
   launch_cuda([&] {
     return zo_cuda_update(&update, (const zo_tensor *)(uintptr_t)table, (const zo_states *)(uintptr_t)states,
                           (const uint32_t *)(uintptr_t)map, tiles, tile, (void *)(uintptr_t)stream);
+  });
+}
+
+void cuda_magnitude_mask(uint64_t table, uint64_t map, int64_t tiles, int64_t tile, uint64_t limits, int dtype,
+                         uint64_t stream) {
+  launch_cuda([&] {
+    return zo_cuda_magnitude_mask(dtype, (const zo_tensor *)(uintptr_t)table, (const float *)(uintptr_t)limits,
+                                  (const uint32_t *)(uintptr_t)map, tiles, tile, (void *)(uintptr_t)stream);
   });
 }
 #endif
@@ -358,6 +376,10 @@ PYBIND11_MODULE(_C, m) {
         "zo_cpu_update of csrc/zo_kernels.h; states is the address of n structs zo_states; numbers and squares are "
         "lists or addresses (squares may be None).");
 
+  m.def("cpu_magnitude_mask", &cpu_magnitude_mask, py::arg("table"), py::arg("limits"), py::arg("n"), py::arg("dtype"),
+        py::arg("threads"), py::arg("isa"),
+        "zo_cpu_magnitude_mask of csrc/zo_kernels.h; limits is the address of n floats.");
+
   /* ---- CUDA ---- */
 #ifdef ZO_WITH_CUDA
   m.attr("WITH_CUDA") = true;
@@ -378,6 +400,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("squares"), py::arg("stream"),
         "zo_cuda_update of csrc/zo_kernels.h; states is an address in device memory; numbers and squares are lists or "
         "such addresses (squares may be None); the rest as in cuda_perturb.");
+  m.def("cuda_magnitude_mask", &cuda_magnitude_mask, py::arg("table"), py::arg("map"), py::arg("tiles"),
+        py::arg("tile"), py::arg("limits"), py::arg("dtype"), py::arg("stream"),
+        "zo_cuda_magnitude_mask; limits is an address in device memory.");
   m.def("cuda_status", &cuda_status, "Why the runtime finds no device; empty where it does.");
 #else
   m.attr("WITH_CUDA") = false;

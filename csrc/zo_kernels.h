@@ -102,6 +102,10 @@ int zo_cpu_best_isa(void);
 int zo_cpu_update(const zo_update *update, const zo_tensor *tensors, const zo_states *states, int64_t n, int threads,
                   int isa);
 
+/* The bit mask of |x| <= limits[k], as real numbers (no NaN is kept), of every tensor: read from `src`, written to
+ * `mask`, with zeros behind the last element. No rows; of the other fields only numel counts. */
+int zo_cpu_magnitude_mask(int dtype, const zo_tensor *tensors, const float *limits, int64_t n, int threads, int isa);
+
 /* One launch on `stream` (a cudaStream_t) for a whole list of tensors of one dtype, for a sequence after a small one
  * that prepares its terms; returns without waiting. Everything
  * but `pass` itself lies in device memory: `table` (the zo_tensor structs), `map`, what they point at, and the terms,
@@ -121,6 +125,9 @@ int zo_cuda_perturb(const zo_pass *pass, const zo_tensor *table, const uint32_t 
 /* The same for a rule: `states` lies in device memory. */
 int zo_cuda_update(const zo_update *update, const zo_tensor *table, const zo_states *states, const uint32_t *map,
                    int64_t tiles, int64_t tile, void *stream);
+/* zo_cpu_magnitude_mask; `limits` lies in device memory too. */
+int zo_cuda_magnitude_mask(int dtype, const zo_tensor *table, const float *limits, const uint32_t *map, int64_t tiles,
+                           int64_t tile, void *stream);
 const char *zo_cuda_error_string(int code);
 /* 0 where this runtime finds a device; it may need a newer driver than others in the process. */
 int zo_cuda_status(void);

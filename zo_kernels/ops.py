@@ -53,6 +53,27 @@ def run_sequence(plans: Sequence[Plan], passes: Passes, backend: str | None = No
     written(plans)
 
 
+def magnitude_masks(plans: Sequence[Plan], limits: Sequence[Tensor], backend: str | None = None) -> None:
+    """The bit mask of |x| <= limit, as `pack_mask` has it, of every tensor of the plans, read from its weights and written to its `mask`, in one launch
+    for each plan. An inner door.
+
+    Args:
+        plans: every entry has a mask of its own, and no gathered rows.
+        limits: for each plan float32 [rows of its table] on its device; a weight is compared as a real number, so that a NaN is never kept, and a
+            limit that is negative or NaN keeps nothing.
+    """
+    for plan, given in zip(plans, limits, strict=True):
+        if not plan.table[plan.table[:, 2] > 0, 4].all() or plan.table[:, 7].any():
+            raise ValueError("magnitude_masks: a tensor of the plan has no mask to be written, or gathered rows")
+        if given.dtype != torch.float32 or given.shape != (len(plan.table),) or given.device != plan.device:
+            raise ValueError(
+                f"limits is {given.dtype} {tuple(given.shape)} on {given.device}; give float32 ({len(plan.table)},) on {plan.device}, "
+                "one for each row of the plan's table"
+            )
+    for plan, given in zip(plans, limits, strict=True):
+        backends.of(plan, backend).magnitude_mask(plan, given)
+
+
 def perturb_(
     params: Sequence[Tensor],
     terms: Terms,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zo_kernels import checks
+from zo_kernels import checks, reference
 
 WORDS = 14  # of zo_tensor
 
@@ -53,9 +53,7 @@ def pack_mask(keep: Tensor) -> Tensor:
     """A bool tensor of any shape as a bit mask: uint8 [ceil(numel / 8)], element i in bit i & 7 of byte i >> 3."""
     if keep.dtype != torch.bool:
         raise TypeError(f"keep has dtype {keep.dtype}; give a bool tensor, True where the weight takes part")
-    flat = keep.reshape(-1)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+    return reference.packed(keep.reshape(1, -1))[0]
 
 
 @dataclass(frozen=True)
@@ -368,7 +366,7 @@ def by_rows(mask: Tensor, width: int) -> Tensor:
         return mask
     bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1).bool().view(-1)
     rows = bits[: bits.numel() // width * width].view(-1, width)
-    return pack_mask(torch.nn.functional.pad(rows, (0, -width % 8)))
+    return reference.packed(rows).view(-1)
 
 
 def check_scale(

@@ -233,6 +233,32 @@ def sequence(plan: Plan, passes: Passes) -> None:
             perturb_entry(in_place, p, *p.terms_on(plan.device))
 
 
+# ---- masks by magnitude ---------------------------------------------------------------------------------------------
+
+
+def packed(keep: Tensor) -> Tensor:
+    """bool [rows, n] as bits, uint8 [rows, ceil(n / 8)]: element e of a row in bit e & 7 of its byte e >> 3."""
+    octets = torch.nn.functional.pad(keep, (0, -keep.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (octets.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+def magnitude_mask(plan: Plan, limits: Tensor) -> None:
+    """The mask of every tensor of the plan: |x| <= its limit as real numbers, which no NaN is. Magnitudes are compared by their bits."""
+    behind = torch.where(limits >= 0, (float_bits(limits) & 0x7FFFFFFF) + 1, 0)
+    first = 0
+    for entry, rows in zip(plan.entries, plan.rows, strict=True):
+        assert entry.mask is not None
+        mine, flat = behind[first : first + rows], entry.src.view(-1)
+        first += rows
+        if entry.width:
+            kept = float_bits(flat.view(rows, -1).float()) & 0x7FFFFFFF < mine[:, None]
+            entry.mask.copy_(packed(kept).view(-1))
+            continue
+        for start in range(0, flat.numel(), CHUNK):
+            bits = packed((float_bits(flat[start : start + CHUNK].float()) & 0x7FFFFFFF < mine)[None])[0]
+            entry.mask[start // 8 : start // 8 + bits.numel()] = bits
+
+
 # ---- 10. Update rules -----------------------------------------------------------------------------------------------
 
 

@@ -59,5 +59,13 @@ UpdateRange update_portable;
 UpdateRange update_avx2, update_avx512;
 #endif
 
+/* The mask of |x| <= limit at local elements [begin, end) of one tensor, `limit` as an integer (mask_tile.h). */
+typedef void MaskRange(int dtype, uint32_t limit, const zo_tensor &tensor, int64_t begin, int64_t end);
+
+MaskRange mask_portable;
+#if defined(__x86_64__)
+MaskRange mask_avx2, mask_avx512;
+#endif
+
 } // namespace zo
 #endif

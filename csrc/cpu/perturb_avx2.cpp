@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "mask_tile.h"
 #include "simd.h"
 #include "update_tile.h"
 
@@ -132,6 +133,24 @@ struct Avx2 {
     }
   }
 
+  /* Bit e of the 64: the magnitude of x[e] is below the limit. */
+  static inline void below(const uint32_t *x, uint32_t limit, uint8_t *bits) {
+    const U most = set1(limit), magnitude = set1(0x7FFFFFFFu);
+    for (int k = 0; k < 8; ++k) {
+      bits[k] = (uint8_t)_mm256_movemask_ps(
+          as_float(below(bit_and(_mm256_loadu_si256((const __m256i *)(x + 8 * k)), magnitude), most)));
+    }
+  }
+  static inline void below(const uint16_t *x, uint32_t limit, uint8_t *bits) {
+    const U most = _mm256_set1_epi16((short)limit), magnitude = _mm256_set1_epi16(0x7FFF);
+    for (int k = 0; k < 2; ++k) {
+      const U low = _mm256_cmpgt_epi16(most, bit_and(load_pairs(x + 32 * k), magnitude));
+      const U high = _mm256_cmpgt_epi16(most, bit_and(load_pairs(x + 32 * k + 16), magnitude));
+      const int mask = _mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8));
+      memcpy(bits + 4 * k, &mask, 4);
+    }
+  }
+
   /* The words of call 0, then those of call 1, ... */
   static inline void store_words(const U *w, uint32_t *p) {
     const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
@@ -151,6 +170,10 @@ void perturb_avx2(const Job &job, const zo_tensor &tensor, int64_t begin, int64_
 
 void update_avx2(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin, int64_t end) {
   update_range<SimdStages<Avx2>>(job, tensor, states, begin, end);
+}
+
+void mask_avx2(int dtype, uint32_t limit, const zo_tensor &tensor, int64_t begin, int64_t end) {
+  mask_range<Avx2>(dtype, limit, tensor, begin, end);
 }
 
 } // namespace zo

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "mask_tile.h"
 #include "simd.h"
 #include "update_tile.h"
 
@@ -144,6 +145,24 @@ struct Avx512 {
     }
   }
 
+  /* Bit e of the 64: the magnitude of x[e] is below the limit. */
+  static inline void below(const uint32_t *x, uint32_t limit, uint8_t *bits) {
+    const __m512i most = _mm512_set1_epi32((int)limit), magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    for (int k = 0; k < 4; ++k) {
+      const __m512i word = _mm512_and_si512(_mm512_loadu_si512(x + 16 * k), magnitude);
+      const __mmask16 mask = _mm512_cmplt_epu32_mask(word, most);
+      memcpy(bits + 2 * k, &mask, 2);
+    }
+  }
+  static inline void below(const uint16_t *x, uint32_t limit, uint8_t *bits) {
+    const __m512i most = _mm512_set1_epi16((short)limit), magnitude = _mm512_set1_epi16(0x7FFF);
+    for (int k = 0; k < 2; ++k) {
+      const __m512i word = _mm512_and_si512(_mm512_loadu_si512(x + 32 * k), magnitude);
+      const __mmask32 mask = _mm512_cmplt_epu16_mask(word, most);
+      memcpy(bits + 4 * k, &mask, 4);
+    }
+  }
+
   /* The words of call 0, then those of call 1, ... */
   static inline void store_words(const U *w, uint32_t *p) {
     const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
@@ -161,6 +180,10 @@ void perturb_avx512(const Job &job, const zo_tensor &tensor, int64_t begin, int6
 
 void update_avx512(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin, int64_t end) {
   update_range<SimdStages<Avx512>>(job, tensor, states, begin, end);
+}
+
+void mask_avx512(int dtype, uint32_t limit, const zo_tensor &tensor, int64_t begin, int64_t end) {
+  mask_range<Avx512>(dtype, limit, tensor, begin, end);
 }
 
 } // namespace zo

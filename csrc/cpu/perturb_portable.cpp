@@ -10,6 +10,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "mask_tile.h"
 #include "update_tile.h"
 
 #if defined(__clang__) /* which would rather unroll the sixteen rounds of a short loop than vectorise it */
@@ -236,6 +237,23 @@ struct PortableStages {
   }
 };
 
+/* Of masks by magnitude. */
+struct PortableBits {
+  /* Bit e of the 64: the magnitude of x[e] is below the limit. Bytes of 0 and 1 in a vectorised loop; the product moves
+   * those of an octet side by side into its highest byte. */
+  template <class Word> static void below(const Word *x, uint32_t limit, uint8_t *bits) {
+    constexpr Word MAGNITUDE = (Word) ~(Word)0 >> 1;
+    const Word most = (Word)limit;
+    uint8_t kept[64];
+    for (int e = 0; e < 64; ++e) kept[e] = (Word)(x[e] & MAGNITUDE) < most;
+    for (int k = 0; k < 8; ++k) {
+      uint64_t octet;
+      memcpy(&octet, kept + 8 * k, 8);
+      bits[k] = (uint8_t)((octet * 0x0102040810204080u) >> 56);
+    }
+  }
+};
+
 } // namespace
 
 void perturb_portable(const Job &job, const zo_tensor &tensor, int64_t begin, int64_t end) {
@@ -245,6 +263,10 @@ void perturb_portable(const Job &job, const zo_tensor &tensor, int64_t begin, in
 void update_portable(const UpdateJob &job, const zo_tensor &tensor, const zo_states &states, int64_t begin,
                      int64_t end) {
   update_range<PortableStages>(job, tensor, states, begin, end);
+}
+
+void mask_portable(int dtype, uint32_t limit, const zo_tensor &tensor, int64_t begin, int64_t end) {
+  mask_range<PortableBits>(dtype, limit, tensor, begin, end);
 }
 
 } // namespace zo

@@ -7,7 +7,7 @@ backend; each backend's test file runs `CASES` with its name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import zo_kernels as zk
 from zo_kernels import checks, reference
-from zo_kernels.plan import Pass, Passes, Plan, make_passes, make_plans
+from zo_kernels.plan import Entry, Pass, Passes, Plan, make_passes, make_plans
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around every boundary of the contract: octets (8), groups (16, 32), Rademacher calls (128), SIMD blocks and launch tiles.
@@ -426,3 +426,43 @@ def check_columns(
 
 
 __all__ = ["CASES", "GROUPS", "Case", "bits", "check", "check_columns", "check_every_half", "reference", "same_bits", "weights"]
+
+
+# ---- masks by magnitude -------------------------------------------------------------------------------------------------
+
+LIMITS = (0.5, 0.0, -0.0, 1e-41, 70000.0, float("inf"), -1.0, float("nan"))  # one that fp32 alone has, one beyond fp16
+
+
+def check_magnitude_masks(
+    dtype: torch.dtype, run: Callable[[Plan, Tensor], None], device: str = "cpu", sizes: Sequence[int] = SIZES
+) -> None:
+    """The bits of `pack_mask(|x| <= limit)`, weight by weight, of whole and of misaligned tensors and of blocks of columns, in one list; and not a bit
+    beside them."""
+    tensors, limits, columns = [], [], []
+    for k, n in enumerate(sizes):
+        for shift in (0, 1, 3):
+            x = weights(n + shift, dtype, salt=k)
+            x[::7] = float("nan")
+            x[5::11] = -0.0
+            tensors.append(x.to(device)[shift:])
+            some = x[shift:].float().abs().nan_to_num(0.25)
+            limits.append(float(some[n // 2]) if n and shift == 3 else LIMITS[(3 * k + shift) % len(LIMITS)])
+            columns.append(None)
+    for k, (shape, rows, of_row) in enumerate(BLOCKS):
+        whole = weights(shape[0] * shape[1], dtype, salt=k).view(shape)
+        tensors.append(whole[slice(*rows), slice(*of_row)].contiguous().to(device))
+        limits.append(LIMITS[k % 2])
+        columns.append((of_row[1] - of_row[0], shape[1]))
+    strides = [(t.numel() // c[0], c[0]) if c else (1, t.numel()) for t, c in zip(tensors, columns, strict=True)]
+    held = [torch.full((rows * ((n + 7) // 8) + 2 * GUARD,), 0xA5, dtype=torch.uint8, device=device) for rows, n in strides]
+    entries = tuple(
+        Entry(t, t, 1, 40 + 3 * k, mask=bits[GUARD:-GUARD], width=c[0] if c else 0, pitch=c[1] if c else 0)
+        for k, (t, bits, c) in enumerate(zip(tensors, held, columns, strict=True))
+    )
+    plan = Plan(entries, torch.device(device), dtype)
+    run(plan, torch.tensor(limits).repeat_interleave(torch.tensor(plan.rows)).to(device))
+    for k, (t, bits, (rows, n), limit) in enumerate(zip(tensors, held, strides, limits, strict=True)):
+        kept = [abs(x) <= limit for x in t.cpu().double().flatten().tolist()]
+        want = [sum(kept[r * n + e + j] << j for j in range(min(8, n - e))) for r in range(rows) for e in range(0, n, 8)]
+        assert bits[GUARD:-GUARD].tolist() == want, f"tensor {k} of {t.numel()} elements, limit {limit}"
+        assert set(bits[:GUARD].tolist() + bits[-GUARD:].tolist()) == {0xA5}, f"tensor {k}: bytes beside the mask"

@@ -35,6 +35,7 @@ static int __syncthreads_or(int predicate) {
 /* The body calls it with a value that is the same in all lanes. */
 static uint32_t __reduce_or_sync(uint32_t, uint32_t x) { return x; }
 
+#include "../../csrc/cuda/mask.cuh"
 #include "../../csrc/cuda/update.cuh"
 
 namespace {
@@ -90,6 +91,17 @@ extern "C" int zo_cuda_update(const zo_update *update, const zo_tensor *table, c
     using V = decltype(variant);
     static Shared shared;
     run_blocks(tiles, [&] { update_tile<typename V::T, V::RULE, typename V::S>(launch, shared); });
+    return 0;
+  });
+}
+
+extern "C" int zo_cuda_magnitude_mask(int dtype, const zo_tensor *table, const float *limits, const uint32_t *map,
+                                      int64_t tiles, int64_t tile, void *) {
+  using namespace zo::cuda;
+  if (tile <= 0 || tile % SPAN) return 1;
+  const MaskLaunch launch = {table, limits, reinterpret_cast<const uint2 *>(map), tile};
+  return dispatch_dtype(dtype, [&](auto type) -> int {
+    run_blocks(tiles, [&] { mask_tile<decltype(type)>(launch); });
     return 0;
   });
 }

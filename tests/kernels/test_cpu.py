@@ -29,7 +29,7 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels import cases
 from tests.kernels.cases import same_bits
-from zo_kernels import _C, _backends, checks, reference
+from zo_kernels import _C, _backends, checks, ops, reference
 from zo_kernels._backends import cpu
 from zo_kernels._backends._extension import extension
 from zo_kernels.plan import WORDS, Entry, Pass, Plan, make_plans, pack_mask
@@ -90,6 +90,53 @@ def test_blocks_of_columns(dtype: torch.dtype) -> None:
     cases.check_columns(dtype, reference.perturb, reference.sequence)
     for index in AVAILABLE:
         cases.check_columns(dtype, functools.partial(cpu.perturb, isa=index), functools.partial(cpu.sequence, isa=index))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_magnitude_masks(dtype: torch.dtype) -> None:
+    cases.check_magnitude_masks(dtype, reference.magnitude_mask)
+    for index in AVAILABLE:
+        cases.check_magnitude_masks(dtype, functools.partial(cpu.magnitude_mask, isa=index))
+
+
+@pytest.mark.parametrize("index", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_magnitude_masks_of_every_half(dtype: torch.dtype, index: int) -> None:
+    """Every value of a 16-bit type as a weight, beside limits on, below and above each power of two and the largest value, in fp32."""
+    everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    bits = torch.empty(1 << 13, dtype=torch.uint8)
+    (plan,) = make_plans([everything], [1], masks=[bits])
+    on = torch.cat([2.0 ** torch.arange(-30.0, 16.0), torch.tensor([torch.finfo(dtype).max])])
+    for limit in torch.cat([on, torch.nextafter(on, torch.zeros(1)), torch.nextafter(on, torch.full((1,), torch.inf))]).split(1):
+        cpu.magnitude_mask(plan, limit, isa=index)
+        assert torch.equal(bits, pack_mask(everything.float().abs() <= limit)), float(limit)
+
+
+def test_threads_share_no_byte_of_a_mask(threads: None) -> None:
+    """Chunks of a list begin anywhere in a tensor."""
+    tensors = [cases.weights(n, torch.float32) for n in (3, 700_001, 5, 700_003)]
+    masks = [torch.full(((t.numel() + 7) // 8,), 0xA5, dtype=torch.uint8) for t in tensors]
+    (plan,) = make_plans(tensors, [1] * 4, masks=masks)
+    torch.set_num_threads(4)
+    for _ in range(5):
+        ops.magnitude_masks([plan], [torch.full((4,), 0.01)])
+        for t, mask in zip(tensors, masks, strict=True):
+            assert torch.equal(mask, pack_mask(t.abs() <= 0.01))
+            mask.fill_(0xA5)
+
+
+def test_magnitude_masks_are_refused_where_no_kernel_finds_its_way() -> None:
+    t, mask = torch.zeros(8), torch.zeros(1, dtype=torch.uint8)
+    (bare,), (plan,) = make_plans([t], [1]), make_plans([t], [1], masks=[mask])
+    rows = Plan((Entry(t, t, 1, mask=mask, rows=torch.tensor([0]), row_len=8),), t.device, t.dtype)
+    for wrong in (bare, rows):
+        with pytest.raises(ValueError, match="has no mask to be written, or gathered rows"):
+            ops.magnitude_masks([wrong], [torch.zeros(1)])
+        with pytest.raises(RuntimeError, match="out of its range"):
+            cpu.magnitude_mask(wrong, torch.zeros(1))
+    for limits in (torch.zeros(2), torch.zeros(1).double(), torch.zeros(1, device="meta")):
+        with pytest.raises(ValueError, match=r"give float32 \(1,\) on cpu, one for each row"):
+            ops.magnitude_masks([plan], [limits])
 
 
 @pytest.mark.parametrize("index", ISAS)

@@ -71,6 +71,11 @@ def test_cases(case: cases.Case, backend: str) -> None:
     cases.check(backend, case, "cuda")
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_magnitude_masks(dtype: torch.dtype, backend: str) -> None:
+    cases.check_magnitude_masks(dtype, registry.load(backend).magnitude_mask, "cuda", (*cases.SIZES, 100_003))
+
+
 @pytest.mark.parametrize("kind", checks.KINDS)
 @pytest.mark.parametrize(
     ("dtype", "rounding"),

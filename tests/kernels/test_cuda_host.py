@@ -228,6 +228,20 @@ def test_blocks_of_columns(dtype: torch.dtype, library: ctypes.CDLL) -> None:
     cases.check_columns(dtype, functools.partial(perturb, library), functools.partial(sequence, library))
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_magnitude_masks(dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    for spans in (1, 3):
+
+        def run(plan: Plan, limits: torch.Tensor, spans: int = spans) -> None:
+            tile = spans * cuda.SPAN
+            blocks = cuda.work_map(plan.table, tile)
+            addresses = (ctypes.c_void_p(x) for x in (plan.table.ctypes.data, limits.data_ptr(), blocks.ctypes.data))
+            numbers = (ctypes.c_int64(x) for x in (len(blocks), tile))
+            assert library.zo_cuda_magnitude_mask(checks.DTYPES[dtype], *addresses, *numbers, None) == 0
+
+        cases.check_magnitude_masks(dtype, run, sizes=(*cases.SIZES, 3 * cuda.SPAN + 5))
+
+
 def test_work_map_covers_every_element_once() -> None:
     """Brute force over the definition in zo_kernels.h."""
     tensors = [(0, 5), (1, 0), (5000, 31), (4096, 0), (4065, 32 * 7 + 31), (2048, 1 << 40)]
@@ -384,6 +398,22 @@ def test_machine_code_of_rules(arch: int) -> None:
         # The mix of a group is four sums for each number, and a further term costs signs a bit more, which they draw from other words.
         assert 3.5 <= counts[gaussian][1] - counts[signs][1] <= 4.5, label
         assert (counts[gaussian][2] < counts[signs][2]) == (kernel.rule != "adam_history"), label  # which mixes each term
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_machine_code_of_magnitude_masks(arch: int) -> None:
+    """Both octets of a thread are read in 16 bytes at a time, before either is compared; no spills."""
+    import sass
+
+    if reason := sass.unavailable():
+        pytest.skip(reason)
+    found = [f for f in sass.functions(arch) if "magnitude_mask" in f.symbol]
+    assert len(found) == 3
+    for f in found:
+        names = [sass.opcode(text) for _, text in f.code]
+        assert sum(name.startswith("LDG.E.128") for name in names) == (4 if "F32" in f.symbol else 2), f.symbol
+        assert not {name.split(".")[0] for name in names} & {"LDL", "STL", "LD", "ST"}, f.symbol
+        assert f.spill_bytes == 0 and f.registers <= 64, f.symbol
 
 
 def test_rows_of_rules(monkeypatch: pytest.MonkeyPatch) -> None:

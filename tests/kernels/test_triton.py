@@ -203,6 +203,10 @@ if not interpreter.INTERPRETED:
             cases.check_columns(dtype, backend.perturb, backend.sequence, "cuda")
 
         @pytest.mark.parametrize("dtype", cases.DTYPES)
+        def test_magnitude_masks(self, dtype: torch.dtype) -> None:
+            cases.check_magnitude_masks(dtype, backend.magnitude_mask, "cuda")
+
+        @pytest.mark.parametrize("dtype", cases.DTYPES)
         @pytest.mark.parametrize("decay", [None, 0.9, float("nan")])
         @pytest.mark.parametrize("out", [False, True])
         @pytest.mark.parametrize("coefs", COEFFICIENTS)
@@ -236,6 +240,12 @@ else:
 
     def test_blocks_of_columns() -> None:
         cases.check_columns(torch.bfloat16, backend.perturb, backend.sequence)
+
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
+    def test_magnitude_masks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With tiles that a tensor has several of, whole ones among them."""
+        monkeypatch.setattr(backend, "INTERPRETER", dataclasses.replace(backend.INTERPRETER, groups=16, max_tiles=2))
+        cases.check_magnitude_masks(dtype, backend.magnitude_mask, sizes=(0, 1, 9, 255, 513, 1000))
 
     @pytest.mark.parametrize("case", INTERPRETER_CASES, ids=lambda c: c.name)
     def test_case(case: cases.Case) -> None:

@@ -126,6 +126,21 @@ def test_the_shortest_way_counts_the_loop() -> None:
         sass_triton.way(edges, 4, 4)
 
 
+# ---- masks by magnitude -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(90, "float32"), (90, "float16"), (80, "bfloat16")])
+def test_compiled_magnitude_mask(arch: int, dtype: str) -> None:
+    """The octet of a byte is read in 16 bytes at a time by the thread that makes it: no shared memory, no shuffle, no spill."""
+    kernel = sass_triton.compile_magnitude_mask(arch, dtype)
+    code = sass_triton.instructions(kernel.asm["cubin"])
+    wide = sum(sass_triton.opcode(text).startswith("LDG") and sass_triton.access_width(text) == 128 for _, text in code)
+    assert wide == (4 if dtype == "float32" else 2)  # two octets a thread
+    counts = sass_triton.counts_of(kernel, code, 0.0, None, 0)
+    assert counts.spill_bytes == 0 and counts.shared_bytes == 0 and counts.registers <= 64
+    assert not {opcode.split(".")[0] for opcode in counts.opcodes} & {"LDL", "STL", "LDS", "STS", "SHFL"}
+
+
 # ---- the perturbed linear ---------------------------------------------------------------------------------------------
 
 # variant -> most instructions per weight of a turn of the loop over K, at 16 rows of x in each half (many: 64, in fp32 32), in 16 bits on

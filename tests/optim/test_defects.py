@@ -6,6 +6,7 @@ Belongs here: behaviour that somebody got wrong. Does not belong here: the formu
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import weakref
@@ -433,6 +434,28 @@ def test_membership_does_not_flip_between_the_passes(mode: str, dtype: torch.dty
             assert float((seen != before)[member].double().mean()) > 0.95
             assert (seen[member].abs() > threshold).any()  # it would flip
         assert torch.equal(model.weight[~member], before[~member])
+
+
+def test_a_magnitude_mask_is_of_the_weights_that_are_there() -> None:
+    """Would catch: a mask of memory that a parameter has left, of a threshold that a loaded state replaces, of a copy's original."""
+    first = torch.linspace(-1, 1, 37)
+    state: Any = zk.MagnitudeSparse(0.5).of(SEED)
+    state.limits("w", first, 1)
+
+    def check(state: Any, p: Tensor) -> Tensor:
+        state.prepare(0, 0, {"w": p})
+        mask: Tensor = state.made["w"].mask
+        assert torch.equal(mask, zk.pack_mask(p.abs() <= state.thresholds["w"]))
+        return mask.clone()
+
+    masks = [check(state, first), check(state, second := first.sort(descending=True).values * 1.5)]
+    masks.append(check(state, second.mul_(0.5)))
+    state.load({"thresholds": {"w": 0.1}})
+    masks.append(check(state, second))
+    assert all((a != b).any() for a, b in itertools.pairwise(masks))
+    other = copy.deepcopy(state)
+    check(other, torch.full((37,), 0.05))
+    assert torch.equal(state.made["w"].mask, masks[-1])
 
 
 class Sized(nn.Module):

@@ -2,15 +2,16 @@
 
 (The folder has an underscore because `zo_kernels.backends` is the public function.)
 
-A backend is a module here with five functions:
+A backend is a module here with six functions:
 
     status() -> str | None            None if it can run in this process, otherwise the reason why not, in one line
     supports(device) -> str | None    None if it can work on tensors of this device, otherwise the reason why not
     perturb(plan, p) -> None          one pass over one plan (`plan.Plan`, `plan.Pass`), on the device's current stream
     sequence(plan, passes) -> None    many passes, one after another (`plan.Passes`), in one launch
     update(plan, states, p) -> None   an update rule over one plan and its states (`update.States`, `update.RulePass`)
+    magnitude_mask(plan, limits) -> None    the bit masks of |x| <= limit of a plan (`ops.magnitude_masks`)
 
-and, where it has a kernel for it, a sixth: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
+and, where it has a kernel for it, a seventh: linear(x, weight, bias, p, halves), the perturbed linear (`zo_kernels/linear.py`).
 
 Belongs here: the registry. Does not belong here: checks of a user's arguments (checks.py), arithmetic (each backend's own file).
 """

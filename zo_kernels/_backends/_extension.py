@@ -30,11 +30,13 @@ FUNCTIONS = {
     "cpu_perturb": f"table n {_PASS} {_TERMS} decay threads isa",
     "cpu_sequence": f"table n {_SEQUENCE} threads isa",
     "cpu_update": f"table states n {_RULE} threads isa",
+    "cpu_magnitude_mask": "table limits n dtype threads isa",
 }
 CUDA_FUNCTIONS = {
     "cuda_perturb": f"{_CUDA} form {_PASS} {_TERMS} decay stream",
     "cuda_sequence": f"{_CUDA} form {_SEQUENCE} scratch stream",
     "cuda_update": f"{_CUDA} states {_RULE} stream",
+    "cuda_magnitude_mask": f"{_CUDA} limits dtype stream",
     "cuda_status": "",
 }
 

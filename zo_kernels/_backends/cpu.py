@@ -141,3 +141,13 @@ def update(plan: Plan, states: States, p: RulePass, isa: int | None = None) -> N
         torch.get_num_threads(),
         chosen_isa() if isa is None else isa,
     )
+
+
+def magnitude_mask(plan: Plan, limits: torch.Tensor, isa: int | None = None) -> None:
+    """The bit masks of |x| <= limit; `isa` as in `perturb`."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    isa = chosen_isa() if isa is None else isa
+    threads = torch.get_num_threads()
+    module.cpu_magnitude_mask(plan.table.ctypes.data, limits.data_ptr(), len(plan.table), checks.DTYPES[plan.dtype], threads, isa)

@@ -267,3 +267,16 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
         options = checks.DTYPES[plan.dtype], checks.KINDS[p.kind], checks.ROUNDINGS[p.rounding], rules.RULES[p.rule].code
         held_as = checks.DTYPES[rules.state_dtype(states)]
         module.cuda_update(*r.launch, table.data_ptr(), p.seed, *options, held_as, tags, coefs, len(p.tags), numbers, squares, raw)
+
+
+# ---- masks by magnitude -----------------------------------------------------------------------------------------------
+
+
+def magnitude_mask(plan: Plan, limits: Tensor) -> None:
+    """One launch for the plan, with the tables of its passes; `limits` lies in device memory."""
+    module = extension()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    with torch.cuda.device(plan.device):
+        r, raw = on_current_stream(plan)
+        module.cuda_magnitude_mask(*r.launch, limits.data_ptr(), r.dtype, raw)

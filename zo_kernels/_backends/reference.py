@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from zo_kernels.reference import perturb as perturb  # the interface's last three functions
+from zo_kernels.reference import magnitude_mask as magnitude_mask  # the interface's last four functions
+from zo_kernels.reference import perturb as perturb
 from zo_kernels.reference import sequence as sequence
 from zo_kernels.reference import update as update
 

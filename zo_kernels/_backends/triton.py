@@ -1,7 +1,7 @@
 """The Triton backend: what is launched, with what, and where it can run.
 
 Belongs here: the launch of `_triton_kernels.perturb_kernel` over a plan, the tables it needs in device memory, the launches of
-`_triton_update` and `_triton_linear`, the launch constants. Does not belong here: device code (the files with these names), checks of
+`_triton_update`, `_triton_mask` and `_triton_linear`, the launch constants. Does not belong here: device code (the files with these names), checks of
 a user's arguments (checks.py, plan.py, linear.py).
 
 `triton` is imported lazily. With TRITON_INTERPRET=1 set before that, its interpreter serves CPU tensors, on explicit request only:
@@ -368,6 +368,26 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
         with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
             kernels.update_kernel[(batch.spans.numel(),)](
                 batch.table, table, batch.spans, batch.tiles, **arguments, **flags, **options
+            )
+
+
+# ---- masks by magnitude -----------------------------------------------------------------------------------------------
+
+
+def magnitude_mask(plan: Plan, limits: Tensor) -> None:
+    """One launch for the plan, with the tables of its passes; `limits` lies in device memory."""
+    import triton.language as tl
+
+    from zo_kernels._backends import _triton_mask as kernels
+
+    interpreted = _interpreted()
+    launch = INTERPRETER if interpreted else GPU
+    dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[plan.dtype]
+    for batch in _batches(plan, launch):
+        options = {} if interpreted else {"num_warps": launch.warps}
+        with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
+            kernels.magnitude_mask_kernel[(batch.spans.numel(),)](
+                batch.table, limits, batch.spans, batch.tiles, DTYPE=dtype, P=launch.groups, **options
             )
 
 

@@ -22,9 +22,8 @@ from zo_kernels.optim.factored import InputSubspace, LowRank
 from zo_kernels.optim.limits import Direction, DirectionState, Limits, check_every, mean_square
 from zo_kernels.optim.points import Losses, Point
 from zo_kernels.parameters import Member, canonical_name
-from zo_kernels.plan import Mask, RandomMask, pack_mask
+from zo_kernels.plan import Mask, Plan, RandomMask, make_plans
 
-CHUNK = 1 << 24  # weights that a mask is made of at a time: temporary memory is some bytes for each
 SUMMED = 1 << 20  # weights whose float64 copies are summed at a time
 
 
@@ -97,6 +96,12 @@ class _Magnitude(DirectionState):
     def __init__(self, config: MagnitudeSparse, *of: Any) -> None:
         super().__init__(config, *of)
         self.thresholds: dict[str, float] = {}
+        self.placed: Any = None  # where weights, masks and thresholds were when the plans were made
+        self.plans: tuple[list[Plan], list[Tensor]] = [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has weights of its own, and makes its plans with its next step."""
+        return {**self.__dict__, "placed": None, "plans": ([], [])}
 
     def fits(self, limits: Limits, p: Tensor) -> bool:
         return super().fits(limits, p) and isinstance(limits.mask, Tensor) and limits.mask.numel() == (p.numel() + 7) // 8
@@ -109,12 +114,16 @@ class _Magnitude(DirectionState):
         return Limits(mask=torch.empty((p.numel() + 7) // 8, dtype=torch.uint8, device=p.device))
 
     def prepare(self, step: int, tag: int, params: Mapping[str, Tensor]) -> None:
-        for name, p in params.items():
-            bits, flat = self.made[name].mask, p.detach().view(-1)
-            assert isinstance(bits, Tensor)
-            for start in range(0, p.numel(), CHUNK):
-                part = flat[start : start + CHUNK]
-                bits[start // 8 : start // 8 + (part.numel() + 7) // 8] = pack_mask(part.abs() <= self.thresholds[name])
+        bits: list[Any] = [self.made[name].mask for name in params]
+        placed = [
+            (name, self.thresholds.get(name), p.data_ptr(), m.data_ptr()) for (name, p), m in zip(params.items(), bits, strict=True)
+        ]
+        if self.placed != placed:
+            plans = make_plans(list(params.values()), [0] * len(params), masks=bits)
+            limits = [self.thresholds.get(name, 0.0) for name in params]  # of a tensor without elements there is none
+            self.plans = plans, [torch.tensor([limits[k] for k in plan.members], device=plan.device) for plan in plans]
+            self.placed = placed
+        ops.magnitude_masks(*self.plans, backend=self.backend)
 
     def state(self) -> dict[str, Any]:
         return {"thresholds": dict(self.thresholds)}
