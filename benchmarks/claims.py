@@ -388,6 +388,44 @@ claim(
 )
 
 
+def _recomputed(dtype: str) -> float:
+    """A pass of Adam from 16 records in passes of the stored state."""
+    stored, records = (
+        number("rule_pass", "gweights_per_s", contender="rule pass", rule=rule, dtype=dtype)
+        for rule in ("adam", "adam, 16 records")
+    )
+    return stored / records
+
+
+claim(
+    A,
+    "a pass of Adam from 16 records takes {:.1f} times one of the stored state in fp32 and {:.1f} times in bf16",
+    "benchmarks/results/rule_pass.csv: gweights_per_s, 2 threads",
+    lambda: [_recomputed("float32"), _recomputed("bfloat16")],
+)
+
+
+def _counted_records() -> list[float]:
+    """Instructions a weight of 16 records, and that in those for which 4 bytes of traffic leave room."""
+    row = next(rows_of("sass", backend="cuda", kernel="adam_history", arch="sm_90", dtype="float16"))
+    counted = float(row["instructions_per_element"]) + 16 * float(row["instructions_per_element_term"])
+    return [counted, counted / 38]
+
+
+claim(
+    A,
+    "{:.0f} for each weight of 16 records, counted, where the time that the weights' own traffic takes has room for 38, so that it is {:.0f} "
+    "times off its bound",
+    "benchmarks/results/sass.csv: cuda, adam_history, sm_90, float16",
+    _counted_records,
+)
+claim(
+    A,
+    'Adam\'s stored state is 8 bytes a weight (6 with `dtype="bfloat16"`)',
+    "tests/optim/test_memory.py::test_bytes_between_steps",
+)
+
+
 def _sequence(dtypes: Sequence[str]) -> float:
     return max(
         float(r["ratio_to_separate"]) for r in rows_of("replay", contender="sequence", kind="gaussian") if r["dtype"] in dtypes

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zo_kernels import _backends as backends
 from zo_kernels import checks
-from zo_kernels.plan import Mask, Plan, Terms, make_plans, make_terms, move, written
+from zo_kernels.plan import Mask, Plan, Terms, capturing, make_plans, make_terms, move, written
 
 ROUNDED = (torch.float32, torch.bfloat16)  # a state that may be held in 16 bits, rounded stochastically
 EXACT = (torch.float32,)
@@ -193,6 +193,40 @@ def state_table(plan: Plan, states: States) -> np.ndarray:
             table[first : first + rows, word] = np.uint64(s.data_ptr()) + steps
         first += rows
     return table
+
+
+@dataclass
+class ResidentTable:
+    """`state_table` in the memory of a plan's device. `addresses`: what was uploaded. `ready` was recorded after it; None in host memory."""
+
+    addresses: bytes
+    table: Tensor
+    ready: torch.cuda.Event | None
+
+
+def resident_table(plan: Plan, states: States) -> Tensor:
+    """`state_table` as int64 [n, 2] in the memory of the plan's device, in order before the work that the current stream gets next; uploaded anew where a
+    state has moved, which in a capture is refused."""
+    table = state_table(plan, states)
+    addresses = table.tobytes()
+    held: ResidentTable | None = plan.cache.get("states")
+    on_gpu = plan.device.type == "cuda"
+    if held is None or held.addresses != addresses:
+        if on_gpu and capturing(plan.device):
+            raise RuntimeError(
+                "a CUDA graph is being captured and this rule has never run on these states: run it once before the capture"
+            )
+        held = ResidentTable(
+            addresses, move(torch.from_numpy(table.view(np.int64)), plan.device), torch.cuda.Event() if on_gpu else None
+        )
+        if held.ready is not None:
+            held.ready.record(torch.cuda.current_stream(plan.device))
+        plan.cache["states"] = held
+    elif held.ready is not None and not capturing(plan.device):  # a capture begins with a synchronisation
+        stream = torch.cuda.current_stream(plan.device)
+        stream.wait_event(held.ready)
+        held.table.record_stream(stream)
+    return held.table
 
 
 def state_dtype(states: States) -> torch.dtype:

@@ -339,7 +339,7 @@ def check(backend: str, case: Case, device: str = "cpu") -> None:
             )
 
 
-def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None]) -> None:
+def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None], device: str = "cpu") -> None:
     """Every value of a 16-bit type, NaNs included, through passes that leave it alone, scale it, and move it by more or less than its
     rounding. Shifted by one, too, so that each value meets the code for whole vectors and the code for the rest."""
     everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
@@ -348,9 +348,9 @@ def check_every_half(dtype: torch.dtype, perturb: Callable[[Plan, Pass], None]) 
     ):
         p = Pass(1, [t for t, _ in terms], [c for _, c in terms], decay, rounding=rounding)
         for offset in (0, 1):
-            want, got = torch.zeros_like(everything), torch.zeros_like(everything)
+            want, got = torch.zeros_like(everything), torch.zeros_like(everything, device=device)
             reference.perturb(make_plans([everything], [3], out=[want], offsets=[offset])[0], p)
-            perturb(make_plans([everything], [3], out=[got], offsets=[offset])[0], p)
+            perturb(make_plans([everything.to(device)], [3], out=[got], offsets=[offset])[0], p)
             assert same_bits(got, want), (rounding, terms, decay, offset)
 
 

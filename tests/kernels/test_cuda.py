@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 import zo_kernels as zk
 from tests.kernels import cases, update_cases
 from zo_kernels import _backends as registry
-from zo_kernels import checks, ops, reference
+from zo_kernels import checks, lowrank, ops, reference
 from zo_kernels import update as rules
-from zo_kernels.plan import Entry, Pass, Plan, make_plans
+from zo_kernels.plan import Entry, Pass, Passes, Plan, make_passes, make_plans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -314,3 +315,127 @@ def test_rules_with_new_states_and_on_a_second_stream(rule: str, backend: str) -
     assert cases.same_bits(theta, wanted)
     for a, b in zip(ours, theirs, strict=True):
         assert all(cases.same_bits(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+@pytest.mark.parametrize("rule", list(rules.RULES))
+def test_a_rule_in_a_cuda_graph(rule: str, backend: str) -> None:
+    """A captured pass of a rule reads terms and numbers anew at every replay, and writes the states that it was captured with; new states are refused."""
+    module, count = registry.load(backend), len(rules.RULES[rule].states)
+    start = cases.weights(N, torch.bfloat16)
+    theta, wanted = start.to(DEVICE), start.clone()
+    (plan,), (host,) = make_plans([theta], [STREAM]), make_plans([wanted], [STREAM])
+    numbers = torch.tensor(update_cases.NUMBERS[rule])
+    squares = torch.tensor([1e-6]) if rule == "adam_history" else None
+
+    def rule_pass(device: Any, tag: int, go: float) -> rules.RulePass:
+        terms = torch.tensor([tag]).to(device), torch.tensor([1.0 if rule == "hizoo" else 1e-3]).to(device)
+        given = torch.cat([torch.tensor([go]), numbers[1:]]).to(device)
+        return rules.RulePass(
+            cases.SEED, *terms, "gaussian", "stochastic", rule, given, None if squares is None else squares.to(device)
+        )
+
+    ours, theirs = ([[torch.full((N,), 0.5, device=d) for _ in range(count)]] for d in (DEVICE, "cpu"))
+    p = rule_pass(DEVICE, 1, 0.0)
+    module.update(plan, ours, p)  # tables, and for Triton the kernel; writes nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module.update(plan, ours, p)
+    for tag, go in ((5, 1.0), (6, 0.0), (7, 1.0)):
+        now = rule_pass(DEVICE, tag, go)
+        for target, source in ((p.tags, now.tags), (p.coefs, now.coefs), (p.numbers, now.numbers)):
+            target.copy_(source)  # type: ignore[union-attr, arg-type]
+        graph.replay()
+        reference.update(host, theirs, rule_pass("cpu", tag, go))
+    assert cases.same_bits(theta, wanted)
+    assert all(cases.same_bits(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
+    if count:
+        other = [[torch.full((N,), 0.5, device=DEVICE) for _ in range(count)]]
+        with pytest.raises(RuntimeError, match="has never run on these states"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            module.update(plan, other, p)
+
+
+def test_sequences_twice_in_a_row_and_on_a_second_stream(backend: str) -> None:
+    """The second has other and more terms; its tables are not those of the first, which is still running, and a second stream waits for the plan's."""
+    start = cases.weights(N, torch.float16)
+    theta, wanted = start.to(DEVICE), start.clone()
+    (plan,), (host,) = make_plans([theta], [STREAM]), make_plans([wanted], [STREAM])
+    sequences = [
+        Passes(cases.SEED, *make_passes([{"terms": [(first + k, 1e-3 * (k + 1))], "decay": 0.99} for k in range(count)]))
+        for first, count in ((1, 5), (100, 40), (300, 3))
+    ]
+    torch.cuda._sleep(50_000_000)
+    for passes in sequences[:2]:
+        ops.run_sequence([plan], passes, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.run_sequence([plan], sequences[2], backend)
+    torch.cuda.synchronize()
+    for passes in sequences:
+        reference.sequence(host, passes)
+    assert cases.same_bits(theta, wanted)
+
+
+PLACES = (0, (1 << 31) - 777, (1 << 32) - 777)  # and the end: where 32 bits could cut an index, or one of bytes
+
+
+@pytest.mark.parametrize("what", ["rule", "sequence", "low rank", "magnitude mask"])
+def test_more_than_2_to_32_elements_of_everything_else(what: str, backend: str) -> None:
+    n = 65_539 * 65_537  # of a matrix
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GiB of GPU memory free")
+    module = registry.load(backend)
+    theta = torch.zeros(n, dtype=torch.float16, device=DEVICE).add_(0.25)
+    places = [(start, min(start + 5001, n)) for start in (*PLACES, n - 5001)]
+    before = [theta[a:b].cpu() for a, b in places]
+    passes = Passes(cases.SEED, *make_passes([{"terms": [(k, 1e-2)], "decay": 0.9} for k in (1, 2)]))
+    p = rules.RulePass(cases.SEED, [3], [1e-2], "gaussian", "nearest", "momentum", update_cases.NUMBERS["momentum"])
+    left, right = (t.to(DEVICE) for t in cases.low_rank_pair(65_539, 65_537, 2))
+    state = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE) if what == "rule" else None
+    bits = torch.zeros((n + 7) // 8, dtype=torch.uint8, device=DEVICE) if what == "magnitude mask" else None
+    factors = [(left, right)] if what == "low rank" else None
+    (plan,) = make_plans([theta], [STREAM], masks=[bits], factors=factors)
+    one = Pass(cases.SEED, [3], [1e-2])
+    if what == "rule":
+        module.update(plan, [[state]], p)
+    elif what == "sequence":
+        ops.run_sequence([plan], passes, backend)
+    elif what == "low rank":
+        run(plan, one, backend)
+    else:
+        assert bits is not None
+        for a, b in places:
+            theta[a:b:3] = 2.0
+        ops.magnitude_masks([plan], [torch.ones(1, device=DEVICE)], backend)
+    for (a, b), start in zip(places, before, strict=True):
+        if bits is not None:
+            a8 = -(-a // 8) * 8  # whole bytes of the place
+            found = bits[a8 // 8 : b // 8].cpu()
+            assert torch.equal(found, zk.pack_mask(theta[a8 : b // 8 * 8].cpu() <= 1)), f"from element {a}"
+            continue
+        pair = None if factors is None else [(left.cpu(), right.cpu().t().contiguous().t())]
+        (host,) = make_plans([start], [STREAM], offsets=[a], factors=pair)
+        if what == "rule":
+            held = torch.zeros_like(start, dtype=torch.bfloat16)
+            reference.update(host, [[held]], p)
+            assert state is not None and cases.same_bits(state[a:b], held), f"from element {a}"
+        elif what == "sequence":
+            reference.sequence(host, passes)
+        else:
+            reference.perturb(host, one)
+        assert cases.same_bits(theta[a:b], start), f"from element {a}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half(dtype: torch.dtype, backend: str) -> None:
+    cases.check_every_half(dtype, registry.load(backend).perturb, "cuda")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16, 64])
+def test_factors_are_those_of_the_cpu(rank: int, backend: str) -> None:
+    for made, wanted in zip(
+        lowrank.factors(7, STREAM, 5, 3, 1001, 517, rank, device=DEVICE, backend=backend),
+        lowrank.factors(7, STREAM, 5, 3, 1001, 517, rank, backend="reference"),
+        strict=True,
+    ):
+        assert made.stride() == wanted.stride() and torch.equal(made.cpu(), wanted)

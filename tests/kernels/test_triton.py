@@ -230,6 +230,49 @@ if not interpreter.INTERPRETED:
                 counts.append(compiled())
             assert counts[1:] == [counts[0]] * 3 or counts[1:] == [counts[1]] * 3, counts  # decay == 1.0 in one of them is none
 
+        def test_a_new_step_compiles_nothing_of_the_others(self) -> None:
+            """Sequences, rules, low-rank directions, masks by magnitude and the perturbed linear: with other seeds, tags, numbers and lengths."""
+            from zo_kernels import linear, lowrank, ops, update
+            from zo_kernels._backends import _triton_kernels, _triton_linear, _triton_mask, _triton_update
+            from zo_kernels.plan import make_plans
+
+            loaded = (_triton_kernels.perturb_kernel, _triton_update.update_kernel, _triton_mask.magnitude_mask_kernel)
+            loaded += (_triton_linear.linear_kernel, _triton_linear.finish_kernel)
+
+            def compiled() -> int:
+                return sum(len(cache[0]) for kernel in loaded for cache in kernel.device_caches.values())
+
+            x, m = (torch.zeros(64, 160, device="cuda", dtype=torch.float16) for _ in range(2))
+            state = torch.zeros(64, 160, device="cuda")
+            bits = torch.zeros(1280, dtype=torch.uint8, device="cuda")
+            plans = make_plans([x], [1], masks=[bits])
+            counts = []
+            for seed, tag, coef, many in [
+                (0, 0, 1.0, 3),
+                (1, 16, 2.0, 5),
+                (2**64 - 1, 2**32 - 99, -1e-3, 33),
+                (2**31, 2**31, 16.0, 64),
+            ]:
+                passes = [{"terms": [(tag + k, coef)], "decay": 0.5} for k in range(many)]
+                zk.perturb_sequence_([x], passes, seed=seed, streams=[seed & 0xFFFF], backend="triton")
+                numbers = [1.0, 0.5, abs(coef), 0.9]
+                update.update_(
+                    [m],
+                    [(tag, coef)],
+                    rule="momentum",
+                    numbers=numbers,
+                    states=[[state]],
+                    seed=seed,
+                    streams=[tag],
+                    backend="triton",
+                )
+                pair = lowrank.factors(seed, 3, tag, tag, 64, 160, 2, device="cuda", backend="triton")
+                zk.perturb_([x], [(tag, coef)], seed=seed, streams=[3], factors=[pair], backend="triton")
+                ops.magnitude_masks(plans, [torch.full((1,), coef, device="cuda")], "triton")
+                linear.perturbed_linear(m[:16], x, terms=[(tag, coef)], seed=seed, stream=4, backend="triton")
+                counts.append(compiled())
+            assert counts[1:] == [counts[0]] * 3, counts
+
 else:
 
     def test_it_must_be_asked_for() -> None:

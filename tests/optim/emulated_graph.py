@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from zo_kernels._backends import cpu
 from zo_kernels.optim import graph
 
-_perturb = cpu.perturb
+_perturb, _update = cpu.perturb, cpu.update
 
 
 class Emulated:
@@ -42,11 +42,14 @@ class Emulated:
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
         Emulated.recording = self
+        tape = _Tape(self.tape)
         try:
-            with _Tape(self.tape):
+            with tape:
                 yield
         finally:
             Emulated.recording = None
+            for written, before in reversed(tape.before):  # nothing is executed by a recording
+                written.copy_(before)
 
     def replay(self) -> None:
         self.replays += 1
@@ -58,11 +61,16 @@ class _Tape(TorchDispatchMode):
     def __init__(self, tape: list[Callable[[], Any]]) -> None:
         super().__init__()
         self.tape = tape
+        self.before: list[tuple[Tensor, Tensor]] = []  # what operations wrote to, with its contents before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing")
+        for k, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[k] if k < len(args) else kwargs.get(argument.name)
+                self.before += [(t, t.clone()) for t in tree_leaves(written) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
 
         def again() -> None:
@@ -87,9 +95,24 @@ def _recorded_perturb(plan: Any, p: Any, isa: int | None = None) -> None:
         Emulated.recording.tape.append(lambda: _perturb(plan, p, isa))
 
 
+def _recorded_update(plan: Any, states: Any, p: Any, isa: int | None = None) -> None:
+    # As above; and a table of the states, which is uploaded anew where one of them has moved.
+    form = isinstance(p.tags, Tensor), len(p.tags), type(p.numbers), p.kind, p.rounding, p.rule
+    form += tuple(s.data_ptr() for own in states for s in own)
+    loaded = plan.cache.setdefault("emulated", set())
+    if Emulated.recording is None:
+        loaded.add(form)
+        _update(plan, states, p, isa)
+    elif form not in loaded or not all(isinstance(x, Tensor) for x in (p.tags, p.coefs, p.numbers)):
+        raise RuntimeError(f"operation not permitted when stream is capturing: what {form} needs is loaded")
+    else:
+        Emulated.recording.tape.append(lambda: _update(plan, states, p, isa))
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     Emulated.made.clear()
     monkeypatch.setattr(graph, "Recording", Emulated)
     monkeypatch.setattr(cpu, "perturb", _recorded_perturb)
+    monkeypatch.setattr(cpu, "update", _recorded_update)
     # Models ask: transformers leaves out checks that would wait for the device.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Emulated.recording is not None)

@@ -20,6 +20,8 @@ import zo_kernels as zk
 from tests.kernels.cases import same_bits
 from tests.optim.models import FAMILIES, loss_of, make, tokens
 from tests.optim.test_device_numbers import METHODS
+from tests.optim.test_graph import METHODS as GRAPHED
+from tests.optim.test_graph import Small, inputs, readable, steps_of
 from zo_kernels import journal
 
 pytestmark = pytest.mark.gpu
@@ -379,4 +381,82 @@ def test_graphed_journals_are_resumed(tmp_path: Path, backend: str) -> None:
                 step.step(lambda b, m=model: loss_of(m, b), [batch])
             step.close_journal()
         finals.append([p.detach().cpu() for p in model.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*finals, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+@pytest.mark.parametrize("name", GRAPHED)
+def test_states_in_a_graph_are_those_without(name: str, mode: str, backend: str, tmp_path: Path) -> None:
+    """Rules that keep a state and directions that are prepared, with two shapes of batch, a schedule, a decay and a step that is skipped; and the
+    record's replay on the CPU."""
+    models, states = [], []
+    for graph in (True, False):
+        model, path = Small(torch.bfloat16).cuda(), tmp_path / f"{graph}.zoj"
+        step = GRAPHED[name](model, seed=5, weight_decay=0.1, perturbation=mode, journal=path, cuda_graph=graph, backend=backend)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="cuda_graph")  # no silent fallback
+            steps_of(step, model, [x.cuda() for x in inputs(9, torch.bfloat16)])
+        step.close_journal()
+        assert step.skipped == 1
+        if graph:
+            assert step._schedule.graphs is not None and len(step._schedule.graphs.captured) == 2
+        models.append(model)
+        states.append(readable(step.state_dict()))
+    assert states[0] == states[1]
+    models.append(Small(torch.bfloat16))
+    zk.replay(models[2], tmp_path / "True.zoj")
+    for a, b, c in zip(*(m.parameters() for m in models), strict=True):
+        assert same_bits(a, b) and same_bits(a.cpu(), c)
+
+
+LAZY = """
+import sys, torch, zo_kernels as zk
+weights = torch.nn.Parameter(torch.ones(64, device="cuda"))
+step = zk.MeZOStep([("w", weights)], lr=0.0, eps=0.5, perturbation="inplace", lazy=True, backend=sys.argv[1])
+step.step(lambda: weights.square().sum())
+assert (weights != 1).all(), "ahead"
+import atexit
+flush = step.flush
+def seen():
+    flush()
+    assert (weights - 1).abs().max() <= 3 * 6 * 2.0**-24, weights
+    print("flushed")
+step.flush = seen
+atexit.register(seen)  # before torch is torn down, behind the library's own
+"""
+
+
+def test_a_lazy_run_is_flushed_as_the_process_ends(backend: str) -> None:
+    """While the device can still be asked."""
+    done = subprocess.run([sys.executable, "-c", LAZY, backend], capture_output=True, text=True)
+    assert done.returncode == 0 and "flushed" in done.stdout and not done.stderr, done.stderr[-2000:]
+
+
+KILLED = """
+import os, signal, sys, torch, zo_kernels as zk
+from tests.optim.test_graph import METHODS, Small, inputs
+name, path, backend, last = sys.argv[1:]
+model = Small(torch.bfloat16).cuda()
+step = METHODS[name](model, seed=5, cuda_graph=True, backend=backend, journal=path, resume=os.path.exists(path))
+data = [x.cuda() for x in inputs(12, torch.bfloat16, bad=None)]
+for k in range(step.steps, len(data)):
+    step.step(model, [data[k]])
+    if k == int(last):
+        step.state_dict()  # what is behind the kernels is in the file
+        os.kill(os.getpid(), signal.SIGKILL)
+step.close_journal()
+torch.save([p.detach().cpu() for p in model.parameters()], path + ".pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "hizoo"])
+def test_a_graphed_run_that_is_killed_goes_on(name: str, backend: str, tmp_path: Path) -> None:
+    finals = []
+    for kills in ((), (3, 7)):
+        path = str(tmp_path / f"{len(kills)}.zoj")
+        for last in (*kills, 99):
+            command = [sys.executable, "-c", KILLED, name, path, backend, str(last)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+            assert done.returncode == (0 if last == 99 else -9), done.stderr[-2000:]
+        finals.append(torch.load(path + ".pt"))
     assert all(same_bits(a, b) for a, b in zip(*finals, strict=True))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.kernels.cases import same_bits
 from tests.optim import emulated_graph
 from tests.optim.emulated_graph import Emulated
 from tests.optim.models import loss_of, make, tokens
+from zo_kernels._backends import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -335,3 +337,184 @@ def test_a_rehearsal_that_fails_has_no_record(tmp_path: Path) -> None:
     assert len(zk.journal.read(path)) == 3
     zk.replay(base, path)
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+
+
+# ---- rules that keep a state, and directions that are prepared -----------------------------------------------------------
+
+METHODS: dict[str, Any] = {
+    "momentum": lambda m, **k: zk.ZOMomentum(m, 1e-3, **k),
+    "momentum-bf16": lambda m, **k: zk.ZOStep(m, 1e-3, rule=zk.Momentum(dtype="bfloat16"), **k),
+    "adam": lambda m, **k: zk.ZOAdam(m, 1e-3, **k),
+    "adam-queries": lambda m, **k: zk.ZOStep(m, 1e-3, rule=zk.Adam(dtype="bfloat16"), estimator=zk.TwoSided(2), **k),
+    "hizoo": lambda m, **k: zk.HiZOO(m, 1e-3, alpha=1e-3, **k),
+    "sparse": lambda m, **k: zk.SparseMeZO(m, 1e-2, quantile=0.5, **k),
+    "sparse-adam": lambda m, **k: zk.ZOAdam(m, 1e-3, direction=zk.MagnitudeSparse(0.5), **k),
+    "conservative": lambda m, **k: zk.ZOConservative(m, 1e-3, **k),
+}
+
+
+class Small(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(9, 13), nn.Linear(13, 5)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.second(self.first(x)).float().square().mean()
+        return loss
+
+
+def inputs(n: int, dtype: torch.dtype, bad: int | None = 5) -> list[Tensor]:
+    """Batches of two shapes; of `bad` the loss is no number, and its step is skipped."""
+    found = [torch.randn(4 + k % 2, 9, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(n)]
+    if bad is not None:
+        found[bad][0, 0] = float("nan")
+    return found
+
+
+def grouped(model: Small) -> list[dict[str, Any]]:
+    """Groups that cut across the layers, one of which has no decay."""
+    one = [(n, p) for n, p in model.named_parameters() if n.startswith("first")]
+    two = [(n, p) for n, p in model.named_parameters() if n.startswith("second")]
+    return [{"params": one, "weight_decay": 0.1}, {"params": two, "lr": 2e-3, "maximize": False}]
+
+
+def steps_of(step: Any, model: nn.Module, data: list[Tensor]) -> list[float]:
+    found = []
+    for x in data:
+        found.append(step.step(model, [x]).item())
+        for group in step.param_groups:
+            group["lr"] *= 0.9
+    return found
+
+
+@pytest.mark.parametrize("mode", ["inplace", "scratch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_states_are_those_without_a_graph(name: str, dtype: torch.dtype, mode: str, tmp_path: Path) -> None:
+    """Weights, state and record, with two shapes of batch, a schedule, a decay and a step that is skipped; and the record's replay."""
+    found, models = [], []
+    for graph in (True, False):
+        model, path = Small(dtype), tmp_path / f"{graph}.zoj"
+        step = METHODS[name](model, seed=5, weight_decay=0.1, perturbation=mode, journal=path, cuda_graph=graph)
+        losses = steps_of(step, model, inputs(9, dtype))
+        step.close_journal()
+        records = journal_of(path)
+        found.append((str(losses), step.skipped, step.steps, records, readable(step.state_dict())))
+        models.append(model)
+    assert found[0] == found[1]
+    assert found[0][1] == 1
+    models.append(Small(dtype))
+    zk.replay(models[2], tmp_path / "True.zoj")
+    for a, b, c in zip(*(m.parameters() for m in models), strict=True):
+        assert same_bits(a, b) and same_bits(a, c)
+    assert [g.replays for g in Emulated.made] == [5, 4], "one graph a shape"
+
+
+def journal_of(path: Path) -> list[Any]:
+    past = zk.journal.read(path)
+    return [repr(row[:-1]) for row in past.records.tolist()]  # without the checksum, which begins with the run
+
+
+def readable(node: Any) -> Any:
+    """A state as something that can be compared: tensors by their bytes."""
+    if isinstance(node, Tensor):
+        return str(node.dtype), node.contiguous().view(torch.uint8).tolist() if node.ndim else node.item()
+    if isinstance(node, dict):
+        return {str(k): readable(v) for k, v in node.items() if k not in ("lr", "initial_lr")}
+    if isinstance(node, (list, tuple)):
+        return [readable(v) for v in node]
+    return node if isinstance(node, (int, str, bool, type(None))) else str(node)
+
+
+@pytest.mark.parametrize("name", ["adam", "hizoo", "momentum"])
+def test_a_state_goes_on_in_another_optimizer_and_in_a_copy(name: str) -> None:
+    """Whether the steps before were launched as graphs, or are behind: counts of updates lie on the device, and are those of the host."""
+    data = inputs(8, torch.float32)
+    wanted = Small(torch.float32)
+    one = METHODS[name](wanted, seed=5)
+    steps_of(one, wanted, data)
+    for first, second in ((True, False), (False, True), (True, True)):
+        model = Small(torch.float32)
+        step = METHODS[name](model, seed=5, cuda_graph=first)
+        steps_of(step, model, data[:4])
+        other = METHODS[name](model, seed=5, cuda_graph=second)
+        other.load_state_dict(step.state_dict())
+        copied, copy_of_model = copy.deepcopy((other, model))
+        for a, m in ((other, model), (copied, copy_of_model)):
+            steps_of(a, m, data[4:])
+            assert all(same_bits(p, q) for p, q in zip(m.parameters(), wanted.parameters(), strict=True)), (first, second)
+
+
+@pytest.mark.parametrize("name", ["adam", "hizoo", "sparse-adam"])
+def test_a_resumed_record_goes_on_as_graphs(name: str, tmp_path: Path) -> None:
+    data, wanted = inputs(8, torch.bfloat16), Small(torch.bfloat16)
+    whole = METHODS[name](wanted, seed=5, journal=tmp_path / "whole.zoj")
+    for x in data:
+        whole.step(wanted, [x])
+    whole.close_journal()
+    for first in (0, 4):
+        model = Small(torch.bfloat16)
+        step = METHODS[name](model, seed=5, cuda_graph=True, journal=tmp_path / "parts.zoj", resume=first > 0)
+        for x in data[first : first + 4]:
+            step.step(model, [x])
+        step.close_journal()
+    assert all(same_bits(p, q) for p, q in zip(model.parameters(), wanted.parameters(), strict=True))
+    assert step.movement() == whole.movement()
+    assert journal_of(tmp_path / "parts.zoj") == journal_of(tmp_path / "whole.zoj")
+
+
+def test_counts_are_of_each_parameters_own_updates() -> None:
+    """A layer that is frozen, and groups of a state that was saved with one."""
+    finals = []
+    for graph in (True, False):
+        model = Small(torch.float32)
+        step = zk.ZOAdam(model, 1e-3, seed=5, cuda_graph=graph)
+        data = inputs(10, torch.float32, bad=None)
+        steps_of(step, model, data[:3])
+        model.first.requires_grad_(False)
+        steps_of(step, model, data[3:6])
+        model.first.requires_grad_(True)
+        steps_of(step, model, data[6:8])
+        parted = zk.ZOAdam(grouped(model), 1e-3, seed=5, cuda_graph=graph)
+        state = step.state_dict()
+        parted.load_state_dict({**state, "param_groups": parted.state_dict()["param_groups"]})
+        steps_of(parted, model, data[8:])
+        finals.append([p.detach().clone() for p in model.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*finals, strict=True))
+
+
+def test_eager_steps_after_a_refused_graph_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host counts again, and a step that fails takes its count back."""
+    models = [Small(torch.float32) for _ in range(2)]
+    data = inputs(6, torch.float32)
+    steps = [zk.ZOAdam(m, 1e-3, seed=5, cuda_graph=k == 0) for k, m in enumerate(models)]
+    for step, model in zip(steps, models, strict=True):
+        steps_of(step, model, data[:3])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step.step(lambda m=model: m(data[3]))
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "update", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                step.step(model, [data[4]])
+        steps_of(step, model, data[4:])
+    assert all(same_bits(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+    assert readable(steps[0].state_dict()["state"]) == readable(steps[1].state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": zk.Momentum(state="recomputed")}, {"rule": zk.Adam(state="recomputed")}, {"direction": zk.RandomSparse(0.5)},
+        {"direction": zk.LowRank(2)}, {"direction": zk.LayerScale()}, {"clip": zk.QuantileClip(0.5, 4, 2)}, {"scale_free": zk.ScaleFree(0.9)},
+        {"estimator": zk.ForwardGradient()}, {"blocks": ["first", "second"]},
+    ],
+    ids=lambda o: next(iter(o.values())).__class__.__name__,
+)  # fmt: skip
+def test_methods_whose_steps_differ_are_refused(options: dict[str, Any]) -> None:
+    if "blocks" in options:
+        options = {"blocks": zk.Blocks(options["blocks"])}
+    with pytest.raises(ValueError, match="cuda_graph=True with a method whose steps differ: a graph repeats one step"):
+        zk.ZOStep(Small(torch.float32), 1e-3, cuda_graph=True, **options)

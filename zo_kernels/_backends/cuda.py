@@ -212,35 +212,6 @@ def sequence(plan: Plan, passes: Passes) -> None:
 # ---- update rules -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ResidentStates:
-    """The states' table in device memory, uploaded anew when a state has moved; `ready` was recorded after the upload."""
-
-    addresses: bytes
-    table: Tensor
-    ready: torch.cuda.Event
-
-
-def resident_states(plan: Plan, states: States, index: int) -> Tensor:
-    """The states' table, in order before the work that the current stream gets next."""
-    table = rules.state_table(plan, states)
-    held: ResidentStates | None = plan.cache.get("cuda states")
-    capturing = torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(index)
-    if held is None or held.addresses != table.tobytes():
-        if capturing:
-            raise RuntimeError(
-                "a CUDA graph is being captured and this rule has never run on these states: run it once before the capture"
-            )
-        held = ResidentStates(table.tobytes(), move(torch.from_numpy(table.view(np.int64)), plan.device), torch.cuda.Event())
-        held.ready.record(stream)
-        plan.cache["cuda states"] = held
-    elif not capturing:
-        stream.wait_event(held.ready)
-        held.table.record_stream(stream)
-    return held.table
-
-
 def update(plan: Plan, states: States, p: RulePass) -> None:
     """One launch for the plan and its states. Returns before it is over; numbers in device memory are read by the kernel."""
     module = extension()
@@ -248,7 +219,7 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
         raise RuntimeError(module)
     with torch.cuda.device(plan.device):
         r, raw = on_current_stream(plan)
-        table = resident_states(plan, states, r.index)
+        table = rules.resident_table(plan, states)
         inline = not isinstance(p.tags, Tensor) and len(p.tags) <= module.INLINE_TERMS
         given: list[Any] = [p.tags, p.coefs, p.numbers, p.squares]
         kept: list[Tensor] = []  # until the launch

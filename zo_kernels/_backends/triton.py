@@ -337,7 +337,7 @@ def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: di
 def update(plan: Plan, states: States, p: RulePass) -> None:
     """(theta, states) <- rule(decay theta, states, u) for every tensor of the plan, in one launch.
 
-    Numbers and terms travel through device memory (from the host without waiting, but not in a CUDA graph).
+    Numbers and terms travel through device memory, from the host without waiting. In a CUDA graph they lie there, and states where they lay before.
     """
     import triton.language as tl
 
@@ -352,7 +352,7 @@ def update(plan: Plan, states: States, p: RulePass) -> None:
 
     tags, coefs, numbers = there(p.tags, torch.int64), there(p.coefs, torch.float32), there(p.numbers, torch.float32)
     squares = None if p.squares is None else there(p.squares, torch.float32)
-    table = move(torch.from_numpy(rules.state_table(plan, states).view(np.int64)), plan.device)
+    table = rules.resident_table(plan, states)
     arguments = {
         **_common(p.seed, p.kind, plan.dtype),
         **{"n_terms": len(tags), "tags": tags.view(torch.int32), "coefs": coefs, "squares": squares, "numbers": numbers},

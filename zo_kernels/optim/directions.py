@@ -32,6 +32,7 @@ class Dense(Direction):
     """Gaussian or Rademacher in every element (`kind` of the optimizer)."""
 
     name: ClassVar[str] = "dense"
+    repeats: ClassVar[bool] = True
     plain: ClassVar[bool] = True
 
 
@@ -81,6 +82,7 @@ class MagnitudeSparse(Direction):
 
     quantile: float = 0.75
     name: ClassVar[str] = "magnitude-sparse"
+    repeats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.quantile, (int, float)) and 0 < self.quantile <= 1):
@@ -282,6 +284,7 @@ class InverseRoot(Direction):
     """z / sqrt(H), H a diagonal that a rule keeps (HiZOO). `DirectionState.made` has it as the rule's state, fp32, ones at the start."""
 
     name: ClassVar[str] = "inverse-root"
+    repeats: ClassVar[bool] = True
     diagonal: ClassVar[bool] = True
     update_differs: ClassVar[bool] = True  # the rule applies H itself
 

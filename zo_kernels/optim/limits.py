@@ -33,6 +33,9 @@ class Direction:
     """A configuration; `of` makes what holds its tensors in one optimizer."""
 
     name: ClassVar[str]
+    repeats: ClassVar[bool] = (
+        False  # what perturbs lies in the same memory in every step, written before its forwards: a CUDA graph may read it
+    )
     plain: ClassVar[bool] = False  # z is the noise itself, which is known at any later time by its tag
     factored: ClassVar[bool] = False  # z of a matrix is a product of factors
     diagonal: ClassVar[bool] = False  # z is scaled by an H that a rule updates

@@ -116,6 +116,13 @@ class Method:
         alone = self.clip.window == 0 and self.scale_free is None and self.anchor is None
         return steady and not self.rule.scheduled and not self.rule.stateful and alone
 
+    @property
+    def repeats(self) -> bool:
+        """Whether every step is the same work on the same memory, but for numbers that lie there: what a CUDA graph repeats."""
+        steady = self.blocks is None and self.projection is None and not self.estimator.dual
+        alone = self.clip.window == 0 and self.scale_free is None and self.anchor is None
+        return steady and alone and self.rule.repeats and self.direction.repeats
+
     def configured(self) -> dict[str, Any]:
         """The parts whose options say what the numbers of a record, or of a state, mean."""
         return {what: getattr(self, what) for what in PARTS if what != "clip"}
@@ -263,9 +270,11 @@ def _check(method: Method, first_order: Any, lazy: bool, cuda_graph: bool, scrat
         raise ValueError(
             "lazy=True merges a step's update with the next step's first perturbation: two-sided with one query, SGD or Sign, dense directions only, g as it is"
         )
-    if cuda_graph and not (simple and not estimator.dual):
+    if cuda_graph and not (method.repeats and first_order is None):
         raise ValueError(
-            "cuda_graph=True with a method whose steps differ or keep a state: a graph repeats one step; take SGD or Sign with dense directions, g as it is"
+            "cuda_graph=True with a method whose steps differ: a graph repeats one step. A rule may keep a stored state (a recomputed one differs), and "
+            "directions be dense, MagnitudeSparse() or HiZOO's; leave out blocks, projection, anchor, scale_free, a clip of past steps, first_order and "
+            "ForwardGradient()"
         )
     if lazy and cuda_graph:
         raise ValueError("lazy=True and cuda_graph=True: a lazy step depends on the one before it; choose one")

@@ -53,6 +53,11 @@ class Rule:
         """Whether an update depends on how many steps its parameters have seen, or on which."""
         return False
 
+    @property
+    def repeats(self) -> bool:
+        """Whether its work is the same in every step, on the same memory, but for numbers that a device can know: a CUDA graph repeats it."""
+        return True
+
     def size(self, directions: int) -> int:
         """How many numbers a step records in each group."""
         return directions
@@ -110,9 +115,11 @@ def _on_device(value: Any, device: torch.device) -> Tensor:
 def _pass(
     share: Share, rule: str, coefs: Sequence[Coefficient], numbers: Sequence[Any], direction: DirectionState, **more: Any
 ) -> update.RulePass:
-    tags: Any = [int(t) if not isinstance(t, Tensor) else t for t in share.tags[: len(coefs)]]
-    values = _numbers(coefs)
-    if isinstance(values, Tensor):
+    tags: Any = list(share.tags[: len(coefs)])
+    if any(isinstance(t, Tensor) for t in tags):  # a graph's, and what stands beside it lies on its device too
+        tags = torch.stack([t.to(torch.int64).reshape(()) for t in tags])
+        values: Any = torch.stack([_on_device(c, tags.device) for c in coefs]).float()
+    elif isinstance(values := _numbers(coefs), Tensor):
         tags = move(torch.tensor(tags, dtype=torch.int64), values.device)
     given = _numbers([share.go, share.decay, *numbers])
     return update.RulePass(direction.seed, tags, values, direction.kind, share.rounding, rule, given, **more)
@@ -242,6 +249,10 @@ class Momentum(_Rated):
     def counts(self) -> bool:
         return self.state == "recomputed"
 
+    @property
+    def repeats(self) -> bool:
+        return self.state == "stored"
+
     def check(self, directions: int, direction: Direction) -> None:
         if direction.factored:
             remedy = "the sum of z is of no low rank once V changes; take LowRankMomentum()"
@@ -314,6 +325,10 @@ class Adam(_Rated):
     @property
     def counts(self) -> bool:
         return True
+
+    @property
+    def repeats(self) -> bool:
+        return self.state == "stored"
 
     def check(self, directions: int, direction: Direction) -> None:
         if direction.factored:
@@ -422,6 +437,10 @@ class LowRankMomentum(_Rated):
     @property
     def stateful(self) -> bool:
         return True
+
+    @property
+    def repeats(self) -> bool:
+        return False  # the step that renews V is another one
 
     def of(self) -> RuleState:
         return FactorState(self)

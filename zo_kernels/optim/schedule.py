@@ -274,6 +274,8 @@ class Schedule:
                 if len(devices) != 1:
                     raise graph.Refused(f"the weights lie on {len(devices)} devices")
                 self.graphs = graph.Graphs(devices.pop(), len(groups), 3)
+                if run.method.rule.stateful:
+                    run.rule.hold(view.groups, self.graphs.device)
             graphs = self.graphs
             graphs.check(batches)
             training = self.model.training if self.model is not None else None
@@ -332,4 +334,5 @@ class Schedule:
 
     def _refuse(self, reason: str) -> None:
         self.graphs_wanted, self.graphs = False, None
+        self.run.rule.held = False
         warnings.warn(f"cuda_graph=True: {reason}; the steps run without graphs", stacklevel=6)

@@ -53,6 +53,7 @@ class RuleState:
         self.rule = rule
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.cohorts: tuple[Cohort, ...] = ()
+        self.held = False  # counts lie in memory that stays, see `hold`
         self.together = False  # all parameters count all steps, as in runs of blocks that were recorded before cohorts were kept
 
     def of(self, weights: Weights, names: Collection[str], wanted: Mapping[str, torch.dtype]) -> list[list[list[Tensor]]]:
@@ -71,9 +72,32 @@ class RuleState:
                 states[-1].append([mine[what] for what in wanted])
         return states
 
+    def hold(self, groups: Sequence[Weights], device: torch.device) -> None:
+        """From here on counts lie in memory of a device that stays, one for each cohort of a group, and a step adds to them there: launched as a graph,
+        it counts without the host."""
+        found: list[Cohort] = []
+        for weights in groups:
+            new = frozenset(weights.names)
+            for cohort in self.cohorts:
+                if inside := cohort.names & new:
+                    count = torch.full((), float(cohort.count), dtype=torch.float64, device=device)
+                    found.append(replace(cohort, names=inside, count=count))
+                    new -= inside
+            if new:
+                found.append(Cohort(new, torch.zeros((), dtype=torch.float64, device=device)))
+        taken = frozenset(name for c in found for name in c.names)
+        outside = [replace(c, names=c.names - taken) for c in self.cohorts if c.names - taken]
+        self.cohorts, self.held = (*outside, *found), True
+
     def advance(self, share: Share, weights: Weights, gs: Sequence[Coefficient] = (), most: int = 0) -> list[Cohort]:
         """The group's parameters, by what they have seen, this step included; `most` past steps with `gs` are kept. A skipped step takes a place
         among them too, since on a device nobody knows."""
+        live = share.go.double() if isinstance(share.go, Tensor) else int(share.go)
+        if self.held and not most:
+            mine = [c for c in self.cohorts if c.names <= frozenset(weights.names)]
+            for c in mine:
+                c.count.add_(live)
+            return mine
         present = frozenset([str(share.group)] if self.together else weights.names)
         rest, moved, new = [], [], present
         for cohort in self.cohorts:
@@ -85,7 +109,6 @@ class RuleState:
                 rest.append(replace(cohort, names=cohort.names - inside) if inside else cohort)
         if new:
             moved.append(Cohort(new))
-        live = share.go.double() if isinstance(share.go, Tensor) else int(share.go)
         now = (Past(list(share.tags[: len(gs)]), list(gs), live),) if most else ()
         advanced: dict[Any, Cohort] = {}
         for cohort in moved:

@@ -80,12 +80,12 @@ class ZOStep(torch.optim.Optimizer):
             a step, before the module's or the optimizer's state is saved or loaded, when the optimizer goes away and when the
             interpreter exits. What reads or assigns the parameters in another way must call it.
         scratch_bytes: size of the scratch buffer. A matrix larger than it is multiplied in parts, whose last bits may differ from those
-            of one product; what is smaller gives the same bits as in place. Adapters or a small model that fit whole cost no Python
-            in the forwards. Default: 33 MiB on a GPU, 4 MiB on a CPU.
+            of one product; what is smaller gives the same bits as in place. What fits whole (adapters) costs no Python in the
+            forwards. Default: 33 MiB on a GPU, 4 MiB on a CPU.
         cuda_graph: launch whole steps as CUDA graphs, where the host's launches take longer than their kernels. Needs
             ``step(closure, batches)`` with one closure object that reads the batch from its argument, and forwards that draw no
             random numbers and never wait for the device. What cannot be captured runs as without, with one warning that says why.
-            A new shape of batch costs a rehearsal (two or four more forwards). Batches lie on the weights' device.
+            A new shape of batch costs a rehearsal (two or four more forwards). Batches lie on the weights' device. Not for all methods (docs/algorithms.md).
         rounding: of the update to 16-bit weights: "nearest", "stochastic" (unbiased: updates below half a unit in the last place count
             in expectation), "auto": stochastic in scratch mode, nearest in place.
         kind: "gaussian" (the paper) or "rademacher" directions.
