@@ -612,6 +612,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{M}::test_steps_equal_the_float64_reference[forward-scratch-0.0]",)),
     ("zo_kernels/optim/workers.py", "who is late meets those that gave up", "if store.check([gone])", "if False",
      ("tests/test_distributed.py::test_a_worker_that_does_not_come_is_named",)),
+    ("python/zo_finetune/trainer.py", "a loss of several processes is as many times as large", "with once, _whole_loss(self.args),", "with once,",
+     ("tests/finetune/test_trainer.py::test_two_processes_have_the_bits_of_one_with_the_same_batches",)),
     ("zo_kernels/views/buffer.py", "weights of two devices are one launch", "by_launch.setdefault((group, entry.dst.device, entry",
      "by_launch.setdefault((group, torch.device('cpu'), entry", ("tests/kernels/test_devices.py",)),
     ("zo_kernels/parameters.py", "what accelerate offloads is told as any weight without values", '"_hf_hook"', '"_no"',

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
@@ -245,6 +247,16 @@ def _as_they_were(trainer: Any) -> Iterator[None]:
             setattr(trainer, name, value)
 
 
+@contextlib.contextmanager
+def _whole_loss(args: Any) -> Iterator[None]:
+    """A Trainer multiplies each process's loss by their number, for an average over them that steps do not take."""
+    before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = before
+
+
 # ---- the trainer --------------------------------------------------------------------------------------------------------
 
 
@@ -273,9 +285,13 @@ class ZOTrainerMixin(_Base):
     items, as in the Trainer's own accumulation, in float64. Dropout is off in steps: every module but the outermost is in eval mode. `grad_norm` is
     logged as |g|, the projected gradient of the step.
 
+    Several processes (torchrun) share each step by its micro-batches: it takes those of all of them, in the order in which one process would have had them with
+    as many times their accumulation, and ends in the same bits. Their dataloaders have what torch's data parallel training would give each; the batches
+    themselves, and losses, are all that travels, and no module is wrapped.
+
     Raises:
         TypeError: other arguments, or another optimizer than a `zo_kernels.ZOStep`.
-        ValueError: more than one process or GPU.
+        ValueError: more than one GPU in a process, or an argument that cannot be kept.
     """
 
     args: Any
@@ -310,8 +326,15 @@ class ZOTrainerMixin(_Base):
                 raise ValueError(
                     f"{name}, from the environment (accelerate's configuration), with zeroth-order steps: {_REFUSED[name]}"
                 )
-        if processes > 1:
-            raise ValueError(f"{processes} processes: they would take steps of their own; start one")
+        if processes > 1 and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                f"average_tokens_across_devices=False with {processes} processes, which share each step: its loss is a sum over the items of all; leave it out"
+            )
+        if processes > 1 and self.optimizer is not None and self.optimizer.workers is None:
+            raise TypeError(
+                f"optimizers=({type(self.optimizer).__name__}, ...) without process_group, with {processes} processes: each would step with losses of its own; "
+                "make it with process_group=torch.distributed.group.WORLD, parallel='data'"
+            )
         quantized.keep_what_runs(self.model)
         if gpus > 1:
             raise ValueError(f"{gpus} GPUs are DataParallel's, which copies the weights; set CUDA_VISIBLE_DEVICES to one of them")
@@ -323,6 +346,12 @@ class ZOTrainerMixin(_Base):
         assert isinstance(found, zk.ZOStep)
         return found
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """With several processes, a model that accelerate does not wrap: there are no gradients to average."""
+        super().create_accelerator_and_postprocess()
+        if self.args.world_size > 1:
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)  # type: ignore[method-assign]
+
     # -- the optimizer --
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -332,6 +361,8 @@ class ZOTrainerMixin(_Base):
             if self.is_in_train:
                 self.args.learning_rate = recipe.lr  # for loggers
             seed = self.args.seed if self.args.zo_seed is None else self.args.zo_seed
+            if self.args.world_size > 1:
+                common |= {"process_group": torch.distributed.group.WORLD, "parallel": "data", "timeout": self.args.ddp_timeout}
             self.optimizer = recipe.make(
                 trained, seed=seed, weight_decay=self.args.weight_decay, **view_options(self.args.zo_perturbation), **common
             )
@@ -358,6 +389,13 @@ class ZOTrainerMixin(_Base):
         Raises:
             ValueError: it has fewer, or the weights are not those that its run began with; neither was changed.
         """
+        workers = self.zo_step.workers
+        with workers.together("cutting the journal to the checkpoint") if workers is not None else contextlib.nullcontext():
+            if workers is None or workers.rank == 0:
+                self._zo_cut(steps)
+        self._zo_open_journal(resume=True)
+
+    def _zo_cut(self, steps: int) -> None:
         if not os.path.isfile(self._zo_journal_path):
             raise ValueError(
                 f"zo_journal={self.args.zo_journal!r}: {self._zo_journal_path} is not there. To go on with a run, give its own journal (by its whole path "
@@ -372,7 +410,6 @@ class ZOTrainerMixin(_Base):
             journal.verify_base(past.header, self.model)
             counted = [k for k, failed in enumerate(past.flag("failed_plus") | past.flag("failed_minus")) if not failed]
             journal.recover(self._zo_journal_path, keep=counted[steps])
-        self._zo_open_journal(resume=True)
 
     def _zo_digests(self) -> dict[str, str]:
         self.zo_step.flush()
@@ -421,11 +458,14 @@ class ZOTrainerMixin(_Base):
         if (scaled := getattr(self, "loss_is_scaled_for_ga", None)) is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         half = self.accelerator.mixed_precision == "bf16" or any(p.dtype in HALF for p in self.model.parameters())
-        calls = itertools.count()
+        calls, own = itertools.count(), len(batches)
+        if (workers := self.zo_step.workers) is not None:  # in turn, as one process would have had them
+            theirs = workers.tell(send_to_device(batches, "cpu"))
+            batches = [send_to_device(batch, self.args.device) for turn in zip(*theirs, strict=True) for batch in turn]
 
         def closure(batch: Any) -> Tensor:
-            once = _as_they_were(self) if next(calls) >= len(batches) else contextlib.nullcontext()
-            with once, _WideLosses() if half else contextlib.nullcontext():
+            once = _as_they_were(self) if next(calls) >= own else contextlib.nullcontext()
+            with once, _whole_loss(self.args), _WideLosses() if half else contextlib.nullcontext():
                 # Losses take labels out of what they are given.
                 loss: Any = evaluate(model, copy.copy(batch), num_items_in_batch=items)
             return loss.double() * len(batches) if scaled else loss

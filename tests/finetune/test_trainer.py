@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from zo_finetune import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments, methods
 
 import zo_kernels as zk
+from tests.cluster import cluster
 from zo_kernels import journal
 
 LENGTH = 10
@@ -478,3 +480,76 @@ def test_a_trainer_that_is_made_of_theirs_counts_once_a_step(tmp_path: Path) -> 
         step.step(lambda inputs: 2 * other(inputs["input_ids"], inputs["labels"])["loss"], [inputs for inputs, _, _ in batches])
         scheduler.step()
     assert same(model, other)
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------------------
+
+
+def process(rank: int, folder: Path) -> list[Any]:
+    """One of two that torchrun started: whole runs, each with half of the accumulation of one process's."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    found: list[Any] = []
+    for name, build, more in SHARED:
+        args = arguments(folder / name, **more)
+        made = Watched(model=(model := build()), args=args, train_dataset=Rows(16, 0), eval_dataset=Rows(5, 1))
+        made.train()
+        again = ZOTrainer(model=(other := build()), args=args, train_dataset=Rows(16, 0), eval_dataset=Rows(5, 1))
+        again.train(resume_from_checkpoint=str(folder / name / "checkpoint-3"))
+        wrapped = type(made.model_wrapped).__name__
+        found.append((model.state_dict(), other.state_dict(), losses_of(made), wrapped, made.zo_step.workers.sent > 0))
+        found[-1] += ([row["eval_loss"] for row in made.state.log_history if "eval_loss" in row],)
+    own = zk.MeZOStep(plain(), lr=0.1)
+    for error in (
+        lambda: trainer(plain(), arguments(folder, average_tokens_across_devices=False)),
+        lambda: trainer(plain(), arguments(folder, learning_rate=None, zo_eps=None), optimizers=(own, None)),
+    ):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            error()
+        found.append(str(raised.value))
+    return found
+
+
+KEPT = {"save_strategy": "steps", "save_steps": 3}
+SHARED: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = [
+    (
+        "llama",
+        llama,
+        {
+            "zo_method": "fzoo",
+            "learning_rate": 5e-3,
+            "zo_journal": "run.zoj",
+            "eval_strategy": "steps",
+            "per_device_eval_batch_size": 1,
+            **KEPT,
+        },
+    ),
+    ("plain", plain, {"gradient_accumulation_steps": 2, **KEPT}),
+]
+
+
+def test_two_processes_have_the_bits_of_one_with_the_same_batches(tmp_path: Path) -> None:
+    """Over the end of an epoch, with evaluations, a checkpoint that both go on from, a journal, and a loss that is a sum over the items of all."""
+    ends = cluster(2, lambda rank: process(rank, tmp_path / "two"), tmp_path / "cluster", limit=120)
+    assert not any(end.error for end in ends), ends
+    for k, (name, build, more) in enumerate(SHARED):
+        args = arguments(
+            tmp_path / "one" / name, **{**more, "gradient_accumulation_steps": 2 * more.get("gradient_accumulation_steps", 1)}
+        )
+        made = ZOTrainer(model=(model := build()), args=args, train_dataset=Rows(16, 0), eval_dataset=Rows(5, 1))
+        made.train()
+        for end in ends:
+            weights, resumed, losses, wrapped, sent, evaluated = end.result[k]
+            for state in (weights, resumed):
+                assert all(torch.equal(x, y) for x, y in zip(state.values(), model.state_dict().values(), strict=True)), name
+            assert wrapped == type(model).__name__ and sent
+            assert losses == losses_of(made)
+            assert evaluated == ends[0].result[k][5] and len(evaluated) == (
+                6 if name == "llama" else 0
+            )  # torch's averages, which take rows in pairs
+            assert "average_tokens_across_devices=False with 2 processes" in end.result[2]
+            assert "without process_group, with 2 processes" in end.result[3]
+    zk.replay(replayed := llama(), tmp_path / "two" / "llama" / "run.zoj")
+    assert all(torch.equal(x, y) for x, y in zip(replayed.state_dict().values(), ends[0].result[0][0].values(), strict=True))
