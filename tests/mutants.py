@@ -369,7 +369,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      (f"{TRL}::test_grpo_is_the_hand_written_loop_and_generates_once_a_step",)),
     ("python/zo_finetune/trainer.py", "an adapter that was loaded is another one than is trained", "if now is not p:", "if False:",
      (f"{TRL}::test_sft_of_an_adapter_on_four_bits",)),
-    ("python/zo_finetune/trainer.py", "metrics are counted at every point", "if next(calls) >= len(batches)", "if next(calls) >= 2 * len(batches)",
+    ("python/zo_finetune/trainer.py", "metrics are counted at every point", "if next(calls) >= own", "if next(calls) >= 2 * len(batches)",
      (f"{TRL}::test_sft_is_the_hand_written_loop_and_counts_once_a_step",)),
     ("python/zo_finetune/trainer.py", "a user's own loss is lost behind the first batch", "if own is not None:", "if False:",
      (f"{TR}::test_a_loss_that_a_user_puts_in_the_place_of_the_classs_stays",)),
