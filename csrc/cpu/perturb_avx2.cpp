@@ -17,6 +17,7 @@ struct Avx2 {
   using F = __m256;
   using M = __m256i; /* all ones or zero in every lane */
   static constexpr int LANES = 8;
+  static constexpr int APART = 8; /* elements from the lower to the upper half of what `chunks` and `pairs` sink */
 
   static inline U set1(uint32_t x) { return _mm256_set1_epi32((int)x); }
   static inline F set1f(float x) { return _mm256_set1_ps(x); }
@@ -31,6 +32,10 @@ struct Avx2 {
    * q + 2 g + h, which feeds the elements 32 g + 8 h + (0..7) and 16 behind them. */
   static inline U gaussian_calls(uint64_t q, int half) {
     return _mm256_add_epi64(_mm256_set1_epi64x((long long)q + 2 * half), _mm256_set_epi64x(5, 1, 4, 0));
+  }
+  /* Lane 4 L + g of calls for stochastic rounding: those of the elements in place L of the vector g of `pairs`. */
+  static inline U rounding_calls(uint64_t q, int half) {
+    return _mm256_add_epi64(_mm256_set1_epi64x((long long)q + 4 * half), _mm256_set_epi64x(9, 1, 8, 0));
   }
   static inline U mul_even(U x, U y) { return _mm256_mul_epu32(x, y); }
   static inline U high(U x) { return _mm256_srli_epi64(x, 32); }
@@ -50,6 +55,8 @@ struct Avx2 {
   static inline F fma(F x, F y, F z) { return _mm256_fmadd_ps(x, y, z); }
   static inline F fms(F x, F y, F z) { return _mm256_fmsub_ps(x, y, z); }
   static inline F number(U w) { return as_float(bit_or(bit_and(w, set1(F_MASK)), set1(F_BASE))); }
+
+  static inline U with_sign_of(U x, U magnitude) { return bit_or(magnitude, bit_and(x, set1(0x80000000u))); }
 
   /* Lane l is bit `shift` + l of the bytes at p; reads two bytes. */
   static inline M mask(const uint8_t *p, int shift) {
@@ -77,13 +84,19 @@ struct Avx2 {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08));
   }
   static inline void store_narrow(uint16_t *p, U x) { _mm_storeu_si128((__m128i *)p, narrow(x)); }
-  /* Pairs of neighbours, and 16-bit integers in every half of a lane. */
+  /* Pairs of neighbours. */
   static inline U load_pairs(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
   static inline void store_pairs(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, x); }
-  static inline U odd_from(U x, U y) { return _mm256_blend_epi16(x, y, 0xAA); } /* the high halves of y */
-  static inline U plus16(U x, U y) { return _mm256_add_epi16(x, y); }
-  static inline U average16(U x, U y) { return _mm256_avg_epu16(x, y); } /* rounded up */
+  static inline U high_halves(U x, U y) { return _mm256_blend_epi16(right<16>(x), y, 0xAA); }
+  static inline U low_halves(U x, U y) { return _mm256_blend_epi16(x, left<16>(y), 0xAA); }
+  static inline U nearest_pairs(U even, U odd) { /* up if low + 0x7FFF + (high & 1) carries: the top of an average */
+    const U high = high_halves(even, odd), low = low_halves(even, odd);
+    const U below = bit_or(bit_and(high, set1(0x00010001u)), set1(0x7FFE7FFEu));
+    return _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, below), 15));
+  }
   template <int N> static inline U right16(U x) { return _mm256_srli_epi16(x, N); }
+  static inline U widen_low(U x) { return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)); }
+  static inline U widen_high(U x) { return _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)); }
   static inline void store_low_bytes(U x, uint8_t *p) {
     const __m128i words = narrow(x);
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
@@ -101,13 +114,12 @@ struct Avx2 {
     y[2] = pd(_mm256_unpacklo_pd(pd(b), pd(d))), y[3] = pd(_mm256_unpackhi_pd(pd(b), pd(d)));
   }
 
-  /* Sinks the 128-bit places 0 of a and b one behind the other at `at`, the places 1 at `at` + stride. */
-  template <class Sink> static ZO_INLINE void by_place(F a, F b, int at, int stride, const Sink &sink) {
-    sink(_mm256_permute2f128_ps(a, b, 0x20), at);
-    sink(_mm256_permute2f128_ps(a, b, 0x31), at + stride);
-  }
+  /* The 128-bit places 0 of a and b, and the places 1. */
+  static inline F places_0(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+  static inline F places_1(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x31); }
 
-  /* s[a] holds output a of 8 calls in the order of gaussian_calls; sink(x, at) gets 8 elements from `at` on. */
+  /* s[a] holds output a of 8 calls in the order of gaussian_calls; sink(x, y, at) gets 8 elements from `at` on and 8
+   * more, APART further. */
   template <class Sink> static ZO_INLINE void chunks(const F *s, const Sink &sink) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, s += 8) {
@@ -115,12 +127,13 @@ struct Avx2 {
       transpose_places(s, low);
       transpose_places(s + 4, high);
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) by_place(low[g], high[g], 32 * g + 16 * half, 8, sink);
+      for (int g = 0; g < 4; ++g) {
+        sink(places_0(low[g], high[g]), places_1(low[g], high[g]), 32 * g + 16 * half);
+      }
     }
   }
 
-  /* sink(x, y, at) gets the even and the odd ones of 16 elements from `at` on: two thirds of the shuffles of `chunks`.
-   */
+  /* sink(x, y, at) gets the even and the odd ones of these 16: two thirds of the shuffles of `chunks`. */
   template <class Sink> static ZO_INLINE void pairs(const F *s, const Sink &sink) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, s += 8) {
@@ -155,10 +168,10 @@ struct Avx2 {
   static inline void store_words(const U *w, uint32_t *p) {
     const F x[4] = {as_float(w[0]), as_float(w[1]), as_float(w[2]), as_float(w[3])};
     F t[4]; /* t[c], place L: the words of call 4L + c */
-    const auto sink = [p](F y, int at) { storef((float *)p + at, y); };
     transpose_places(x, t);
-    by_place(t[0], t[1], 0, 16, sink);
-    by_place(t[2], t[3], 8, 16, sink);
+    float *const to = (float *)p;
+    storef(to, places_0(t[0], t[1])), storef(to + 8, places_0(t[2], t[3]));
+    storef(to + 16, places_1(t[0], t[1])), storef(to + 24, places_1(t[2], t[3]));
   }
 };
 

@@ -17,6 +17,7 @@ struct Avx512 {
   using F = __m512;
   using M = __mmask16;
   static constexpr int LANES = 16;
+  static constexpr int APART = 128; /* elements from the lower to the upper half of what `chunks` and `pairs` sink */
 
   static inline U set1(uint32_t x) { return _mm512_set1_epi32((int)x); }
   static inline F set1f(float x) { return _mm512_set1_ps(x); }
@@ -31,6 +32,10 @@ struct Avx512 {
    * q + 8 k + 2 g + h, which feeds the elements 128 k + 32 g + 8 h + (0..7) and 16 behind them. */
   static inline U gaussian_calls(uint64_t q, int half) {
     return _mm512_add_epi64(_mm512_set1_epi64((long long)q + 2 * half), _mm512_set_epi64(13, 9, 12, 8, 5, 1, 4, 0));
+  }
+  /* Lane 4 L + g of calls for stochastic rounding: those of the elements in place L of the vector g of `pairs`. */
+  static inline U rounding_calls(uint64_t q, int half) {
+    return _mm512_add_epi64(_mm512_set1_epi64((long long)q + 4 * half), _mm512_set_epi64(25, 17, 24, 16, 9, 1, 8, 0));
   }
   static inline U mul_even(U x, U y) { return _mm512_mul_epu32(x, y); }
   static inline U high(U x) { return _mm512_srli_epi64(x, 32); }
@@ -51,6 +56,10 @@ struct Avx512 {
   static inline F fms(F x, F y, F z) { return _mm512_fmsub_ps(x, y, z); }
   static inline F number(U w) { /* (w & F_MASK) | F_BASE */
     return as_float(_mm512_ternarylogic_epi32(w, set1(F_MASK), set1(F_BASE), 0xEA));
+  }
+
+  static inline U with_sign_of(U x, U magnitude) {
+    return _mm512_ternarylogic_epi32(magnitude, x, set1(0x80000000u), 0xF8);
   }
 
   /* Lane l is bit `shift` + l of the bytes at p; reads three bytes. */
@@ -77,20 +86,30 @@ struct Avx512 {
   }
   static inline U widen(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
   static inline void store_narrow(uint16_t *p, U x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x)); }
-  /* Pairs of neighbours, of which the upper half lies 128 elements further, and 16-bit integers in every half of a
-   * lane. */
+  /* Pairs of neighbours, of which the upper half lies APART elements further. */
   static inline U load_pairs(const uint16_t *p) {
     const U low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *)(p + 128)), 1);
+    return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *)(p + APART)), 1);
   }
   static inline void store_pairs(uint16_t *p, U x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(x));
-    _mm256_storeu_si256((__m256i *)(p + 128), _mm512_extracti64x4_epi64(x, 1));
+    _mm256_storeu_si256((__m256i *)(p + APART), _mm512_extracti64x4_epi64(x, 1));
   }
-  static inline U odd_from(U x, U y) { return _mm512_mask_blend_epi16(0xAAAAAAAAu, x, y); } /* the high halves of y */
-  static inline U plus16(U x, U y) { return _mm512_add_epi16(x, y); }
-  static inline U average16(U x, U y) { return _mm512_avg_epu16(x, y); } /* rounded up */
+  static inline U swapped_halves() { return _mm512_set4_epi32(0x0D0C0F0E, 0x09080B0A, 0x05040706, 0x01000302); }
+  static inline U high_halves(U x, U y) {
+    return _mm512_mask_shuffle_epi8(y, 0x3333333333333333u, x, swapped_halves());
+  }
+  static inline U low_halves(U x, U y) {
+    return _mm512_mask_shuffle_epi8(x, 0xCCCCCCCCCCCCCCCCu, y, swapped_halves());
+  }
+  static inline U nearest_pairs(U even, U odd) { /* up if low >= 0x8000 | (~high & 1) */
+    const U high = high_halves(even, odd), low = low_halves(even, odd), one = set1(0x00010001u);
+    const U least = _mm512_ternarylogic_epi32(high, one, set1(0x80008000u), 0xAE);
+    return _mm512_mask_add_epi16(high, _mm512_cmpge_epu16_mask(low, least), high, one);
+  }
   template <int N> static inline U right16(U x) { return _mm512_srli_epi16(x, N); }
+  static inline U widen_low(U x) { return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)); }
+  static inline U widen_high(U x) { return _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)); }
   static inline void store_low_bytes(U x, uint8_t *p) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 
   /* Four vectors, 128-bit place L of vector m holding row 4L + m of a 4 x 4 block: the 4 x 4 transpose in every place.
@@ -115,7 +134,8 @@ struct Avx512 {
     sink(_mm512_shuffle_f32x4(ab13, cd13, 0xDD), at + 3 * stride);
   }
 
-  /* s[a] holds output a of 16 calls in the order of gaussian_calls; sink(x, at) gets 16 elements from `at` on. */
+  /* s[a] holds output a of 16 calls in the order of gaussian_calls; sink(x, y, at) gets 16 elements from `at` on and 16
+   * more, APART further. */
   template <class Sink> static ZO_INLINE void chunks(const F *s, const Sink &sink) {
     const U lower = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), upper = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
 #pragma GCC unroll 2
@@ -125,14 +145,13 @@ struct Avx512 {
       transpose_places(s + 4, high);
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
-        sink(pd(_mm512_permutex2var_pd(pd(low[g]), lower, pd(high[g]))), 32 * g + 16 * half);
-        sink(pd(_mm512_permutex2var_pd(pd(low[g]), upper, pd(high[g]))), 32 * g + 16 * half + 128);
+        sink(pd(_mm512_permutex2var_pd(pd(low[g]), lower, pd(high[g]))),
+             pd(_mm512_permutex2var_pd(pd(low[g]), upper, pd(high[g]))), 32 * g + 16 * half);
       }
     }
   }
 
-  /* sink(x, y, at) gets the even and the odd ones of 16 elements from `at` on and of 16 more, 128 further: two thirds
-   * of the shuffles of `chunks`. */
+  /* sink(x, y, at) gets the even and the odd ones of these 32: two thirds of the shuffles of `chunks`. */
   template <class Sink> static ZO_INLINE void pairs(const F *s, const Sink &sink) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half, s += 8) {

@@ -9,9 +9,9 @@
  *   apply    dst = cast(d + s)           Stages::apply: reads and writes the weights, from the second pass on in L1
  *
  * The noise goes through an L1 buffer, which makes offsets, tails, rows, masks, scales and both casts one path. A pass
- * of Gaussian terms and nothing else goes straight from registers to the weights instead, in whole blocks
- * (Stages::lean): that saves one store and one load per vector, and the weights are read while noise is computed
- * rather than after it.
+ * of Gaussian terms without masks and scales goes straight from registers to the weights instead, in whole blocks
+ * (Stages::lean), with a decay and with either cast: that saves stores and loads, and the weights are read while noise
+ * is computed rather than after it.
  *
  * Belongs here: memory access in units of tiles. Does not belong here: arithmetic of the contract (noise.h, simd.h).
  * Everything has internal linkage, see perturb.h.

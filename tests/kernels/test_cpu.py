@@ -7,6 +7,7 @@ Belongs here: what runs through zo_kernels._C. Does not belong here: the contrac
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -203,6 +204,21 @@ def test_ten_million(variant: str, dtype: torch.dtype) -> None:
     (plan,) = make_plans([t], [5], **kw)
     want = results(plan, p, None)[0]
     assert all(same_bits(results(plan, p, k)[0], want) for k in AVAILABLE)
+
+
+@pytest.mark.parametrize("index", ISAS)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_whole_blocks(dtype: torch.dtype, index: int) -> None:
+    """What goes from registers to the weights, in blocks: any number of terms, decay and both casts, where the high word of the calls'
+    counter changes, of the rounding (2^35) and of the noise (2^36), and where a block ends with it or begins."""
+    t = cases.weights(1500, dtype)
+    t = t.nan_to_num(posinf=1.0)  # what is not finite is the business of test_every_half
+    for offset in (0, 32, 2**35 - 512, 2**35 - 480, 2**36 - 1024, 2**36 - 736):
+        (plan,) = make_plans([t], [5], offsets=[offset])
+        for k, decay, rounding in itertools.product((1, 2, 3, 4), (None, 0.875), checks.ROUNDINGS):
+            tags, coefs = zip(*cases.terms(k), strict=True)
+            p = Pass(cases.SEED, list(tags), list(coefs), decay, rounding=rounding)
+            assert same_bits(results(plan, p, index)[0], results(plan, p, None)[0]), (offset, p)
 
 
 @st.composite
