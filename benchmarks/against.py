@@ -9,10 +9,10 @@ Belongs here: a comparison of two versions, which no other script can make since
 Each tree runs in a process of its own; a round is some steps of one and as many of the other, the first one first in every other round, in the process's CPU
 time with one thread. Every `RENEW` rounds both processes are new ones: where a process's memory lies moves its steps by some per cent, whatever the
 code. Contenders: a model of hidden size 64 with its forwards, and the shapes of GPT-2 small (148 tensors, each with a hundredth of its
-elements, so that the passes over them do not hide the rest) with a closure that computes nothing. "one pass" is theta + c z over 2^24 weights, in place
-and from them into a buffer of 2^20, as scratch mode has it; "one mask" is what Sparse-MeZO does before each step, the mask of the smallest weights of a
-tensor of 2^24. The rows of these two are in files of their own, against_pass.csv and
-against_mask.csv.
+elements, so that the passes over them do not hide the rest) with a closure that computes nothing. "one pass" is over 2^24 weights: theta + c z in place,
+and from them into a buffer of 2^20, as scratch mode has it; the update of scratch mode, with stochastic rounding in 16 bits; and what lazy steps do in place,
+two terms. "one mask" is what Sparse-MeZO does before each step, the mask of the smallest weights of a tensor of 2^24. The rows of these two are in files of
+their own, against_pass.csv and against_mask.csv.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import harness
 RENEW = 10
 TRAINING = ("hidden 64", "GPT-2 shapes")
 CASES = (*TRAINING, "one pass", "one mask")
+MODES = {"one pass": ("scratch", "inplace", "update", "two terms"), "one mask": ("",)}  # of the others: scratch, inplace
 COLUMNS = (
     "case",
     "dtype",
@@ -77,9 +78,11 @@ def one_pass(dtype, mode):
     size = 1 << 20 if mode == "scratch" else weights.numel()
     buffer = torch.empty(size, dtype=dtype)
     plans = [Plan((Entry(w, buffer if mode == "scratch" else w, 5),), w.device, dtype) for w in weights.split(size)]
+    tags, coefs = ([7, 8], [1e-3, -1e-3]) if mode == "two terms" else ([7], [1e-3])
+    rounding = "stochastic" if mode == "update" else "nearest"
     def step():
         for plan in plans:
-            cpu.perturb(plan, Pass(1, [7], [1e-3]))
+            cpu.perturb(plan, Pass(1, tags, coefs, rounding=rounding))
     return step
 
 def one_mask(dtype):
@@ -164,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for case in args.cases:
         for dtype in args.dtypes or (("float32", "bfloat16") if case in TRAINING else harness.DTYPES):
-            for mode in ("",) if case == "one mask" else ("scratch", "inplace"):
+            for mode in MODES.get(case, ("scratch", "inplace")):
                 pairs: list[tuple[float, float]] = []
                 while len(pairs) < args.rounds:
                     rounds = min(RENEW, args.rounds - len(pairs))

@@ -72,12 +72,13 @@ OPT = {
     "opt-13b": (5120, 20480, 40, 40),
 }
 LLAMA = {"llama-tiny": (64, 172, 4, 2, 512), "llama-15m": (288, 768, 6, 6, 32000), "llama-110m": (768, 2048, 12, 12, 32000)}
-SHAPES = (*LLAMA, *OPT)
+GPT2 = "gpt2"  # GPT-2 small as published: 124 million weights in 148 tensors
+SHAPES = (*LLAMA, *OPT, GPT2)
 
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A causal language model of this shape with random weights and a tied head, in eval mode, made on the device itself."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
     config: Any
     if shape in LLAMA:
@@ -91,6 +92,8 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Modul
             num_key_value_heads=heads,
             tie_word_embeddings=True,
         )
+    elif shape == GPT2:
+        config = GPT2Config(n_inner=3072)  # what it is where none is given
     else:
         hidden, ffn, heads, layers = OPT[shape]
         config = OPTConfig(
@@ -318,7 +321,8 @@ def estimate(shape: str, dtype: torch.dtype, size: Size, copies: int) -> int:
     model = make_model(shape, torch.device("meta"), dtype)
     largest = max(p.nbytes for p in model.parameters())
     config: Any = model.config
-    width = 8 * config.hidden_size + 3 * (getattr(config, "ffn_dim", 0) or getattr(config, "intermediate_size", 0))
+    ffn = next(getattr(config, name) for name in ("ffn_dim", "intermediate_size", "n_inner") if hasattr(config, name))
+    width = 8 * config.hidden_size + 3 * ffn
     activations = math.prod(size) * width * dtype.itemsize + size[0] * config.vocab_size * 8
     return copies * sum(p.nbytes for p in model.parameters()) + 4 * largest + activations + MARGIN
 

@@ -422,6 +422,15 @@ def test_bytes_of_gathered_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes.read == 3 * weights + 2 * (3 * gathered + numbers)
 
 
+def test_the_shape_of_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+
+    sizes = [p.numel() for p in step.make_model("gpt2", torch.device("meta"), torch.float32).parameters()]
+    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
+    assert 3 * 4 * sum(sizes) < step.estimate("gpt2", torch.float32, (8, 32), 2) < 5 * 4 * sum(sizes)
+
+
 def test_step_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     # 2^40 tokens of activations fit nowhere; nothing of that size may be allocated to find out.
     path = tmp_path / "step.csv"
@@ -519,7 +528,9 @@ def test_against(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = rows(path)
     assert [(r["case"], r["dtype"], r["mode"]) for r in table] == [
-        (case, "bfloat16", mode) for case in cases for mode in (("",) if case == "one mask" else ("scratch", "inplace"))
+        (case, "bfloat16", mode)
+        for case in cases
+        for mode in {"one pass": ("scratch", "inplace", "update", "two terms"), "one mask": ("",)}.get(case, ("scratch", "inplace"))
     ]
     assert all(float(r["ratio"]) > 0 and float(r["median_s"]) > 0 for r in table)
 
