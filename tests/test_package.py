@@ -27,7 +27,7 @@ def test_every_package_is_shipped() -> None:
 
 def test_the_source_archive_has_every_folder() -> None:
     grafted = re.findall(r"^graft (\S+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
-    assert set(grafted) == {".ci", "benchmarks", "csrc", "docs", "examples", "python", "tests"}
+    assert set(grafted) == {".ci", ".github", "benchmarks", "csrc", "docs", "examples", "python", "tests"}
     assert all((ROOT / name).is_dir() for name in grafted)
 
 
