@@ -2,6 +2,7 @@
 # What only a GPU can show, as named stages:  benchmarks/gpu_check.sh FOLDER [STAGE ...]
 #
 #   build smoke parity    the first ten minutes (default)      steps passes learn      the second
+#   offload               models of 13 and 30 billion weights in host memory: 26 and 60 GB, pinned, each tensor rounded up to a power of two
 #   large                 by name alone: models of 6.7 and 13 billion weights, scaling
 #
 # Each stage has a limit in seconds of its own, LIMIT_NAME=SECONDS in the environment overrides it, and writes CSV files of its own into FOLDER, row
@@ -9,7 +10,7 @@
 # Uses $PYTHON (default: python3) as it is, with no network. A stage that fails does not stop the next; the exit status is that of the worst.
 # TINY=1: a dry run on the CPU, tiny and with the emulated graph, which proves this script and measures nothing.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 results=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
@@ -30,8 +31,8 @@ fi
 worst=0
 [ -f "$results/stages.csv" ] || echo "commit,stage,command,limit_s,took_s,status" >"$results/stages.csv"
 
-limits="build=110 smoke=60 parity=420 steps=240 passes=200 learn=150 large=590"
-for stage in $stages; do case " $limits " in *" $stage="*) ;; *) echo "there is no stage $stage: build smoke parity steps passes learn large"; exit 2 ;; esac; done
+limits="build=110 smoke=60 parity=420 steps=240 passes=200 learn=150 offload=300 large=590"
+for stage in $stages; do case " $limits " in *" $stage="*) ;; *) echo "there is no stage $stage: build smoke parity steps passes learn offload large"; exit 2 ;; esac; done
 
 run() { # what is left of the stage's limit is this command's
   local left=$((until - SECONDS)) start=$SECONDS status
@@ -72,6 +73,11 @@ for stage in $stages; do
     else
       echo "== learn: ../shared has no models/stories15m or no data/sst2: left out"
     fi
+    ;;
+  offload) # a process each: what one has pinned, it keeps
+    for shape in opt-13b opt-30b; do
+      run "$python" benchmarks/offload.py --visits $shape --device $device $quick ${TINY:+--tokens 2x4} --out "$results/offload_$shape.csv"
+    done
     ;;
   large)
     run "$python" benchmarks/scaling.py --device $device $quick --out "$results/scaling.csv"

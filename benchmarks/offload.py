@@ -1,6 +1,7 @@
 """What training costs whose weights lie in a file or in host memory and visit the device a block at a time.
 
     python benchmarks/offload.py --work /tmp/offload --out benchmarks/results/offload.csv
+    python benchmarks/offload.py --visits opt-13b --device cuda --out offload_opt-13b.csv
 
 Belongs here: resident memory, bytes that come in, seconds of a step. Does not belong here: whether the bits are right (tests/test_offload.py).
 
@@ -8,6 +9,10 @@ First a random OPT-1.3B of bf16 weights from a file of its own, which is made in
 process's resident memory from before the model was made, less what it had then (after importing everything). Then a shape that fits, resident and
 offloaded, in turn: `ratio` is a median over the resident one's, `cpu_ratio` that of the processor time, with the thread that fetches. MeZO's steps on a
 batch of a few random tokens.
+
+With --visits a model of that shape in host memory alone, pinned for a GPU, whose blocks visit the device; a row for each step, in a file with columns of
+its own. `peak_bytes` is then of the device, `upload_gb_per_s` what came in over the seconds of the step, `copy_gb_per_s` what a plain copy of the
+largest block reaches.
 """
 
 from __future__ import annotations
@@ -32,6 +37,23 @@ COLUMNS = (
     *("step", *harness.TIMING_COLUMNS, "ratio", "cpu_median_s", "cpu_ratio"),
     *("read_bytes", "visits", "written_bytes", "device_bytes", "peak_bytes"),
 )
+VISITS = (
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "weights",
+        "weight_bytes",
+        "blocks",
+        "batch",
+        "sequence",
+        "step",
+        "seconds",
+        "read_bytes",
+        "visits",
+    ),
+    *("written_bytes", "device_bytes", "peak_bytes", "upload_gb_per_s", "copy_gb_per_s"),
+)
 TINY = {
     "hidden_size": 32,
     "ffn_dim": 128,
@@ -50,8 +72,8 @@ FITS = {
 }
 
 
-def config_of(more: dict[str, Any]) -> Any:
-    shape = {**shapes.get("opt-1.3b"), **more}
+def config_of(more: dict[str, Any], name: str = "opt-1.3b") -> Any:
+    shape = {**shapes.get(name), **more}
     return transformers.AutoConfig.for_model(**shape)
 
 
@@ -76,8 +98,8 @@ def write_random(model: nn.Module, path: Path) -> None:
     away.write_tensors(path, [(name, Random(p)) for name, p in model.named_parameters()])  # type: ignore[misc]
 
 
-def closure_of(model: Any, vocabulary: int, batch: int, sequence: int) -> Callable[[], Tensor]:
-    ids = torch.randint(vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(1))
+def closure_of(model: Any, vocabulary: int, batch: int, sequence: int, device: str = "cpu") -> Callable[[], Tensor]:
+    ids = torch.randint(vocabulary, (batch, sequence), generator=torch.Generator().manual_seed(1)).to(device)
 
     def closure() -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -125,6 +147,51 @@ def from_a_file(work: Path, name: str, more: dict[str, Any], steps: int, write_b
             }  # fmt: skip
     finally:
         path.unlink()
+
+
+def fill(model: nn.Module, pinned: bool) -> None:
+    """Values for parameters on the meta device, the same million again and again: to draw billions takes minutes. Pinned at once, so that there is one copy."""
+    made: dict[int, nn.Parameter] = {}
+    some = torch.randn(1 << 20).mul_(0.02)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in made:
+                values = torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned)
+                for part in values.view(-1).split(some.numel()):
+                    part.copy_(some[: part.numel()])
+                made[id(p)] = nn.Parameter(values, requires_grad=p.requires_grad)
+            if p is not None:
+                module._parameters[name] = made[id(p)]
+
+
+def copied(nbytes: int, device: str) -> float:
+    """GB/s of a plain copy of so many bytes to the device, the best of a few."""
+    here = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device == "cuda")
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return nbytes / 1e9 / min(harness.seconds_of(lambda: there.copy_(here, non_blocking=True), 1, device) for _ in range(4))
+
+
+def visiting(name: str, more: dict[str, Any], device: str, steps: int, batch: int, sequence: int) -> Iterator[dict[str, Any]]:
+    """A model in host memory whose blocks visit the device; the first step begins with an empty device."""
+    config = config_of(more, name)
+    model = without_weights(config, torch.bfloat16)
+    fill(model, device == "cuda")
+    harness.reset_peak(device)
+    offloaded = zk.offload(model, "cpu", device=device, together=True)
+    shared = about(name, model, torch.bfloat16, batch, sequence)
+    del shared["threads"]
+    speed = harness.significant(copied(max(offloaded.blocks.values()), device), 4)
+    optimizer, closure = zk.MeZOStep(model, 1e-6), closure_of(model, config.vocab_size, batch, sequence, device)
+    for step in range(1, steps + 1):
+        t = offloaded.traffic
+        read, visits, written = t.bytes, t.visits, t.written
+        seconds = harness.seconds_of(lambda: optimizer.step(closure), 1, device)
+        yield {
+            **shared, "device": device, "blocks": len(offloaded.blocks), "step": step, "seconds": harness.significant(seconds, 4),
+            "read_bytes": t.bytes - read, "visits": t.visits - visits, "written_bytes": t.written - written,
+            "device_bytes": offloaded.device_bytes, "peak_bytes": harness.peak_bytes(device) or "",
+            "upload_gb_per_s": harness.significant((t.bytes - read) / 1e9 / seconds, 4), "copy_gb_per_s": speed,
+        }  # fmt: skip
 
 
 def beside_resident(work: Path, more: dict[str, Any], rounds: int) -> Iterator[dict[str, Any]]:
@@ -185,7 +252,10 @@ def beside_resident(work: Path, more: dict[str, Any], rounds: int) -> Iterator[d
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder with room for the weights")
+    parser.add_argument("--work", type=Path, help="an empty folder with room for the weights; not for --visits")
+    parser.add_argument("--visits", metavar="SHAPE", help="a model in host memory alone, such as opt-13b; with --quick a tiny one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --visits")
+    parser.add_argument("--tokens", default="4x512", help="of --visits: batch x sequence")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
     parser.add_argument("--steps", type=int, default=3, help="of the large model")
     parser.add_argument("--rounds", type=int, default=5, help="of the shape that fits")
@@ -193,6 +263,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("large", "fits"), help="one of the two")
     parser.add_argument("--append", action="store_true", help="to the rows that are there")
     args = parser.parse_args(arguments)
+    if args.visits:
+        visits = harness.Table(args.out, VISITS, args.append)
+        for row in visiting(args.visits, TINY if args.quick else {}, args.device, args.steps, *map(int, args.tokens.split("x"))):
+            visits.add(row)
+        return 0
+    if args.work is None:
+        parser.error("--work is required: an empty folder with room for the weights")
     args.work.mkdir(parents=True, exist_ok=True)
     table = harness.Table(args.out, COLUMNS, args.append)
     if args.only != "fits":

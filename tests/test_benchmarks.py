@@ -603,14 +603,23 @@ def test_gpu_check_on_a_cpu(tmp_path: Path) -> None:
     """The script itself: named stages, each with its limit and its files, and what is cut off is said and does not stop the next."""
     command = [str(BENCHMARKS / "gpu_check.sh"), str(tmp_path / "found")]
     env = {**os.environ, "TINY": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LIMIT_STEPS": "1"}
-    done = subprocess.run([*command, "smoke", "steps", "passes"], env=env | {"LIMIT_PASSES": "0"}, capture_output=True, text=True)
+    stages_here = ["smoke", "steps", "passes", "offload"]
+    done = subprocess.run([*command, *stages_here], env=env | {"LIMIT_PASSES": "0"}, capture_output=True, text=True)
     stages = list(csv.DictReader((tmp_path / "found" / "stages.csv").open()))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [(row["stage"], row["status"]) for row in stages] == [("smoke", "0"), ("steps", "124"), *[("passes", "124")] * 3]
+    ended = [("smoke", "0"), ("steps", "124"), *[("passes", "124")] * 3, *[("offload", "0")] * 2]
+    assert [(row["stage"], row["status"]) for row in stages] == ended
     parts = list(csv.DictReader((tmp_path / "found" / "smoke.csv").open()))
     assert {row["result"] for row in parts} == {"same bits"}
     assert "graphed inplace step, journal, replay" in {row["part"] for row in parts}
-    assert all(row["commit"] for row in [*stages, *parts])
+    steps = [
+        row for shape in ("opt-13b", "opt-30b") for row in csv.DictReader((tmp_path / "found" / f"offload_{shape}.csv").open())
+    ]
+    assert [(row["shape"], row["step"]) for row in steps] == [
+        (shape, str(k)) for shape in ("opt-13b", "opt-30b") for k in (1, 2, 3)
+    ]
+    assert all(int(row["read_bytes"]) and float(row["upload_gb_per_s"]) > 0 < float(row["copy_gb_per_s"]) for row in steps)
+    assert all(row["commit"] for row in [*stages, *parts, *steps])
     assert subprocess.run([*command, "speed"], env=env, capture_output=True, text=True).returncode == 2
 
 
