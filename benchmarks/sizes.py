@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from zo_finetune import measure, shapes
+from torch import nn
+from zo_finetune import adapters, measure, shapes
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 LARGE = (
@@ -27,12 +29,37 @@ LARGE = (
 class Size:
     weights: int
     factors: int  # rows + columns, of all matrices
+    linear: int  # weights of linear layers but the head, which --quantize packs
+    linear_rows: int
+    lora: int  # weights of an adapter of MeZO's size: rank 8 beside query and value
 
     @classmethod
     def of(cls, shape: str) -> Size:
-        model, _ = measure.bare_model(shapes.get(shape))
+        return cls.of_model(measure.bare_model(shapes.get(shape))[0])
+
+    @classmethod
+    def of_model(cls, model: Any) -> Size:
         sizes = [tuple(p.shape) for p in model.parameters()]
-        return cls(sum(p.numel() for p in model.parameters()), sum(sum(s) for s in sizes if len(s) == 2))
+        linear = {
+            n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()
+        }
+        lora = sum(adapters.RANK * sum(w.shape) for n, w in linear.items() if n.endswith(("q_proj", "v_proj")))
+        return cls(
+            sum(p.numel() for p in model.parameters()),
+            sum(sum(s) for s in sizes if len(s) == 2),
+            sum(w.numel() for w in linear.values()),
+            sum(w.shape[0] for w in linear.values()),
+            lora,
+        )
+
+
+# Bytes of the base model in bfloat16, but for what is packed: int8 has an fp32 scale and an int8 zero point for each row, nf4 an fp32 number for
+# each 64 weights.
+BASES: dict[str, Callable[[Size], float]] = {
+    "bf16": lambda size: 2 * size.weights,
+    "int8": lambda size: 2 * (size.weights - size.linear) + size.linear + 5 * size.linear_rows,
+    "nf4": lambda size: 2 * (size.weights - size.linear) + size.linear / 2 + size.linear / 64 * 4,
+}
 
 
 # what stays between steps and what a step's gradient takes, in bytes, by method; `bytes_`: of a weight. Those of zeroth order have no gradient
@@ -60,11 +87,23 @@ def table() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def packed_table() -> str:
+    """The base in each form, and what LoRA adds: of MeZO its own fp32 weights, of Adam its gradient and two states too."""
+    head = ["shape", *(f"base, {name}" for name in BASES), "mezo@lora adds", "adam@lora adds"]
+    lines = [head, ["---"] * len(head)]
+    for shape in LARGE:
+        size = Size.of(shape)
+        bases = [f"{of(size) / 2**30:,.1f}" for of in BASES.values()]
+        lines.append([shape, *bases, f"{4 * size.lora / 2**30:.3f}", f"{16 * size.lora / 2**30:.3f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def page(text: str) -> str:
-    """The page with its table as it is now."""
-    return re.sub(
-        r"(<!-- table sizes -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}\n{table()}\n\n{found[2]}", text, flags=re.DOTALL
-    )
+    """The page with its tables as they are now."""
+    for name, made in (("sizes", table()), ("packed", packed_table())):
+        at = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(at, lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
 
 
 def main() -> int:

@@ -863,6 +863,31 @@ def test_sizes_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes.PAGE.read_text() == sizes.page(sizes.PAGE.read_text()), "python benchmarks/sizes.py"
 
 
+def test_sizes_of_packed_bases_and_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peft
+    import sizes
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from zo_finetune import adapters, quantize
+
+    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    plain = LlamaForCausalLM(config).to(torch.bfloat16)
+    plain.save_pretrained(tmp_path)
+    size = sizes.Size.of_model(plain)
+    assert sizes.BASES["bf16"](size) == sum(p.nbytes for p in plain.parameters())
+    for how in ("nf4", "int8"):
+        packing = quantize.arguments(how, torch.device("cpu"), torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **packing)
+        found = 0
+        for p in model.parameters():
+            state = getattr(p, "quant_state", None)
+            parts = [getattr(p, n) for n in ("qdata", "scale", "zero_point") if hasattr(p, n)] or [p]
+            found += sum(t.nbytes for t in parts) + (state.absmax.nbytes if state is not None else 0)
+        assert found == sizes.BASES[how](size), how
+    adapted = peft.get_peft_model(plain, adapters.lora_config(adapters.Adapter("lora"), "causal"))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == size.lora
+
+
 def test_figures_need_results(tmp_path: Path) -> None:
     done = run("plot", "--results", str(tmp_path), "--figures", str(tmp_path))
     assert done.returncode == 1

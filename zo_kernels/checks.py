@@ -28,9 +28,11 @@ def check_word(name: str, value: Any, bits: int = 32) -> int:
     return int(value)
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[str], **elsewhere: str) -> None:
+    """`elsewhere`: values that are given in another way, and how."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        hint = f"; {value!r} is {elsewhere[value]}" if isinstance(value, str) and value in elsewhere else ""
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{hint}")
 
 
 def check_fp32(name: str, value: Any) -> float:

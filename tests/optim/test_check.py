@@ -177,13 +177,25 @@ def logits_of_before() -> Case:
     return Case(zk.MeZOStep(model, lr=0.0), lambda: cross_entropy(logits.flatten(0, 1), IDS.flatten()))
 
 
+def accuracy(maximize: bool = True) -> Case:
+    model, ids = models.make("llama"), models.tokens(batch=16, length=30)
+    return Case(
+        zk.MeZOStep(model, lr=1e-4, eps=1e-2, maximize=maximize),
+        lambda: float((model(input_ids=ids).logits.argmax(-1) == ids).float().mean()),
+    )
+
+
+def an_accuracy_that_steps_lower() -> Case:
+    return accuracy(maximize=False)
+
+
 MISTAKES = [
     (own_loss_in_16_bits, "grain", "mistake"), (own_loss_made_float_too_late, "grain", "mistake"), (a_generator_object, "repeat", "mistake"),
     (an_iterator, "repeat", "mistake"), (dropout_of_its_own, "repeat", "mistake"), (batch_norm_in_train_mode, "buffers", "warning"),
     (another_model, "reads", "mistake"), (another_adapter, "model", "mistake"), (an_adapter_switched_off, "reads", "mistake"),
     (a_merged_adapter, "model", "mistake"), (a_replaced_head, "model", "mistake"), (a_replaced_head_that_was_tied, "model", "warning"),
     (norms_in_16_bits, "weights", "mistake"), (too_small_an_eps, "weights", "mistake"), (a_loss_that_is_not_finite, "loss", "mistake"),
-    (a_constant, "reads", "mistake"), (logits_of_before, "reads", "mistake"),
+    (a_constant, "reads", "mistake"), (logits_of_before, "reads", "mistake"), (an_accuracy_that_steps_lower, "aim", "warning"),
 ]  # fmt: skip
 
 
@@ -246,14 +258,6 @@ def t5() -> Case:
 def accumulation() -> Case:
     model = models.make("opt")
     return Case(zk.MeZOStep(model, lr=1e-4), lambda ids: models.loss_of(model, ids), [IDS, IDS[1:], IDS[:1]])
-
-
-def accuracy() -> Case:
-    model, ids = models.make("llama"), models.tokens(batch=16, length=32)
-    return Case(
-        zk.MeZOStep(model, lr=1e-4, eps=1e-2, maximize=True),
-        lambda: float((model(input_ids=ids).logits.argmax(-1) == ids).float().mean()),
-    )
 
 
 def dropout() -> Case:
@@ -717,6 +721,35 @@ LOSSES: list[tuple[str, list[float], Any, bool, Any]] = [
 def test_which_losses_are_of_16_bits(values: list[float], kind: Any, model_has: bool, expected: Any) -> None:
     values = [float(torch.tensor(v)) for v in values]
     assert findings.sixteen_bits(values, [kind] * len(values), model_has) == expected
+
+
+SHARES: list[tuple[str, list[float], int | None]] = [
+    ("accuracies over 30", [9 / 30, 11 / 30, 0.0], 30),
+    ("their least n", [10 / 32, 12 / 32, 1.0], 16),
+    ("over 1000, in float64", [0.901, 0.9], 1000),
+    ("all or nothing", [0.0, 1.0], 1),
+    ("one value", [0.5, 0.5], None),
+    ("minus a reward", [-0.25, -0.5], None),
+    ("counts", [3.0, 4.0], None),
+    ("a cross-entropy", [0.6931472, 0.6931475], None),
+    ("one is finer", [0.25, 0.5, 0.7500001], None),
+    ("not finite", [0.5, float("nan"), float("inf")], None),
+    ("nothing", [], None),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), [row[1:] for row in SHARES], ids=[row[0] for row in SHARES])
+@pytest.mark.parametrize("rounded", [True, False], ids=["float32", "float64"])
+def test_which_losses_are_shares(values: list[float], expected: int | None, rounded: bool) -> None:
+    assert findings.shares_of([float(torch.tensor(v)) for v in values] if rounded else values) == expected
+
+
+@pytest.mark.parametrize(("signs", "words"), [([True], "larger"), ([False], "smaller"), ([True, False], "up for some")])
+def test_check_says_where_steps_go(signs: list[bool], words: str) -> None:
+    layers = [nn.Linear(4, 1) for _ in signs]
+    groups = [{"params": list(m.parameters()), "maximize": up} for m, up in zip(layers, signs, strict=True)]
+    found = zk.check(zk.MeZOStep(groups, lr=0.1), lambda: sum(m(torch.ones(2, 4)).square().mean() for m in layers))["aim"]
+    assert found.status == "ok" and words in found.text
 
 
 def test_a_16_bit_loss_whose_differences_are_large_is_fine() -> None:

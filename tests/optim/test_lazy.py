@@ -272,6 +272,8 @@ def test_lazy_needs_in_place() -> None:
     for perturbation in ("auto", "scratch"):
         with pytest.raises(ValueError, match=r"lazy=True with perturbation=.*'inplace'"):
             zk.MeZOStep(model, lr=LR, lazy=True, perturbation=perturbation)
+    with pytest.raises(ValueError, match="'lazy' is 'inplace' with lazy=True"):
+        zk.MeZOStep(model, lr=LR, perturbation="lazy")  # its name on the command line and in the Trainer
 
 
 @pytest.mark.parametrize("inner", [False, True])

@@ -32,7 +32,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what: "model", "loss", "repeat", "buffers", "reads", "difference", "grain", "weights", "mode", "speed", "bytes".
+        name: what: "model", "loss", "aim", "repeat", "buffers", "reads", "difference", "grain", "weights", "mode", "speed", "bytes".
         status: "ok", "warning" (it costs precision, or may be meant) or "mistake" (no step can train with it).
         text, remedy: for people; no remedy where all is well.
         numbers: what was measured. tensors: names of the parameters or buffers that it is about.
@@ -203,6 +203,7 @@ class _Check:
 
         yield self.of_membership()
         yield self.of_loss([first, *theta, *(s for pair in sides for s in pair)])
+        yield self.of_aim([first, *theta, *(s for pair in sides for s in pair)])
         differences = [_mean(a) - _mean(b) for a, b in sides] if not self.dual else [_mean(a) for a, _ in sides]
         yield self.of_repeat(theta, differences)
         if self.model is not None:
@@ -259,6 +260,22 @@ class _Check:
                 numbers,
             )
         return Finding("loss", "ok", f"{_mean(losses[0]):.6g}, finite in all {len(values)} evaluations", numbers=numbers)
+
+    def of_aim(self, losses: Sequence[Sequence[float]]) -> Finding:
+        up = {bool(g["maximize"]) for g in self.step.param_groups}
+        if up == {True}:
+            return Finding("aim", "ok", "steps make what the closure returns larger (maximize=True)")
+        text = "steps make what the closure returns smaller (maximize=False)"
+        n = findings.shares_of([v for part in losses for v in part])
+        if up == {True, False} or n is None or self.sixteen(losses) is not None:
+            return Finding("aim", "ok", text if len(up) == 1 else "steps go up for some groups and down for others (maximize)")
+        return Finding(
+            "aim",
+            "warning",
+            f"{text}, and it returns shares of {n}, as an accuracy over {n} examples is",
+            "If more is better, give maximize=True or return minus it; if it is a rate of errors, all is well",
+            {"examples": n},
+        )
 
     def of_repeat(self, theta: Sequence[Sequence[float]], differences: Sequence[float]) -> Finding:
         size = _root_mean_square(differences)
@@ -321,12 +338,16 @@ class _Check:
             numbers,
         )
 
+    def sixteen(self, losses: Sequence[Sequence[float]]) -> torch.dtype | None:
+        values = [v for part in losses for v in part if math.isfinite(v)]
+        return findings.sixteen_bits(values, self.kinds, findings.holds_sixteen(self.model, self.trained.values()))
+
     def of_grain(self, losses: Sequence[Sequence[float]], sides: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Finding:
         values = [v for part in losses for v in part if math.isfinite(v)]
         spreads = [abs(x - y) for a, b in sides for x, y in zip(a, b, strict=True) if math.isfinite(x - y)]
         if not values or not spreads:
             return Finding("grain", "ok", "no finite losses to compare")
-        dtype = findings.sixteen_bits(values, self.kinds, findings.holds_sixteen(self.model, self.trained.values()))
+        dtype = self.sixteen(losses)
         counts = any(k in (bool, int) or (isinstance(k, torch.dtype) and not k.is_floating_point) for k in self.kinds)
         near = findings.grain(sorted(map(abs, values))[len(values) // 2], dtype or torch.float32)
         numbers = {"grain": near, "difference": _root_mean_square(spreads), "bits": 16 if dtype else 32}

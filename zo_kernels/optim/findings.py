@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,6 +92,21 @@ def sixteen_bits(values: Sequence[float], kinds: Sequence[Any], model_has: bool)
         scaled = [math.ldexp(math.frexp(v)[0], SIGNIFICANT[dtype]) for v in values]
         if all(s.is_integer() for s in scaled) and any(s % 4 for s in scaled):
             return dtype
+    return None
+
+
+def shares_of(values: Sequence[float]) -> int | None:
+    """The least n <= 1024 of which all values are shares k / n in [0, 1], as accuracies over n examples are; None: there is none, or one value alone.
+
+    Two float32 numbers of another kind in [0, 1] have such an n by chance once in a million times: n is theirs with a probability of about
+    (n / 2^24)^2, and the sum of these is 1024^3 / (3 * 2^48).
+    """
+    distinct = set(values)
+    if len(distinct) < 2 or not all(0 <= v <= 1 for v in distinct):  # NaN is not
+        return None
+    for n in range(1, 1025):
+        if all(v in (share := round(v * n) / n, float(np.float32(share))) for v in distinct):
+            return n
     return None
 
 

@@ -152,7 +152,7 @@ class ZOStep(torch.optim.Optimizer):
     ) -> None:
         if resume and journal is None:
             raise ValueError("resume=True needs journal=PATH, the journal of the run to go on with")
-        checks.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"))
+        checks.check_choice("perturbation", perturbation, ("auto", "inplace", "scratch"), lazy="'inplace' with lazy=True")
         checks.check_choice("rounding", rounding, ("auto", *checks.ROUNDINGS))
         checks.check_choice("kind", kind, checks.KINDS)
         checks.check_word("seed", seed, 64)
