@@ -628,6 +628,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "by_launch.setdefault((group, torch.device('cpu'), entry", ("tests/kernels/test_devices.py",)),
     ("zo_kernels/parameters.py", "what accelerate offloads is told as any weight without values", '"_hf_hook"', '"_no"',
      ("tests/optim/test_device_map.py::test_trained_weights_that_accelerate_offloads_are_refused",)),
+    ("zo_kernels/optim/saved.py", "a whole state is taken for a part's", "if not shards.alike(t, p):", "if False:",
+     ("tests/test_shards.py::test_checkpoints_and_journals_go_on_over_another_mesh",)),
     ("zo_kernels/views/gathered.py", "what FSDP keeps is perturbed again", "if part.clean and run is not None", "if run is not None",
      ("tests/test_shards.py::test_what_is_gathered_is_perturbed_once",)),
     ("zo_kernels/views/gathered.py", "a forward writes to what FSDP gathered", "if self.spoiled:", "if False:",

@@ -38,6 +38,8 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
     "MeZO": lambda m, **k: zk.MeZOStep(m, queries=2, weight_decay=0.1, **k),
     "FZOO": lambda m, **k: zk.FZOO(m, queries=3, **k),
     "Adam": lambda m, **k: zk.ZOAdam(m, state="recomputed", history=4, **k),
+    "Momentum": lambda m, **k: zk.ZOMomentum(m, weight_decay=0.1, **k),
+    "moments": lambda m, **k: zk.ZOAdam(m, queries=2, state_dtype="bfloat16", **k),
     "sparse": lambda m, **k: zk.ZOStep(m, direction=zk.RandomSparse(0.5), **k),
 }
 RUNS = [("MeZO", F32, "inplace"), ("MeZO", B16, "inplace"), *((name, F32, "auto") for name in METHODS), ("MeZO", B16, "auto")]
@@ -107,6 +109,13 @@ def alone(name: str, dtype: torch.dtype, mode: str = "inplace", kind: type[Model
         warnings.simplefilter("ignore")
         steps(optimizer_of(name, model, perturbation=mode), model, 20, dtype)
     return weights_of(model)
+
+
+def state_alone() -> dict[str, Any]:
+    model = Model()
+    optimizer = optimizer_of("moments", model)
+    steps(optimizer, model, 1)
+    return optimizer.state_dict()
 
 
 def raised(function: Callable[[], Any]) -> str:
@@ -286,6 +295,12 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
     run("MeZO", both, mode="scratch", journal=folder / "both.zoj").close_journal()
     found["both"] = weights_of(both)
     found["gathered"] = gathered(line)
+    model = shard(Model(), line)
+    optimizer = run("moments", model, upto=10, mode="scratch")
+    checkpoint(folder / "moments", model, optimizer, save=True)
+    model = shard(parallel(Model(), grid["tensor"]), grid["data"])
+    run("moments", model, mode="scratch", journal=folder / "moments.zoj").close_journal()
+    found["moments"] = weights_of(model)
     return found
 
 
@@ -308,7 +323,6 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
         "narrow": raised(lambda: zk.ZOStep(narrow, perturbation="scratch", **group)),
         "dual": raised(begin(estimator=zk.ForwardGradient())),
         "lazy": raised(begin(perturbation="inplace", lazy=True)),
-        "rule": raised(begin(rule=zk.Momentum())),
         "direction": raised(begin(direction=zk.LowRank())),
         "projection": raised(lambda: zk.DiZO(model, **group, layers=["weight$"])),
         "mask": raised(lambda: zk.ZOStep([{"params": list(model.named_parameters()), "scale": 0.5}], model=model, **group)),
@@ -356,6 +370,12 @@ def two(rank: int, folder: Path) -> dict[str, Any]:
     checkpoint(folder / "saved", model, optimizer, save=False)
     steps(optimizer, model, 20)
     found["loaded"] = weights_of(model)
+    model = shard(Model(), line)
+    optimizer = optimizer_of("moments", model, process_group=dist.group.WORLD, timeout=20, seed=99)
+    found["unsharded state"] = raised(lambda: optimizer.load_state_dict(state_alone()))
+    checkpoint(folder / "moments", model, optimizer, save=False)
+    steps(optimizer, model, 20)
+    found["moments loaded"] = weights_of(model)
     model = shard(Model(), line)
     optimizer = run("MeZO", model, journal=folder / "run.zoj", resume=True)
     found["resumed"], found["resumed at"] = weights_of(model), optimizer.steps
@@ -413,16 +433,18 @@ def test_checkpoints_and_journals_go_on_over_another_mesh(ends: Ends) -> None:
     """Saved after 10 of 20 steps on four processes, loaded on two, with another seed before; a journal of four, resumed on two."""
     for found in ends[2]:
         assert same(found["loaded"], alone("MeZO", F32))
+        assert same(found["moments loaded"], alone("moments", F32, "scratch"))
+        assert "as a Tensor, and not as the part of it that this process has" in found["unsharded state"]
         assert same(found["resumed"], alone("MeZO", F32)) and found["resumed at"] == 20
 
 
-@pytest.mark.parametrize("what", ["run", "tensor", "both"])
+@pytest.mark.parametrize("what", ["run", "tensor", "both", "moments"])
 def test_a_sharded_run_is_replayed_by_one_process(ends: Ends, what: str) -> None:
     """Whatever its forwards rounded: the weights are what the recorded numbers make of the whole ones."""
     folder, on_four, on_two = ends
     model = Model()
     zk.replay(model, folder / f"{what}.zoj")
-    for found in {"run": on_four, "tensor": on_two, "both": on_four}[what]:
+    for found in {"run": on_four, "tensor": on_two, "both": on_four, "moments": on_four}[what]:
         assert same(found["MeZO" if what == "run" else what], weights_of(model))
 
 
@@ -445,7 +467,6 @@ def test_what_is_refused(ends: Ends) -> None:
         "not gathered": "ValueError: perturbation='scratch': parameter 'a.weight' is not gathered by FSDP",
         "dual": "ValueError: .*ForwardGradient",
         "lazy": "ValueError: .*leave lazy out",
-        "rule": "ValueError: .*rule=Momentum\\(\\) keeps",
         "direction": "ValueError: .*direction=LowRank\\(\\) is made of whole tensors",
         "projection": "ValueError: .*projection needs whole tensors",
         "mask": "ValueError: .*has a scale of its own",

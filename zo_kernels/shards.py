@@ -29,6 +29,23 @@ def whole(p: Tensor) -> Tensor:
     return p.full_tensor() if is_part(p) else p  # type: ignore[attr-defined,no-any-return]
 
 
+def as_part(p: Tensor, values: Tensor) -> Tensor:
+    """Numbers of a parameter's elements, one for each that this process has, in the parameter's own form: of a DTensor the same part of one."""
+    if not is_part(p):
+        return values
+    of: Any = p
+    local = values.view(memory_of(p).shape)
+    return type(of).from_local(local, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())  # type: ignore[no-any-return]
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are whole, or the same part of two DTensors."""
+    if not (is_part(a) and is_part(b)):
+        return is_part(a) == is_part(b)
+    x, y = a, b  # type: Any, Any
+    return x.placements == y.placements and x.device_mesh == y.device_mesh and memory_of(a).shape == memory_of(b).shape  # type: ignore[no-any-return]
+
+
 def said(name: str, p: Any) -> str:
     """A parameter in words, the same on all processes that have a part of it."""
     return f"{name} {p.dtype} {tuple(p.shape)}" + (f" {p.placements}" if is_part(p) else "")

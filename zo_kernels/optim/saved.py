@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels import parameters
+from zo_kernels import parameters, shards
 from zo_kernels.optim.groups import check_group
 from zo_kernels.optim.method import describe
 from zo_kernels.optim.refresh import trained
@@ -94,7 +94,7 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
     state: dict[Any, Any] = {
         numbers.get(id(k), k) if isinstance(k, Tensor) else k: dict(v) if isinstance(v, dict) else v for k, v in others.items()
     }
-    places = {n: numbers[id(p)] for g in param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
+    held = {n: p for g in param_groups for n, p in zip(g["param_names"], g["params"], strict=False)}
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, str] = {}
     for part, keeper in _keepers(run).items():
@@ -110,8 +110,8 @@ def pack(run: Run, param_groups: Groups, others: Mapping[Any, Any], complete: bo
                 continue
             tensors[what] = part
             for name, t in value.items():
-                if name in places:  # still in a group
-                    state.setdefault(places[name], {})[what] = t
+                if name in held:  # still in a group
+                    state.setdefault(numbers[id(held[name])], {})[what] = shards.as_part(held[name], t)
     if tensors:  # torch.distributed.checkpoint wants all parameters to have something, or none
         for k in numbers.values():
             state.setdefault(k, {})
@@ -349,14 +349,21 @@ def _check_tensors(run: Run, contents: Mapping[str, Any], params: Mapping[str, T
         for name, t in found.items():
             if name not in params:
                 raise _refuse(f"has {what!r} of parameter {name!r}, which is in none of its groups")
-            shape = tuple(params[name].shape) if dtype is None else (params[name].numel(),)
+            p = params[name]
+            shape = tuple(p.shape) if dtype is None or shards.is_part(p) else (p.numel(),)
             if not isinstance(t, Tensor) or t.is_meta or t.layout != torch.strided:
                 raise _refuse(f"has {what!r} of parameter {name!r} as a {type(t).__name__} without values")
+            if not shards.alike(t, p):
+                raise _refuse(
+                    f"has {what!r} of parameter {name!r} as a {type(t).__name__}, and not as the part of it that this process has: load it by "
+                    "torch.distributed.checkpoint, into a state of weights that are sharded as they were when it was saved, or otherwise, but sharded"
+                )
             if tuple(t.shape) != shape or (t.dtype != dtype if dtype is not None else not t.is_floating_point()):
                 raise _refuse(
                     f"has {what!r} of parameter {name!r} as {t.dtype} {tuple(t.shape)}, this optimizer's is {dtype or 'floating point'} {shape}: "
                     "it belongs to another model"
                 )
+            found[name] = shards.memory_of(t).reshape(-1) if shards.is_part(p) else t
         lost = [n for n, count in counts.items() if n in params and count and n not in found]
         if part == "projection":
             lost = [] if found or not updates else list(params)

@@ -80,12 +80,6 @@ def check(named: Named, method: Method, workers: Workers | None, process_group: 
         raise ValueError(WRONG + "first_order backpropagates through gathered ones: leave it out")
     if method.estimator.dual:
         raise ValueError(WRONG + "ForwardGradient() has no tangents of gathered ones: take TwoSided()")
-    if method.rule.keeps:
-        raise ValueError(
-            WRONG
-            + f"rule={type(method.rule).__name__}() keeps tensors of their size, which checkpoints would not know as parts: take SGD or Sign, or "
-            "state='recomputed'"
-        )
     if not isinstance(method.direction, (directions.Dense, directions.RandomSparse)):
         raise ValueError(
             WRONG + f"direction={type(method.direction).__name__}() is made of whole tensors: take Dense() or RandomSparse()"

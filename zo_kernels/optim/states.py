@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo_kernels import shards
 from zo_kernels.optim.decision import Share
 from zo_kernels.parameters import Weights
 from zo_kernels.views import Coefficient, Tag
@@ -130,7 +131,7 @@ class RuleState:
     def begin(self, params: Mapping[str, Tensor]) -> Mapping[str, Mapping[str, Tensor]]:
         """The tensors of `keeps` as they are before a first step."""
         return {
-            what: {n: torch.zeros(p.numel(), dtype=dtype, device=p.device) for n, p in params.items()}
+            what: {n: torch.zeros(shards.memory_of(p).numel(), dtype=dtype, device=p.device) for n, p in params.items()}
             for what, dtype in self.keeps.items()
         }
 

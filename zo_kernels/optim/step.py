@@ -384,8 +384,8 @@ class ZOStep(torch.optim.Optimizer):
         decay and projection. It is what a learning rate is best chosen by (docs/learning.md).
 
         From the step's numbers, sqrt(sum c_i^2) of their coefficients times what z measures, exact in expectation over z, and no weight is read. `Momentum`
-        and LOZO-M read their state; of `Adam` it is about the rate that its averages leave: what |g| of one size would come to. 0.0 of a step that was
-        skipped, NaN before the first step and after `load_state_dict`. On a GPU the host waits for the step's numbers here.
+        and LOZO-M read their state, of sharded weights a process's part; of `Adam` it is about the rate that its averages leave: what |g| of one size would
+        come to. 0.0 of a step that was skipped, NaN before the first step and after `load_state_dict`. On a GPU the host waits for the step's numbers here.
         """
         groups = self._views.now.groups if self._views.now is not None else []
         return movement.movement(self._run, groups)

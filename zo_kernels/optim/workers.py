@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zo_kernels import checks
+from zo_kernels import checks, shards
 from zo_kernels.optim.findings import ZOWarning
 
 PARALLEL = ("auto", "directions", "data", "both")
@@ -97,6 +97,7 @@ def print_of(value: Any, most: int | None = None) -> str:
 
 def _feed(found: Any, value: Any, most: int | None) -> None:
     if isinstance(value, Tensor):
+        value = shards.whole(value)
         found.update(f"{value.dtype}{tuple(value.shape)}".encode())
         if not value.is_meta and value.layout == torch.strided:
             flat = value.detach().reshape(-1)
