@@ -97,7 +97,7 @@ class RuleState:
         if self.held and not most:
             mine = [c for c in self.cohorts if c.names <= frozenset(weights.names)]
             for c in mine:
-                c.count.add_(live)
+                c.count.add_(live)  # type: ignore[union-attr]
             return mine
         present = frozenset([str(share.group)] if self.together else weights.names)
         rest, moved, new = [], [], present
