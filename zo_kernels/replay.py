@@ -175,6 +175,7 @@ def replay(
     masks: Mapping[str, Any] | None = None,
     scales: Mapping[str, Any] | None = None,
     factors: journal.InputFactors | str | os.PathLike[str] | None = None,
+    start: str | os.PathLike[str] | None = None,
 ) -> journal.Journal:
     """Apply a recorded run to the weights that it started from, in place. To go back to an earlier step, load the base again and
     replay up to that step.
@@ -190,6 +191,8 @@ def replay(
         check: compare names, shapes, dtypes and the SHA-256 of all weights, and of a module's buffers, with the journal's first.
         masks, scales: stored masks and scales of the run, by parameter name, as `perturb_` takes them (the journal has their digests).
         factors: of a run along `InputSubspace`, or the path of their file; None: they lie beside `source`, a path. The journal has their digest.
+        start: the path of a file with what the run's adapter, or new head, began with (`journal.write_start`); None: beside `source`, a path, if it is there.
+            The model's own values of these weights do not count, and their dtype becomes the run's.
 
     Returns:
         The journal.
@@ -214,8 +217,10 @@ def replay(
         found = journal.factors_of(factors, method.direction.sha256, source)
         method = changed(method, direction=changed(method.direction, factors=found))
     records = until(past, upto)
+    given, named = named, journal.with_start(named, journal.start_of(past.header, start, source))
     if check:
-        journal.verify_base(past.header, model if isinstance(model, nn.Module) else named.items())
+        buffers = model.named_buffers(remove_duplicate=False) if isinstance(model, nn.Module) else None
+        journal.verify_base(past.header, named.items(), buffers)
     groups = weights_of(past.header, named, masks or {}, scales or {})
     for one in (one for w in groups for one in w.plans):
         backends.pick(one.device, backend)
@@ -227,4 +232,7 @@ def replay(
             _fuse(w, past.header, records, k, backend)
     else:
         _sequential(past.header, records, groups, backend, method)
+    for name, p in given.items():
+        if (made := named[name]) is not p:
+            p.data = made if made.dtype != p.dtype else p.data.copy_(made)
     return past

@@ -7,9 +7,10 @@ go together (config.py).
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from zo_finetune.blocks import inside_blocks
 from zo_finetune.errors import UserError, did_you_mean, one_line, shortened
+from zo_finetune.folders import check_adapter_config
 from zo_finetune.tasks.base import Form
 
 RANK, ALPHA = 8, 16.0  # MeZO's
@@ -211,6 +213,38 @@ def go_on(model: Any, form: Form, folder: Path, kind: str) -> tuple[Any, list[st
     # a model that is gone from where it was has been moved, if it has its name; one that is there yet is another, as all that runs save are called "model"
     other = made and Path(made).resolve() != Path(now).resolve() and (Path(made).name != Path(now).name or Path(made).exists())
     return adapted, [f"the adapter was made for {made}, and goes on with {now}"] if other else []
+
+
+def described(model: Any) -> dict[str, Any]:
+    """The configuration of a peft model's one adapter, as JSON; empty for a model without, or with several."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or list(configs) != ["default"]:
+        return {}
+    content: dict[str, Any] = json.loads(
+        json.dumps(configs["default"].to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    )
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def from_described(model: Any, config: dict[str, Any], where: str) -> tuple[Any, str]:
+    """`model` inside a peft model with an adapter of the configuration that `described` gave, of random values; and its kind.
+
+    Args:
+        where: the configuration comes from, for messages.
+
+    Raises:
+        UserError: it is none, or does not fit the model.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    kind = check_adapter_config(config, where)
+    try:
+        made = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**config))
+        made.inference_mode = False
+        with quiet():
+            return get_peft_model(model, made, autocast_adapter_dtype=kind != "ln"), kind
+    except Exception as error:  # of any kind: what others wrote makes peft fail at any place
+        raise UserError(f"{where} does not fit {type(model).__name__}: {one_line(error)}") from error
 
 
 def refuse_masked_prefix(form: Form) -> None:

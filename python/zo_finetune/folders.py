@@ -203,6 +203,30 @@ class AdapterFolder:
     virtual_tokens: int
 
 
+def check_adapter_config(config: dict[str, Any], where: str) -> str:
+    """The kind of adapter that a configuration of peft describes.
+
+    Args:
+        where: it comes from, for messages.
+
+    Raises:
+        UserError: of a kind that is not trained here, one that changes the base's weights, or with a size that is none.
+    """
+    kind = KINDS_OF_PEFT.get(str(config.get("peft_type")))
+    if kind is None:
+        raise UserError(f"{where} is of peft's kind {config.get('peft_type')!r:.40}: {', '.join(KINDS_OF_PEFT)} can go on here")
+    if (begun := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        raise UserError(
+            f"{where}: its init_lora_weights is {begun!r:.40}, by which peft changes the base's weights as it is loaded: convert it with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+    for name in ("r", "num_virtual_tokens"):
+        if (size := config.get(name)) is not None and not (type(size) is int and 0 < size <= MAX_RANK):
+            raise UserError(f"{where}: {name} is {size!r:.40}; it must be 1 to {MAX_RANK:,}")
+    check_numbers(config, where)
+    return kind
+
+
 def check_adapter(path: Path) -> AdapterFolder:
     """Look at everything that can be known of an adapter's folder without loading.
 
@@ -215,18 +239,7 @@ def check_adapter(path: Path) -> AdapterFolder:
             inside = f"; it has {path / 'adapter'}" if (path / "adapter").is_dir() else ""
             raise UserError(f"{where} has no adapter_config.json, so it is no adapter's folder of peft{inside}")
         config = read_json(path / "adapter_config.json", "--adapter")
-        kind = KINDS_OF_PEFT.get(str(config.get("peft_type")))
-        if kind is None:
-            raise UserError(f"{where} is of peft's kind {config.get('peft_type')!r:.40}: {', '.join(KINDS_OF_PEFT)} can go on here")
-        if (begun := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
-            raise UserError(
-                f"{where}: its init_lora_weights is {begun!r:.40}, by which peft changes the base's weights as it is loaded: convert it with peft's "
-                "path_initial_model_for_weight_conversion"
-            )
-        for name in ("r", "num_virtual_tokens"):
-            if (size := config.get(name)) is not None and not (type(size) is int and 0 < size <= MAX_RANK):
-                raise UserError(f"{where}: {name} is {size!r:.40}; it must be 1 to {MAX_RANK:,}")
-        check_numbers(config, where)
+        kind = check_adapter_config(config, where)
         if odd := check_safetensors(path / "adapter_model.safetensors", "--adapter")[1]:
             raise UserError(f"{where}: {min(odd)} holds no floating-point numbers")
         soft = kind in ("prefix", "prompt")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import zo_kernels
-from zo_finetune import console, inputs, methods
+from zo_finetune import adapters, console, inputs, methods
 from zo_finetune.config import Config
 from zo_finetune.errors import UserError, did_you_mean, one_line, plural
 from zo_finetune.files import BEST, JOURNAL, PART
@@ -59,12 +59,15 @@ def best(history: Sequence[Mapping[str, Any]], by: str) -> Mapping[str, Any] | N
     return min(finite, key=lambda e: e[by] if by == "loss" else -e[by], default=None)
 
 
-def made_again(config: Config, past: journal.Journal, upto: int | None, mode: str, name: str, path: Path) -> LanguageModel:
+def made_again(
+    config: Config, past: journal.Journal, upto: int | None, mode: str, name: str, path: Path, adapter: dict[str, Any] | None = None
+) -> LanguageModel:
     """The model of a run after so many steps (None: all), from its base model and its journal.
 
     Args:
         mode: of `zo_kernels.replay`.
         name: of the journal, for messages. path: of the journal, beside which factors of the inputs lie, if it began with any.
+        adapter: of a run of the library on a bare model, the configuration of the adapter that it trained, see `adapters.described`.
 
     Raises:
         UserError: the base model is not the one that the run started from, or the journal has fewer steps.
@@ -72,12 +75,16 @@ def made_again(config: Config, past: journal.Journal, upto: int | None, mode: st
     with console.Phase(f"loading the model {config.model}"):
         language_model = load_model(replace(config, offload="none"))  # a replay is onto weights that are there
         inputs.begin_again(config, language_model, path)
+        if adapter:
+            adapted, kind = adapters.from_described(language_model.model, adapter, f"the adapter in {name}")
+            language_model = replace(language_model, model=adapted.eval(), peft=kind)
+    start = beside if (beside := journal.start_path(path)).exists() else None
     try:
         with console.Phase(f"replaying {plural(len(past.steps) if upto is None else upto, 'step')}"):
             zo_kernels.replay(
-                language_model.model, past, upto, mode=mode, backend=config.backend, factors=journal.factors_path(path)
+                language_model.model, past, upto, mode=mode, backend=config.backend, factors=journal.factors_path(path), start=start
             )
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
     return language_model
 

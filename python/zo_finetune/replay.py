@@ -36,8 +36,9 @@ def replay(given: Replay) -> Path:
     options = about.get("config")
     if isinstance(options, dict):
         config = Config.of_json(options, f"{given.source}, config")
-    else:  # a run of the library: its weights are those of the bare model
-        config = Config(model=given.model, task="", data="", output=given.output)
+    else:  # a run of the library or of a Trainer, which says of what model
+        packed = "nf4" if about.get("quantize") == "nf4" else None
+        config = Config(model=given.model, task="", data="", output=given.output, quantize=packed)
     dtype = about.get("dtype", weights[0].dtype)
     if dtype not in DTYPES:
         raise UserError(f"{given.source}: dtype {dtype!r:.40} must be one of {', '.join(DTYPES)}")
@@ -54,11 +55,13 @@ def replay(given: Replay) -> Path:
         )
     if given.adapter is not None and config.adapter is None:
         raise UserError(f"--adapter {given.adapter}: the run started from none: leave it out")
-    adapter = config.adapter if given.adapter is None else given.adapter
-    config = replace(config, model=given.model, adapter=adapter, dtype=dtype, device=given.device, backend=given.backend)
+    folder = config.adapter if given.adapter is None else given.adapter
+    config = replace(config, model=given.model, adapter=folder, dtype=dtype, device=given.device, backend=given.backend)
     if given.upto is not None and not 0 <= given.upto <= len(past.steps):
         raise UserError(f"--upto {given.upto} must be 0 to {len(past.steps)}: so many steps are in {path}")
-    language_model = made_again(config, past, given.upto, given.mode, given.source, path)
+    trained = about.get("peft") if not isinstance(options, dict) else None
+    adapter = trained if isinstance(trained, dict) else None
+    language_model = made_again(config, past, given.upto, given.mode, given.source, path, adapter)
     try:
         with console.Phase("saving the weights"):
             return run_folder.save_weights(target, language_model.save)[0]

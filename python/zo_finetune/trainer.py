@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
 import zo_kernels as zk
-from zo_finetune import methods, values
+from zo_finetune import adapters, methods, values
 from zo_finetune.errors import UserError
 from zo_finetune.methods import Recipe
 from zo_finetune.train import view_options
@@ -379,9 +379,24 @@ class ZOTrainerMixin(_Base):
         return os.path.join(self.args.output_dir, self.args.zo_journal)
 
     def _zo_open_journal(self, resume: bool) -> None:
-        config = getattr(self.model, "config", None)
-        named = {"model": name} if (name := getattr(config, "_name_or_path", "")) else {}
-        self.zo_step.open_journal(self._zo_journal_path, resume=resume, hyperparameters=named)
+        self.zo_step.open_journal(self._zo_journal_path, resume=resume, hyperparameters=_described(self.model))
+        if not resume and self.args.process_index == 0 and (new := _new_weights(self.model)):
+            journal.write_start(self._zo_journal_path, new)
+
+    @torch.no_grad()
+    def _zo_begin_again(self, header: journal.Header) -> None:
+        """The model's new weights as the run's began, from beside the journal, where it has them.
+
+        Raises:
+            ValueError: the rest is not what the run began with; nothing was changed.
+        """
+        mine = quantized.named_weights(self.model)
+        found = journal.with_start(mine, journal.start_of(header, None, self._zo_journal_path))
+        found.update((name, p) for name, p in mine.items() if found[name].dtype != p.dtype)  # another adapter than the run's
+        journal.verify_base(header, found.items(), self.model.named_buffers(remove_duplicate=False))
+        for name, p in mine.items():
+            if found[name] is not p:
+                p.copy_(found[name])
 
     def _zo_replay(self, steps: int) -> None:
         """Take base weights to so many steps of the journal, which goes on from there: what was recorded behind them, the run will do again.
@@ -393,6 +408,8 @@ class ZOTrainerMixin(_Base):
         with workers.together("cutting the journal to the checkpoint") if workers is not None else contextlib.nullcontext():
             if workers is None or workers.rank == 0:
                 self._zo_cut(steps)
+            elif os.path.isfile(self._zo_journal_path):
+                self._zo_begin_again(journal.read(self._zo_journal_path, strict=False).header)
         self._zo_open_journal(resume=True)
 
     def _zo_cut(self, steps: int) -> None:
@@ -406,8 +423,8 @@ class ZOTrainerMixin(_Base):
             raise ValueError(
                 f"{self._zo_journal_path} has {len(past.steps)} steps, and the checkpoint is of step {steps}: it is not the journal of its run"
             )
+        self._zo_begin_again(past.header)
         if len(past.steps) > steps:
-            journal.verify_base(past.header, self.model)
             counted = [k for k, failed in enumerate(past.flag("failed_plus") | past.flag("failed_minus")) if not failed]
             journal.recover(self._zo_journal_path, keep=counted[steps])
 
@@ -578,6 +595,30 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
         args: `ZOTrainingArguments`. optimizers: a `zo_kernels.ZOStep` of your own instead of `zo_method`, and a scheduler; or None. Everything else is
             the Trainer's.
     """
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """What a journal's header says of a model, for people and for `zo-finetune replay`: its base, with dtype and packing, and its adapter's configuration."""
+    config = getattr(model, "config", None)
+    found = {"model": getattr(config, "_name_or_path", ""), "dtype": str(getattr(model, "dtype", "")).removeprefix("torch.")}
+    packing = getattr(config, "quantization_config", None)
+    if getattr(packing, "load_in_4bit", False) and not packing.bnb_4bit_use_double_quant:
+        found["quantize"] = packing.bnb_4bit_quant_type
+    found["peft"] = adapters.described(model)
+    return {name: value for name, value in found.items() if value}
+
+
+def _new_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained and no base model has, by name: all that peft trains; of a model that was read from another class's files, what lies outside of the body
+    that both have, a new head."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if getattr(model, "peft_config", None):
+        return trained
+    made_of = getattr(getattr(model, "config", None), "architectures", None)
+    body = getattr(model, "base_model_prefix", "")
+    if not made_of or type(model).__name__ in made_of or not body:
+        return {}
+    return {name: p for name, p in trained.items() if not name.startswith(f"{body}.")}
 
 
 def _peft(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ Belongs here: runs of `ZOTrainer` with tiny models. Does not belong here: what a
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from zo_finetune import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments, methods
+from zo_finetune.cli import main
 
 import zo_kernels as zk
 from tests.cluster import cluster
@@ -553,3 +555,104 @@ def test_two_processes_have_the_bits_of_one_with_the_same_batches(tmp_path: Path
             assert "without process_group, with 2 processes" in end.result[3]
     zk.replay(replayed := llama(), tmp_path / "two" / "llama" / "run.zoj")
     assert all(torch.equal(x, y) for x, y in zip(replayed.state_dict().values(), ends[0].result[0][0].values(), strict=True))
+
+
+# ---- what no base model has -----------------------------------------------------------------------------------------
+
+
+def drawn(*, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A base with an adapter whose random state nobody wrote down."""
+    import peft
+
+    base = llama().to(dtype)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2))
+
+
+def test_an_adapter_that_nobody_seeded_goes_on_and_replays(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, zo_journal="run.zoj")
+    trainer(model := drawn(seed=5), args).train()
+    whole = (tmp_path / "run.zoj").read_bytes()
+    again = trainer(other := drawn(seed=6), args)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(model, other) and (tmp_path / "run.zoj").read_bytes() == whole
+    zk.replay(replayed := drawn(seed=7), tmp_path / "run.zoj")
+    assert same(model, replayed) and all(p.requires_grad for n, p in replayed.named_parameters() if "lora" in n)
+    begun = drawn(seed=8)
+    zk.replay(begun, tmp_path / "run.zoj", upto=0)
+    assert same(begun, drawn(seed=5))
+
+
+def test_an_adapter_of_another_type_becomes_the_runs(tmp_path: Path) -> None:
+    """TRL makes adapters of 16 bits on packed bases, and peft of fp32."""
+    model = drawn(seed=5)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.bfloat16()
+    args = arguments(tmp_path, max_steps=2, zo_journal="run.zoj", save_strategy="steps", save_steps=1)
+    trainer(model, args).train()
+    zk.replay(other := drawn(seed=6), tmp_path / "run.zoj")
+    assert same(model, other) and {p.dtype for p in other.parameters() if p.requires_grad} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"has dtype float32, the run's had bfloat16.*in the same dtype"):
+        trainer(other := drawn(seed=6), args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(other, drawn(seed=6))
+
+
+def test_the_command_line_makes_a_trainers_adapter_again(tmp_path: Path, model_folder: Any) -> None:
+    import peft
+    from safetensors.torch import load_file
+
+    base = str(model_folder("llama"))
+    torch.manual_seed(5)
+    model = peft.get_peft_model(tf.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    trainer(model, arguments(tmp_path, max_steps=2, zo_journal="run.zoj")).train()
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["replay", str(tmp_path / "run.zoj"), "--model", base, "--device", "cpu", "--output", str(tmp_path / "again")]
+    assert main(command) == 0
+    made, again = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert made.keys() == again.keys() and all(again[name].equal(t) for name, t in made.items())
+    assert json.loads((tmp_path / "again" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_new_head_is_kept_and_the_body_is_not(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+
+    def built(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return tf.LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2, pad_token_id=0)
+
+    class Labelled(Rows):
+        def __getitem__(self, k: int) -> dict[str, Tensor]:
+            return {**super().__getitem__(k), "labels": torch.tensor(k % 2)}
+
+    args = arguments(tmp_path / "run", max_steps=2, zo_journal="run.zoj")
+    ZOTrainer(model := built(5), args, train_dataset=Labelled(8, 0)).train()
+    zk.replay(other := built(6), tmp_path / "run" / "run.zoj")
+    assert same(model, other) and not same(built(5), built(6))
+    values = journal.start_of(journal.read(tmp_path / "run" / "run.zoj").header, None, tmp_path / "run" / "run.zoj")
+    assert list(values) == ["score.weight"]
+
+
+def test_starting_values_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=2, zo_journal="run.zoj", save_strategy="steps", save_steps=1)
+    trainer(drawn(seed=5), args).train()
+    path = tmp_path / "run.zoj"
+    beside = journal.start_path(path)
+    begun, (name, *_) = beside.read_bytes(), [n for n, p in drawn(seed=6).named_parameters() if p.requires_grad]
+    journal.write_start(path, {name: torch.zeros(2, 8)})
+    for call in (
+        lambda: zk.replay(drawn(seed=6), path),
+        lambda: trainer(drawn(seed=6), args).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1")),
+    ):
+        with pytest.raises(ValueError, match="not of this journal's run"):
+            call()
+    beside.write_bytes(begun[:-1])
+    with pytest.raises(ValueError, match="holds no starting values"):
+        zk.replay(drawn(seed=6), path)
+    beside.unlink()
+    with pytest.raises(ValueError, match=rf"{name}.*has other values.*adapter or head.*\.start.*torch\.manual_seed"):
+        zk.replay(other := drawn(seed=6), path)
+    assert same(other, drawn(seed=6))
+    zk.replay(drawn(seed=5), path)
+    (tmp_path / "elsewhere").write_bytes(begun)
+    zk.replay(drawn(seed=6), path, start=tmp_path / "elsewhere")

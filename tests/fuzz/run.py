@@ -132,7 +132,7 @@ def fuzz_atheris(name: str, runs: int, seed: int, crashes: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = ("journal", "factors", "masks", "scales", "options", "folder", "rows", "tables")
+    names = ("journal", "factors", "start", "masks", "scales", "options", "folder", "rows", "tables")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=names, default=list(names))
     parser.add_argument("--runs", type=int, default=100_000, help="inputs for each target")

@@ -32,6 +32,7 @@ import torch
 
 from tests.journal.samples import append, header, second_reader
 from zo_kernels import RandomMask, checks, journal, pack_mask, perturb_
+from zo_kernels.journal import start as journal_start
 from zo_kernels.optim import (
     Adam,
     Blocks,
@@ -390,6 +391,32 @@ class Factors(Target):
         for name, (_, values) in got.matrices.items():
             assert values.view(torch.int32).equal(held[name].view(torch.int32))
         assert journal.InputFactors.decode(got.encode()) == got
+        return True
+
+
+class Start(Factors):
+    """`journal.start.decode`, what a run's new weights began with; the safetensors library beside it as above."""
+
+    name = "start"
+
+    def seeds(self) -> list[bytes]:
+        one, two = torch.arange(6.0).view(3, 2) / 8, torch.ones(2, dtype=torch.bfloat16)
+        return [journal_start.encode(values) for values in ({"a.weight": one}, {"b": two, "é": one.half(), "empty": one[:0]})]
+
+    def check(self, data: bytes) -> bool:
+        from safetensors.torch import load
+
+        try:
+            got = journal_start.decode(data)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+            return False
+        held = load(data)
+        assert held.keys() == got.keys()
+        for name, values in got.items():
+            assert (values.shape, values.dtype) == (held[name].shape, held[name].dtype)
+            assert values.view(torch.uint8).equal(held[name].view(torch.uint8)) if values.ndim else True
+        again = journal_start.decode(journal_start.encode(got))
+        assert journal.fingerprint(again.items()) == journal.fingerprint(got.items())
         return True
 
 
@@ -923,4 +950,6 @@ class Tables(Target):
         return True
 
 
-TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Journal, Factors, Masks, Scales, Options, Folder, Rows, Tables)}
+TARGETS: dict[str, type[Target]] = {
+    cls.name: cls for cls in (Journal, Factors, Start, Masks, Scales, Options, Folder, Rows, Tables)
+}

@@ -19,8 +19,18 @@ from tests.journal.samples import header
 from zo_kernels import journal
 from zo_kernels.journal import reader
 
-RUNS = {"journal": 3000, "factors": 1500, "masks": 500, "scales": 1000, "options": 300, "folder": 300, "rows": 2000, "tables": 1500}
-NEED = {"factors": "safetensors", "options": "transformers", "folder": "transformers", "rows": "datasets"}
+RUNS = {
+    "journal": 3000,
+    "factors": 1500,
+    "start": 1500,
+    "masks": 500,
+    "scales": 1000,
+    "options": 300,
+    "folder": 300,
+    "rows": 2000,
+    "tables": 1500,
+}
+NEED = {"factors": "safetensors", "start": "safetensors", "options": "transformers", "folder": "transformers", "rows": "datasets"}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -26,7 +26,8 @@ from zo_kernels.journal.layout import (
     UnbegunError,
 )
 from zo_kernels.journal.reader import Journal, Tail, loads, read
-from zo_kernels.journal.writer import Writer, create, recover, reopen, write_factors
+from zo_kernels.journal.start import start_of, start_path, with_start
+from zo_kernels.journal.writer import Writer, create, recover, reopen, write_factors, write_start
 
 __all__ = [
     "CONTRACT",
@@ -64,6 +65,10 @@ __all__ = [
     "read",
     "recover",
     "reopen",
+    "start_of",
+    "start_path",
     "verify_base",
+    "with_start",
     "write_factors",
+    "write_start",
 ]

@@ -431,21 +431,27 @@ def verify_base(
             try:
                 pairs.append((f"{kind} {entry.name!r}", entry, find(given, entry.name)))
             except KeyError as error:
-                raise ValueError(
-                    f"{wrong}: {kind} {entry.name!r} is {error.args[0]}; load the base model {_whose(header)}"
-                ) from None
+                raise ValueError(f"{wrong}: {kind} {entry.name!r} is {error.args[0]}; load {_remedy(header, entry)}") from None
     for name, entry, p in pairs:  # what costs nothing first: hashing a large model takes long
         for what, recorded, found in (("shape", entry.shape, tuple(p.shape)), ("dtype", entry.dtype, _dtype_name(p))):
             if recorded != found:
-                raise ValueError(
-                    f"{wrong}: {name} has {what} {found}, the run's had {recorded}; load the base model {_whose(header)}"
-                )
+                raise ValueError(f"{wrong}: {name} has {what} {found}, the run's had {recorded}; load {_remedy(header, entry)}")
     for name, entry, p in pairs:
         if (found := digest(p)) != entry.sha256:
             raise ValueError(
-                f"{wrong}: {name} has other values (SHA-256 {found[:16]}..., the run's {entry.sha256[:16]}...); "
-                f"load the base model {_whose(header)} as it was before training, with the adapter that it had (of the same random state)"
+                f"{wrong}: {name} has other values (SHA-256 {found[:16]}..., the run's {entry.sha256[:16]}...); load {_remedy(header, entry)}"
             )
+
+
+def _remedy(header: Header, entry: Frozen) -> str:
+    """What to load in the place of a model whose `entry` is another."""
+    base = f"the base model {_whose(header)} as it was before training"
+    if not header.frozen or not isinstance(entry, Parameter):
+        return base
+    return (
+        f"{base}, with the adapter or head that the run trained on it as that began: from the file beside the journal whose name ends in .start, or made anew "
+        "from the same random state (torch.manual_seed), in the same dtype"
+    )
 
 
 def _whose(header: Header) -> str:

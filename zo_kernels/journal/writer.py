@@ -17,18 +17,20 @@ import os
 import struct
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from torch import Tensor
 
 from zo_kernels import checks, interrupts
 from zo_kernels.journal.factors import InputFactors, factors_path
 from zo_kernels.journal.header import Header
 from zo_kernels.journal.layout import CRC, FAILED, FLAGS, DamagedError, LockedError, checksum, open_file
 from zo_kernels.journal.reader import Journal, Tail, of_descriptor, read_source
+from zo_kernels.journal.start import encode, start_path
 
 
 def _holder(fd: int) -> str:
@@ -286,7 +288,23 @@ def _sync_folder(folder: str) -> None:
 
 def write_factors(journal: str | os.PathLike[str], factors: InputFactors) -> None:
     """The file beside a journal that holds the factors of its run: whole and durable, or as it was."""
-    path, data = factors_path(journal), factors.encode()
+    _write_beside(factors_path(journal), factors.encode())
+
+
+def write_start(journal: str | os.PathLike[str], values: Mapping[str, Tensor]) -> None:
+    """The file beside a journal that holds what its run's new weights began with (`start_path`): whole and durable, or as it was. For weights that no base
+    model has, an adapter's or a new head's: `zk.replay` begins with them.
+
+    Args:
+        journal: its path. values: by parameter name, as they were when it was opened.
+
+    Raises:
+        ValueError: see `start.encode`. OSError: the file cannot be written.
+    """
+    _write_beside(start_path(journal), encode(values))
+
+
+def _write_beside(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(part)
@@ -341,11 +359,11 @@ def create(
         try:
             _lock(fd, path)
             os.ftruncate(fd, 0)
+            for beside in (factors_path(path), start_path(path)) if existing else ():  # another run's
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside)
             if factors is not None:  # before the header, which says that they are there
                 write_factors(path, factors)
-            elif existing:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(factors_path(path))
             if (written := os.write(fd, head)) != len(head):
                 raise OSError(
                     errno.ENOSPC, f"the journal's header could not be written: {written} of {len(head)} bytes were taken", path
