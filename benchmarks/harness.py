@@ -205,6 +205,22 @@ def device_script(
     return 0
 
 
+def calls(function: Callable[[], Any]) -> int:
+    """How many functions are called, C's too."""
+    count = 0
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -358,17 +358,42 @@ def told(rows: list[Row]) -> str:
 
 
 def against(rows: list[Row]) -> str:
+    """Steps of both trees; then what they take beside their forwards, where there are any."""
     body = [
         [
             *(row[what] for what in ("case", "dtype", "mode")),
-            short(1e6 * float(row["before_median_s"])),
-            short(1e6 * float(row["median_s"])),
+            *(short(1e6 * float(row[what])) for what in ("before_median_s", "median_s", "before_wall_median_s", "wall_median_s")),
             f"{float(row['ratio']):.3f} ({float(row['ratio_min']):.2f} to {float(row['ratio_max']):.2f})",
         ]
         for row in rows
     ]
+    beside = [
+        [
+            *(row[what] for what in ("case", "dtype", "mode")),
+            *(short(1e6 * float(row[what])) for what in ("bare_median_s", "before_beside_median_s", "beside_median_s")),
+            f"{short(1e6 * float(row['beside_min_s']))} to {short(1e6 * float(row['beside_max_s']))}",
+            *(short(1e6 * float(row[what])) for what in ("before_wall_beside_median_s", "wall_beside_median_s")),
+            *(f"{float(row[what]):+.1f} %" for what in ("before_over_bare_percent", "over_bare_percent")),
+        ]
+        for row in rows
+        if row["bare_median_s"]
+    ]
     note = f"CPU time, one thread; before: commit {rows[0]['before']}; ratio: median of {rows[0]['rounds']} rounds of {rows[0]['steps']} steps in turn."
-    return f"{note}\n\n" + markdown(["case", "dtype", "mode", "µs a step before", "µs now", "ratio (all rounds)"], body)
+    times = ["µs a step before", "µs now", "wall before", "wall now", "ratio (all rounds)"]
+    more = [
+        "bare, µs",
+        "beside, before",
+        "beside, now",
+        "all rounds",
+        "wall beside, before",
+        "now",
+        "over bare, before",
+        "over bare, now",
+    ]
+    parts = [note, markdown(["case", "dtype", "mode", *times], body)]
+    if beside:
+        parts += ['What a step takes beside its forwards ("bare": they alone):', markdown(["case", "dtype", "mode", *more], beside)]
+    return "\n\n".join(parts)
 
 
 def ranks(rows: list[Row]) -> str:

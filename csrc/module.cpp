@@ -259,6 +259,8 @@ struct Attribute {
   getter get = nullptr;
   void *closure = nullptr;
   PyCFunction method = nullptr;
+  PyCFunctionWithKeywords parsed = nullptr; /* a method that reads its arguments, of which there are none */
+  py::tuple nothing;
 
   explicit Attribute(PyObject *d) : descriptor(d) {
     if (Py_TYPE(d) == &PyGetSetDescr_Type) {
@@ -266,14 +268,18 @@ struct Attribute {
       closure = ((PyGetSetDescrObject *)d)->d_getset->closure;
     } else if (Py_TYPE(d) == &PyMethodDescr_Type && ((PyMethodDescrObject *)d)->d_method->ml_flags == METH_NOARGS) {
       method = ((PyMethodDescrObject *)d)->d_method->ml_meth;
+    } else if (Py_TYPE(d) == &PyMethodDescr_Type &&
+               ((PyMethodDescrObject *)d)->d_method->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
+      parsed = (PyCFunctionWithKeywords)(void (*)(void))((PyMethodDescrObject *)d)->d_method->ml_meth;
     }
   }
 
   py::object of(PyObject *o) const {
-    if ((get || method) && !PyObject_TypeCheck(o, PyDescr_TYPE(descriptor)))
+    if ((get || method || parsed) && !PyObject_TypeCheck(o, PyDescr_TYPE(descriptor)))
       throw py::type_error("not of the descriptor's class");
     PyObject *const found = get      ? get(o, closure)
                             : method ? method(o, nullptr)
+                            : parsed ? parsed(o, nothing.ptr(), nullptr)
                                      : PyObject_CallFunctionObjArgs(descriptor, o, nullptr);
     if (!found) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(found);

@@ -46,6 +46,7 @@ class Mutant(NamedTuple):
         return self.file.startswith("csrc/cpu/")
 
 
+ONE = "tests/optim/test_decision.py::test_one_direction_is_decided_on_numbers_as_on_arrays"
 E = "tests/optim/test_estimators.py"
 J = "tests/journal/test_format.py"
 M = "tests/optim/test_methods.py"
@@ -69,6 +70,16 @@ TEAM = "tests/finetune/test_team.py"
 Q = "tests/test_quantized.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
+    ("zo_kernels/optim/decide.py", "one direction is clipped on both sides", "g = min(max(g, -limit), limit)", "g = min(g, limit)", (ONE,)),
+    ("zo_kernels/optim/decide.py", "a clipped g is said to be", "clipped = clipped or abs(g) > limit", "clipped = clipped or g > limit", (ONE,)),
+    ("zo_kernels/optim/decide.py", "a group ascends", "method.rule.decide(sign * g, lr, None)", "method.rule.decide(-abs(sign) * g, lr, None)", (ONE,)),
+    ("zo_kernels/optim/estimators.py", "one direction's distance is 2 eps", "(losses[0] - losses[1]) / (2 * eps)\n        return (losses[0::2]",
+     "(losses[0] - losses[1]) / eps\n        return (losses[0::2]", (f"{E}::test_the_loss_of_a_step_is_what_its_losses_tell",)),
+    ("zo_kernels/views/fronts.py", "a value with a gradient is noticed", "        return touched", "        return False", ("tests/optim/test_faults.py",)),
+    ("zo_kernels/parameters.py", "a parameter that is frozen is noticed", "looks.TRAINED.first_change(self.held, self.stand_as) < 0",
+     "looks.MEMORY.first_change(self.held, self.lie_at) < 0", ("tests/optim/test_faults.py",)),
+    ("zo_kernels/views/base.py", "writes are seen in the one look", "(*self.versions, *self.lie_at)) >= 0", "(*self.versions, *self.lie_at)) > 0",
+     ("tests/optim/test_faults.py",)),
     ("python/zo_finetune/frozen.py", "the cut is where trained weights are read last", "found[p] = min(called", "found[p] = max(called",
      ("tests/finetune/test_frozen.py::test_the_cut_is_before_what_reads_trained_weights",)),
     ("python/zo_finetune/frozen.py", "kept states stand at the end of their row", "row[: len(tokens)] = store", "row[-len(tokens) :] = store",

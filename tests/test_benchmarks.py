@@ -533,6 +533,8 @@ def test_against(tmp_path: Path) -> None:
         for mode in {"one pass": ("scratch", "inplace", "update", "two terms"), "one mask": ("",)}.get(case, ("scratch", "inplace"))
     ]
     assert all(float(r["ratio"]) > 0 and float(r["median_s"]) > 0 for r in table)
+    assert all(bool(r["bare_median_s"]) == (r["case"] == "hidden 64") for r in table)
+    assert all(float(r["beside_min_s"]) <= float(r["beside_median_s"]) <= float(r["beside_max_s"]) for r in table[:2])
 
 
 def test_journal(tmp_path: Path) -> None:

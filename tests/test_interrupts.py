@@ -6,6 +6,7 @@ Belongs here: which handlers stand when, and what is delivered. Does not belong 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -136,3 +137,21 @@ def test_other_threads_change_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [stop]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_of_a_threads_fork_has_that_thread_as_its_main_one() -> None:
+    assert interrupts._in_main_thread()
+    found: list[int] = []
+
+    def fork() -> None:
+        if (child := os.fork()) == 0:
+            os._exit(10 + interrupts._in_main_thread())
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        found.append(interrupts._in_main_thread())
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    assert found == [11, False]

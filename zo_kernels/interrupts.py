@@ -13,6 +13,7 @@ Not held back: exceptions that another thread sends into this one (`PyThreadStat
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -86,8 +87,21 @@ class _Signals:
 _signals = _Signals()
 
 
+_main = threading.main_thread().ident
+
+
+def _forked() -> None:
+    """The thread that forks is the child's main one."""
+    global _main
+    _main = threading.get_ident()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def _in_main_thread() -> bool:
-    return threading.get_ident() == threading.main_thread().ident
+    return threading.get_ident() == _main
 
 
 class uninterrupted:

@@ -41,7 +41,11 @@ class Look:
 
 
 VERSIONS, ADDRESSES = Look("_version"), Look("data_ptr")
+WRITES = Look(
+    "_version", "data_ptr"
+)  # both at once, where each tensor has a count: memory that a forward has pushed out is fetched for one look
 MEMORY = Look("dtype", "data_ptr", "numel", "stride")  # a part of a tensor's memory, or its transpose, begins where the whole did
+TRAINED = Look("requires_grad", "dtype", "data_ptr", "numel", "stride")
 
 
 def first_replaced(owners: list[Any], table: str, names: list[Any], values: list[Any]) -> int:

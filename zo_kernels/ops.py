@@ -37,8 +37,9 @@ from zo_kernels.plan import (
 
 def run(plans: Sequence[Plan], p: Pass, backend: str | None = None) -> None:
     """One launch for each plan. The inner door: arguments are already checked, terms on a device are moved to the others."""
-    for plan in plans:
-        plan.admit(len(p.tags))
+    if (n_terms := len(p.tags)) > 1:  # before the first of them writes
+        for plan in plans:
+            plan.admit(n_terms)
     for plan in plans:
         backends.of(plan, backend).perturb(plan, p.on(plan.device))
     written(plans)

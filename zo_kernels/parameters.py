@@ -258,8 +258,8 @@ def _of(option: Any, name: str) -> Any:
 
 def _own(group: Mapping[str, Any], names: Iterable[str]) -> list[tuple[Any, list[int]]]:
     """A group's masks and scales of these parameters, each with the counts of writes to its tensors."""
-    given = [group.get(what) for what in ("mask", "scale")]
-    if all(option is None for option in given):
+    given = group.get("mask"), group.get("scale")
+    if given[0] is None and given[1] is None:
         return []
     options = [_of(option, n) for option in given for n in names]
     return [
@@ -382,6 +382,11 @@ class Weights:
         return looks.MEMORY.at([e.src for _, e in self.entries()])
 
     @functools.cached_property
+    def stand_as(self) -> looks.Columns:
+        """The same of members that are all trained."""
+        return [True] * len(self.members), *self.lie_at
+
+    @functools.cached_property
     def parted(self) -> bool:
         """Some of them are parts of whole tensors."""
         return any(m.whole is not None for m in self.members)
@@ -440,16 +445,30 @@ class Weights:
 
     def current(self, group: Mapping[str, Any], among: Collection[str] | None = None) -> bool:
         """Whether the plans still describe the group: nothing frozen, unfrozen, added, replaced, moved or converted, no other mask or scale."""
-        if among is None:
-            active: list[Tensor] = list(itertools.compress(group["params"], map(_TRAINS, group["params"])))
-        else:
-            active = [p for n, p in zip(group["param_names"], group["params"], strict=False) if p.requires_grad and n in among]
         return (
-            len(active) == len(self.params)
-            and not any(map(is_not, active, self.held))
-            and looks.MEMORY.first_change([shards.memory_of(p) for p in active] if self.parted else active, self.lie_at) < 0
+            (self._whole(group["params"]) if among is None and not self.parted else self._part(group, among))
             and len(own := _own(group, self.names)) == len(self.own)
             and all(a is b and v == w for (a, v), (b, w) in zip(own, self.own, strict=True))
+        )
+
+    def _whole(self, params: Sequence[Tensor]) -> bool:
+        """`current` of members that are a whole group, or all of it that is trained."""
+        if len(params) != len(self.members):
+            params = list(itertools.compress(params, map(_TRAINS, params)))
+        return (
+            len(params) == len(self.members)
+            and not any(map(is_not, params, self.held))
+            and looks.TRAINED.first_change(self.held, self.stand_as) < 0
+        )
+
+    def _part(self, group: Mapping[str, Any], among: Collection[str] | None) -> bool:
+        """`current` of members that are some of a group, or parts of sharded tensors."""
+        named = zip(group["param_names"], group["params"], strict=False)
+        active = [p for n, p in named if p.requires_grad and (among is None or n in among)]
+        return (
+            len(active) == len(self.members)
+            and not any(map(is_not, active, self.held))
+            and looks.MEMORY.first_change([shards.memory_of(p) for p in active] if self.parted else active, self.lie_at) < 0
         )
 
 

@@ -227,7 +227,8 @@ class Pass:
     def on(self, device: torch.device) -> Pass:
         """The same, with what is a tensor on `device`. The host waits only for numbers of another device that it reads itself."""
         values: list[Any] = [self.tags, self.coefs, self.decay]
-        if all(not isinstance(v, Tensor) or v.device == device for v in values):
+        there = [v.device for v in values if isinstance(v, Tensor)]
+        if not there or set(there) == {device}:
             return self
         tags, coefs, decay = (_sent(v, device) if isinstance(v, Tensor) else v for v in values)
         return replace(self, tags=tags, coefs=coefs, decay=decay)

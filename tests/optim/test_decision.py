@@ -17,7 +17,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import zo_kernels as zk
 from zo_kernels import journal
+from zo_kernels.optim import method as methods
+from zo_kernels.optim.decide import Decided, Numbers, decide
 from zo_kernels.optim.decision import Decision, decisions
 
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -95,3 +98,41 @@ def test_numbers_behind_the_rules_are_the_first_groups(go: bool) -> None:
     own = (3.0, 4.0) if go else (0.0, 0.0)
     assert told.coefs == [[own[0], *rest], [own[1], 0.0, 0.0]] and told.decay == ([0.5, 0.25] if go else [1.0, 1.0])
     assert told.share(1, [0], 1).coefs == [own[1]] and math.isnan(replace(told, loss=math.nan).loss)
+
+
+# ---- one direction -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [zk.SGD(), zk.Sign(), zk.Momentum(), zk.Adam()], ids=lambda rule: str(rule.name))
+@hypothesis.given(
+    losses=st.lists(st.floats(), min_size=2, max_size=2),
+    rows=st.lists(
+        st.tuples(st.floats(0, 1e6), st.floats(2.0**-149, 2.0**100, width=32), st.sampled_from([-1.0, 1.0])), min_size=1, max_size=3
+    ),
+    clip=st.sampled_from([None, 0.5, 1e30]),
+    behind=st.sampled_from([(), (0.25,)]),
+)
+def test_one_direction_is_decided_on_numbers_as_on_arrays(rule: Any, losses: Any, rows: Any, clip: Any, behind: Any) -> None:
+    lr, eps, signs = map(list, zip(*rows, strict=True))
+    numbers = Numbers(lr, eps, [1.0] * len(rows), signs, [False] * len(rows))
+    planned = Decision(3, numbers.decay, eps=eps)
+
+    def found(plain: bool) -> Decided:
+        method = methods.Method(rule=rule, clip=zk.optim.clip.clip_of(clip))
+        assert method.numbers  # and not cached alone
+        method.__dict__["numbers"] = plain
+        return decide(method, numbers, torch.tensor(losses, dtype=torch.float64), planned, behind=behind)
+
+    a, b = found(True), found(False)
+    assert shown(a.decision) == shown(b.decision)
+    for x, y in ((a.loss, b.loss), (a.gradient, b.gradient)):
+        assert x.dtype == y.dtype and x.shape == y.shape == () and torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"estimator": zk.TwoSided(2)}, {"estimator": zk.ThreePoint()}, {"rule": zk.Conservative()}, {"rule": zk.HessianDiagonal()}],
+    ids=["two queries", "three points", "candidates", "curvature"],
+)
+def test_what_needs_arrays_is_decided_on_them(more: dict[str, Any]) -> None:
+    assert not methods.Method(**more).numbers

@@ -77,7 +77,8 @@ def perturb(plan: Plan, p: Pass, isa: int | None = None) -> None:
         plan.cache["cpu"] = call, address, n, dtype
     tags: Any = p.tags
     coefs: Any = p.coefs
-    plan.admit(len(tags))
+    if plan.low_rank:
+        plan.admit(len(tags))
     n_terms = 0  # the lists know theirs
     if type(tags) is not list:
         if isinstance(tags, torch.Tensor):

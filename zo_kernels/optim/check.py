@@ -124,7 +124,7 @@ def check(step: ZOStep, closure: Callable[..., Any], batches: Sequence[Any] | No
 @contextlib.contextmanager
 def _unchanged(paused: Paused, view: views.View) -> Iterator[None]:
     """The next step is prepared; what that and the evaluations touch is, afterwards, what it was."""
-    rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
+    rng = generators.Generators(view.devices)
     states = rng.get()
     model = paused.warner.model
     every = list(model.parameters()) if model is not None else list(view.params.values())
@@ -151,7 +151,7 @@ class _Check:
         self.trained = refresh.trained(step.param_groups)
         self.dual = self.run.method.estimator.dual
         self.eps = float(step.param_groups[0]["eps"])
-        self.rng = generators.Generators(plan.device for w in view.groups for plan in w.plans)
+        self.rng = generators.Generators(view.devices)
         self.before = self.rng.get()
         self.buffers = dict(self.model.named_buffers()) if self.model is not None else {}
         modules = self.model.named_modules() if self.model is not None else ()

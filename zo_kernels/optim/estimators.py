@@ -32,6 +32,11 @@ class Estimator:
     curved: ClassVar[bool] = False  # its points tell the `curvature`
 
     @property
+    def plain(self) -> bool:
+        """Whether `gradients` and `loss` take numbers too: a list of losses and the eps of one group, of which they make a number."""
+        return False
+
+    @property
     def directions(self) -> int:
         """How many the estimate uses."""
         return 1
@@ -72,6 +77,10 @@ class TwoSided(Estimator):
         check_queries(self.queries)
 
     @property
+    def plain(self) -> bool:
+        return self.queries == 1
+
+    @property
     def directions(self) -> int:
         return self.queries
 
@@ -79,6 +88,8 @@ class TwoSided(Estimator):
         return [[(i, sign)] for i in range(self.queries) for sign in (1.0, -1.0)]
 
     def gradients(self, losses: Any, eps: Any) -> Any:
+        if self.queries == 1:
+            return (losses[0] - losses[1]) / (2 * eps)
         return (losses[0::2] - losses[1::2]) / (2 * eps)
 
     def loss(self, losses: Any) -> Any:

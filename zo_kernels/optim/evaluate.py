@@ -10,7 +10,7 @@ share a step share it there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def _checked(value: Tensor) -> Tensor:
 
 def _together(losses: Sequence[Tensor | float]) -> Tensor:
     """Losses of one kind in one float64 tensor: [n], with tangents [n, 2]."""
-    if any(isinstance(loss, Tensor) for loss in losses):
+    if not {float}.issuperset(map(type, losses)):
         return torch.stack([torch.as_tensor(loss, dtype=torch.float64) for loss in losses])
     return torch.from_numpy(np.array(losses, dtype=np.float64))
 
@@ -128,7 +128,7 @@ class Evaluation:
         closure: Callable[..., Loss],
         batches: Sequence[Any] | None,
         warner: findings.Warner,
-        devices: Iterable[torch.device] | None,
+        devices: Collection[torch.device] | None,
         reads: bool = True,
         workers: Workers | None = None,
     ) -> None:

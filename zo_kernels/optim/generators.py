@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -62,11 +62,12 @@ class _Numpy(_Global):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
+        self.current: Any = getattr(module, "get_bit_generator", lambda: None)
         self.generator: Any = None  # whose memory `view` is
         self.view: Any = None
 
     def memory(self) -> bytes | None:
-        generator: Any = self.module.get_bit_generator() if hasattr(self.module, "get_bit_generator") else None
+        generator = self.current()
         if generator is not self.generator:
             self.generator, self.view = generator, None
             if type(generator).__name__ == "MT19937":  # else somebody set another one
@@ -118,22 +119,24 @@ def _globals() -> list[_Global]:
 class Generators:
     """Of a step: those of the CPU, of the weights' CUDA devices, and the global ones of `random` and, if it is loaded, numpy."""
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self.cuda = sorted([d.index or 0 for d in devices if d.type == "cuda"])
         self.globals = _globals()
 
     def get(self) -> list[Any]:
-        return [
-            *(g.get() for g in self.globals),
-            torch.get_rng_state(),
-            *(torch.cuda.get_rng_state(k) for k in self.cuda),
-        ]
+        states = []
+        for g in self.globals:
+            states.append(g.get())
+        states.append(torch.default_generator.get_state())
+        for k in self.cuda:
+            states.append(torch.cuda.get_rng_state(k))
+        return states
 
     def set(self, states: list[Any]) -> None:
         n = len(self.globals)
         for g, state in zip(self.globals, states, strict=False):
             g.set(state)
-        torch.set_rng_state(states[n])
+        torch.default_generator.set_state(states[n])
         for k, state in zip(self.cuda, states[n + 1 :], strict=True):
             torch.cuda.set_rng_state(state, k)
 

@@ -78,6 +78,11 @@ class Method:
         return self.measured + self.direction.size
 
     @cached_property
+    def numbers(self) -> bool:
+        """Whether its parts decide on numbers as they do on arrays: one direction, whose coefficients stay as they are decided."""
+        return self.estimator.plain and not self.rule.tries and not self.rule.diagonal
+
+    @cached_property
     def from_clean(self) -> bool:
         """Whether an update begins at the clean weights, and is not one pass with the way back to them: its rule says so, or several directions have their
         sum where the factors of the last one lie."""

@@ -29,6 +29,11 @@ STATES = ("stored", "recomputed")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _count(gs: Any) -> int:
+    """Of the directions: the columns of an array, one of a number."""
+    return getattr(gs, "shape", (1, 1))[1]
+
+
 class Rule:
     """What all rules have. Rules are configurations; what they keep between steps is in a `RuleState`."""
 
@@ -63,14 +68,14 @@ class Rule:
         return directions
 
     def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
-        """The numbers of the record before they are rounded to fp32, float64, in columns [groups, ...] that come to `size`. Given are tensors or numpy
-        arrays; used is what both have.
+        """The numbers of the record before they are rounded to fp32, float64, in columns [groups, ...] that come to `size`. Given are tensors, numpy
+        arrays or, of one group and one direction, numbers; used is what all have.
 
         Args:
             gs: float64 [groups, directions], with the sign of the descent: theta + lr mean(g_i z_i) goes downhill. lr: float64 [groups, 1].
             curvature: float64 [groups, 1], where the estimator measures it.
         """
-        return [lr * gs / gs.shape[1]]
+        return [lr * gs / _count(gs)]
 
     def trials(self, tag: Tag, coefs: Sequence[Coefficient]) -> list[list[tuple[Tag, Coefficient]]]:
         """Where the candidates are evaluated: `tries` shifts of one group."""
@@ -142,7 +147,7 @@ class Sign(Rule):
     name: ClassVar[str] = "sign"
 
     def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
-        return [lr * ((gs > 0) * 1.0 - (gs < 0) * 1.0) / gs.shape[1]]
+        return [lr * ((gs > 0) * 1.0 - (gs < 0) * 1.0) / _count(gs)]
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class _Rated(Rule):
         return directions + 1
 
     def decide(self, gs: Any, lr: Any, curvature: Any) -> list[Any]:
-        return [-gs / gs.shape[1], lr]  # the gradient itself, whose sign a rule takes
+        return [-gs / _count(gs), lr]  # the gradient itself, whose sign a rule takes
 
 
 def _check_state(rule: Any) -> None:

@@ -88,8 +88,7 @@ class Schedule:
         self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
     ) -> Outcome:
         run = self.run
-        devices = (plan.device for w in view.groups for plan in w.plans)
-        forwards = Evaluation(closure, batches, self.warner, devices, workers=self.workers)
+        forwards = Evaluation(closure, batches, self.warner, view.devices, workers=self.workers)
         if self.workers is not None:
             self.workers.common = {
                 "steps": run.steps,
@@ -270,10 +269,9 @@ class Schedule:
             if batches is None:
                 raise graph.Refused("it needs step(closure, batches): a graph must know which memory holds the batch")
             if self.graphs is None:
-                devices = {plan.device for w in view.groups for plan in w.plans}
-                if len(devices) != 1:
-                    raise graph.Refused(f"the weights lie on {len(devices)} devices")
-                self.graphs = graph.Graphs(devices.pop(), len(groups), 3)
+                if len(view.devices) != 1:
+                    raise graph.Refused(f"the weights lie on {len(view.devices)} devices")
+                self.graphs = graph.Graphs(next(iter(view.devices)), len(groups), 3)
                 if run.method.rule.stateful:
                     run.rule.hold(view.groups, self.graphs.device)
             graphs = self.graphs
@@ -321,7 +319,7 @@ class Schedule:
         Raises:
             Refused: the step cannot be captured.
         """
-        forwards = Evaluation(closure, batches, self.warner, (plan.device for w in view.groups for plan in w.plans), reads=False)
+        forwards = Evaluation(closure, batches, self.warner, view.devices, reads=False)
         try:
             self._decide_and_apply(view, forwards, read, tag)
         except BaseException:

@@ -81,6 +81,7 @@ class View(abc.ABC):
         pairs = [(m.tensor, e.src) for w in groups for m, e in w.entries()]
         self.trained, self.memories = [p for p, _ in pairs], [memory for _, memory in pairs]
         self.lie_at = looks.ADDRESSES.at(self.memories)
+        self.devices = {memory.device for memory in self.memories}
 
     def another(self) -> View:
         """A view of the same weights, which stand where they are, that has learned nothing of the forwards."""
@@ -153,10 +154,12 @@ class View(abc.ABC):
         for m in self.parts:
             if shards.memory_of(m.param).data_ptr() != m.tensor.data_ptr():
                 raise changed(m.name, "moved or converted")
-        if (k := looks.VERSIONS.first_change(self.counted, self.versions)) >= 0:
-            raise changed(self.names[id(self.counted[k])], "written to")
-        if (k := looks.ADDRESSES.first_change(self.trained, self.lie_at)) >= 0:
-            raise changed(self.names[id(self.trained[k])], "moved or converted")
+        both = len(self.counted) == len(self.trained)
+        if not both or looks.WRITES.first_change(self.trained, (*self.versions, *self.lie_at)) >= 0:
+            if (k := looks.VERSIONS.first_change(self.counted, self.versions)) >= 0:
+                raise changed(self.names[id(self.counted[k])], "written to")
+            if (k := looks.ADDRESSES.first_change(self.trained, self.lie_at)) >= 0:
+                raise changed(self.names[id(self.trained[k])], "moved or converted")
         if (k := self._replaced()) >= 0:
             raise changed(self.names[id(self.placed[k])], "replaced")
 
@@ -219,7 +222,7 @@ class View(abc.ABC):
 
     def _pass(self, terms: Sequence[tuple[Tag, Coefficient]], decay: Coefficient, rounding: str) -> Pass | None:
         """The pass of these terms; None if it would change nothing. What is a tensor stays on its device: no copy to the host, no wait."""
-        tags, coefs = [tag for tag, _ in terms], [c for _, c in terms]
+        tags, coefs = zip(*terms, strict=True) if terms else ((), ())
         here = _NUMBERS.issuperset(map(type, (*tags, *coefs, decay)))
         device = None if here else next((x.device for x in (*tags, *coefs, decay) if isinstance(x, Tensor)), None)
         if device is None:
@@ -227,12 +230,12 @@ class View(abc.ABC):
                 return None
             # Terms of 0 stay, as they do on a device: the first tag names the draw of stochastic rounding.
             factor = None if decay == 1.0 else float(decay)
-            return Pass(self.seed, [int(tag) for tag in tags], [float(c) for c in coefs], factor, self.kind, rounding)
+            return Pass(self.seed, list(map(int, tags)), list(map(float, coefs)), factor, self.kind, rounding)
         shift = decay.float() if isinstance(decay, Tensor) else (None if decay == 1.0 else decay)
         if not tags:
             return Pass(self.seed, [], [], shift, self.kind, rounding)
         # Numbers become tensors by a fill, which unlike a copy from the host does not wait; a step's tags, one behind another, by one for all.
-        if set(map(type, tags)) == {int} and tags == list(range(first := int(tags[0]), first + len(tags))):
+        if set(map(type, tags)) == {int} and list(tags) == list(range(first := int(tags[0]), first + len(tags))):
             named = torch.arange(first, first + len(tags), dtype=torch.int64, device=device)
         else:
             named = torch.stack([t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.int64, device=device) for t in tags])

@@ -20,7 +20,9 @@ from zo_kernels.views.buffer import Buffer, Fill
 from zo_kernels.views.memory import empty
 from zo_kernels.views.shadow import PerturbedWeight, Placed
 
-_ASKS, _OWN = looks.Look("requires_grad"), attrgetter("__dict__")
+_OWN = attrgetter("__dict__")
+_ASKS = looks.Look("requires_grad")
+_VALUES = looks.Look("_version", "requires_grad", "data_ptr", "grad")  # all that a forward may have done to a value
 
 Sites = Mapping[nn.Module, Sequence[tuple[str, PerturbedWeight]]]  # a module's attributes, with the shadows that stand for them
 
@@ -37,9 +39,10 @@ class Fronts:
         self.resident: Fill | None = None  # the values of `fitting`
         self.beside = 0  # how many parameters were held when it was made
         self.shown: dict[int, PerturbedWeight] = {}  # by the ids of its values
-        self.asks: looks.Columns = ([],)  # whether its values asked for a gradient when the step began
+        self.asks: looks.Columns = ([],)  # whether its values asked for a gradient when they were made
         self.lie_at: looks.Columns = ([],)  # the addresses of its values
         self.filled: looks.Columns = ([],)  # the versions of its values after the pass
+        self.bare: list[None] = []  # no value has a gradient
 
     def prepare(self) -> None:
         """For a step."""
@@ -48,6 +51,8 @@ class Fronts:
             room = [empty(s.clean.shape, s.clean.dtype, s.clean.device) for s in self.fitting]
             self.resident, self.beside = self.buffer.fill_of([[s] for s in self.fitting], room), len(held)
             self.shown = {id(self.resident.values[(id(s),)][0]): s for s in self.fitting}
+            values = self.resident.written
+            self.asks, self.lie_at, self.bare = _ASKS.at(values), looks.ADDRESSES.at(values), [None] * len(values)
         there = self.resident.values if self.resident else {}
         if not self.places or self.made_of is not self.resident:
             self.made_of = self.resident
@@ -57,8 +62,6 @@ class Fronts:
             ]
             self.modules = [place.module for place in self.places for _ in place.values_shown]
             self.attributes = [attribute for place in self.places for attribute in place.values_shown]
-        if self.resident:
-            self.asks, self.lie_at = _ASKS.at(self.resident.written), looks.ADDRESSES.at(self.resident.written)
 
     def place(self) -> None:
         for place in self.places:
@@ -80,14 +83,15 @@ class Fronts:
             self.buffer.write(self.resident)
             self.filled = looks.VERSIONS.at(self.resident.written)
 
-    def check(self, names: Mapping[int, str]) -> None:
-        """After a forward.
+    def check(self, names: Mapping[int, str]) -> bool:
+        """After a forward. Whether a value has a gradient.
 
         Raises:
             RuntimeError: it changed a value, or put something else in its place.
         """
-        if self.resident:
-            values = self.resident.written
+        values = self.resident.written if self.resident else []
+        before = (*self.filled, *self.asks, *self.lie_at, self.bare)
+        if touched := bool(values) and _VALUES.first_change(values, before) >= 0:
             for look, before, how in (
                 (looks.VERSIONS, self.filled, "written to"),
                 (_ASKS, self.asks, "changed"),
@@ -100,6 +104,7 @@ class Fronts:
                 (place, a) for place in self.places for a in place.values_shown if a not in place.module.__dict__
             )
             raise changed(names[id(place.parameters[attribute])], "perturbed by another step")
+        return touched
 
     def spoiled(self) -> None:
         """A step failed, whatever its closure set in the values."""

@@ -157,8 +157,7 @@ class Scratch(View):
         super().check()
         if self.bare:
             return
-        self.fronts.check(self.names)
-        if self._drop_gradients():
+        if (self.fronts.check(self.names) or self.buffer.fills) and self._drop_gradients():
             raise RuntimeError(
                 "the closure calls backward(): in scratch mode the gradients do not reach the parameters; nothing was updated. Leave it out "
                 "(MeZO needs none; in Lightning: self.automatic_optimization = False), or take perturbation='inplace'"
