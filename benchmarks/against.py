@@ -15,7 +15,8 @@ each and a closure that computes something else, whose 64 MiB push everything of
 closure takes by its own clock. In the mode "scratch parts" not all values fit into the buffer, as of such a model not all do. "GPT-2 shapes": its 148
 tensors, each with a hundredth of its elements, so that the passes over them do not hide the rest, with a closure that computes nothing. "one pass" is over
 2^24 weights: theta + c z in place, and from them into a buffer of 2^20, as scratch mode has it; the update of scratch mode, with stochastic rounding in 16
-bits; and what lazy steps do in place, two terms. "one mask" is what Sparse-MeZO does before each step, the mask of the smallest weights of a tensor of 2^24. The rows of these two are in files of their own, against_pass.csv and against_mask.csv.
+bits; and what lazy steps do in place, two terms. "one mask" is what Sparse-MeZO does before each step, the mask of the smallest weights of a tensor of 2^24.
+The rows of these two are in files of their own, against_pass.csv and against_mask.csv.
 """
 
 from __future__ import annotations

@@ -362,7 +362,10 @@ def against(rows: list[Row]) -> str:
     body = [
         [
             *(row[what] for what in ("case", "dtype", "mode")),
-            *(short(1e6 * float(row[what])) for what in ("before_median_s", "median_s", "before_wall_median_s", "wall_median_s")),
+            *(
+                short(1e6 * float(row[what])) if row[what] else ""
+                for what in ("before_median_s", "median_s", "before_wall_median_s", "wall_median_s")
+            ),
             f"{float(row['ratio']):.3f} ({float(row['ratio_min']):.2f} to {float(row['ratio_max']):.2f})",
         ]
         for row in rows
@@ -394,6 +397,18 @@ def against(rows: list[Row]) -> str:
     if beside:
         parts += ['What a step takes beside its forwards ("bare": they alone):', markdown(["case", "dtype", "mode", *more], beside)]
     return "\n\n".join(parts)
+
+
+def launches(rows: list[Row]) -> str:
+    body = [
+        [
+            *(row[what] for what in ("pass", "way", "calls")),
+            f"{1e6 * float(row['median_s']):.1f} ({1e6 * float(row['min_s']):.1f} to {1e6 * float(row['max_s']):.1f})",
+            f"{float(row['ratio']):.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(["pass", "way", "calls", "µs a launch, CPU (spread)", "of a search"], body)
 
 
 def ranks(rows: list[Row]) -> str:
@@ -536,6 +551,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "told": ("told", told, ""),
     "against": ("against", against, ""),
     "against_mask": ("against_mask", against, ""),
+    "launches": ("launches", launches, ""),
     "ranks": ("ranks", ranks, ""),
     "memory": ("memory", memory, ""),
     "objectives": ("objectives", objectives, ""),

@@ -70,6 +70,17 @@ TEAM = "tests/finetune/test_team.py"
 Q = "tests/test_quantized.py"
 
 MUTANTS = tuple(Mutant(*m) for m in [
+    ("zo_kernels/_backends/triton.py", "a decay of one pass is its own", "kind, stochastic, n, True, factor)", "kind, stochastic, n, True, min(factor, 1))",
+     ("tests/kernels/test_triton_host.py",)),
+    ("zo_kernels/_backends/triton.py", "roundings have kernels of their own", "stochastic, n, True, factor)", "False, n, True, factor)",
+     ("tests/kernels/test_triton_host.py",)),
+    ("zo_kernels/_backends/triton.py", "a ready launch has the constants in the kernel's order",
+     "for name in kernel.arg_names if name in given", "for name in given",
+     ("tests/kernels/test_triton_host.py",)),
+    ("zo_kernels/_backends/triton.py", "a launch is on its plan's device", "if torch._C._cuda_getDevice() != plan.device.index:", "if False:",
+     ("tests/kernels/test_devices.py",)),
+    ("zo_kernels/_backends/triton.py", "tables are kept for another stream's kernels", "if raw != stream and uploaded", "if raw == stream and uploaded",
+     ("tests/kernels/test_devices.py",)),
     ("zo_kernels/optim/decide.py", "one direction is clipped on both sides", "g = min(max(g, -limit), limit)", "g = min(g, limit)", (ONE,)),
     ("zo_kernels/optim/decide.py", "a clipped g is said to be", "clipped = clipped or abs(g) > limit", "clipped = clipped or g > limit", (ONE,)),
     ("zo_kernels/optim/decide.py", "a group ascends", "method.rule.decide(sign * g, lr, None)", "method.rule.decide(-abs(sign) * g, lr, None)", (ONE,)),

@@ -537,6 +537,16 @@ def test_against(tmp_path: Path) -> None:
     assert all(float(r["beside_min_s"]) <= float(r["beside_median_s"]) <= float(r["beside_max_s"]) for r in table[:2])
 
 
+def test_launches(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "launches.csv"
+    done = run("launches", "--rounds=1", "--calls=2", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    table = rows(path)
+    assert [r["way"] for r in table] == ["search", "ready"] * 3
+    assert all(int(search["calls"]) > 2 * int(ready["calls"]) for search, ready in zip(table[::2], table[1::2], strict=True))
+
+
 def test_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.csv"
     done = run(

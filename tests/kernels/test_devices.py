@@ -36,6 +36,8 @@ class Devices:
         monkeypatch.setattr(torch.cuda, "device", self.device)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.current == self.captured)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleStream(self, self.stream))
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.current, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: hash(self.stream), raising=False)
         monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda _: None))
 
     @contextmanager
@@ -95,6 +97,25 @@ def test_tables_of_triton_are_kept_for_the_streams_that_read_them(devices: Devic
     devices.captured = 1
     triton._batches(weights, triton.GPU)
     assert devices.waits == ["other", "other"], "a capture begins with a synchronisation"
+
+
+def test_triton_launches_on_the_device_of_the_plan(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Current is another one, which stays so; the stream is the plan's device's."""
+    triton = pytest.importorskip("zo_kernels._backends.triton")
+    seen: list[Any] = []
+    table = SimpleNamespace(data_ptr=lambda: 5, numel=lambda: 3)
+    monkeypatch.setattr(triton, "_batch", lambda *_: triton.Batch(table, table, 1, {}))
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton, "_compile_and_launch", lambda *given: seen.append((devices.current, given[1].grid)))
+    weights: Any = Plan((Entry(torch.zeros(4), torch.zeros(4), 1),), torch.device("cuda", 1), torch.float32)
+    p = Pass(1, [2], [0.5])
+    triton.perturb(weights, p)
+    assert (seen, devices.current) == ([(1, (3, 1, 1))], 0)
+    (batch,) = weights.cache["triton"][0]
+    _, form = triton._arguments(p, weights.device)
+    batch.ready[form] = triton.Ready(lambda *given, stream: seen.append((devices.current, given[:3], stream)), ())
+    triton.perturb(weights, p)
+    assert (seen[1:], devices.current) == ([(1, (5, 5, 1), hash("own"))], 0)
 
 
 class Elsewhere:

@@ -11,22 +11,23 @@ slow, and there to test the kernels without a GPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zo_kernels import update as rules
-from zo_kernels.plan import Pass, capturing, move
+from zo_kernels.plan import capturing, move
 
 if TYPE_CHECKING:
-    from zo_kernels.plan import Entry, Passes, Plan
+    from zo_kernels.plan import Entry, Pass, Passes, Plan
     from zo_kernels.update import RulePass, States
 
 
@@ -44,7 +45,9 @@ class Launch:
     narrow: bool  # masked accesses element by element, not as chunks
 
 
-GPU = Launch(groups=128, warps=4, max_tiles=16, programs=4096, narrow=True)
+# Programs: at least eight rounds of the six blocks that each of an H100's 132 multiprocessors holds, as cuda.py has them: the last, unfinished round is
+# short beside the whole. A fill of 2^24 elements then has tiles of its own in 8,192 programs, in the place of two tiles each in 4,096, five rounds.
+GPU = Launch(groups=128, warps=4, max_tiles=16, programs=8 * 6 * 132, narrow=True)
 # One tuning run on an H100 gave fp32 about twice the bandwidth with 256 groups (65 % of a copy's instead of 34 %); not taken yet, since the
 # count of a sequence's instructions does not know that loop, and the full benchmark is not yet measured again.
 INTERPRETER = Launch(groups=1024, warps=1, max_tiles=64, programs=1, narrow=False)  # a program costs the same, whatever its size
@@ -141,6 +144,13 @@ def supports(device: torch.device) -> str | None:
 # ---- tables of a plan ---------------------------------------------------------------------------------------------------
 
 
+class Ready(NamedTuple):
+    """A kernel that was compiled by a launch of the same kind, and is launched again without Triton's search for it."""
+
+    run: Callable[..., Any]  # Triton's, over the batch's grid
+    constants: tuple[Any, ...]  # the kernel's, in its order
+
+
 @dataclass(frozen=True)
 class Batch:
     """The tensors of a plan that one launch serves: all of them, unless some are gathered rows, or have factors, and others do not."""
@@ -149,6 +159,16 @@ class Batch:
     spans: Tensor  # int64 [programs]
     tiles: int
     flags: dict[str, Any]
+    ready: dict[Any, Ready] = field(default_factory=dict)  # by what `launch_all` chooses a kernel by
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int, int]:
+        return self.spans.numel(), 1, 1
+
+    @functools.cached_property
+    def place(self) -> tuple[int, int, int]:
+        """What the kernel is given of it, the tables by their addresses, at which nobody looks."""
+        return self.table.data_ptr(), self.spans.data_ptr(), self.tiles
 
 
 def _tile_counts(entry: Entry, records: np.ndarray, groups: int) -> np.ndarray:
@@ -195,28 +215,30 @@ def _batch(plan: Plan, members: list[int], launch: Launch) -> Batch | None:
     )
 
 
-def _batches(plan: Plan, launch: Launch) -> list[Batch]:
-    """The plan's launches, with their tables in order before the work that the current stream gets next."""
-    if "triton" not in plan.cache:
+def _batches(plan: Plan, launch: Launch, raw: int | None = None) -> list[Batch]:
+    """The plan's launches, with their tables in order before the work that the current stream gets next. `raw`: that stream's number; None: not asked
+    for yet, or of no GPU."""
+    if raw is None and plan.device.type == "cuda":
+        raw = torch._C._cuda_getCurrentRawStream(plan.device.index)
+    found: tuple[list[Batch], int | None, Any] | None = plan.cache.get("triton")
+    if found is None:
         members: dict[tuple[bool, bool], list[int]] = {}
         for k, e in enumerate(plan.entries):
             members.setdefault((e.rows is not None, e.rank > 0), []).append(k)
         batches = [b for some in members.values() if (b := _batch(plan, some, launch))]
-        stream = uploaded = None
+        uploaded = None
         if plan.device.type == "cuda":
-            stream, uploaded = torch.cuda.current_stream(plan.device), torch.cuda.Event()
-            uploaded.record(stream)
-        plan.cache["triton"] = batches, stream, uploaded
-    batches, stream, uploaded = plan.cache["triton"]
-    if uploaded is not None and not capturing(plan.device):  # a capture begins with a synchronisation
+            uploaded = torch.cuda.Event()
+            uploaded.record(torch.cuda.current_stream(plan.device))
+        found = plan.cache["triton"] = batches, raw, uploaded
+    batches, stream, uploaded = found
+    # On its own stream the tables are in order, and their memory is not used again before its kernels are over. A capture begins with a synchronisation.
+    if raw != stream and uploaded is not None and not capturing(plan.device):
         current = torch.cuda.current_stream(plan.device)
-        if (
-            current != stream
-        ):  # on its own one the tables are in order, and their memory is not used again before its kernels are over
-            current.wait_event(uploaded)
-            for batch in batches:
-                batch.table.record_stream(current)
-                batch.spans.record_stream(current)
+        current.wait_event(uploaded)
+        for batch in batches:
+            batch.table.record_stream(current)
+            batch.spans.record_stream(current)
     return batches
 
 
@@ -229,57 +251,89 @@ def _signed(word: int) -> int:
 
 
 def _float_bits(x: float) -> int:
-    return int(np.float32(x).view(np.int32))
+    """Of x rounded to fp32."""
+    return ctypes.c_int32.from_buffer(ctypes.c_float(x)).value
 
 
-def _terms(p: Pass, device: torch.device) -> dict[str, Any]:
-    """The kernel's arguments that hold tags and coefficients. Nothing is read back from the device.
+class Values(NamedTuple):
+    """What a launch gives `perturb_kernel` behind `table`, `spans` and `tiles`, in its order; the names are explained there."""
+
+    seed_low: int
+    seed_high: int
+    tag0: int = 0
+    tag1: int = 0
+    coef0: int = 0
+    coef1: int = 0
+    decay_bits: int = 0
+    n_terms: int = 1
+    tags: Tensor | None = None
+    coefs: Tensor | None = None
+    terms: Tensor | None = None
+    decay_ptr: Tensor | None = None
+    n_passes: int = 0
+    most_terms: int = 0
+    firsts: Tensor | None = None
+    decays: Tensor | None = None
+    roundings: Tensor | None = None
+    steps: Tensor | None = None
+    base: int = F_BASE
+
+
+class Form(NamedTuple):
+    """What chooses a kernel, besides a plan: the kernel's constants of these names, kind and rounding."""
+
+    kind: str
+    stochastic: bool
+    TERMS: int
+    HOST_TERMS: bool
+    DECAY: int = 0
+    SEQUENCE: bool = False
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    return _signed(seed & 0xFFFFFFFF), _signed(seed >> 32)
+
+
+def _arguments(p: Pass, device: torch.device) -> tuple[Values, Form]:
+    """Of one pass. Nothing is read back from the device.
 
     No term at all is given as one that is not live: the same results (docs/numerics.md, sections 4 and 5), and no variant of its own.
     """
     tags, coefs = (p.tags, p.coefs) if len(p.tags) else ([0], [0.0])
-    n = len(tags)
+    decay, stochastic, n = p.decay, p.rounding == "stochastic", len(tags)
+    on_device = isinstance(decay, Tensor)
+    factor = 2 if on_device else int(decay is not None)
+    bits, pointer = (0, decay) if on_device or decay is None else (_float_bits(decay), None)
     unrolled = n if n in (1, 2) else 0
-    arguments: dict[str, Any] = {"tag0": 0, "tag1": 0, "coef0": 0, "coef1": 0, "tags": None, "coefs": None, "terms": None}
-    arguments |= {"n_terms": n, "TERMS": unrolled, "HOST_TERMS": True}
-    if n > 2 and not isinstance(tags, Tensor):
+    if unrolled and not isinstance(tags, Tensor):
+        words = *(_signed(int(tag)) for tag in tags), *[0] * (2 - n), *(_float_bits(float(c)) for c in coefs), *[0] * (2 - n)
+        return Values(*_halves(p.seed), *words, bits, n, decay_ptr=pointer), Form(p.kind, stochastic, n, True, factor)
+    if not isinstance(tags, Tensor):
         tags = move(torch.tensor(tags, dtype=torch.int64), device)
         coefs = move(torch.tensor(coefs, dtype=torch.float32), device)
-    if isinstance(tags, Tensor):
-        arguments |= {"tags": tags.view(torch.int32), "coefs": coefs, "HOST_TERMS": False}
-        if not unrolled:
-            arguments["terms"] = torch.empty(n, dtype=torch.int64, device=device)
-    else:
-        for k in range(n):
-            arguments |= {f"tag{k}": _signed(int(tags[k])), f"coef{k}": _float_bits(float(coefs[k]))}
-    return arguments
+    terms = None if unrolled else torch.empty(n, dtype=torch.int64, device=device)
+    values = Values(
+        *_halves(p.seed), decay_bits=bits, n_terms=n, tags=tags.view(torch.int32), coefs=coefs, terms=terms, decay_ptr=pointer
+    )
+    return values, Form(p.kind, stochastic, unrolled, False, factor)
 
 
-def _decay(decay: float | Tensor | None) -> dict[str, Any]:
-    if isinstance(decay, Tensor):
-        return {"decay_bits": 0, "decay_ptr": decay, "DECAY": 2}
-    return {"decay_bits": 0 if decay is None else _float_bits(decay), "decay_ptr": None, "DECAY": int(decay is not None)}
-
-
-def _common(seed: int, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """What every kernel takes."""
     import triton.language as tl
 
     kernels = _kernels()
     return {
-        "seed_low": _signed(seed & 0xFFFFFFFF),
-        "seed_high": _signed(seed >> 32),
-        "base": F_BASE,
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
         "KIND": kernels.GAUSSIAN if kind == "gaussian" else kernels.RADEMACHER,
         "INTERPRETED": _interpreted(),
     }
 
 
-NO_SEQUENCE: dict[str, Any] = {
-    **{"n_passes": 0, "most_terms": 0, "SEQUENCE": False},
-    **dict.fromkeys(("firsts", "decays", "roundings", "steps")),
-}
+def _common(seed: int, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The same, and the noise's key."""
+    low, high = _halves(seed)
+    return {"seed_low": low, "seed_high": high, "base": F_BASE, **_constants(kind, dtype)}
 
 
 def perturb(plan: Plan, p: Pass) -> None:
@@ -288,8 +342,7 @@ def perturb(plan: Plan, p: Pass) -> None:
     (In more where the plan mixes gathered rows, or tensors with factors, with others.) The host never waits for the device.
     """
     plan.admit(len(p.tags))
-    stochastic = p.rounding == "stochastic"
-    launch_all(plan, p.seed, p.kind, stochastic, {**_terms(p, plan.device), **_decay(p.decay), **NO_SEQUENCE})
+    launch_all(plan, *_arguments(p, plan.device))
 
 
 def sequence(plan: Plan, passes: Passes) -> None:
@@ -297,38 +350,58 @@ def sequence(plan: Plan, passes: Passes) -> None:
     plan.admit_sequence()
     n, device = len(passes), plan.device
     counts = passes.first.diff()
-    arguments = {
-        **_terms(Pass(passes.seed, [], []), device),
-        **_decay(None),
-        **{"tags": passes.tags.view(torch.int32), "coefs": passes.coefs, "n_terms": passes.tags.numel()},
-        **{"TERMS": 0, "HOST_TERMS": False, "SEQUENCE": True, "decays": passes.decay},
-        **{"n_passes": n, "most_terms": int(counts.max()) if n else 0, "firsts": move(passes.first, device)},
-        "roundings": move(passes.rounding, device),
-        "terms": torch.empty(passes.tags.numel(), dtype=torch.int64, device=device),
-        "steps": torch.empty(2 * n, dtype=torch.int64, device=device),
-    }
-    launch_all(plan, passes.seed, passes.kind, bool(passes.rounding.any()), arguments)
+    values = Values(
+        *_halves(passes.seed),
+        n_terms=passes.tags.numel(),
+        tags=passes.tags.view(torch.int32),
+        coefs=passes.coefs,
+        terms=torch.empty(passes.tags.numel(), dtype=torch.int64, device=device),
+        n_passes=n,
+        most_terms=int(counts.max()) if n else 0,
+        firsts=move(passes.first, device),
+        decays=passes.decay,
+        roundings=move(passes.rounding, device),
+        steps=torch.empty(2 * n, dtype=torch.int64, device=device),
+    )
+    launch_all(plan, values, Form(passes.kind, bool(passes.rounding.any()), 0, False, SEQUENCE=True))
 
 
-def launch_all(plan: Plan, seed: int, kind: str, stochastic: bool, arguments: dict[str, Any]) -> None:
-    """A launch for each batch of the plan; `arguments`: those of the kernel that depend on the terms."""
-    kernels = _kernels()
-    interpreted = _interpreted()
-    launch = INTERPRETER if interpreted else GPU
-    arguments |= {
-        **_common(seed, kind, plan.dtype),
-        "STOCHASTIC": stochastic and plan.dtype != torch.float32,
-        "P": launch.groups,
-        "NARROW": launch.narrow,
+def launch_all(plan: Plan, values: Values, form: Form) -> None:
+    """A launch for each batch of the plan, on its device's current stream.
+
+    Scratch mode calls this once a layer and forward. No value chooses a kernel (`NOT_SPECIALISED`), so that the second launch of a form needs nothing
+    of Triton's but the launch itself.
+    """
+    raw = None
+    if plan.device.type == "cuda":
+        if torch._C._cuda_getDevice() != plan.device.index:
+            with torch.cuda.device(plan.device):
+                return launch_all(plan, values, form)
+        raw = torch._C._cuda_getCurrentRawStream(plan.device.index)
+    launch = INTERPRETER if _interpreted() else GPU
+    for batch in _batches(plan, launch, raw):
+        ready = batch.ready.get(form)
+        if ready is None:
+            _compile_and_launch(plan.dtype, batch, values, form, launch)
+        else:
+            ready.run(*batch.place, *values, *ready.constants, stream=raw)
+
+
+def _compile_and_launch(dtype: torch.dtype, batch: Batch, values: Values, form: Form, launch: Launch) -> None:
+    """The first launch of a form, through Triton's search for a kernel, which compiles one where it has none."""
+    from triton.compiler import CompiledKernel
+
+    kernel = _kernels().perturb_kernel
+    given = {
+        **_constants(form.kind, dtype),
+        **{"TERMS": form.TERMS, "HOST_TERMS": form.HOST_TERMS, "DECAY": form.DECAY, "SEQUENCE": form.SEQUENCE},
+        **{"STOCHASTIC": form.stochastic and dtype != torch.float32, "P": launch.groups, "NARROW": launch.narrow},
+        **batch.flags,
     }
-    for batch in _batches(plan, launch):
-        grid = (batch.spans.numel(),)
-        given = arguments | batch.flags
-        options = {} if interpreted else {"num_warps": launch.warps, "enable_fp_fusion": False}
-        if not interpreted:
-            options |= loop_options(given)
-        with contextlib.nullcontext() if interpreted else torch.cuda.device(plan.device):
-            kernels.perturb_kernel[grid](batch.table, batch.spans, batch.tiles, **given, **options)
+    options = {} if _interpreted() else {"num_warps": launch.warps, "enable_fp_fusion": False, **loop_options(given)}
+    made = kernel[batch.grid](batch.table, batch.spans, batch.tiles, *values, **given, **options)
+    if isinstance(made, CompiledKernel):  # not of the interpreter, nor one that a hook of Triton's has kept from being compiled
+        batch.ready[form] = Ready(made[batch.grid], tuple(given[name] for name in kernel.arg_names if name in given))
 
 
 # ---- update rules -----------------------------------------------------------------------------------------------------
