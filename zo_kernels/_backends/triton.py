@@ -299,14 +299,17 @@ def _arguments(p: Pass, device: torch.device) -> tuple[Values, Form]:
 
     No term at all is given as one that is not live: the same results (docs/numerics.md, sections 4 and 5), and no variant of its own.
     """
+    tags: Any
+    coefs: Any
     tags, coefs = (p.tags, p.coefs) if len(p.tags) else ([0], [0.0])
     decay, stochastic, n = p.decay, p.rounding == "stochastic", len(tags)
     on_device = isinstance(decay, Tensor)
     factor = 2 if on_device else int(decay is not None)
-    bits, pointer = (0, decay) if on_device or decay is None else (_float_bits(decay), None)
+    bits = 0 if on_device or decay is None else _float_bits(float(decay))
+    pointer: Any = decay if on_device else None
     unrolled = n if n in (1, 2) else 0
     if unrolled and not isinstance(tags, Tensor):
-        words = *(_signed(int(tag)) for tag in tags), *[0] * (2 - n), *(_float_bits(float(c)) for c in coefs), *[0] * (2 - n)
+        words: Any = *(_signed(int(tag)) for tag in tags), *[0] * (2 - n), *(_float_bits(float(c)) for c in coefs), *[0] * (2 - n)
         return Values(*_halves(p.seed), *words, bits, n, decay_ptr=pointer), Form(p.kind, stochastic, n, True, factor)
     if not isinstance(tags, Tensor):
         tags = move(torch.tensor(tags, dtype=torch.int64), device)
