@@ -611,7 +611,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
 def _new_weights(model: nn.Module) -> dict[str, Tensor]:
     """What is trained and no base model has, by name: all that peft trains; of a model that was read from another class's files, what lies outside of the body
     that both have, a new head."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if getattr(model, "peft_config", None):
         return trained
     made_of = getattr(getattr(model, "config", None), "architectures", None)
