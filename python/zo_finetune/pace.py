@@ -26,9 +26,11 @@ class Pace:
     Args:
         weights: those that are trained, as the run begins with them; empty: nothing is said, as of weights that were added to the model and begin at 0.
         rates: the learning rate of each of the run's steps.
+        option: what gives the rate, as its user writes it.
     """
 
-    def __init__(self, weights: Iterable[Tensor], rates: Iterable[float]) -> None:
+    def __init__(self, weights: Iterable[Tensor], rates: Iterable[float], option: str = "--lr") -> None:
+        self.option = option
         square = count = 0.0
         for w in weights:
             square += float(torch.linalg.vector_norm(w.detach(), dtype=torch.float32)) ** 2
@@ -55,10 +57,13 @@ class Pace:
         share = typical * self.rate / self.size
         if not typical or LEAST <= share <= MOST:
             return None
-        moves = f"a step at --lr {self.most:g} moves a weight by about {typical * self.most:.2g}, where the weights are {self.size:.2g} (root mean square)"
+        moved = typical * self.most
+        moves = f"a step at {self.option} {self.most:g} moves a weight by about {moved:.2g}, where the weights are {self.size:.2g} (root mean square)"
         if share > MOST:
             return (
-                f"{moves}: {self.steps} such steps are a walk as long as the weights are large ({share:.1f} times), and the model forgets; a smaller --lr "
-                "keeps more"
+                f"{moves}: {self.steps} such steps are a walk as long as the weights are large ({share:.1f} times), and the model forgets; "
+                f"a smaller {self.option} keeps more"
             )
-        return f"{moves}: {self.steps} such steps are {share:.1g} of that, too little to teach anything; take a larger --lr"
+        return (
+            f"{moves}: {self.steps} such steps are {share:.1g} of that, too little to teach anything; take a larger {self.option}"
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import itertools
 import json
@@ -33,6 +34,7 @@ import zo_kernels as zk
 from zo_finetune import adapters, methods, values
 from zo_finetune.errors import UserError
 from zo_finetune.methods import Recipe
+from zo_finetune.pace import Pace
 from zo_finetune.train import view_options
 from zo_kernels import journal, quantized
 
@@ -300,6 +302,7 @@ class ZOTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._zo_batches: list[Any] = []  # those of this accumulation so far
+        self._zo_pace: Pace | None = None
         self._zo_resumes = False
         super().__init__(*args, **kwargs)
         given, processes, gpus = self.args, self.args.world_size, self.args.n_gpu
@@ -379,9 +382,27 @@ class ZOTrainerMixin(_Base):
         return os.path.join(self.args.output_dir, self.args.zo_journal)
 
     def _zo_open_journal(self, resume: bool) -> None:
-        self.zo_step.open_journal(self._zo_journal_path, resume=resume, hyperparameters=_described(self.model))
+        begun = None if resume or self.args.process_index else self._zo_recorded()
+        if begun:
+            raise FileExistsError(
+                errno.EEXIST,
+                f"zo_journal={self.args.zo_journal!r}: a journal of {begun} steps is there. To go on with its run, train(resume_from_checkpoint=...), where it "
+                "has saved a checkpoint; to begin anew, give another output_dir or zo_journal, or remove the file",
+                self._zo_journal_path,
+            )
+        # One without a step is of a run that ended before its first.
+        self.zo_step.open_journal(self._zo_journal_path, resume=resume, replace=begun == 0, hyperparameters=_described(self.model))
         if not resume and self.args.process_index == 0 and (new := _new_weights(self.model)):
             journal.write_start(self._zo_journal_path, new)
+
+    def _zo_recorded(self) -> int | None:
+        """The steps in the journal that is there; None: there is none."""
+        try:
+            return len(journal.read(self._zo_journal_path, strict=False).steps)
+        except FileNotFoundError:
+            return None
+        except journal.UnbegunError:
+            return 0
 
     @torch.no_grad()
     def _zo_begin_again(self, header: journal.Header) -> None:
@@ -434,6 +455,7 @@ class ZOTrainerMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._zo_resumes = False
+        self._zo_pace = None
         given = self.args.learning_rate  # None is another number for another model or method
         try:
             return super().train(*args, **kwargs)
@@ -469,6 +491,14 @@ class ZOTrainerMixin(_Base):
             if own is not None:
                 self.compute_loss = own  # type: ignore[method-assign]
 
+    def _zo_new_pace(self) -> Pace:
+        """Of the steps that this run has yet to make; schedules that are no functions of the step are taken as constant."""
+        group, steps = self.zo_step.param_groups[0], range(self.state.global_step, self.state.max_steps)
+        factors = getattr(self.lr_scheduler, "lr_lambdas", None)
+        rates = [group["initial_lr"] * factors[0](k) for k in steps] if factors else [float(group["lr"])] * len(steps)
+        own = _peft(self.model) in ("none", "ln")  # those of an adapter are not the model's, and some begin at 0
+        return Pace((p for p in self.model.parameters() if p.requires_grad) if own else (), rates, "learning_rate")
+
     def _zo_make(self, evaluate: Any, model: nn.Module, items: Any) -> Tensor:
         """A step on the batches that are there. Returns its loss as `compute_loss` would: what its caller divides, where that is not done yet."""
         batches, self._zo_batches = self._zo_batches, []
@@ -487,8 +517,12 @@ class ZOTrainerMixin(_Base):
                 loss: Any = evaluate(model, copy.copy(batch), num_items_in_batch=items)
             return loss.double() * len(batches) if scaled else loss
 
+        if self._zo_pace is None:  # of the weights before the first step
+            self._zo_pace = self._zo_new_pace()
         with dropout_off(model, self.model):
             loss = self.zo_step.step(closure, batches).detach()
+        if said := self._zo_pace.saw(self.zo_step.movement(), float(self.zo_step.param_groups[0]["lr"])):
+            warnings.warn(said, zk.ZOWarning, stacklevel=2)
         return loss if scaled else loss * self.current_gradient_accumulation_steps
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
