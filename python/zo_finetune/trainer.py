@@ -635,7 +635,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
     """What a journal's header says of a model, for people and for `zo-finetune replay`: its base, with dtype and packing, and its adapter's configuration."""
     config = getattr(model, "config", None)
     found = {"model": getattr(config, "_name_or_path", ""), "dtype": str(getattr(model, "dtype", "")).removeprefix("torch.")}
-    packing = getattr(config, "quantization_config", None)
+    packing: Any = getattr(config, "quantization_config", None)
     if getattr(packing, "load_in_4bit", False) and not packing.bnb_4bit_use_double_quant:
         found["quantize"] = packing.bnb_4bit_quant_type
     found["peft"] = adapters.described(model)
