@@ -309,8 +309,10 @@ def _arguments(p: Pass, device: torch.device) -> tuple[Values, Form]:
     pointer: Any = decay if on_device else None
     unrolled = n if n in (1, 2) else 0
     if unrolled and not isinstance(tags, Tensor):
-        words: Any = *(_signed(int(tag)) for tag in tags), *[0] * (2 - n), *(_float_bits(float(c)) for c in coefs), *[0] * (2 - n)
-        return Values(*_halves(p.seed), *words, bits, n, decay_ptr=pointer), Form(p.kind, stochastic, n, True, factor)
+        tag0, tag1 = *(_signed(int(tag)) for tag in tags), *[0] * (2 - n)
+        coef0, coef1 = *(_float_bits(float(c)) for c in coefs), *[0] * (2 - n)
+        values = Values(*_halves(p.seed), tag0, tag1, coef0, coef1, bits, n, decay_ptr=pointer)
+        return values, Form(p.kind, stochastic, n, True, factor)
     if not isinstance(tags, Tensor):
         tags = move(torch.tensor(tags, dtype=torch.int64), device)
         coefs = move(torch.tensor(coefs, dtype=torch.float32), device)
