@@ -8,6 +8,7 @@ import functools
 import gc
 import hashlib
 import json
+import os
 import random
 import signal
 import struct
@@ -332,11 +333,14 @@ def test_a_block_that_does_not_come_is_named(tmp_path: Path) -> None:
     zk.offload(model, file, small=0)
     optimizer = zk.MeZOStep(model, 1e-2)
     optimizer.step(closure_of(model, 0))
-    whole = file.read_bytes()
-    file.write_bytes(whole[:3000])
-    with pytest.raises(OSError, match="was cut short"):
-        optimizer.step(closure_of(model, 1))
+    whole, times = file.read_bytes(), file.stat()
+    for wrong, words in ((whole[:3000], "was cut short"), (whole[:-400] + bytes(400), "was written to while")):
+        file.write_bytes(wrong)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+        with pytest.raises(OSError, match=words):
+            optimizer.step(closure_of(model, 1))
     file.write_bytes(whole)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     optimizer.step(closure_of(model, 1))
     resident = model_of()
     train(resident, lambda model, lr, seed: zk.MeZOStep(model, 1e-2), steps=2)
@@ -358,6 +362,30 @@ def test_checks_and_looks_see_the_weights() -> None:
     assert same(bits(twin), bits(resident)) and twin.layers[0].up.weight.data_ptr() != model.layers[0].up.weight.data_ptr()
     views = [layer.up.weight[:2] for layer in model.layers]  # of memory that another block has by now
     assert torch.equal(torch.stack([v.clone() for v in views]), torch.stack([layer.up.weight[:2] for layer in resident.layers]))
+    halves = [layer.up.weight.chunk(2) for layer in model.layers]
+    assert all(torch.equal(a, b.up.weight[: len(a)]) for (a, _), b in zip(halves, resident.layers, strict=True))
+    arrays = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    assert all((arrays[name] == p.detach().numpy()).all() for name, p in resident.named_parameters())
+
+
+@pytest.mark.parametrize("blocks", [None, ["layers.0"]])
+def test_a_backward_pass_never_takes_one_blocks_weights_for_anothers(blocks: list[str] | None) -> None:
+    """torch keeps a forward's weights by reference: where another block, or another step, has taken their memory, it says so."""
+    model, resident = model_of(), model_of()
+    zk.offload(model, small=0, blocks=blocks)
+    optimizer = zk.MeZOStep(model, 1e-2)
+    loss = closure_of(model, 0)()
+    if blocks:
+        optimizer.step(closure_of(model, 0))
+        closure_of(model, 1)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    if blocks:
+        model.zero_grad()
+        train(resident, lambda model, lr, seed: zk.MeZOStep(model, 1e-2), steps=1)
+        closure_of(model, 1)().backward(), closure_of(resident, 1)().backward()
+        for p, q in zip(model.parameters(), resident.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
 
 
 def test_refusals(tmp_path: Path) -> None:

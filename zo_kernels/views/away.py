@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,7 +34,7 @@ from zo_kernels import parameters
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.views.files import CHUNK, Kept, Working
 from zo_kernels.views.memory import empty
-from zo_kernels.views.reads import Reads
+from zo_kernels.views.reads import Reads, walk
 from zo_kernels.views.shadow import QUIET
 from zo_kernels.views.work import Work
 
@@ -234,6 +235,9 @@ class Away:
     def _load(self, block: Block) -> None:
         slot, steps = self.slots[block.slot], self.steps
         slot.holds, slot.asked = None, False
+        # A backward pass that kept weights which lay here is refused by torch.
+        gone = [p for other in self.blocks if other.slot == block.slot for p, _ in other.members.values()]
+        torch.autograd.graph.increment_version(gone)
         with self.own():
             if block.written and self.working is not None:
                 self._read(self.working, slot.memory[: block.size], block.start)
@@ -395,6 +399,7 @@ class Watched(Reads):
         away.need(self.blocks[id(p)] for p in own)
         self.thread = threading.get_ident()  # others may have had their turn
         result = super().call(func, args, kwargs, found)
-        if type(result) is Tensor and result.layout == torch.strided and result.untyped_storage().data_ptr() in self.slots:
-            self._alias(result, found[0])  # a view, which may be read when another block is there
-        return result
+        for one in walk(result):
+            if type(one) is Tensor and one.layout == torch.strided and one.untyped_storage().data_ptr() in self.slots:
+                self._alias(one, found[0])  # a view, which may be read when another block is there
+        return result.copy() if isinstance(result, np.ndarray) else result  # whose reads nobody sees

@@ -41,20 +41,30 @@ class Kept(Protocol):
 
 
 class File:
-    """An open file; it is closed when nobody has it any more."""
+    """An open file; it is closed when nobody has it any more. `given`: nobody may write to it meanwhile."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
-        self.descriptor, self.name = descriptor, name
+    def __init__(self, descriptor: int, name: str, given: bool = True) -> None:
+        self.descriptor, self.name, self.given = descriptor, name, given
         weakref.finalize(self, os.close, descriptor)
+        self.stands = self._stands()
+
+    def _stands(self) -> tuple[int, int]:
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
 
     def read(self, into: Tensor, at: int) -> None:
-        """Raises OSError: it ends before."""
+        """Raises OSError: it ends before, or was written to."""
         view, done = into.numpy().data, 0
         while done < len(view):
             got = os.preadv(self.descriptor, [view[done:]], at + done)
             if got == 0:
                 raise OSError(f"{self.name} ends at byte {at + done}: it was cut short while its weights were in use")
             done += got
+        if self.given and self._stands() != self.stands:
+            raise OSError(
+                f"{self.name} was written to while its weights were in use: they are no longer those that the run began with; put back the file as "
+                "it was and begin again, from the journal if there is one"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Working:
 
     def __init__(self, size: int, folder: str | os.PathLike[str] | None) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
-            self.file = File(os.dup(file.fileno()), "the file of what was written back")
+            self.file = File(os.dup(file.fileno()), "the file of what was written back", given=False)
         os.posix_fallocate(self.file.descriptor, 0, max(1, size))  # a full disk is found now, and not when a block is half written
 
     def read(self, into: Tensor, at: int) -> None:
