@@ -250,6 +250,11 @@ def load(config: Config, language_model: models.LanguageModel | None = None, com
         found = prepare(config, language_model or common.model(config), read)
         common.hold(config, found.language_model)
     task, splits, encoder = found.task, found.splits, found.encoder()
+    if (packed := found.language_model.packed) and found.language_model.peft == "none" and not methods.get(config.method).packed:
+        raise UserError(
+            f"--model {config.model} is packed ({packed}), and --peft none would train what is left of it in numbers, embeddings and norms: "
+            f"give --peft lora, ln, prefix or prompt, or --quantize {packed} --method qzo for its scales"
+        )
     balanced = config.balanced or (objective.balanced and task.class_names is not None)
     labels = labels_of(splits.train, task) if balanced else None
     with console.Phase(f"tokenizing the rows of {task.name}"):

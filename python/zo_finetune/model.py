@@ -20,6 +20,7 @@ from zo_finetune.adapters import Adapter
 from zo_finetune.dominant import Dominant, dominant
 from zo_finetune.errors import UserError, one_line, printable, shortened
 from zo_finetune.quantize import arguments as quantized_arguments
+from zo_finetune.quantize import arguments_of_packed, packed_as
 from zo_finetune.tasks.base import Form
 from zo_finetune.values import DOMINANT
 from zo_kernels import Offloaded, quantized_scales
@@ -41,6 +42,7 @@ class LanguageModel:
     virtual_tokens: int = 0  # that a soft prompt takes
     dominant: Dominant | None = None  # the block that --train-blocks dominant found
     offloaded: Offloaded | None = None  # its weights come and go
+    packed: str | None = None  # how its weights are packed
 
     @property
     def vocabulary(self) -> int:
@@ -84,7 +86,8 @@ class LanguageModel:
             if self.offloaded is not None and self.peft == "none":
                 away.save(self.model, target)
             else:
-                self.model.save_pretrained(target)
+                # What was loaded packed is written as it lies: transformers cannot undo torchao's packing.
+                self.model.save_pretrained(target, save_original_format=self.packed is None)
         self.tokenizer.save_pretrained(target)
         return target
 
@@ -291,7 +294,8 @@ def load(
         spec: a folder in transformers' format, a `.gguf` file, or a hub id.
         dtype: "float32", "float16", "bfloat16", or "auto": the dtype that the weights were saved in on a GPU, float32 on a CPU.
         device: "auto", or a torch device.
-        quantize: "nf4", "int8", "int4", or None, see quantize.py. scales: those of the packed weights are what is trained.
+        quantize: "nf4", "int8", "int4", or None, see quantize.py; of a model that was saved packed, how it is, or None. scales: those of the packed
+            weights are what is trained.
         offload: "cpu", "disk", or "none". write_back: as `zk.offload` has it. room: a folder, to be or there, on whose disk there is room for it.
         peft: one of `methods.PEFTS`.
         form: "causal", "masked", or "auto": what the model's configuration says.
@@ -315,11 +319,14 @@ def load(
     packing = quantized_arguments(quantize, found.place, torch_dtype)
     with reported(spec):
         config = AutoConfig.from_pretrained(**found.where)
+        if packed := packed_as(config):
+            packing = arguments_of_packed(spec, quantize, packed, found.place)
         folders.check_numbers(config.to_dict(), f"--model {spec}")
         with torch.device("meta"):
             shape = auto_class.from_config(config, trust_remote_code=False)
         check_size(spec, shape, found.bytes)
-        check_dtypes(spec, shape, found.odd)
+        if not packed:
+            check_dtypes(spec, shape, found.odd)
         tokenizer = AutoTokenizer.from_pretrained(**found.where)
         cut_anew = same_every_time(tokenizer)
         check_tokenizer(spec, tokenizer)
@@ -355,7 +362,9 @@ def load(
         train_blocks = str(named.block)
         notes.append(str(named))
     adapted = adapt(
-        LanguageModel(model, tokenizer, found.form, "none", found.place, notes, dominant=named, offloaded=offloaded),
+        LanguageModel(
+            model, tokenizer, found.form, "none", found.place, notes, dominant=named, offloaded=offloaded, packed=packed or quantize
+        ),
         Adapter(peft, targets, lora_rank, lora_alpha, lora_init, prefix_length),
         adapter,
         train_blocks,

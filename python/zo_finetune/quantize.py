@@ -27,8 +27,7 @@ def arguments(quantize: str | None, place: torch.device, dtype: torch.dtype | st
     """
     if quantize is None:
         return {}
-    if importlib.util.find_spec(library := LIBRARIES[quantize]) is None:
-        raise UserError(f"--quantize {quantize} needs {library}: pip install 'zo_kernels[quantized]'")
+    check_installed(quantize)
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if quantize == "nf4":
@@ -37,6 +36,44 @@ def arguments(quantize: str | None, place: torch.device, dtype: torch.dtype | st
     else:
         how = TorchAoConfig(_of_torchao(quantize, place))
     return {"quantization_config": how, "device_map": {"": str(place)}}
+
+
+def packed_as(config: Any) -> str | None:
+    """How a model was saved, by its configuration: a name of --quantize where it is one of these, else the library's words; None: in numbers."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return None
+    said = said if isinstance(said, dict) else said.to_dict()
+    if said.get("load_in_4bit"):
+        return str(said.get("bnb_4bit_quant_type", "fp4"))
+    kind = (
+        str((said.get("quant_type") or {}).get("default", {}).get("_type", "")) if isinstance(said.get("quant_type"), dict) else ""
+    )
+    names = {"Int8WeightOnlyConfig": "int8", "IntxWeightOnlyConfig": "int4", "Int4WeightOnlyConfig": "int4"}
+    return names.get(kind, f"{getattr(said.get('quant_method'), 'value', said.get('quant_method'))} {kind}".strip())
+
+
+def arguments_of_packed(spec: str, quantize: str | None, packed: str, place: torch.device) -> dict[str, Any]:
+    """Of `from_pretrained`, for a model that was saved packed: its own configuration says how.
+
+    Raises:
+        UserError: it is to be packed in another way, or its library is not installed.
+    """
+    if quantize not in (None, packed):
+        raise UserError(
+            f"--quantize {quantize}: --model {spec} is packed already, as {packed}: leave it out, or give --quantize {packed}"
+            if packed in LIBRARIES
+            else f"--quantize {quantize}: --model {spec} is packed already, by {packed}: leave it out"
+        )
+    if packed in LIBRARIES:
+        check_installed(packed)
+    return {"device_map": {"": str(place)}}
+
+
+def check_installed(quantize: str) -> None:
+    """Raises UserError: the library that packs so is not there."""
+    if importlib.util.find_spec(library := LIBRARIES[quantize]) is None:
+        raise UserError(f"--quantize {quantize} needs {library}: pip install 'zo_kernels[quantized]'")
 
 
 def _of_torchao(quantize: str, place: torch.device) -> Any:

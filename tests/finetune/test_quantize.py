@@ -20,6 +20,7 @@ from zo_finetune import model as models
 from zo_finetune.cli import main
 from zo_finetune.config import Config
 from zo_finetune.objectives.classification import Classification
+from zo_finetune.quantize import packed_as
 
 import zo_kernels as zk
 from tests.finetune.calls import Calls
@@ -99,6 +100,49 @@ def test_scales_are_trained_gone_on_with_and_replayed(
     theirs = dict(quantized.spread(trained.named_parameters(), trained))
     for name, t in quantized.spread(base.model.named_parameters(), base.model):
         assert name.endswith((".scale", ".scales")) or torch.equal(t, theirs[name]), name
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "int4"])
+def test_a_model_that_was_saved_packed(
+    tmp_path: Path, train_command: Callable[..., list[str]], model_folder: Any, quantize: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run of scales wrote is measured as at the run's end, trained further, and neither packed in another way nor trained but for its scales."""
+    options = {"quantize": quantize, "method": "qzo", "peft": None, "lr": "1e-3", "dev_examples": 0, "steps": 2}
+    assert main(train_command(tmp_path / "run", **options)) == 0
+    folder = str(tmp_path / "run" / "model")
+    measure = {"command": "evaluate", **dict.fromkeys(("steps", "batch_size", "dev_examples", "method", "peft", "lr"))}
+    for number, given in enumerate((None, quantize)):
+        assert main(train_command(tmp_path / f"evaluated{number}", model=folder, **measure, quantize=given)) == 0
+        after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
+        measured = json.loads((tmp_path / f"evaluated{number}" / "result.json").read_text())
+        # Scales that are trained keep bitsandbytes' usual layout; without, some processors multiply in bfloat16, to 2^-8.
+        assert measured["metrics"]["loss"] == pytest.approx(after["loss"], rel=2**-8 if quantize == "nf4" else 1e-6)
+    assert main(train_command(tmp_path / "further", model=folder, **options)) == 0
+    assert (
+        main(["replay", str(tmp_path / "further"), "--model", folder, "--device", "cpu", "--output", str(tmp_path / "again")]) == 0
+    )
+    found, again = scales_of(tmp_path / "further" / "model"), scales_of(tmp_path / "again" / "model")
+    assert all(torch.equal(t, again[n]) for n, t in found.items())
+    capsys.readouterr()
+    other = "int8" if quantize == "nf4" else "nf4"
+    assert main(train_command(tmp_path / "other", model=folder, **{**options, "quantize": other})) == 2
+    assert f"is packed already, as {quantize}: leave it out, or give --quantize {quantize}" in capsys.readouterr().err
+    assert main(train_command(tmp_path / "other", model=folder, steps=1)) == 2
+    assert f"is packed ({quantize}), and --peft none would train what is left of it in numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (None, None), ({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "int8"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}}, "torchao Float8WeightOnlyConfig"),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+    ],
+)  # fmt: skip
+def test_how_a_model_was_packed(said: Any, expected: str | None) -> None:
+    assert packed_as(tf.LlamaConfig(**({} if said is None else {"quantization_config": said}))) == expected
 
 
 def test_scales_of_every_format_move_the_weights_alike(model_folder: Any) -> None:
