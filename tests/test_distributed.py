@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,12 +275,19 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
         model = Model()
         found.append((*raised(lambda: shared(model).step(model, batches_of(0, F32))), bits_of(model) == BASE))
         record.journal.header.__version__ = version  # type: ignore[attr-defined]
-        # And later: other batches, another number of them, another schedule, a call that the others do not make.
+        # And later: other batches, another number of them, in objects, other parameters, another schedule, a call that the others do not make.
         optimizer = shared(model)
         optimizer.step(model, batches_of(0, F32))
         before = bits_of(model)
         found.append((*raised(lambda: optimizer.step(model, batches_of(rank, F32))), bits_of(model) == before))
         found.append((*raised(lambda: optimizer.step(model, batches_of(0, F32)[rank:])), bits_of(model) == before))
+        held = [SimpleNamespace(x=x) for x in batches_of(rank, F32)]
+        found.append((*raised(lambda: optimizer.step(lambda held: model(held.x), held)), bits_of(model) == before))
+        optimizer.step(model, batches_of(0, F32))
+        before = bits_of(model)
+        model.norm.weight.requires_grad_(rank == 0)
+        found.append((*raised(lambda: optimizer.step(model, batches_of(0, F32))), bits_of(model) == before))
+        model.norm.weight.requires_grad_()
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + rank)
         found.append((*raised(lambda: optimizer.step(model, batches_of(0, F32))), bits_of(model) == before))
         optimizer.param_groups[0]["lr"] = 1e-3
@@ -297,6 +305,8 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
         "zo_kernels: '0.0.1' there",
         "micro-batches: ",
         "micro-batches: ",
+        "micro-batches: ",
+        "what is trained: '5 parameters",
         "lr: [0.002] there, [0.001] on",
         "what it is at: opening the journal there",
         "process groups (which name torch's new ones",

@@ -339,6 +339,11 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     shards.ungathered = unseen
     before = weights_of(model)
     found["batches"] = raised(lambda: optimizer.step(model, batches_of(rank, F32)))
+    found["count"] = raised(lambda: optimizer.step(model, batches_of(0, F32)[: 2 + 2 * rank]))  # whose forwards would wait in torch
+    frozen: Any = model
+    frozen.norm.weight.requires_grad_(rank == 0)
+    found["trained"] = raised(lambda: optimizer.step(model, batches_of(0, F32)))
+    frozen.norm.weight.requires_grad_()
     hidden = batches_of(rank, F32)
     found["losses"] = raised(lambda: optimizer.step(lambda: model(hidden[0])))
 
@@ -477,6 +482,8 @@ def test_what_is_refused(ends: Ends) -> None:
         "closure": "ValueError: mine",
         "closure in place": "ValueError: mine",
         "batches": "WorkerError: .*micro-batches",
+        "count": "WorkerError: .*micro-batches",
+        "trained": "WorkerError: worker 1 differs from worker 0 in what is trained: '5 parameters",
         "losses": "WorkerError: worker 1 found other losses than worker 0 ",
     }
     for found in ends[2]:

@@ -21,7 +21,7 @@ from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Evaluation
 from zo_kernels.optim.points import Point
 from zo_kernels.optim.record import Recording
-from zo_kernels.optim.refresh import Groups, trained
+from zo_kernels.optim.refresh import Groups, active, trained
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.workers import SAMPLED, Workers, print_of
 from zo_kernels.plan import written
@@ -70,6 +70,21 @@ class Schedule:
         self.graphs_wanted = graphs
         self.graphs: graph.Graphs | None = None
 
+    def begin(self, groups: Groups, numbers: Numbers, batches: Sequence[Any] | None) -> None:
+        """Before anything of a step is done, the view of its weights too.
+
+        Raises:
+            RuntimeError: it could not be recorded. WorkerError: another worker's is another one.
+        """
+        self.recording.check()
+        if self.workers is None:
+            return
+        names = [name for _, name, _ in active(groups)]
+        common: dict[str, Any] = {"steps": self.run.steps, "tag": self.run.tag}
+        common |= {name: list(getattr(numbers, name)) for name in ("lr", "eps", "decay", "signs")}
+        common["what is trained"] = f"{len(names)} parameters ({print_of(' '.join(names))})"
+        self.workers.begin(common | {"micro-batches": print_of(batches, SAMPLED)})
+
     def step(
         self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
     ) -> Outcome:
@@ -89,13 +104,6 @@ class Schedule:
     ) -> Outcome:
         run = self.run
         forwards = Evaluation(closure, batches, self.warner, view.devices, workers=self.workers)
-        if self.workers is not None:
-            self.workers.common = {
-                "steps": run.steps,
-                "tag": run.tag,
-                **{name: list(getattr(numbers, name)) for name in ("lr", "eps", "decay", "signs")},
-                "micro-batches": print_of(batches, SAMPLED),
-            }
         fresh: list[str] = []
         try:
             first = self._backpropagate(forwards, groups)

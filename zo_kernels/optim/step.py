@@ -351,8 +351,8 @@ class ZOStep(torch.optim.Optimizer):
         if run.tag + run.method.terms > 1 << 32:
             raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
         numbers = self._accepted.of(self.param_groups, run.method, self._first_order)
+        self._schedule.begin(self.param_groups, numbers, batches)
         view = self._refresh()
-        self._recording.check()
         if self.workers is not None and not self.workers.met:
             self.workers.meet(self._common())
         self._inside, tag, ahead = True, run.tag, view.begin()

@@ -85,7 +85,7 @@ def parts_batches(shares: Sequence[Sequence[int]], batches: int) -> bool:
 
 
 def print_of(value: Any, most: int | None = None) -> str:
-    """A digest of tensors, numbers and texts in whatever holds them. Of other objects the class counts alone.
+    """A digest of tensors, numbers and texts in whatever holds them. Of other objects the class counts, and tensors that are attributes.
 
     Args:
         most: bytes of each tensor that count, from its start, beside its shape; None: all.
@@ -120,6 +120,10 @@ def _feed(found: Any, value: Any, most: int | None) -> None:
     else:
         plain = value is None or isinstance(value, (bool, int, float, str, bytes))
         found.update((repr(value) if plain else type(value).__name__).encode())
+        for name, one in getattr(value, "__dict__", {}).items():
+            if isinstance(one, (Tensor, np.ndarray)):
+                found.update(f".{name}".encode())
+                _feed(found, one, most)
 
 
 def number_of(text: str) -> float:
@@ -139,7 +143,7 @@ class Workers:
 
     Attributes:
         rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
-        common: what a step has in common, in words that an error may use; whoever begins a step says it.
+        common: what a step has in common, in words that an error may use.
         met: the workers have compared what they begin with.
 
     Raises:
@@ -379,6 +383,17 @@ class Workers:
         """
         self.round("the comparison before the first step", common=common)
         self.met = True
+
+    def begin(self, common: Mapping[str, Any]) -> None:
+        """A step begins, and all workers' rounds compare this. Those that are alike do so at once: a forward that one of them makes alone waits for the
+        others' parts in torch.
+
+        Raises:
+            WorkerError: of those, one has another step, batches, or parameters that it trains; names it, and what differs.
+        """
+        self.common = dict(common)
+        if self.alike:
+            self.round("the beginning of a step", common=self.common)
 
     def hand_out(self, value: T) -> T:
         """The first worker's, on all."""
