@@ -100,9 +100,9 @@ def test_a_replay_to_the_end_says_that_another_step_was_kept(
 
 
 def test_the_best_are_other_weights_than_the_last(whole: Path, arguments: Arguments, tmp_path: Path) -> None:
-    """In the run of these tests, whose best is neither the first nor the last; everything before the choice is the same."""
+    """In the run of these tests, which walks off, so that its last is not its best; everything before the choice is the same."""
     best = result(whole)
-    assert 0 < best["kept"]["step"] < 6
+    assert best["kept"]["step"] < 6  # which one it is depends on the order in which a processor's matrix products add
     assert main(arguments(tmp_path / "last", keep="last")) == 0
     last = result(tmp_path / "last")
     assert last["kept"] == {"step": 6, "by": "last", "value": None, "split": None}

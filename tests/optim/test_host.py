@@ -88,7 +88,8 @@ def test_calls_of_a_step_beside_its_tensors() -> None:
     np.random.seed(0)
     losses = iter(range(1, 100))
     found = of_steps(lambda n: (chain(n)[0], lambda: float(next(losses))), 2, 7, **IN_PLACE)
-    assert found[-1] <= 455, found
+    # 444 alone; a handler of Python for a signal, such as the tests' own time limit, is a dozen more
+    assert found[-1] <= 475, found
 
 
 # ---- what saves them ----------------------------------------------------------------------------------------------------
