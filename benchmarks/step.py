@@ -7,7 +7,8 @@
 Belongs here: whole steps, on any device. Does not belong here: single passes (cpu_pass.py, gpu_pass.py), learning. Random weights
 take the time and memory of trained ones.
 
-Modes: `forwards` two forwards and nothing else (the lower bound), those of `OURS` our MeZOStep, `mezo` the loop of MeZO's public code,
+Modes: `forwards` two forwards and nothing else, `rewrite` these and one rewrite of all weights without arithmetic (the bound of a step that
+shares nothing between its forwards), those of `OURS` our MeZOStep, `mezo` the loop of MeZO's public code,
 on a copy of the model of its own, since it moves every weight to new memory. The closure is single-token classification: logits of
 the last position only, cross-entropy in fp32. Full logits would make the forwards longer and every overhead look smaller.
 
@@ -51,7 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 # Arguments that change how a step is launched, not what it does to weights: its passes can be counted and timed without them only.
 LAUNCHING = ("cuda_graph",)
-MODES = ("forwards", *OURS, "mezo")
+MODES = ("forwards", "rewrite", *OURS, "mezo")
 LR, EPS = 1e-7, 1e-3
 COLUMNS = (
     *("model", "weights", "tensors", "device", "dtype", "threads", "batch", "sequence", "mode"),
@@ -183,6 +184,13 @@ class Stepper:
 WARM = 3  # steps after which every mode is in its stride: tables, what a first forward teaches, a captured graph
 
 
+def rewrite(task: Task, before: Callable[[Task], Any] = lambda task: None) -> None:
+    before(task)
+    with torch.no_grad():
+        for p in task.model.parameters():
+            harness.rewrite_(p)
+
+
 def make_stepper(mode: str, task: Task, backend: str | None) -> Stepper:
     """The stepper, warm.
 
@@ -191,6 +199,8 @@ def make_stepper(mode: str, task: Task, backend: str | None) -> Stepper:
     """
     if mode == "forwards":
         stepper = Stepper(lambda: bare_forwards(task))
+    elif mode == "rewrite":
+        stepper = Stepper(lambda: rewrite(task, bare_forwards))
     elif mode == "mezo":
         loop = MezoLoop(task.model, LR, EPS)
         stepper = Stepper(lambda: loop.step(task))
@@ -244,6 +254,10 @@ def passes_of(mode: str, task: Task, device: torch.device, backend: str | None, 
     """Of steps of their own, since both the clocks and the counting slow a step down: the median of `rounds`, and one step's bytes."""
     if mode == "forwards":
         return Passes(0.0, 0, 0)
+    if mode == "rewrite":
+        seconds = tuple(harness.seconds_of(lambda: rewrite(task), 1, device) for _ in range(rounds))
+        size = sum(p.nbytes for p in task.model.parameters())
+        return Passes(harness.Timing(seconds).median, size, size)
     if mode == "mezo":
         loop = MezoLoop(task.model, LR, EPS)
 

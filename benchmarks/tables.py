@@ -143,7 +143,8 @@ def step(rows: list[Row]) -> str:
     body = []
     for row in rows:
         spread = f"{float(row['min_s']):.3g} to {float(row['max_s']):.3g}"
-        cells = [f"{int(row['weights']) / 1e6:.0f} M", row["dtype"], f"{row['batch']}×{row['sequence']}", row["mode"]]
+        tokens = f"{row['batch']}×{row['sequence']}"
+        cells = [f"{int(row['weights']) / 1e6:.0f} M", row["dtype"], row["threads"], tokens, row["mode"]]
         cells += [
             f"{float(row['median_s']):.3g} ({spread})",
             f"{float(row['overhead_percent']):.3g} %",
@@ -152,7 +153,7 @@ def step(rows: list[Row]) -> str:
         body.append([row["model"], *cells, mib(row["peak_over_inference_bytes"]), moved(row)])
     return markdown(
         [
-            *("model", "weights", "dtype", "tokens", "mode", "seconds (spread)", "overhead", "passes, s"),
+            *("model", "weights", "dtype", "threads", "tokens", "mode", "seconds (spread)", "overhead", "passes, s"),
             *("memory over inference, MiB", "bytes over weights"),
         ],
         body,
@@ -550,6 +551,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     "step": ("step", step, "step.png"),
     "told": ("told", told, ""),
     "against": ("against", against, ""),
+    "against_pass": ("against_pass", against, ""),
     "against_mask": ("against_mask", against, ""),
     "launches": ("launches", launches, ""),
     "ranks": ("ranks", ranks, ""),
