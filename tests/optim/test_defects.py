@@ -458,6 +458,19 @@ def test_a_magnitude_mask_is_of_the_weights_that_are_there() -> None:
     assert torch.equal(state.made["w"].mask, masks[-1])
 
 
+def test_thresholds_are_of_fp32_whatever_torchs_default_is() -> None:
+    before = torch.get_default_dtype()
+    p = torch.linspace(-1, 1, 37, dtype=torch.bfloat16)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        state: Any = zk.MagnitudeSparse(0.5).of(SEED)
+        state.limits("w", p, 1)
+        state.prepare(0, 0, {"w": p})
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(state.made["w"].mask, zk.pack_mask(p.float().abs() <= state.thresholds["w"]))
+
+
 class Sized(nn.Module):
     """Parameters of several sizes and root mean squares."""
 

@@ -174,7 +174,7 @@ def _of_numbers(
     go = all(map(math.isfinite, raw)) and all(map(math.isfinite, flat))
     loss = method.estimator.loss(found)
     told = planned.told([loss, raw[0], go, clipped, *flat], behind)
-    return Decided(told, flat, torch.from_numpy(np.array(loss, dtype=np.float32)), torch.from_numpy(np.array(raw[0])))
+    return Decided(told, flat, torch.from_numpy(np.array(fp32(loss), dtype=np.float32)), torch.from_numpy(np.array(raw[0])))
 
 
 def choose(method: Method, decided: Decided, losses: Tensor) -> Decided:

@@ -123,7 +123,10 @@ class _Magnitude(DirectionState):
         if self.placed != placed:
             plans = make_plans(list(params.values()), [0] * len(params), masks=bits)
             limits = [self.thresholds.get(name, 0.0) for name in params]  # of a tensor without elements there is none
-            self.plans = plans, [torch.tensor([limits[k] for k in plan.members], device=plan.device) for plan in plans]
+            self.plans = (
+                plans,
+                [torch.tensor([limits[k] for k in plan.members], dtype=torch.float32, device=plan.device) for plan in plans],
+            )
             self.placed = placed
         ops.magnitude_masks(*self.plans, backend=self.backend)
 
