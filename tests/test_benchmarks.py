@@ -394,12 +394,12 @@ def test_step(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     table = {row["mode"]: row for row in rows(path)}
-    assert set(table) == {"forwards", "scratch", "scratch-leaf", "inplace", "lazy", "mezo"}
+    assert set(table) == {"forwards", "rewrite", "scratch", "scratch-leaf", "inplace", "lazy", "mezo"}
     assert "scratch-graph: cuda_graph=True: the weights are on cpu" in done.stderr
     # Bytes are counted, so they are exact: tied head, 8 tokens of 64 fp32 values each, two forwards.
     weights, gathered = 4 * 131_904, 8 * 64 * 4
     assert {int(row["forward_bytes"]) for row in table.values()} == {2 * (weights + gathered)}
-    for mode, times in {"forwards": 0, "scratch": 3, "inplace": 3, "lazy": 2, "mezo": 16}.items():
+    for mode, times in {"forwards": 0, "rewrite": 1, "scratch": 3, "inplace": 3, "lazy": 2, "mezo": 16}.items():
         assert int(table[mode]["weight_bytes_read"]) == int(table[mode]["weight_bytes_written"]) == times * weights, mode
     assert all(
         int(row["lower_bound_bytes"]) == int(row["forward_bytes"]) + 2 * weights for m, row in table.items() if m != "forwards"
