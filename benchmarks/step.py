@@ -184,11 +184,15 @@ class Stepper:
 WARM = 3  # steps after which every mode is in its stride: tables, what a first forward teaches, a captured graph
 
 
-def rewrite(task: Task, before: Callable[[Task], Any] = lambda task: None) -> None:
-    before(task)
+def rewrite(task: Task) -> None:
     with torch.no_grad():
         for p in task.model.parameters():
             harness.rewrite_(p)
+
+
+def forwards_and_rewrite(task: Task) -> None:
+    bare_forwards(task)
+    rewrite(task)
 
 
 def make_stepper(mode: str, task: Task, backend: str | None) -> Stepper:
@@ -200,7 +204,7 @@ def make_stepper(mode: str, task: Task, backend: str | None) -> Stepper:
     if mode == "forwards":
         stepper = Stepper(lambda: bare_forwards(task))
     elif mode == "rewrite":
-        stepper = Stepper(lambda: rewrite(task, bare_forwards))
+        stepper = Stepper(lambda: forwards_and_rewrite(task))
     elif mode == "mezo":
         loop = MezoLoop(task.model, LR, EPS)
         stepper = Stepper(lambda: loop.step(task))

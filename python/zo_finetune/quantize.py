@@ -13,6 +13,7 @@ import torch
 from zo_finetune.errors import UserError
 
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "int4": "torchao"}
+TORCHAOS = {"Int8WeightOnlyConfig": "int8", "IntxWeightOnlyConfig": "int4", "Int4WeightOnlyConfig": "int4"}  # its names of the same
 GROUP = 32  # weights that share a scale in 4 bits of torchao
 
 
@@ -46,11 +47,9 @@ def packed_as(config: Any) -> str | None:
     said = said if isinstance(said, dict) else said.to_dict()
     if said.get("load_in_4bit"):
         return str(said.get("bnb_4bit_quant_type", "fp4"))
-    kind = (
-        str((said.get("quant_type") or {}).get("default", {}).get("_type", "")) if isinstance(said.get("quant_type"), dict) else ""
-    )
-    names = {"Int8WeightOnlyConfig": "int8", "IntxWeightOnlyConfig": "int4", "Int4WeightOnlyConfig": "int4"}
-    return names.get(kind, f"{getattr(said.get('quant_method'), 'value', said.get('quant_method'))} {kind}".strip())
+    of_torchao, library = said.get("quant_type"), said.get("quant_method")
+    kind = str(of_torchao.get("default", {}).get("_type", "")) if isinstance(of_torchao, dict) else ""
+    return TORCHAOS.get(kind, f"{getattr(library, 'value', library)} {kind}".strip())
 
 
 def arguments_of_packed(spec: str, quantize: str | None, packed: str, place: torch.device) -> dict[str, Any]:

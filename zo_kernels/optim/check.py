@@ -201,9 +201,11 @@ class _Check:
             mine.check_weights()  # nothing stands before the weights yet, as a scratch view would have it
         sides = self.differences(mine) if reads.read or not self.dual else [([0.0], [0.0])]  # a loss without a tangent is no slope
 
+        losses = [first, *theta, *(s for pair in sides for s in pair)]
+
         yield self.of_membership()
-        yield self.of_loss([first, *theta, *(s for pair in sides for s in pair)])
-        yield self.of_aim([first, *theta, *(s for pair in sides for s in pair)])
+        yield self.of_loss(losses)
+        yield self.of_aim(losses)
         differences = [_mean(a) - _mean(b) for a, b in sides] if not self.dual else [_mean(a) for a, _ in sides]
         yield self.of_repeat(theta, differences)
         if self.model is not None:
@@ -211,7 +213,7 @@ class _Check:
         yield self.of_reads(reads.read)
         yield self.of_difference(theta[0], sides, differences, bool(reads.read))
         if not self.dual:
-            yield self.of_grain([first, *theta, *(s for pair in sides for s in pair)], sides)
+            yield self.of_grain(losses, sides)
             yield self.of_weights()
         if self.model is not None:
             yield self.of_mode()
