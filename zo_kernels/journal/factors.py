@@ -1,18 +1,16 @@
 """What a run along given factors needs besides its records: one factor of each matrix, as data with a digest, and its file.
 
-The file lies beside the journal, whose header has the digest alone. It is one of the safetensors format, with a tensor `right/NAME` or `left/NAME` for
-each matrix: eight bytes, little-endian, with the length of the header; the header, JSON; the numbers.
+The file lies beside the journal, whose header has the digest alone. It is one of the safetensors format (tensors.py), with a tensor `right/NAME` or
+`left/NAME` for each matrix.
 
-Belongs here: what such factors are, their digest, their bytes. Does not belong here: how they are found (optim/inputs.py), what z is made of them
+Belongs here: what such factors are, and their digest. Does not belong here: how they are found (optim/inputs.py), what z is made of them
 (optim/factored.py), writing a file (writer.py).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ import torch
 from torch import Tensor
 
 from zo_kernels import checks, lowrank
-from zo_kernels.journal.header import fingerprint, strict_json
-from zo_kernels.journal.layout import MAX_HEADER, open_file
+from zo_kernels.journal import tensors
+from zo_kernels.journal.header import fingerprint
+from zo_kernels.journal.layout import open_file
 from zo_kernels.parameters import canonical_name
 
 SIDES = ("right", "left")
-LENGTH = struct.Struct("<Q")
 
 
 class InputFactors:
@@ -79,15 +77,7 @@ class InputFactors:
 
     def encode(self) -> bytes:
         """The bytes of the file."""
-        head: dict[str, Any] = {"__metadata__": {"sha256": self.sha256}}
-        parts, at = [], 0
-        for name, values in self.named():
-            parts.append(values.numpy().tobytes())
-            head[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [at, at + len(parts[-1])]}
-            at += len(parts[-1])
-        text = json.dumps(head, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return LENGTH.pack(len(text)) + text + b"".join(parts)
+        return tensors.encode(self.named(), {"sha256": self.sha256})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InputFactors:
@@ -106,33 +96,15 @@ class InputFactors:
     @classmethod
     def decode(cls, data: bytes) -> InputFactors:
         """From the bytes of `encode`; ValueError, TypeError, LookupError, AttributeError, OverflowError or RecursionError if they are none."""
-        if len(data) < LENGTH.size or not 2 <= (length := LENGTH.unpack_from(data)[0]) <= min(MAX_HEADER, len(data) - LENGTH.size):
-            raise ValueError("its first eight bytes are not the length of a header")
-        head = strict_json(data[LENGTH.size : LENGTH.size + length])
-        metadata = head.pop("__metadata__")
+        metadata, read = tensors.decode(data)
         if set(metadata) != {"sha256"} or not isinstance(metadata["sha256"], str):
             raise ValueError("its metadata is no digest")
         given: dict[str, dict[str, Tensor]] = {side: {} for side in SIDES}
-        at = LENGTH.size + length
-        for key, entry in head.items():
+        for key, values in read.items():
             side, _, name = key.partition("/")
-            rows, rank = (checks.check_word("a size", n, 40) for n in entry["shape"])
-            start, stop = (checks.check_word("an offset", n, 48) for n in entry["data_offsets"])
-            if (
-                set(entry) != {"dtype", "shape", "data_offsets"}
-                or entry["dtype"] != "F32"
-                or start != at - LENGTH.size - length
-                or stop - start != 4 * rows * rank
-                or stop < start
-            ):
-                raise ValueError(f"{key!r:.80} is no fp32 tensor behind the one before it")
-            if at + 4 * rows * rank > len(data):
-                raise ValueError("it ends before its last number")
-            values = torch.frombuffer(bytearray(data[at : at + 4 * rows * rank] or b"\0" * 4), dtype=torch.float32)
-            given[side][name] = values[: rows * rank].view(rows, rank)
-            at += 4 * rows * rank
-        if at != len(data):
-            raise ValueError(f"{len(data) - at} bytes stand behind its last number")
+            if values.dtype != torch.float32 or values.ndim != 2:
+                raise ValueError(f"{key!r:.80} is no fp32 matrix")
+            given[side][name] = values
         found = cls(**given)
         for name, values in {**given["right"], **given["left"]}.items():
             if not torch.equal(found.matrices[canonical_name(name)][1].view(torch.int32), values.view(torch.int32)):

@@ -1,32 +1,26 @@
 """What a run's weights began with that no base model has: a new adapter, a new head. Their values, and their file.
 
-The file lies beside the journal, whose header has the digest of every tensor in it. It is one of the safetensors format, with a tensor for each parameter, by
-its name: eight bytes, little-endian, with the length of the header; the header, JSON; the numbers.
+The file lies beside the journal, whose header has the digest of every tensor in it. It is one of the safetensors format (tensors.py), with a tensor for each
+parameter, by its name.
 
-Belongs here: the bytes of such a file, and what of it stands for a model's own values. Does not belong here: which weights need it (who makes the adapter
-knows), writing a file (writer.py), the base model's digests (header.py).
+Belongs here: which tensors may be in such a file, and what of it stands for a model's own values. Does not belong here: which weights need it (who makes
+the adapter knows), the format (tensors.py), writing a file (writer.py), the base model's digests (header.py).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from zo_kernels import checks, shards
-from zo_kernels.journal.factors import LENGTH
-from zo_kernels.journal.header import Header, digest, strict_json
-from zo_kernels.journal.layout import MAX_HEADER, open_file
+from zo_kernels import shards
+from zo_kernels.journal import tensors
+from zo_kernels.journal.header import Header, digest
+from zo_kernels.journal.layout import open_file
 from zo_kernels.parameters import canonical_name
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def start_path(journal: str | os.PathLike[str]) -> Path:
@@ -40,39 +34,19 @@ def encode(values: Mapping[str, Tensor]) -> bytes:
     Raises:
         ValueError: a tensor is of another dtype than a trained weight may have, or a part of a larger one (DTensor).
     """
-    head: dict[str, Any] = {}
-    parts, at = [], 0
     for name, tensor in values.items():
-        if tensor.dtype not in _CODES or shards.is_part(tensor):
+        if tensor.dtype not in tensors.CODES or shards.is_part(tensor):
             raise ValueError(
-                f"{name!r:.80} is a {type(tensor).__name__} of {tensor.dtype}: give whole tensors of {', '.join(DTYPES)}"
+                f"{name!r:.80} is a {type(tensor).__name__} of {tensor.dtype}: give whole tensors of {', '.join(tensors.DTYPES)}"
             )
-        raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        parts.append(raw.numpy().tobytes())
-        head[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + len(parts[-1])]}
-        at += len(parts[-1])
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return LENGTH.pack(len(text)) + text + b"".join(parts)
+    return tensors.encode(values.items())
 
 
 def decode(data: bytes) -> dict[str, Tensor]:
-    """From the bytes of `encode`; ValueError, TypeError, LookupError, AttributeError, OverflowError or RecursionError if they are none."""
-    if len(data) < LENGTH.size or not 2 <= (length := LENGTH.unpack_from(data)[0]) <= min(MAX_HEADER, len(data) - LENGTH.size):
-        raise ValueError("its first eight bytes are not the length of a header")
-    head = strict_json(data[LENGTH.size : LENGTH.size + length])
-    at, found = LENGTH.size + length, {}
-    for name, entry in head.items():
-        dtype, shape = DTYPES[entry["dtype"]], [checks.check_word("a size", n, 40) for n in entry["shape"]]
-        start, stop = (checks.check_word("an offset", n, 48) for n in entry["data_offsets"])
-        size = math.prod(shape) * dtype.itemsize
-        if start != at - LENGTH.size - length or stop - start != size or at + size > len(data):
-            raise ValueError(f"{name!r:.80} does not lie behind the one before it")
-        raw = torch.frombuffer(bytearray(data[at : at + size] or b"\0" * dtype.itemsize), dtype=dtype)
-        found[name] = raw[: size // dtype.itemsize].view(shape)
-        at += size
-    if at != len(data):
-        raise ValueError(f"{len(data) - at} bytes stand behind its last number")
+    """From the bytes of `encode`; the errors of `tensors.decode` if they are none."""
+    metadata, found = tensors.decode(data)
+    if metadata is not None:
+        raise ValueError("it has metadata, and is another file")
     return found
 
 
