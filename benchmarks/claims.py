@@ -531,6 +531,12 @@ claim(
 )
 claim(
     S,
+    "Wall times, on two cores without other work: {:.2f} and {:.2f} of one process's",
+    "benchmarks/results/ranks.csv: ratio, float32",
+    lambda: shared("ratio", "two, directions", "two, data"),
+)
+claim(
+    S,
     "says {:.0f} bytes a step, {:.0f} with a journal",
     "benchmarks/results/ranks.csv: sent_bytes",
     lambda: shared("sent_bytes", "two, directions", "two, directions, journal"),
