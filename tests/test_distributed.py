@@ -319,6 +319,89 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
             )
 
 
+def test_weights_that_are_written_to_between_steps(tmp_path: Path) -> None:
+    """On one worker: told before its step. On all: they compare the weights, once, and go on where these are the same."""
+
+    def write(model: Any) -> None:
+        with torch.no_grad():
+            model.a.weight.add_(1)
+
+    def move(model: Any) -> None:
+        model.b.bias.data = model.b.bias.data + 1
+
+    def write_frozen(model: Any) -> None:
+        with torch.no_grad():
+            model.norm.weight.mul_(2)
+
+    def replace(model: Any) -> None:
+        model.norm.weight = nn.Parameter(torch.ones(37), requires_grad=False)
+
+    def lose(model: Any) -> None:
+        model.b.bias = nn.Parameter(torch.ones(5))
+
+    def work(rank: int) -> list[Any]:
+        found: list[Any] = []
+        model: Any = Model()
+        model.norm.weight.requires_grad_(False)
+        optimizer = shared(model)
+
+        def step() -> tuple[str, str]:
+            return raised(lambda: optimizer.step(model, batches_of(optimizer.steps, F32)))
+
+        def put_back() -> None:
+            model.load_state_dict(before)
+
+        for change in (write, move, write_frozen, replace):
+            found.append(step())
+            before = {n: t.clone() for n, t in model.state_dict().items()}
+            if rank == 1:
+                change(model)
+            now = bits_of(model)
+            found.append((*step(), bits_of(model) == now))
+            put_back()
+            found.append(step())
+            change(model)
+            assert optimizer.workers is not None
+            sent = optimizer.workers.sent
+            found.append((*step(), optimizer.workers.sent - sent))
+            change(model)
+            if change is not replace:
+                for _ in range(rank):
+                    change(model)
+                found.append(step())
+                put_back()
+            found.append(step())
+            sent = optimizer.workers.sent
+            found.append((*step(), optimizer.workers.sent - sent))
+            found.append(bits_of(model))
+        found.append(raised(lambda: optimizer.step(model, batches_of(0, F32)[: 4 * rank])))
+        if rank == 1:
+            lose(model)
+        return [*found, step()]
+
+    first, second = results(cluster(2, work, tmp_path))
+    a_step, compared = 8 * (HEAD + 16), 8 * FRAME
+    at = "what it is at: the comparison of weights that were written to between steps ("
+    for name, *options in (("a.weight", 1), ("b.bias", 1), ("norm.weight", 1), ("norm.weight",)):
+        for found in (first, second):
+            assert found.pop(0) == ("", "")
+            kind, text, same = found.pop(0)
+            assert kind == "WorkerError" and same and text.startswith("worker 1 differs from worker 0 in " + at + name), text
+            assert found.pop(0) == ("", "")  # all is compared after a failed step
+            assert found.pop(0) == ("", "", a_step + compared)
+            if options:
+                kind, text = found.pop(0)
+                assert kind == "WorkerError" and f"parameter {name}: " in text, text
+            assert found.pop(0) == ("", "")
+            assert found.pop(0) == ("", "", a_step)
+        assert first.pop(0) == second.pop(0)
+    assert (
+        first[0][0] == "ValueError" and "worker 0 of 2 failed in the losses of a step (ValueError: batches is empty" in second[0][1]
+    )
+    assert second[1][0] == "RuntimeError" and "b.bias" in second[1][1]
+    assert first[1][0] == "WorkerError" and "worker 1 of 2 failed in the comparison" in first[1][1]
+
+
 # ---- the journal -----------------------------------------------------------------------------------------------------------------
 
 

@@ -344,6 +344,26 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     frozen.norm.weight.requires_grad_(rank == 0)
     found["trained"] = raised(lambda: optimizer.step(model, batches_of(0, F32)))
     frozen.norm.weight.requires_grad_()
+    part = shards.memory_of(frozen.a.weight).detach()
+    clean = part.clone()
+    optimizer.step(model, batches_of(0, F32))
+    if rank:
+        part.add_(1)  # a part is its owner's to write to, and everyone's weight
+    assert optimizer.workers is not None
+    sent = optimizer.workers.sent
+    optimizer.step(model, batches_of(0, F32))
+    found["compared"] = str(optimizer.workers.sent - sent)
+    optimizer.step(model, batches_of(0, F32))
+    found["begun"] = str(optimizer.workers.sent - sent)
+    whole = parallel(Model(), init_device_mesh("cpu", (2,)))
+    beside = zk.ZOStep(whole, **group)
+    beside.step(whole, batches_of(0, F32))
+    if rank:
+        whole.norm.weight.detach().add_(1)
+    found["written"] = raised(lambda: beside.step(whole, batches_of(0, F32)))
+    for p, whole in zip(model.parameters(), before, strict=True):
+        shards.memory_of(p).detach().copy_(shards.memory_of(distribute_tensor(whole, p.device_mesh, p.placements)))  # type: ignore[attr-defined]
+    assert same([part], [clean])
     hidden = batches_of(rank, F32)
     found["losses"] = raised(lambda: optimizer.step(lambda: model(hidden[0])))
 
@@ -484,6 +504,9 @@ def test_what_is_refused(ends: Ends) -> None:
         "batches": "WorkerError: .*micro-batches",
         "count": "WorkerError: .*micro-batches",
         "trained": "WorkerError: worker 1 differs from worker 0 in what is trained: '5 parameters",
+        "compared": f"{3 * 8 * sharing.FRAME}$",
+        "begun": f"{5 * 8 * sharing.FRAME}$",
+        "written": "WorkerError: worker 1 differs from worker 0 in parameter norm.weight: ",
         "losses": "WorkerError: worker 1 found other losses than worker 0 ",
     }
     for found in ends[2]:

@@ -1,7 +1,7 @@
 """Which view serves the next step: made anew if a parameter was frozen, unfrozen, added, replaced, moved or converted, and one for each block.
 
-Belongs here: from parameter groups to a view, and whether it is still true. Does not belong here: how a view works (views/), what is done with it
-(schedule.py).
+Belongs here: from parameter groups to a view, and whether it is still true; who wrote to weights between two steps. Does not belong here: how a view works
+(views/), what is done with it (schedule.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zo_kernels import checks, parameters, shards, views
+from zo_kernels import checks, looks, parameters, shards, views
 from zo_kernels.optim.run import Run
 from zo_kernels.parameters import Weights
 from zo_kernels.views import View
@@ -41,6 +41,71 @@ def view_over(groups: list[Weights], model: nn.Module | None, run: Run, mode: st
         return views.Tangents(groups, model, scratch_bytes, **options)
     away = any(views.place_of(p) is not None for weights in groups for p in weights.params)
     return (views.Visiting if away else views.Scratch)(groups, model, scratch_bytes, **options)
+
+
+class Left:
+    """The weights of a model, frozen ones too, as a step has left them. Writes through `.data` keep no count and are not seen, nor what is offloaded.
+
+    Args:
+        model: whose modules hold them; None: not known.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.view: View | None = None  # of the last step
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.groups: list[int] = []  # ids of what the groups had
+        self.places: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        self.before: looks.Columns = ([], [])
+
+    def look(self, groups: Groups, view: View) -> None:
+        """A step of this view is done."""
+        if view is not self.view:
+            self.view = view
+            self._find(groups)
+        self.before = looks.WRITES.at(self._memories())
+
+    def _find(self, groups: Groups) -> None:
+        model = self.model
+        self.groups = _ids(groups)
+        pairs = [(n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=False)]
+        pairs += model.named_parameters() if model is not None else ()
+        known = {id(p): (n, p) for n, p in reversed(pairs) if not p.is_meta and not p.is_inference() and views.place_of(p) is None}
+        self.names, self.params = [n for n, _ in known.values()], [p for _, p in known.values()]
+        places = [
+            (module, attribute, p)
+            for module in (model.modules() if model is not None and not shards.parted(model) else ())
+            if isinstance(module._parameters, dict)
+            for attribute, p in module._parameters.items()
+            if p is not None and id(p) in known
+        ]
+        self.places = ([place[0] for place in places], [place[1] for place in places], [place[2] for place in places])
+
+    def _memories(self) -> list[Tensor]:
+        return [shards.memory_of(p) for p in self.params] if self.view is not None and self.view.parted else self.params
+
+    def written(self, groups: Groups) -> str:
+        """The name of a parameter that was written to, moved or replaced since, whose next look is at what is there then; "": none is known to be."""
+        found = self._written(groups) if self.view is not None else ""
+        if found:
+            self.view = None
+        return found
+
+    def _written(self, groups: Groups) -> str:
+        if (k := looks.WRITES.first_change(self._memories(), self.before)) >= 0:
+            return self.names[k]
+        owners, attributes, held = self.places
+        if (k := looks.first_replaced(owners, "_parameters", attributes, held)) >= 0:
+            return next(name for name, p in zip(self.names, self.params, strict=True) if p is held[k])
+        if (now := _ids(groups)) != self.groups:
+            names = [n for g in groups for n in g["param_names"]]
+            return next((n for n, i in zip(names, now, strict=False) if i not in self.groups), "one that left its group")
+        return ""
+
+
+def _ids(groups: Groups) -> list[int]:
+    return [id(p) for g in groups for p in g["params"]]
 
 
 class Owner(Protocol):

@@ -21,7 +21,7 @@ from zo_kernels.optim.decision import Decision
 from zo_kernels.optim.evaluate import Evaluation
 from zo_kernels.optim.points import Point
 from zo_kernels.optim.record import Recording
-from zo_kernels.optim.refresh import Groups, active, trained
+from zo_kernels.optim.refresh import Groups, Left, active, trained
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.workers import SAMPLED, Workers, print_of
 from zo_kernels.plan import written
@@ -68,6 +68,7 @@ class Schedule:
         self.run, self.recording, self.warner = run, recording, warner
         self.model, self.first_order, self.rounding = model, first_order, rounding
         self.graphs_wanted = graphs
+        self.left = Left(model)
         self.graphs: graph.Graphs | None = None
 
     def begin(self, groups: Groups, numbers: Numbers, batches: Sequence[Any] | None) -> None:
@@ -83,7 +84,8 @@ class Schedule:
         common: dict[str, Any] = {"steps": self.run.steps, "tag": self.run.tag}
         common |= {name: list(getattr(numbers, name)) for name in ("lr", "eps", "decay", "signs")}
         common["what is trained"] = f"{len(names)} parameters ({print_of(' '.join(names))})"
-        self.workers.begin(common | {"micro-batches": print_of(batches, SAMPLED)})
+        common["micro-batches"] = print_of(batches, SAMPLED)
+        self.workers.begin(common, self.left.written(groups) if self.workers.met else "")
 
     def step(
         self, view: views.View, groups: Groups, numbers: Numbers, closure: Callable[..., Any], batches: Sequence[Any] | None
@@ -95,7 +97,10 @@ class Schedule:
         """
         self.run.prepare(view)
         found = self._graphed(view, groups, numbers, closure, batches) if self.graphs_wanted else None
-        return found or self._eager(view, groups, numbers, closure, batches)
+        found = found or self._eager(view, groups, numbers, closure, batches)
+        if self.workers is not None:
+            self.left.look(groups, view)
+        return found
 
     # -- operation by operation --
 

@@ -327,8 +327,6 @@ class ZOStep(torch.optim.Optimizer):
         if closure is None and saved.asked_for(self.param_groups):
             self._complete = True
             return torch.full((), math.nan)
-        evaluate.check_call(closure, batches)
-        assert closure is not None
         # An interrupt comes through in the closure, or when the step is done or undone: record, weights, module, modes and tag always agree.
         # What a step makes is used by the next one, in whatever mode that is.
         with interrupts.uninterrupted(), views.as_in_training():
@@ -346,13 +344,19 @@ class ZOStep(torch.optim.Optimizer):
                 warnings.warn(words, findings.ZOWarning, stacklevel=3)
         return found.loss.float()
 
-    def _step(self, closure: Callable[..., Loss], batches: Sequence[Any] | None) -> tuple[views.View, Outcome]:
+    def _step(self, closure: Any, batches: Sequence[Any] | None) -> tuple[views.View, Outcome]:
         run = self._run
-        if run.tag + run.method.terms > 1 << 32:
-            raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
-        numbers = self._accepted.of(self.param_groups, run.method, self._first_order)
-        self._schedule.begin(self.param_groups, numbers, batches)
-        view = self._refresh()
+        try:
+            evaluate.check_call(closure, batches)
+            if run.tag + run.method.terms > 1 << 32:
+                raise RuntimeError("the run's 2^32 directions are used up: start a new run with another seed")
+            numbers = self._accepted.of(self.param_groups, run.method, self._first_order)
+            self._schedule.begin(self.param_groups, numbers, batches)
+            view = self._refresh()
+        except BaseException as error:
+            if self.workers is not None:
+                self.workers.failed("the beginning of a step", error)
+            raise
         if self.workers is not None and not self.workers.met:
             self.workers.meet(self._common())
         self._inside, tag, ahead = True, run.tag, view.begin()

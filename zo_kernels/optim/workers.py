@@ -32,6 +32,7 @@ PARALLEL = ("auto", "directions", "data", "both")
 FRAME = 16  # numbers of a round
 HEAD = 4  # of them: what it is about, failure, what is in common, random numbers
 SAMPLED = 1 << 16  # bytes of each tensor of a micro-batch that are compared
+AGAIN = "the comparison of weights that were written to between steps"
 GRACE = 5.0  # seconds in which who still waits says so, when a round has come to no end; a connection that is closed needs a fifth
 
 T = TypeVar("T")
@@ -167,6 +168,7 @@ class Workers:
         self.sent = 0
         self.common: dict[str, Any] = {}
         self.met = False
+        self.written = ""  # the parameter for which they compare it again
         self.chain = ""  # a digest of all decisions so far
         self.whole = False  # the forwards draw random numbers: a point is one worker's
         self.alike = (
@@ -229,13 +231,13 @@ class Workers:
 
     def round(
         self, what: str, error: BaseException | None = None, common: Mapping[str, Any] | None = None, drawn: str = "",
-        values: Sequence[float] = (), counts: Sequence[int] = (),
+        values: Sequence[float] = (), counts: Sequence[int] = (), why: str = "",
     ) -> tuple[list[list[float]], list[float]]:  # fmt: skip
         """One round, which every worker makes.
 
         Args:
             what: it is about. error: why this worker failed. common: what is the same on all workers. drawn: a digest of the random state around a forward
-                that drew numbers. values: of this worker; counts: how many each worker has.
+                that drew numbers. values: of this worker; counts: how many each worker has. why: this one is at it, where others are at something else.
 
         Returns:
             The values of each worker, and the numbers that stand for what each has drawn.
@@ -262,7 +264,7 @@ class Workers:
                 )
             return [], []
         if len({row[0] for row in rows}) > 1:
-            self._differ("what it is at", self.tell(what))
+            self._differ("what it is at", self.tell(what + why))
         if len({row[2] for row in rows}) > 1:
             self._compare(self.tell({key: f"{value!r:.200}" for key, value in (common or {}).items()}))
         if len({row[3] for row in rows}) > 1:
@@ -375,25 +377,42 @@ class Workers:
             raise
         self.round(what, None, common)
 
+    def failed(self, what: str, error: BaseException) -> None:
+        """What each worker does alone has failed on this one, which raises that: the others are in a round, and do not wait for it."""
+        if not isinstance(error, WorkerError) and self.lost is None:
+            self.round(what, error)
+
     def meet(self, common: Mapping[str, Any]) -> None:
-        """Compare what the workers begin with.
+        """Compare what the workers begin with, or where they stand when all of them had their weights written to.
 
         Raises:
-            WorkerError: a worker has another seed, base, method, version, ...: names it, and what differs.
+            WorkerError: a worker has another seed, base, method, version, ...: names it, and what differs; or weights of this one were written to and another's
+                were not: names it, and the parameter.
         """
-        self.round("the comparison before the first step", common=common)
+        self.round(AGAIN if self.written else "the comparison before the first step", common=common, why=self._why)
         self.met = True
 
-    def begin(self, common: Mapping[str, Any]) -> None:
+    def begin(self, common: Mapping[str, Any], written: str = "") -> None:
         """A step begins, and all workers' rounds compare this. Those that are alike do so at once: a forward that one of them makes alone waits for the
         others' parts in torch.
+
+        Args:
+            written: the parameter that somebody has written to, moved or replaced since the last step: the workers compare where they stand. "": none. Of
+                those that are alike one is enough: a part that was written to is a part of everyone's weight.
 
         Raises:
             WorkerError: of those, one has another step, batches, or parameters that it trains; names it, and what differs.
         """
-        self.common = dict(common)
+        self.common, self.written = dict(common), written
         if self.alike:
-            self.round("the beginning of a step", common=self.common)
+            found, _ = self.round("the beginning of a step", common=self.common, values=[float(bool(written))])
+            if any(row[0] for row in found):
+                self.written = written or "a part"
+        self.met = self.met and not self.written
+
+    @property
+    def _why(self) -> str:
+        return f" ({self.written}: all workers are to write the same; the next step compares all weights)" if self.written else ""
 
     def hand_out(self, value: T) -> T:
         """The first worker's, on all."""
