@@ -58,6 +58,7 @@ H = "tests/kernels/test_cuda_host.py"
 U = "tests/kernels/test_update.py"
 C = "tests/kernels/test_cpu.py"
 P = "tests/finetune/test_report.py"
+AWAY = "tests/test_offload_workers.py"
 SUITE = "tests/finetune/test_suite.py"
 PACKED = "tests/finetune/test_packed.py"
 V = "tests/finetune/test_evaluate.py"
@@ -587,6 +588,24 @@ MUTANTS = tuple(Mutant(*m) for m in [
      ("tests/test_offload.py::test_a_block_comes_once_a_step",)),
     ("zo_kernels/optim/lockstep.py", "what a forward raised is lost", "self.error, self.abandoned = self.error or error, True", "self.abandoned = True",
      ("tests/test_offload.py::test_a_forward_that_fails_ends_those_beside_it",)),
+    ("python/zo_finetune/scoring.py", "forwards side by side have one batch's positions", "self._points.get(threading.get_ident())",
+     "next(reversed(self._points.values()), None)", ("tests/finetune/test_offload.py::test_micro_batches_side_by_side_keep_their_positions",)),
+    ("zo_kernels/views/scratch.py", "at theta, resident weights are still another thread's", "self.reads.end()  # of a point", "pass  # of a point",
+     ("tests/test_offload.py::test_resident_weights_are_read_at_theta_beside_other_points",)),
+    ("zo_kernels/optim/evaluate.py", "workers' forwards share no visits", "if away is not None and self._beside(len(work)):", "if False:",
+     (f"{AWAY}::test_a_block_comes_once_for_each_micro_batch_of_a_share",)),
+    ("zo_kernels/optim/evaluate.py", "what one of a worker's forwards beside others raises stays there", "                error = raised\n        else:",
+     "                raise\n        else:", (f"{AWAY}::test_a_forward_that_fails_on_one_worker",)),
+    ("zo_kernels/optim/evaluate.py", "a worker's points side by side have all micro-batches", "for arguments in work[which.number][1]:",
+     "for arguments in self.calls:", (f"{AWAY}::test_a_block_comes_once_for_each_micro_batch_of_a_share",)),
+    ("zo_kernels/optim/evaluate.py", "nobody knows that forwards side by side drew random numbers", "or together.forwards[0].random", "or self.before",
+     (f"{AWAY}::test_forwards_that_draw_random_numbers",)),
+    ("zo_kernels/optim/workers.py", "both divides points before micro-batches where blocks visit", "part // points if visited else part]",
+     "part // points if False else part]", (f"{AWAY}::test_a_block_comes_once_for_each_micro_batch_of_a_share",)),
+    ("zo_kernels/optim/workers.py", "auto counts no visits", "for s in shares) if visited else 0", "for s in shares) if False else 0",
+     (f"{AWAY}::test_a_block_comes_once_for_each_micro_batch_of_a_share",)),
+    ("zo_kernels/optim/workers.py", "a worker knows of its own blocks alone", "self.visited = any([row", "any([row",
+     (f"{AWAY}::test_candidates_and_a_worker_without_blocks",)),
     ("zo_kernels/views/files.py", "a file that was written to is read as it is", "if self.given and", "if False and",
      ("tests/test_offload.py::test_a_block_that_does_not_come_is_named",)),
     ("zo_kernels/views/files.py", "a file that ends early is read as it is",
@@ -606,7 +625,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/evaluate.py", "the second forward draws other random numbers",
      "and self.after:\n                self.rng.set(self.before)\n", "and self.after:\n                pass\n",
      ("tests/optim/test_mezo.py::test_the_two_forwards_share_their_random_state_and_the_caller_keeps_one",)),
-    ("zo_kernels/optim/evaluate.py", "in place a worker makes its own passes alone", "if point.rounds or (own and error is None):", "if own and error is None:",
+    ("zo_kernels/optim/evaluate.py", "in place a worker makes its own passes alone",
+     "if point.rounds or (calls and error is None):", "if calls and error is None:",
      (f"{D}::test_bits_are_those_of_one_process",)),
     ("zo_kernels/optim/evaluate.py", "micro-batches are divided where forwards draw", "if any(drew) and parted:", "if False:",
      (f"{D}::test_forwards_that_draw_random_numbers",)),

@@ -208,6 +208,14 @@ def test_a_block_comes_once_a_step(prefetch: bool) -> None:
         assert same(bits(model), bits(resident))
 
 
+@pytest.mark.parametrize("name", ["fzoo", "conservative"])
+def test_resident_weights_are_read_at_theta_beside_other_points(name: str) -> None:
+    model, resident = model_of(), model_of()
+    zk.offload(model, blocks=[f"layers.{k}.up" for k in range(LAYERS)], together=True)
+    train(model, METHODS[name]), train(resident, METHODS[name])
+    assert same(bits(model), bits(resident))
+
+
 def test_forwards_side_by_side_draw_the_same_numbers() -> None:
     model, resident = model_of().train(), model_of().train()
     for m in (model, resident):

@@ -14,6 +14,7 @@ optimizers."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -340,7 +341,7 @@ class Scorer:
         self.packer: Packer | None = None  # of training batches (packing.py)
         self._head = head
         self._once: Once | None = None
-        self._points: tuple[Tensor, Tensor] | None = None
+        self._points: dict[int, tuple[Tensor, Tensor]] = {}  # of each thread's forward: those of an offloaded model take turns
         self._hook = head.register_forward_pre_hook(self._keep_points)
 
     def close(self) -> None:
@@ -353,9 +354,10 @@ class Scorer:
         self.close()
 
     def _keep_points(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._points is None:
+        points = self._points.get(threading.get_ident())
+        if points is None:
             return None
-        rows, columns = self._points
+        rows, columns = points
         hidden = args[0]
         return (hidden[rows, hidden.shape[1] + columns], *args[1:])
 
@@ -398,7 +400,7 @@ class Scorer:
 
     def _logits(self, batch: Batch) -> Tensor:
         """At the scored positions, fp32 [P, V]."""
-        self._points = where = batch.point_rows, batch.point_columns
+        self._points[threading.get_ident()] = where = batch.point_rows, batch.point_columns
         try:
             with contextlib.ExitStack() as stack:
                 if self.states is not None and batch.states is not None:
@@ -413,7 +415,7 @@ class Scorer:
                     more["position_ids"] = batch.line.positions
                 logits: Tensor = self.outputs(batch.input_ids, batch.attention_mask, **more).logits
         finally:
-            self._points = None
+            del self._points[threading.get_ident()]
         if logits.ndim != 2 or logits.shape[0] != batch.point_rows.shape[0]:
             raise UserError(
                 f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} "

@@ -5,7 +5,10 @@ Belongs here: runs of the command line. Does not belong here: how blocks come an
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,10 @@ import torch
 from safetensors.torch import load_file
 from zo_finetune.cli import main
 from zo_finetune.train import Progress
+
+import zo_kernels as zk
+from tests.finetune.test_team import torchrun
+from zo_kernels.optim.lockstep import Lockstep
 
 SAME = ["--batches", "padded", "--cache", "off"]  # as an offloaded run has them
 
@@ -56,6 +63,18 @@ def test_a_run_from_disk_is_the_resident_one(
     assert main(train_command(tmp_path / "again", *SAME, model=str(tmp_path / "disk" / "model"), steps=1)) == 0
 
 
+def test_micro_batches_side_by_side_keep_their_positions(
+    train_command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last block, one forward ends, and begins the next micro-batch, before another is at its head."""
+    blocks = [f"model.decoder.{name}" for name in ("embed_positions", "layers.0", "layers.1")]
+    monkeypatch.setattr(zk, "offload", functools.partial(zk.offload, blocks=blocks))
+    options: dict[str, Any] = {"model": "opt", "steps": 3, "lr": "1e-3", "accumulate": 3}
+    assert main(train_command(tmp_path / "resident", *SAME, **options)) == 0
+    assert main(train_command(tmp_path / "cpu", offload="cpu", **options)) == 0
+    assert same(weights(tmp_path / "cpu"), weights(tmp_path / "resident"))
+
+
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_adapters_and_other_families(train_command: Callable[..., list[str]], family: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": family, "steps": 2, "lr": "1e-3", "peft": "lora" if family == "llama" else "none"}
@@ -63,6 +82,31 @@ def test_adapters_and_other_families(train_command: Callable[..., list[str]], fa
     for where in ("cpu", "disk"):
         assert main(train_command(tmp_path / where, offload=where, **options)) == 0
         assert same(weights(tmp_path / where), weights(tmp_path / "resident"))
+
+
+def test_processes_share_visits_through_a_death(
+    train_command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes the forwards of its micro-batch side by side; one is killed, and another number of them, and then one, goes on."""
+    options: dict[str, Any] = {"model": "opt", "steps": 5, "lr": "1e-3", "accumulate": 2}
+    assert main(train_command(tmp_path / "resident", *SAME, **options)) == 0
+    run = Lockstep.run
+
+    def counted(self: Lockstep, job: Any) -> list[Any]:
+        found = run(self, job)
+        with (tmp_path / f"beside.{os.environ.get('WORLD_SIZE')}.{os.environ.get('RANK')}").open("a") as file:
+            file.write(f"{len(self.forwards)} ")
+        return found
+
+    monkeypatch.setattr(Lockstep, "run", counted)
+    command = train_command(tmp_path / "run", offload="disk", offload_every=2, parallel="auto", **options)
+    ends = torchrun(2, command, tmp_path / "said", death=(1, 6))
+    assert ends[1][0] == -signal.SIGKILL and "worker 1 of 2 is gone" in ends[0][1], ends
+    ends = torchrun(3, command, tmp_path / "said", restarts=1, death=(2, 2))
+    assert ends[2][0] == -signal.SIGKILL and "worker 2 of 3 is gone" in ends[0][1], ends
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "resident"))
+    assert [(tmp_path / f"beside.2.{rank}").read_text() for rank in range(2)] == ["2 2 2 ", "2 2 "]  # forwards of each step
 
 
 def test_refusals(train_command: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:

@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_kernels.optim import directions
 from zo_kernels.optim.method import Method
-from zo_kernels.views import place_of
+from zo_kernels.views import away_of, place_of
+
+
+def visited(model: nn.Module | None, scratch: bool) -> bool:
+    """Whether a visit of a block serves all forwards of a micro-batch."""
+    away = away_of(model) if model is not None and scratch else None
+    return away is not None and away.together
 
 
 def check(params: Sequence[Tensor], method: Method, scratch: bool, cuda_graph: bool, first_order: Any) -> None:

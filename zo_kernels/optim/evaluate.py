@@ -139,10 +139,19 @@ class Evaluation:
         self.before: list[Any] = self.rng.get() if self.rng is not None else []
         self.after: list[Any] = []  # of the first forward
 
-    def losses(self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float]) -> Tensor:
-        """The mean loss over the micro-batches at each point, float64 [points, ...]. `one`: makes one forward, with the closure's arguments."""
+    def losses(
+        self, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float], away: views.Away | None = None
+    ) -> Tensor:
+        """The mean loss over the micro-batches at each point, float64 [points, ...].
+
+        Args:
+            one: makes one forward, with the closure's arguments. away: blocks of an offloaded model, a visit of which serves all points; None: the points
+                come one behind the other.
+        """
         if self.workers is not None:
-            return _together([_mean(rows) for rows in self._shared(self.workers, points, one)])
+            return _together([_mean(rows) for rows in self._shared(self.workers, points, one, away)])
+        if away is not None and self._beside(len(points)):
+            return _together([_mean(rows) for rows in self._side_by_side([(p, self.calls) for p in points], one, away)])
         found: list[Tensor | float] = []
         for point in points:
             point.see()
@@ -155,27 +164,70 @@ class Evaluation:
                 self.after = self.after or self.rng.get()
         return _together(found)
 
-    def _shared(self, workers: Workers, points: Sequence[Point], one: Callable[[tuple[Any, ...]], Tensor | float]) -> list[Any]:
+    def _beside(self, points: int) -> bool:
+        """Whether forwards at so many points may take turns. A look at operations is one thread's."""
+        return points > 1 and self.rng is not None and isinstance(self.warner.reads, contextlib.nullcontext)
+
+    def _side_by_side(
+        self,
+        work: Sequence[tuple[Point, Sequence[tuple[Any, ...]]]],
+        one: Callable[[tuple[Any, ...]], Tensor | float],
+        away: views.Away,
+    ) -> list[list[Tensor | float]]:
+        """The losses of these calls at each point, whose forwards are in lockstep over the blocks of an offloaded model."""
+        heard, order = self.warner.heard, list[int]()
+
+        def job(which: lockstep.Forward) -> list[Tensor | float]:
+            rows = []
+            for arguments in work[which.number][1]:
+                rows.append(one(arguments))
+                order.append(which.number)
+            which.point.check()
+            return rows
+
+        assert self.rng is not None
+        since, together = len(heard), lockstep.Lockstep(away, [point for point, _ in work], self.rng, self.before)
+        found = together.run(job)
+        self.after = self.after or together.forwards[0].random
+        if len(heard) > since:  # as they would have come one behind the other
+            heard[since:] = [heard[since + k] for k in sorted(range(len(order)), key=order.__getitem__)]
+        return found
+
+    def _shared(
+        self,
+        workers: Workers,
+        points: Sequence[Point],
+        one: Callable[[tuple[Any, ...]], Tensor | float],
+        away: views.Away | None,
+    ) -> list[Any]:
         """The losses [points][micro-batches] of all workers, on the host; this one makes its own forwards. What any worker's forward raises ends the step
         on all of them, each behind all passes of such points as round the weights."""
         batches = len(self.calls)
         shares = workers.shares(len(points), batches)
-        heard, mine, drawn, error = len(self.warner.heard), [], "", None
-        for p, point in enumerate(points):
-            own = [self.calls[c % batches] for c in shares[workers.rank] if c // batches == p]
+        heard, drawn, error = len(self.warner.heard), "", None
+        mine: list[Tensor | float] = []
+        own = [[self.calls[c % batches] for c in shares[workers.rank] if c // batches == p] for p in range(len(points))]
+        work = [(point, calls) for point, calls in zip(points, own, strict=True) if calls]
+        if away is not None and self._beside(len(work)):
             try:
-                if point.rounds or (own and error is None):
-                    point.see()
-                if not own or error is not None:
-                    continue
-                if self.rng is not None:
-                    self.rng.set(self.before)
-                mine += [one(arguments) for arguments in own]
-                point.check()
-                if self.rng is not None and not self.after:
-                    self.after = self.rng.get()
+                mine = [loss for rows in self._side_by_side(work, one, away) for loss in rows]
             except BaseException as raised:
-                error = error or raised
+                error = raised
+        else:
+            for point, calls in zip(points, own, strict=True):
+                try:
+                    if point.rounds or (calls and error is None):
+                        point.see()
+                    if not calls or error is not None:
+                        continue
+                    if self.rng is not None:
+                        self.rng.set(self.before)
+                    mine += [one(arguments) for arguments in calls]
+                    point.check()
+                    if self.rng is not None and not self.after:
+                        self.after = self.rng.get()
+                except BaseException as raised:
+                    error = error or raised
         parted = parts_batches(shares, batches)
         if error is None and self.draws():
             states = generators.Generators.drawn(self.before, self.after)
@@ -201,7 +253,7 @@ class Evaluation:
                 )
             workers.whole, self.after = True, []
             del self.warner.heard[heard:]
-            return self._shared(workers, points, one)
+            return self._shared(workers, points, one, away)
         table: list[list[Any]] = [[None] * batches for _ in points]
         for share, row in zip(shares, found, strict=True):
             for k, c in enumerate(share):
@@ -221,31 +273,9 @@ class Evaluation:
 
     # -- the kinds of forwards --
 
-    def forward(self, points: Sequence[Point]) -> Tensor:
-        """`Losses` of plain forwards."""
-        return self.losses(points, self._one(self.warner.hearing(self.convert)))
-
-    def side_by_side(self, points: Sequence[Point], away: views.Away) -> Tensor:
-        """The same as `forward`, the forwards in lockstep over the blocks of an offloaded model."""
-        # Workers have one order of forwards for all of them; a look at operations is one thread's.
-        if self.workers is not None or self.rng is None or not isinstance(self.warner.reads, contextlib.nullcontext):
-            return self.forward(points)
-        one, heard, order = self._one(self.warner.hearing(self.convert)), self.warner.heard, list[int]()
-
-        def job(which: lockstep.Forward) -> Tensor | float:
-            rows = []
-            for arguments in self.calls:
-                rows.append(one(arguments))
-                order.append(which.number)
-            which.point.check()
-            return _mean(rows)
-
-        since, together = len(heard), lockstep.Lockstep(away, points, self.rng, self.before)
-        found = together.run(job)
-        self.after = self.after or together.forwards[0].random
-        if len(heard) > since:  # as they would have come one behind the other
-            heard[since:] = [heard[since + k] for k in sorted(range(len(order)), key=order.__getitem__)]
-        return _together(found)
+    def forward(self, points: Sequence[Point], away: views.Away | None = None) -> Tensor:
+        """`Losses` of plain forwards. away: see `losses`."""
+        return self.losses(points, self._one(self.warner.hearing(self.convert)), away)
 
     def dual(self, points: Sequence[Point]) -> Tensor:
         """`Losses` with their tangents: float64 [points, 2]."""

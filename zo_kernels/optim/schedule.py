@@ -209,9 +209,9 @@ class Schedule:
             return Point(lambda: self.run.see(view, shift), view.check, rounds=view.mode != "scratch")
 
         points = [point(shift) for shift in shifts]
-        if view.together and len(points) > 1:
-            return forwards.side_by_side(points, view.away)
-        return (forwards.dual if self.run.method.estimator.dual else forwards.forward)(points)
+        if self.run.method.estimator.dual:
+            return forwards.dual(points)
+        return forwards.forward(points, view.away if view.together else None)
 
     def _try(self, view: views.View, forwards: Evaluation, decided: Decided, numbers: Numbers) -> Decided:
         """Evaluate a rule's candidates, if it has any, and keep the best."""

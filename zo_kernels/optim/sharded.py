@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from zo_kernels import shards
-from zo_kernels.optim import directions
+from zo_kernels.optim import deferred, directions
 from zo_kernels.optim.method import Method
-from zo_kernels.optim.workers import Workers
+from zo_kernels.optim.workers import Workers, workers_in
 from zo_kernels.parameters import Named
 from zo_kernels.views import View
 
@@ -29,6 +29,20 @@ def made_of(named: Named, mode: str, recorded: bool) -> dict[str, list[str]]:
     return words | {
         what: [shards.said(*pair) for pair in some] for what, some in (("parameters", pairs), ("frozen parameters", frozen))
     }
+
+
+def workers_of(
+    named: Named, method: Method, mode: str, recorded: bool, first_order: Any, process_group: Any, parallel: str, timeout: float
+) -> Workers | None:
+    """Those of an optimizer of these parameters; None without a process group.
+
+    Raises:
+        TypeError, ValueError: the run could not be made; says why. WorkerError: see `Workers`. Nothing was changed.
+    """
+    visited = deferred.visited(named.model, mode == "scratch")
+    found = workers_in(process_group, parallel, timeout, lambda: made_of(named, mode, recorded), visited)
+    check(named, method, found, process_group, mode == "lazy", first_order)
+    return found
 
 
 def check(named: Named, method: Method, workers: Workers | None, process_group: Any, lazy: bool, first_order: Any) -> None:

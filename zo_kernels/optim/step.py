@@ -51,7 +51,7 @@ from zo_kernels.optim.evaluate import Loss
 from zo_kernels.optim.groups import Accepted, check_group, check_signs, joining
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.schedule import Outcome, Paused, Schedule
-from zo_kernels.optim.workers import print_of, workers_of
+from zo_kernels.optim.workers import print_of
 
 
 class ZOStep(torch.optim.Optimizer):
@@ -162,9 +162,7 @@ class ZOStep(torch.optim.Optimizer):
         named = parameters.read_params(model_or_params, model, weight_decay, theirs)
         scratch = views.can_serve(named.model, perturbation)
         if lazy and perturbation != "inplace":
-            raise ValueError(
-                f"lazy=True with perturbation={perturbation!r}: only passes in place can be merged with the next step's; give 'inplace'"
-            )
+            raise ValueError(f"lazy=True with perturbation={perturbation!r}: only passes in place can be merged; give 'inplace'")
         what = method.make(
             estimator, rule, direction, blocks, projection, clip, kind, [n for g in named.groups for n, _ in g["params"]],
             scale_free=scale_free, anchor=anchor, first_order=first_order, lazy=lazy, cuda_graph=cuda_graph, scratch=scratch,
@@ -177,14 +175,12 @@ class ZOStep(torch.optim.Optimizer):
         groups = [{**defaults, **group} for group in named.groups]
         for number, group in enumerate(groups):
             check_group(f"params[{number}]: " if len(groups) > 1 else "", group)
-        for _, p in (pair for g in groups for pair in g["params"]):
-            if not p.is_meta:
-                backends.pick(p.device, backend)
+        for p in (p for g in groups for _, p in g["params"] if not p.is_meta):
+            backends.pick(p.device, backend)
         check_signs(groups, what, first_order)
         self._model, self._first_order, self._backend = named.model, first_order, backend
         mode = "scratch" if scratch else "lazy" if lazy else "inplace"
-        self.workers = workers_of(process_group, parallel, timeout, lambda: sharded.made_of(named, mode, journal is not None))
-        sharded.check(named, what, self.workers, process_group, lazy, first_order)
+        self.workers = sharded.workers_of(named, what, mode, journal is not None, first_order, process_group, parallel, timeout)
         self._recording = record.Recording(mode, self.workers)
         self._rounding = rounding if rounding != "auto" else ("stochastic" if scratch else "nearest")
         self._scratch_bytes, self._graph_wanted = scratch_bytes, cuda_graph

@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -53,28 +54,37 @@ class WorkerError(RuntimeError):
 # ---- the cut of a table ---------------------------------------------------------------------------------------------------
 
 
-def cut(parallel: str, points: int, batches: int, workers: int) -> list[list[int]]:
+def cut(parallel: str, points: int, batches: int, workers: int, visited: bool = False) -> list[list[int]]:
     """The cells of each worker, in order; cell p * batches + k is micro-batch k at point p. A worker for which none is left makes again those of another,
     while it would wait for them: its forwards draw the same random numbers, and it sees how the model reads its weights.
 
     Args:
         parallel: "directions": whole points. "data": a micro-batch at all points. "both": any cell. "auto": the one whose largest share is the smallest.
+        visited: by blocks, which serve all points of a micro-batch in one visit: "both" gives a worker few micro-batches, and of two largest shares as small
+            "auto" takes the one with fewer visits.
     """
     if parallel == "auto":
-        choices = [cut(kind, points, batches, workers) for kind in PARALLEL[1:]]
-        return min(choices, key=lambda shares: max(map(len, shares)))
+        choices = [cut(kind, points, batches, workers, visited) for kind in PARALLEL[1:]]
+        return min(choices, key=lambda shares: (max(map(len, shares)), max(visits(s, batches) for s in shares) if visited else 0))
     parts = {"directions": points, "data": batches, "both": points * batches}[parallel]
 
     def of(part: int) -> list[int]:
         if parallel == "directions":
             return [part * batches + k for k in range(batches)]
-        return [p * batches + part for p in range(points)] if parallel == "data" else [part]
+        if parallel == "data":
+            return [p * batches + part for p in range(points)]
+        return [part % points * batches + part // points if visited else part]
 
     sharing = min(workers, parts)
     shares = [
         sorted(c for part in range(w * parts // sharing, (w + 1) * parts // sharing) for c in of(part)) for w in range(sharing)
     ]
     return [shares[w % sharing] for w in range(workers)]
+
+
+def visits(share: Sequence[int], batches: int) -> int:
+    """How often a block comes for these cells, where it serves all points of a micro-batch."""
+    return max(Counter(c // batches for c in share).values())
 
 
 def parts_batches(shares: Sequence[Sequence[int]], batches: int) -> bool:
@@ -140,7 +150,7 @@ class Workers:
 
     Args:
         group: the processes. parallel: how an optimizer's steps are shared, see `cut`. timeout: seconds that a round waits for the slowest worker.
-        made_of: lists of texts by what they are of: what must be the same on all for an optimizer to be made.
+        made_of: lists of texts by what they are of: what must be the same on all for an optimizer to be made. visited: see `cut`; of one, then of all.
 
     Attributes:
         rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
@@ -153,7 +163,12 @@ class Workers:
     """
 
     def __init__(
-        self, group: Any, parallel: str = "auto", timeout: float = 600.0, made_of: Mapping[str, Sequence[str]] | None = None
+        self,
+        group: Any,
+        parallel: str = "auto",
+        timeout: float = 600.0,
+        made_of: Mapping[str, Sequence[str]] | None = None,
+        visited: bool = False,
     ) -> None:
         checks.check_choice("parallel", parallel, PARALLEL)
         if not (isinstance(timeout, (int, float)) and 0 < timeout < 1e7):
@@ -176,6 +191,7 @@ class Workers:
         )
         self.apart = False  # of such workers: each has whole layers in a forward, and may have a micro-batch of its own
         self.lost: WorkerError | None = None
+        self.visited = visited
         self._group: Any = None
         if self.size > 1:
             self._introduce(group.get_group_store(), {"parallel": [parallel], **(made_of or {})})
@@ -210,7 +226,8 @@ class Workers:
             return [json.loads(store.get(key)) for key in keys]
 
         mine = {"process groups": [str(_groups())], **{what: list(lines) for what, lines in made_of.items()}}
-        rows = exchange("digests", {what: print_of(lines) for what, lines in mine.items()})
+        rows = exchange("digests", {"visited": self.visited} | {what: print_of(lines) for what, lines in mine.items()})
+        self.visited = any([row.pop("visited") for row in rows])
         for what in dict.fromkeys(key for row in rows for key in row):
             if len({row.get(what) for row in rows}) > 1:
                 lists = exchange(what, mine.get(what, []))
@@ -451,7 +468,7 @@ class Workers:
                     "for each: give a multiple"
                 )
             return [list(range(points * batches))] * self.size
-        return cut("directions" if self.whole else self.parallel, points, batches, self.size)
+        return cut("directions" if self.whole else self.parallel, points, batches, self.size, self.visited)
 
 
 def _groups() -> int:
@@ -463,19 +480,19 @@ def _names(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks)) if len(ranks) < 4 else f"{ranks[0]}, {ranks[1]} and {len(ranks) - 2} more"
 
 
-def workers_of(
-    process_group: Any, parallel: str, timeout: float, made_of: Callable[[], Mapping[str, Sequence[str]]]
+def workers_in(
+    process_group: Any, parallel: str, timeout: float, made_of: Callable[[], Mapping[str, Sequence[str]]], visited: bool
 ) -> Workers | None:
-    """Those of an optimizer; None without a process group, with a word where there are processes that could share its steps."""
+    """Those of an optimizer, see `Workers`; None without a process group, with a word where there are processes that could share its steps."""
     if process_group is not None:
-        return Workers(process_group, parallel, timeout, made_of())
+        return Workers(process_group, parallel, timeout, made_of(), visited)
     if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
         warnings.warn(
             f"torch.distributed has {size} processes, and this optimizer is given no process_group: each would step with losses of its own, and their weights "
             "drift apart. Give process_group=torch.distributed.group.WORLD, and the same batches to all (docs/parallel.md); runs that have nothing in "
             "common need no torch.distributed",
             ZOWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return None
 

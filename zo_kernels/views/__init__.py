@@ -8,7 +8,7 @@ Of sharded ones FSDP2's copies are perturbed (gathered.py).
 **Tangents** (tangents.py) are a scratch view whose weights carry z as their tangent. **Visiting** (visiting.py) is one whose weights come and go (away.py).
 """
 
-from zo_kernels.views.away import Away, Block, place_of, there
+from zo_kernels.views.away import Away, Block, away_of, place_of, there
 from zo_kernels.views.base import View, as_in_training, changed
 from zo_kernels.views.gathered import GatheredCopies
 from zo_kernels.views.inplace import InPlace
@@ -38,6 +38,7 @@ __all__ = [
     "Visiting",
     "Work",
     "as_in_training",
+    "away_of",
     "can_serve",
     "changed",
     "place_of",

@@ -135,6 +135,7 @@ class Scratch(View):
         self.held.put_back()
         torch.clear_autocast_cache()  # it keys a weight's 16-bit copy by the tensor, and the buffer's tensors are used again
         if not any(shifts):  # the weights themselves: nothing stands before them
+            self.reads.end()  # of a point whose turn is over, in another thread
             self.fronts.remove()
             self.bare = self.forward.inside = True
             if self.forward.held:
