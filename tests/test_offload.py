@@ -13,6 +13,7 @@ import random
 import signal
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -394,6 +395,119 @@ def test_a_backward_pass_never_takes_one_blocks_weights_for_anothers(blocks: lis
         closure_of(model, 1)().backward(), closure_of(resident, 1)().backward()
         for p, q in zip(model.parameters(), resident.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_threads_that_read_one_model_take_turns(alias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that one of them needs never takes the place of what the other one's function reads."""
+    model, resident = model_of(), model_of()
+    away, failed, wrong = zk.offload(model, small=0)._away, list[BaseException](), list[int]()
+    bring = away._bring
+
+    def slowly(block: Any) -> None:
+        bring(block)
+        time.sleep(1e-3)  # between a block's coming and its use
+
+    monkeypatch.setattr(away, "_bring", slowly)
+    monkeypatch.setattr(away.reads, "read", lambda p: time.sleep(3e-3))  # while a function has it
+    truth = [closure_of(resident, step)() for step in range(2)]
+
+    def view_of(weight: Tensor, own: int) -> Tensor:
+        time.sleep(1.5e-3 * own)  # the other thread's function has this one
+        return weight.t()
+
+    def read(own: int) -> None:
+        try:
+            for _ in range(3):
+                if alias:
+                    views = [view_of(layer.up.weight, own) for layer in model.layers]
+                    pairs = zip(views, resident.layers, strict=True)
+                    wrong.extend(k for k, (view, layer) in enumerate(pairs) if not torch.equal(view, layer.up.weight.t()))
+                elif not torch.equal(closure_of(model, own)(), truth[own]):
+                    wrong.append(own)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read, args=(own,)) for own in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and not wrong
+
+
+def test_a_step_and_another_thread_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block is trained; what shares its slot is frozen, and read by a thread meanwhile."""
+    model, other, wrong, over = model_of(), model_of(), list[Any](), threading.Event()
+    for m in (model, other):
+        m.requires_grad_(False)
+        m.layers[2].requires_grad_(True)
+    away = zk.offload(model, small=0)._away
+    bring = away._bring
+
+    def slowly(block: Any) -> None:
+        bring(block)
+        time.sleep(1e-3)
+
+    ours, theirs = (zk.MeZOStep(m, lr=1e-2, seed=9) for m in (model, other))
+    x = torch.ones(1, 1, WIDTH)
+    truth = other.layers[0](x)
+    assert len({away.slots[p.zo_block.slot] is away.slots[0] for p in (model.layers[0].up.weight, model.layers[2].up.weight)}) == 1
+
+    def read() -> None:
+        while not over.is_set():
+            try:
+                wrong.extend([1] if not torch.equal(model.layers[0](x), truth) else [])
+            except BaseException as error:
+                wrong.append(error)
+
+    thread = threading.Thread(target=read)
+    for step in range(4):
+        if step == 1:
+            monkeypatch.setattr(away, "_bring", slowly)
+            thread.start()
+        ours.step(closure_of(model, step)), theirs.step(closure_of(other, step))
+    over.set()
+    thread.join()
+    assert not wrong and same(bits(model), bits(other))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_another_thread_is_no_forward_of_a_step(together: bool) -> None:
+    """Who reads frozen blocks meanwhile gets them, but where forwards take turns, which are theirs."""
+    model, other, told = model_of(), model_of(), list[BaseException | Tensor]()
+    for m in (model, other):
+        m.requires_grad_(False)
+        torch.manual_seed(1)
+        m.layers[0].adapter = nn.Linear(WIDTH, WIDTH)
+        m.layers[0].register_forward_hook(lambda module, _, x: x + module.adapter(x))
+    zk.offload(
+        model, small=0, together=together, blocks=["embedding", "places", *(f"layers.{k}" for k in range(1, LAYERS)), "norm"]
+    )
+    ours, theirs = (zk.MeZOStep(m, lr=1e-2, seed=9) for m in (model, other))
+    x = torch.ones(1, 1, WIDTH)
+
+    def read() -> None:
+        try:
+            told.append(model.layers[3](x))
+        except BaseException as error:
+            told.append(error)
+
+    def look(*_: Any) -> None:
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+
+    for step in range(2):
+        handle = model.layers[0].register_forward_hook(look) if step else None  # the first one is looked at in its own thread
+        ours.step(closure_of(model, step)), theirs.step(closure_of(other, step))
+    assert handle is not None and len(told) == 2 and same(bits(model), bits(other))
+    for one in told:
+        assert (
+            "is read in another thread" in str(one)
+            if together
+            else isinstance(one, Tensor) and torch.equal(one, other.layers[3](x))
+        )
 
 
 def test_refusals(tmp_path: Path) -> None:

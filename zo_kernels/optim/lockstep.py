@@ -81,7 +81,7 @@ class Lockstep:
                     one.turn.release()
                 for thread in threads:
                     thread.join()
-                self.away.gate = None
+                self.away.gate, self.away.gated = None, set()
         if self.error is not None:
             raise self.error
         return [one.result for one in self.forwards]
@@ -93,6 +93,7 @@ class Lockstep:
         one.random, one.done = self.rng.get(), True
 
     def _enter(self, one: Forward) -> None:
+        self.away.gated.add(threading.get_ident())
         self.rng.set(one.random)
         one.point.see()
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import copy
 import itertools
 import os
 import threading
@@ -34,7 +33,7 @@ from zo_kernels import parameters
 from zo_kernels.interrupts import uninterrupted
 from zo_kernels.views.files import CHUNK, Kept, Working
 from zo_kernels.views.memory import empty
-from zo_kernels.views.reads import Reads, walk
+from zo_kernels.views.reads import Reads, copied, walk
 from zo_kernels.views.shadow import QUIET
 from zo_kernels.views.work import Work
 
@@ -128,10 +127,12 @@ class Away:
         self.using: tuple[Block, ...] = ()  # by the function that is under way
         self.inside: set[int] = set()  # threads in which our own reads are under way
         self.gate: Callable[[tuple[Block, ...]], None] | None = None  # is asked before blocks are brought in (optim/lockstep.py)
+        self.gated: set[int] = set()  # the threads that have turns of their own there
         self.refuses: Callable[[Tensor], None] = lambda p: None  # is asked before a parameter is read as it stands
         self.process = os.getpid()
         self.thread: concurrent.futures.ThreadPoolExecutor | None = None
         self.lock = threading.RLock()
+        self.turn = threading.RLock()  # of the thread whose function reads: no other brings a block in its place
         self.working: Working | None = None
         if not self.host and self.every is not None:
             for block, start in zip(self.blocks, itertools.accumulate((b.size for b in self.blocks), initial=0), strict=False):
@@ -163,6 +164,21 @@ class Away:
         finally:
             if first:
                 self.inside.discard(me)
+
+    def reading(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """While a function reads a parameter of this name: no other thread brings a block in its place.
+
+        Raises:
+            RuntimeError: forwards of a step take turns, and this is none of their threads.
+        """
+        if self.gate is None:
+            return self.turn
+        if threading.get_ident() not in self.gated:
+            raise RuntimeError(
+                f"parameter {name} of an offloaded model is read in another thread while the forwards of a step take turns: run the model between steps, "
+                "or a resident copy of it, copy.deepcopy(model)"
+            )
+        return contextlib.nullcontext()
 
     # -- who is there --
 
@@ -221,7 +237,7 @@ class Away:
 
     @torch.no_grad()
     def _fetch(self, block: Block) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self.own():
             self._load(block)
 
     def wait(self) -> None:
@@ -381,10 +397,10 @@ class Watched(Reads):
         )
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
-        away, self.thread = self.away(), threading.get_ident()
-        if away is None or func in self.quiet:
-            return super().call(func, args, kwargs, found)
-        if func is copy.deepcopy:
+        away = self.away()
+        if away is None or func in self.quiet or threading.get_ident() in away.inside:
+            return self.serve(func, args, kwargs, found)
+        if func is copied:
             found = [args[0]]  # and not those in its memo
         own = [self.of[id(t)] for t in found]
         if func is Tensor.__reduce_ex__:
@@ -392,14 +408,12 @@ class Watched(Reads):
                 f"parameter {self.names[id(own[0])]} of an offloaded model cannot be pickled, and its state_dict() not be saved: its values come and "
                 "go with its block; copy.deepcopy(model) is a resident copy, and `Offloaded.parameters()` gives the values one after another"
             )
-        if self.thread in away.inside:
-            return super().call(func, args, kwargs, found)
         for p in own:
             away.refuses(p)
-        away.need(self.blocks[id(p)] for p in own)
-        self.thread = threading.get_ident()  # others may have had their turn
-        result = super().call(func, args, kwargs, found)
-        for one in walk(result):
-            if type(one) is Tensor and one.layout == torch.strided and one.untyped_storage().data_ptr() in self.slots:
-                self._alias(one, found[0])  # a view, which may be read when another block is there
-        return result.copy() if isinstance(result, np.ndarray) else result  # whose reads nobody sees
+        with away.reading(self.names[id(own[0])]):
+            away.need(self.blocks[id(p)] for p in own)
+            result = self.serve(func, args, kwargs, found)
+            for one in walk(result):
+                if type(one) is Tensor and one.layout == torch.strided and one.untyped_storage().data_ptr() in self.slots:
+                    self._alias(one, found[0])  # a view, which may be read when another block is there
+            return result.copy() if isinstance(result, np.ndarray) else result  # whose reads nobody sees

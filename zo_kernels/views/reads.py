@@ -16,7 +16,6 @@ Not noticed here: code that takes a tensor without asking (scripted functions, `
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import threading
@@ -76,8 +75,36 @@ def _noticed(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = Non
 
 
 def _deepcopy(self: Any, memo: Any) -> Any:
+    return _noticed(type(self), copied, (type(self),), (self, memo))
+
+
+def copied(t: Tensor, memo: Any) -> Any:
     """A copy is of the parameter's own class, with the values that the forward sees."""
-    return _noticed(type(self), copy.deepcopy, (type(self),), (self, memo))
+    result = _own.get(type(t), type(t)).__deepcopy__(t, memo)  # type: ignore[attr-defined]
+    Reads.leave(result)
+    return result
+
+
+class _OfTheirOwn:
+    """Tensors in their own classes for the time of a function. Other threads do not see them read."""
+
+    def __init__(self, found: list[Tensor]) -> None:
+        self.found = [(t, type(t)) for t in found]
+
+    def __enter__(self) -> None:
+        for t, watched in self.found:
+            t.__class__ = _own[watched]  # type: ignore[assignment]
+
+    def __exit__(self, *_: Any) -> None:
+        for t, watched in self.found:
+            t.__class__ = watched  # type: ignore[assignment]
+
+
+def _as_they_are(func: Any, found: list[Tensor]) -> Any:
+    """What a function builds of the type of a tensor is of its own class. Most ask for no class, and need no more than not to be noticed again."""
+    if getattr(func, "__module__", "") != torch._tensor.__name__ and all(_own[type(t)] in _PLAIN for t in found):
+        return torch._C.DisableTorchFunctionSubclass()
+    return _OfTheirOwn(found)
 
 
 class Reads:
@@ -135,18 +162,18 @@ class Reads:
         self.thread = None
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
-        """The function on the parameters as they are, in their own classes: what it builds of their type is of theirs."""
-        quiet = func in self.quiet
-        if threading.get_ident() != self.thread:
-            if not quiet:
-                self.other(self.of[id(found[0])])
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        classes = [type(t) for t in found]
-        try:
-            for t, watched in zip(found, classes, strict=True):
-                t.__class__ = _own[watched]  # type: ignore[assignment]
-            if quiet:
+        """The function on the parameters as they are, in the thread that began."""
+        if threading.get_ident() == self.thread:
+            return self.serve(func, args, kwargs, found)
+        if func not in self.quiet:
+            self.other(self.of[id(found[0])])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def serve(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
+        """The same, in whichever thread."""
+        with _as_they_are(func, found):
+            if func in self.quiet:
                 result = func(*args, **kwargs)
                 if func is Tensor.detach or func == _DATA:
                     self._alias(result, found[0])
@@ -159,9 +186,6 @@ class Reads:
                 if version(t) != before:
                     self.written(self.of[id(t)])
             return result
-        finally:
-            for t, watched in zip(found, classes, strict=True):
-                t.__class__ = watched  # type: ignore[assignment]
 
     def _alias(self, alias: Tensor, of: Tensor) -> None:
         """`alias` shares the memory of `of`: its reads count, in later forwards too, as long as it is there."""
@@ -190,6 +214,7 @@ class Reads:
 
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_PLAIN = (Tensor, torch.nn.Parameter)  # of which functions that know no classes give tensors
 
 
 def version(t: Tensor) -> int:

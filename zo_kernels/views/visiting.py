@@ -82,12 +82,17 @@ class Visiting(Scratch):
         self.away.need([*mine, *self.away.reads.blocks_of(others)])
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: Sequence[PerturbedWeight]) -> Any:
-        self._bring(found, walk((args, kwargs)))  # all that it reads: nothing comes in their place while it runs
-        return super().call(func, args, kwargs, found)
+        with self._reading(found):
+            self._bring(found, walk((args, kwargs)))  # all that it reads: nothing comes in their place while it runs
+            return super().call(func, args, kwargs, found)
 
     def kept(self, found: Sequence[PerturbedWeight]) -> list[Tensor]:
-        self._bring(found)
-        return super().kept(found)
+        with self._reading(found):
+            self._bring(found)
+            return super().kept(found)
+
+    def _reading(self, found: Sequence[PerturbedWeight]) -> contextlib.AbstractContextManager[Any]:
+        return self.away.reading(self.names[id(found[0].param)])
 
     def retag(self, mask_tag: int) -> None:
         self.away.wait()
