@@ -25,7 +25,7 @@ import harness
 import numpy as np
 import torch
 import transformers
-from cluster_model import Delays, frame, ring, rounds, run, slowest, visits
+from cluster_model import Delays, forwards, frame, ring, rounds, run, slowest, visits
 from zo_finetune import away, shapes
 
 from zo_kernels.offload import SMALL, split
@@ -183,14 +183,18 @@ class Plan:
         return visits([size / self.v[link] for size in shape.blocks], [whole * share for share in shares])
 
     def cell(self, shape: Shape) -> float:
-        """Of a worker that holds the weights if they fit, and otherwise has them in host memory: workers' forwards share no visits."""
-        if self.fits(shape):
-            return self.forward(shape.weights) + self.perturbing(shape.weights)
-        return self.visit(shape, HOST, 1)
+        return self.forward(shape.weights) + self.perturbing(shape.weights)
 
-    def updating(self, shape: Shape) -> float:
-        """What the update adds to a worker's step."""
-        return self.update(shape.weights) if self.fits(shape) else self.visit(shape, HOST, 1, 1) - self.visit(shape, HOST, 1)
+    def shares(self, shape: Shape, parallel: str, workers: int) -> list[list[int]]:
+        return cut(parallel, POINTS, BATCHES, workers, visited=not self.fits(shape))
+
+    def cells(self, shape: Shape, share: Sequence[int]) -> tuple[float, float]:
+        """Seconds of a worker's cells, and what the update adds. Who does not hold the weights has them in host memory."""
+        if self.fits(shape):
+            return len(share) * self.cell(shape), self.update(shape.weights)
+        served = forwards(share, BATCHES)
+        seconds = {count: self.visit(shape, HOST, count) for count in set(served)}
+        return sum(seconds[count] for count in served), self.visit(shape, HOST, served[0], 1) - seconds[served[0]]
 
     # -- the parts of the file --
 
@@ -275,12 +279,13 @@ class Plan:
 
     def step(self, shape: Shape, workers: int, parallel: str, delays: Delays, far: int, journal: bool = True) -> Any:
         """Seconds of `drawn` steps."""
-        shares = cut(parallel, POINTS, BATCHES, workers)
+        shares = self.shares(shape, parallel, workers)
         most = max(map(len, shares))
+        found = {share: self.cells(shape, share) for share in map(tuple, shares)}
         gather = self.ring(workers, far)
         seed = [SEED, workers, ("auto", "directions", "data", "both").index(parallel)]
-        made = slowest(shares, self.cell(shape), delays, self.drawn, np.random.default_rng(seed))
-        return made + (rounds(most, journal) * gather if workers > 1 else 0.0) + self.updating(shape)
+        made = slowest([found[tuple(share)][0] for share in shares], delays, self.drawn, np.random.default_rng(seed))
+        return made + (rounds(most, journal) * gather if workers > 1 else 0.0) + max(found.values())[1]
 
     def ring(self, workers: int, far: int) -> float:
         return ring(
@@ -295,7 +300,7 @@ class Plan:
         for workers in self.workers:
             hops = math.ceil(math.log2(workers)) if workers > 1 else 0
             gather = hops * (self.v["a far link"] + self.v["software of a link"]) + (self.v["software of a round"] if hops else 0.0)
-            shares = cut("auto", POINTS, BATCHES, workers)
+            shares = self.shares(shape, "auto", workers)
             here = statistics.mean(self.step(shape, workers, "auto", self.delays, 0))
             here -= rounds(max(map(len, shares))) * self.ring(workers, 0)
             value = here + rounds(max(map(len, shares))) * gather

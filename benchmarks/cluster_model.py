@@ -11,6 +11,7 @@ they start again, replay the journal, and go on with the step that was under way
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +30,16 @@ class Delays:
     pause: float = 0.0
 
 
-def slowest(shares: Sequence[Sequence[int]], cell: float, delays: Delays, steps: int, draw: np.random.Generator) -> Any:
-    """Seconds until the last worker has made its cells, of so many steps [steps]. Of n workers alike the latest is drawn at once: its distribution function is
-    one's to the power n."""
+def slowest(each: Sequence[float], delays: Delays, steps: int, draw: np.random.Generator) -> Any:
+    """Seconds until the last worker has made its cells, of so many steps [steps]. each: of each worker's cells, without delays. Of n workers alike the latest
+    is drawn at once: its distribution function is one's to the power n."""
     worst = np.zeros(steps)
-    sizes, counts = np.unique([len(share) for share in shares], return_counts=True)
-    for size, count in zip(sizes, counts, strict=True):
+    for own, count in zip(*np.unique(each, return_counts=True), strict=True):
         pausing = draw.binomial(count, delays.pauses, steps)
         for several, extra in ((count - pausing, 0.0), (pausing, delays.pause)):
             # 1 - U^(1/n), without losing what is near 1
             last = -np.log(-np.expm1(np.log(draw.random(steps)) / np.maximum(several, 1)))
-            worst = np.maximum(worst, np.where(several > 0, size * cell * (1 + delays.jitter * last) + extra, 0.0))
+            worst = np.maximum(worst, np.where(several > 0, own * (1 + delays.jitter * last) + extra, 0.0))
     return worst
 
 
@@ -52,6 +52,12 @@ def ring(workers: int, far: int, near_link: float, far_link: float, software: fl
     links = 0 if workers == 1 else workers - 1
     far = min(far, links)
     return far * far_link + (links - far) * near_link + links * software + (once if links else 0.0)
+
+
+def forwards(share: Sequence[int], batches: int) -> tuple[int, ...]:
+    """How many of a share's points each visit of the blocks serves: every one makes its next micro-batch."""
+    counts = Counter(cell // batches for cell in share).values()
+    return tuple(sum(count > visit for count in counts) for visit in range(max(counts)))
 
 
 def frame(share: int) -> int:

@@ -716,25 +716,38 @@ class TestCluster:
         draw = np.random.default_rng(0)
         for parallel, workers, most in (("directions", 3, 8), ("data", 3, 12), ("both", 3, 8), ("auto", 5, 5), ("both", 100, 1)):
             shares = cut(parallel, 6, 4, workers)
-            assert model.slowest(shares, 0.5, model.Delays(), 7, draw).tolist() == [0.5 * most] * 7
+            each = [0.5 * len(share) for share in shares]
+            assert model.slowest(each, model.Delays(), 7, draw).tolist() == [0.5 * most] * 7
 
     def test_the_latest_of_n_exponentials(self) -> None:
         """Its mean is the sum of 1/k, its variance that of 1/k^2; those whose share is smaller are none of the latest."""
         import cluster_model as model
 
         for workers in (1, 7, 1000):
-            shares = [[0, 1]] * workers + [[0]]
-            found = model.slowest(shares, 0.5, model.Delays(jitter=0.01), 20_000, np.random.default_rng(workers)) - 1
+            found = model.slowest([1.0] * workers + [0.5], model.Delays(jitter=0.01), 20_000, np.random.default_rng(workers)) - 1
             k = np.arange(1, workers + 1)
             assert abs(found.mean() - 0.01 * np.sum(1 / k)) < 4 * 0.01 * np.sqrt(np.sum(1 / k**2) / 20_000)
 
     def test_pauses(self) -> None:
         import cluster_model as model
 
-        found = model.slowest([[0]] * 50, 1.0, model.Delays(pauses=0.01, pause=3.0), 20_000, np.random.default_rng(0))
+        found = model.slowest([1.0] * 50, model.Delays(pauses=0.01, pause=3.0), 20_000, np.random.default_rng(0))
         late = 1 - 0.99**50
         assert set(found.tolist()) == {1.0, 4.0}
         assert abs((found - 1).mean() / 3 - late) < 4 * np.sqrt(late * (1 - late) / 20_000)
+
+    def test_what_a_visit_serves(self) -> None:
+        import cluster_model as model
+
+        for parallel, workers, visited, served in (
+            ("directions", 3, False, (2, 2, 2, 2)),
+            ("data", 4, False, (6,)),
+            ("both", 3, False, (2, 2, 2, 2)),
+            ("both", 3, True, (6, 2)),
+            ("auto", 4, True, (6,)),
+        ):
+            shares = cut(parallel, 6, 4, workers, visited)
+            assert model.forwards(shares[0], 4) == served and sum(served) == len(shares[0])
 
     def test_a_ring(self) -> None:
         import cluster_model as model
