@@ -553,6 +553,7 @@ claim(
 
 # docs/journal.md: sizes of the format, and limits of its reader
 J = "docs/journal.md"
+claim(J, "60 of 60 runs end in the undisturbed bits, through 75 deaths", "tests/crash.py: 60 of 60 runs, 75 deaths")
 claim(J, "28 or 32 bytes a step for plain MeZO", "tests/test_benchmarks.py::test_journal: record_bytes; 4 more for eps in place")
 claim(
     J,

@@ -1,6 +1,7 @@
 """Runs that die at random moments and are resumed: each must end with the bits of a run that nothing disturbed.
 
     python -m tests.crash --runs 200          last line: '200 of 200 runs, ... deaths (...), ... configurations'
+    python -m tests.crash --runs 60 --mode offloaded --mode "from disk" --mode "from disk, never written"      runs of these modes alone
 
 Every attempt is a fork of this process, which has torch loaded and no thread of its own. It dies from inside, at a closure, around half of a pass
 over the weights or in the middle of writing a record, or wherever the clock finds it: by an exception, by a signal whose Python handler raises
@@ -9,6 +10,8 @@ over the weights or in the middle of writing a record, or wherever the clock fin
 Behind an exception the process ends, or it goes on with the same optimizer. Then docs/faults.md and docs/journal.md say what must hold: in scratch
 mode the bits of the undisturbed run; in place, plain MeZO has the bits that its journal says, with the roundings of the failed attempt, and any
 other method refuses to go on without the base. In every case a copy of the journal as the death left it is resumed to the undisturbed bits.
+
+The second command with --seed 5 said: 60 of 60 runs, 75 deaths (..., kill 27, ...), 41 configurations.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +38,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from zo_finetune.away import write_tensors
 
 import zo_kernels as zk
 from zo_kernels import checks, journal, ops, update
@@ -45,6 +49,13 @@ MODES: dict[str, dict[str, Any]] = {
     "inplace": {"perturbation": "inplace"},
     "lazy": {"perturbation": "inplace", "lazy": True},
     "offloaded": {"perturbation": "scratch"},
+    "from disk": {"perturbation": "scratch"},
+    "from disk, never written": {"perturbation": "scratch"},
+}
+VISITING: dict[str, dict[str, Any]] = {  # what zk.offload is given
+    "offloaded": {"write_back": 2},
+    "from disk": {"write_back": 2},
+    "from disk, never written": {"write_back": 0},
 }
 STEPS = 24
 MOST_DEATHS = 3
@@ -85,7 +96,7 @@ METHODS: dict[str, Callable[..., zk.ZOStep]] = {
 }
 AWAY = ("MeZO", "ranked", "Adam recomputed")  # whose weights may be away
 MODES_OF = {name: ("scratch",) if name == "forward gradient" else tuple(MODES)[: 3 if name in PLAIN else 2] for name in METHODS}
-MODES_OF |= {name: (*MODES_OF[name], "offloaded") for name in AWAY}
+MODES_OF |= {name: (*MODES_OF[name], *VISITING) for name in AWAY}
 SIGNALS = {"interrupt": signal.SIGINT, "alarm": signal.SIGALRM, "term": signal.SIGTERM}
 
 
@@ -156,9 +167,9 @@ class Form:
     rounding: str
 
     @classmethod
-    def drawn(cls, draw: random.Random, number: int) -> Form:
+    def drawn(cls, draw: random.Random, number: int, among: Collection[str] = tuple(MODES)) -> Form:
         """Methods and modes in turn, the rest by chance."""
-        turns = [(name, mode) for name, modes in MODES_OF.items() for mode in modes]
+        turns = [(name, mode) for name, modes in MODES_OF.items() for mode in modes if mode in among]
         method, mode = turns[number % len(turns)]
         model = draw.choice(list(MODELS))
         dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if model == "layers" else 2]
@@ -167,16 +178,21 @@ class Form:
     @property
     def refuses(self) -> bool:
         """Whether an interrupted step may leave weights that no record describes, so that the next one refuses to go on."""
-        return self.mode not in ("scratch", "offloaded") and self.method not in PLAIN
+        return self.mode not in ("scratch", *VISITING) and self.method not in PLAIN
 
     def base(self) -> Model:
         return Model(self.model, self.dtype)
 
+    def file(self, folder: Path) -> Path:
+        """Of the weights that a run begins with, where they come from disk."""
+        return folder / f"{self.model}.{str(self.dtype).removeprefix('torch.')}.safetensors"
+
     def optimizer(self, model: Model, path: Path) -> zk.ZOStep:
         settings = {"lr": 1e-3, "eps": 1e-2, "weight_decay": 0.1, "seed": 4, "rounding": self.rounding, **MODES[self.mode]}
-        if self.mode == "offloaded":  # each layer is a block
+        if self.mode in VISITING:  # each layer is a block
             layers = [f"inner.{name}" for name, layer in model.inner.named_children() if any(True for _ in layer.parameters())]
-            zk.offload(model, blocks=layers, write_back=2, together=self.rounding == "nearest")
+            disk: dict[str, Any] = {"source": self.file(path.parent), "folder": path.parent} if self.mode != "offloaded" else {}
+            zk.offload(model, blocks=layers, together=self.rounding == "nearest", **disk, **VISITING[self.mode])
         if self.method == "forward gradient":
             del settings["eps"]
         return METHODS[self.method](model, journal=path, resume=True, **settings)
@@ -419,7 +435,7 @@ def wrong(form: Form, path: Path, expected: list[Tensor]) -> str:
         return "the replay has other bits"
     went_on = then(path).exists()
     if len(past) > STEPS:  # failed attempts, whose roundings are those of the run that went on
-        if form.mode in ("scratch", "offloaded") or form.refuses or not went_on:
+        if form.mode in ("scratch", *VISITING) or form.refuses or not went_on:
             return "failed attempts in the journal"
     elif not same(weights, expected):
         return "other bits than undisturbed"
@@ -433,18 +449,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", action="append", choices=MODES, help="of this one alone, or of these; by default all are taken")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # a fork takes no threads along
     # The first optimizer of a process has torch import its compiler, which each child would do, and which cut short cannot be done again.
     zk.MeZOStep(Model("layers", torch.float32), 1e-3)
     known: dict[Form, Undisturbed] = {}
+    given: dict[Path, bytes] = {}
     good = 0
     deaths: Counter[str] = Counter()
     folder = Path(tempfile.mkdtemp(prefix="crash."))
     for number in range(options.runs):
         draw = random.Random(options.seed * 1_000_003 + number)
-        form = Form.drawn(draw, number)
+        form = Form.drawn(draw, number, options.mode or tuple(MODES))
         if form not in known:
+            file = form.file(folder)
+            if not file.exists():
+                write_tensors(file, list(form.base().named_parameters()))
+                given[file] = file.read_bytes()
             known[form] = undisturbed(form, folder / f"undisturbed.{len(known)}.zoj")
         path = folder / f"{number}.zoj"
         story: list[Death] = []
@@ -460,6 +482,8 @@ def main(arguments: list[str] | None = None) -> int:
                     left.unlink()
         deaths.update(map(str, story))
         found = wrong(form, path, known[form].weights)
+        if form.file(folder).read_bytes() != given[form.file(folder)]:
+            found = "the file of the base was written to"
         good += not found
         if found:
             print(f"run {number} of seed {options.seed}: {form}, {story}: {found}; kept in {folder}", flush=True)
