@@ -490,6 +490,38 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
             assert name in ("ValueError", "TypeError") and want in text, (want, text)
 
 
+def test_forwards_of_ddp_change_no_bit(tmp_path: Path) -> None:
+    """Of a module that an optimizer does not see: without gradients DDP hands out its buffers once, before the first forward, which every worker makes, and
+    then runs the module, on some workers more often than on others."""
+
+    def of(model: nn.Module) -> nn.Module:
+        model.register_buffer("count", torch.arange(3.0))
+        return model
+
+    def run(model: nn.Module, optimizer: zk.ZOStep) -> str:
+        for k in range(3):
+            optimizer.step(model, batches_of(k, F32)[:1])
+            model(batches_of(k, F32)[0]).backward()  # after which DDP hands them out again
+        return bits_of(model)
+
+    options: dict[str, Any] = {"queries": 2, "one_sided": True}  # three forwards
+
+    def work(rank: int) -> list[Any]:
+        found = []
+        for inside in (False, True):
+            module = of(Model())
+            ddp = nn.parallel.DistributedDataParallel(module)
+            given: Any = module if inside else ddp.named_parameters()
+            found.append(run(ddp, shared(given, perturbation="scratch" if inside else "inplace", **options)))
+        return found
+
+    want = []
+    for mode in ("inplace", "scratch"):
+        model = of(Model())
+        want.append(run(model, zk.MeZOStep(model, lr=1e-3, perturbation=mode, **options)))
+    assert results(cluster(2, work, tmp_path)) == [want] * 2
+
+
 def test_a_copy_steps_alone(tmp_path: Path) -> None:
     def work(rank: int) -> bool:
         model = Model()

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, _utils, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -109,6 +109,87 @@ def alone(name: str, dtype: torch.dtype, mode: str = "inplace", kind: type[Model
         warnings.simplefilter("ignore")
         steps(optimizer_of(name, model, perturbation=mode), model, 20, dtype)
     return weights_of(model)
+
+
+class Even(Model):
+    """Whose columns four processes divide, as FSDP wants it of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(13, 36), nn.LayerNorm(36), nn.Linear(36, 4)
+        draw = torch.Generator().manual_seed(9)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=draw)
+
+
+class Adapted(nn.Module):
+    """A frozen layer beside an adapter of low rank."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = (
+            base.requires_grad_(False),
+            nn.Linear(base.in_features, 3, False),
+            nn.Linear(3, base.out_features, False),
+        )
+        draw = torch.Generator().manual_seed(9)
+        for p in (self.down.weight, self.up.weight):
+            p.data = torch.randn(p.shape, generator=draw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+def frozen_norm() -> Any:
+    model = Model()
+    model.norm.requires_grad_(False)
+    return model
+
+
+def adapted() -> Any:
+    model: Any = frozen_norm()
+    model.a, model.b = Adapted(model.a), Adapted(model.b)
+    return model
+
+
+def prefetched(model: Any, line: DeviceMesh, grid: DeviceMesh) -> None:
+    shard(model, line).set_modules_to_forward_prefetch([model.a, model.b])
+
+
+def without_norm(model: Any, line: DeviceMesh, grid: DeviceMesh) -> None:
+    shard(model, line, ignored_params=set(model.norm.parameters()))
+
+
+def by_columns(model: Any, mesh: DeviceMesh) -> None:
+    shard(model, mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (4, 36) else None)
+
+
+# What FSDP2 can be told, each with one method: the model, and how it is sharded over four processes, in a line or as two copies of two parts each.
+FORMS: dict[str, tuple[str, Callable[[], Any], Callable[[Any, DeviceMesh, DeviceMesh], Any]]] = {
+    "prefetch": ("Momentum", Model, prefetched),
+    "copies": ("Momentum", Model, lambda model, line, grid: shard(model, grid)),
+    "copies, kept by number": ("MeZO", Model, lambda model, line, grid: shard(model, grid, reshard_after_forward=2)),
+    "on the host": (
+        "moments",
+        Model,
+        lambda model, line, grid: shard(model, line, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    ),
+    "columns": ("Momentum", Even, lambda model, line, grid: by_columns(model, line)),
+    "columns of copies": ("MeZO", Even, lambda model, line, grid: by_columns(model, grid)),
+    "ignored": ("Momentum", Model, without_norm),
+    "ignored and frozen": ("Momentum", frozen_norm, without_norm),
+    "adapters": ("Adam", adapted, lambda model, line, grid: shard(model, line)),
+    "adapters of copies": ("Momentum", adapted, lambda model, line, grid: shard(model, grid)),
+}
+
+
+@functools.cache
+def few(name: str, make: Callable[[], Any], mode: str) -> tuple[list[Tensor], float]:
+    """The unsharded run of four steps, and how far the last one moved a weight."""
+    model = make()
+    optimizer = optimizer_of(name, model, perturbation=mode)
+    steps(optimizer, model, 4)
+    return weights_of(model), optimizer.movement()
 
 
 def state_alone() -> dict[str, Any]:
@@ -281,6 +362,16 @@ def checkpoint(folder: Path, model: nn.Module, optimizer: zk.ZOStep, save: bool)
     set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
 
 
+def forms(line: DeviceMesh, grid: DeviceMesh) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for form, (name, make, wrap) in FORMS.items():
+        model = make()
+        wrap(model, line, grid)
+        optimizer = run(name, model, upto=4, mode="auto")
+        found[form] = optimizer._recording.mode, weights_of(model), optimizer.movement()
+    return found
+
+
 def four(rank: int, folder: Path) -> dict[str, Any]:
     line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     found: dict[str, Any] = {"noise": noise(line) + noise(grid)}
@@ -301,6 +392,12 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
     model = shard(parallel(Model(), grid["tensor"]), grid["data"])
     run("moments", model, mode="scratch", journal=folder / "moments.zoj").close_journal()
     found["moments"] = weights_of(model)
+    found["forms"] = forms(line, grid)
+    model = shard(Model(), grid)
+    optimizer = run("MeZO", model, upto=1, mode="scratch")
+    if rank > 1:
+        shards.memory_of(model.a.weight).detach().add_(1)  # of one of two copies
+    found["a copy"] = raised(functools.partial(steps, optimizer, model, 2))
     return found
 
 
@@ -345,7 +442,6 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     found["trained"] = raised(lambda: optimizer.step(model, batches_of(0, F32)))
     frozen.norm.weight.requires_grad_()
     part = shards.memory_of(frozen.a.weight).detach()
-    clean = part.clone()
     optimizer.step(model, batches_of(0, F32))
     if rank:
         part.add_(1)  # a part is its owner's to write to, and everyone's weight
@@ -361,9 +457,21 @@ def refusals(model: nn.Module, rank: int) -> dict[str, str]:
     if rank:
         whole.norm.weight.detach().add_(1)
     found["written"] = raised(lambda: beside.step(whole, batches_of(0, F32)))
+    moving = optimizer_of("Momentum", model, process_group=dist.group.WORLD, timeout=20)
+    moving.step(model, batches_of(0, F32))
+    found["movement"] = raised(moving.movement if rank else lambda: moving.step(model, batches_of(0, F32)))
+    replaced = shard(Model(), init_device_mesh("cpu", (2,)))
+    old = run("MeZO", replaced, upto=10, mode="scratch")
+    replaced.load_state_dict({n: t.clone() for n, t in replaced.state_dict().items()}, assign=True)
+    found["assign"] = raised(lambda: steps(old, replaced, 11))
+    optimizer = optimizer_of("MeZO", replaced, process_group=dist.group.WORLD, timeout=20, perturbation="scratch")
+    optimizer.load_state_dict(old.state_dict())
+    steps(optimizer, replaced, 20)
+    assert same(weights_of(replaced), alone("MeZO", F32, "scratch"))
+    optimizer = begin()()
+    optimizer.step(model, batches_of(0, F32))
     for p, whole in zip(model.parameters(), before, strict=True):
         shards.memory_of(p).detach().copy_(shards.memory_of(distribute_tensor(whole, p.device_mesh, p.placements)))  # type: ignore[attr-defined]
-    assert same([part], [clean])
     hidden = batches_of(rank, F32)
     found["losses"] = raised(lambda: optimizer.step(lambda: model(hidden[0])))
 
@@ -454,6 +562,18 @@ def test_what_is_gathered_is_perturbed_once(ends: Ends) -> None:
             assert "b.weight was replaced" in told["replace"]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_fsdp_can_be_told_changes_no_bit(ends: Ends, form: str) -> None:
+    """Nor how far a step moved a weight, which every process says alike, read of the state or not."""
+    name, make, _ = FORMS[form]
+    for found in ends[1]:
+        mode, weights, moved = found["forms"][form]
+        assert mode == ("inplace" if form == "ignored" else "scratch")
+        want, movement = few(name, make, mode)
+        assert same(weights, want) and moved == movement > 0
+        assert re.match(r"WorkerError: worker 2, 3 differs from worker 0 in parameter a.weight: ", found["a copy"])
+
+
 def test_checkpoints_and_journals_go_on_over_another_mesh(ends: Ends) -> None:
     """Saved after 10 of 20 steps on four processes, loaded on two, with another seed before; a journal of four, resumed on two."""
     for found in ends[2]:
@@ -507,6 +627,8 @@ def test_what_is_refused(ends: Ends) -> None:
         "compared": f"{3 * 8 * sharing.FRAME}$",
         "begun": f"{5 * 8 * sharing.FRAME}$",
         "written": "WorkerError: worker 1 differs from worker 0 in parameter norm.weight: ",
+        "movement": "WorkerError: worker 1 differs from worker 0 in what it is at: the movement of a step there, the beginning of a step on",
+        "assign": "RuntimeError: 6 parameters are no longer in the model .* Make a new optimizer of the model",
         "losses": "WorkerError: worker 1 found other losses than worker 0 ",
     }
     for found in ends[2]:

@@ -4,7 +4,8 @@ Belongs here: the root mean square of an update, over the weights that take part
 for rules with a state of that. Does not belong here: the update (rules.py, run.py), what a user is told (findings.py).
 
 An update along sum c_i z_i whose z have E z^2 = 1 moves a weight by sqrt(sum c_i^2): no weight is read for that. The host waits for numbers that lie on a
-device here, and not in the step. What decays, and what a projection moves, is no part of it.
+device here, and not in the step. What decays, and what a projection moves, is no part of it. A state of sharded weights is gathered, one weight at a time, for
+the bits of an unsharded run: all processes ask for it.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from dataclasses import replace
 
 import torch
 
+from zo_kernels import shards
 from zo_kernels.optim import rules
 from zo_kernels.optim.decision import Share
 from zo_kernels.optim.run import Run
+from zo_kernels.optim.workers import Workers
 from zo_kernels.parameters import Member, Weights
 from zo_kernels.plan import RandomMask
 
 
-def movement(run: Run, groups: Sequence[Weights]) -> float:
+def movement(run: Run, groups: Sequence[Weights], workers: Workers | None) -> float:
     """Of the run's last step; NaN before the first, and where the rule's numbers do not tell.
 
     Args:
         groups: the weights that took part, as the step had them.
+
+    Raises:
+        WorkerError: one process asks alone for what is kept of sharded weights.
     """
     if (done := run.last) is None:
         return math.nan
+    if workers is not None and workers.alike and isinstance(run.method.rule, rules.Momentum) and run.method.rule.stateful:
+        workers.round("the movement of a step")
     square = count = 0.0
     for k, weights in enumerate(groups[: len(done.decay)]):
         share = done.share(k, (), run.method.own)
@@ -66,8 +74,15 @@ def _unknown(run: Run, share: Share, weights: Weights) -> float:
 
 def _held(run: Run, weights: Weights, what: str) -> float:
     """The sum of the squares of a group's states of this name, each read once."""
-    found = [run.rule.tensors.get(name, {}).get(what) for name in weights.names]
-    return sum(float(torch.linalg.vector_norm(t, dtype=torch.float32)) ** 2 for t in found if t is not None)
+    square = 0.0
+    for m in weights.members:
+        t = run.rule.tensors.get(m.name, {}).get(what)
+        if m.whole is not None:  # whoever has an empty part has no state of it
+            part = t if t is not None else torch.zeros(m.tensor.numel(), dtype=run.method.rule.keeps[what], device=m.tensor.device)
+            t = shards.whole(shards.as_part(m.whole, part)).reshape(-1)
+        if t is not None:
+            square += float(torch.linalg.vector_norm(t, dtype=torch.float32)) ** 2
+    return square
 
 
 def _momentum(run: Run, share: Share, weights: Weights) -> float:

@@ -244,11 +244,7 @@ class ZOStep(torch.optim.Optimizer):
         sharded.found(view, self.workers)
         there = {view.names[id(p)] for _, _, p in view.places}
         if lost := sorted(self._owned & set(view.names.values()) - there):
-            raise RuntimeError(
-                f"{len(lost)} parameters are no longer in the model ({', '.join(lost[:3])}): they were replaced (untied, "
-                "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new optimizer "
-                "of the model; load_state_dict(old.state_dict()) goes on with the run"
-            )
+            raise views.gone(lost)
         if self._run.method.anchor is not None:
             self._run.method.anchor.check(view.params)
         if self._recording.recorder is not None:
@@ -384,11 +380,11 @@ class ZOStep(torch.optim.Optimizer):
         decay and projection. It is what a learning rate is best chosen by (docs/learning.md).
 
         From the step's numbers, sqrt(sum c_i^2) of their coefficients times what z measures, exact in expectation over z, and no weight is read. `Momentum`
-        and LOZO-M read their state, of sharded weights a process's part; of `Adam` it is about the rate that its averages leave: what |g| of one size would
-        come to. 0.0 of a step that was skipped, NaN before the first step and after `load_state_dict`. On a GPU the host waits for the step's numbers here.
+        and LOZO-M read their state, which of sharded weights all processes ask for; of `Adam` it is about the rate that its averages leave: what |g| of one
+        size would come to. 0.0 of a skipped step, NaN before the first step and after `load_state_dict`. On a GPU the host waits for the step's numbers.
         """
         groups = self._views.now.groups if self._views.now is not None else []
-        return movement.movement(self._run, groups)
+        return movement.movement(self._run, groups, self.workers)
 
     def tags_of(self, step: int) -> list[int]:
         """The tags of the directions of the run's step number `step` (0: the first): z_i of a parameter is

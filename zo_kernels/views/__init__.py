@@ -9,7 +9,7 @@ Of sharded ones FSDP2's copies are perturbed (gathered.py).
 """
 
 from zo_kernels.views.away import Away, Block, away_of, place_of, there
-from zo_kernels.views.base import View, as_in_training, changed
+from zo_kernels.views.base import View, as_in_training, changed, gone
 from zo_kernels.views.gathered import GatheredCopies
 from zo_kernels.views.inplace import InPlace
 from zo_kernels.views.memory import Owners, written
@@ -41,6 +41,7 @@ __all__ = [
     "away_of",
     "can_serve",
     "changed",
+    "gone",
     "place_of",
     "there",
     "written",

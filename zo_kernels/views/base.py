@@ -31,6 +31,14 @@ def changed(name: str, how: str) -> RuntimeError:
     )
 
 
+def gone(names: Sequence[str]) -> RuntimeError:
+    return RuntimeError(
+        f"{len(names)} parameters are no longer in the model ({', '.join(names[:3])}): they were replaced (untied, "
+        "load_state_dict(assign=True), a conversion), and the optimizer would train what no forward reads. Make a new optimizer "
+        "of the model; load_state_dict(old.state_dict()) goes on with the run"
+    )
+
+
 class View(abc.ABC):
     """What all ways share: the parameter groups, and the update of the clean weights.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zo_kernels import ops, shards
 from zo_kernels.parameters import Member, Weights
 from zo_kernels.plan import Entry, Pass, Plan
-from zo_kernels.views.base import View, changed
+from zo_kernels.views.base import View, changed, gone
 from zo_kernels.views.reads import version
 from zo_kernels.views.shadow import Placed
 from zo_kernels.views.work import Shift
@@ -74,7 +74,7 @@ class GatheredCopies(View):
     Every process makes the view at the same time: each weight is gathered once.
 
     Raises:
-        ValueError: one is not gathered, or in another dtype; names it.
+        ValueError: one is not gathered, or in another dtype; names it. RuntimeError: the model has others in their place.
     """
 
     mode = "scratch"
@@ -83,6 +83,9 @@ class GatheredCopies(View):
     def __init__(self, groups: Sequence[Weights], model: nn.Module, **options: Any) -> None:
         super().__init__(groups, model, **options)
         self.passes: list[Pass | None] = [None] * len(groups)
+        there = set(map(id, model.parameters()))
+        if lost := sorted(m.name for w in groups for m in w.members if id(m.param) not in there):
+            raise gone(lost)
         found = shards.wholes(model, [m.param for w in groups for m in w.members])
         parts: dict[int, Gathered] = {}
         for k, weights in enumerate(groups):
