@@ -7,6 +7,8 @@ pass (plan.py), checks that one caller alone makes, which stand beside it.
 from __future__ import annotations
 
 import bisect
+import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +35,36 @@ def check_choice(name: str, value: Any, choices: Iterable[str], **elsewhere: str
     if value not in choices:
         hint = f"; {value!r} is {elsewhere[value]}" if isinstance(value, str) and value in elsewhere else ""
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{hint}")
+
+
+def check_options(cls: type, given: Iterable[str]) -> None:
+    """The keyword arguments of a class of ours, which hands those that it has not on to the one before it; another's says itself what it takes.
+
+    Raises:
+        TypeError: none of them takes one of these; names it, and what is close to it.
+    """
+    if not cls.__module__.startswith("zo_kernels."):
+        return
+    known = [
+        parameter.name
+        for one in cls.__mro__
+        if one.__module__.startswith("zo_kernels.") and "__init__" in vars(one)
+        for parameter in inspect.signature(vars(one)["__init__"]).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name != "self"
+    ]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(dict.fromkeys(known))}"
+            raise TypeError(f"{cls.__name__} has no argument {name!r}: {hint}")
+
+
+class InitSignature:
+    """`__signature__` of classes whose `__new__` takes anything, to be looked at: that of their `__init__`."""
+
+    def __get__(self, _: Any, cls: type) -> inspect.Signature:
+        own = inspect.signature(vars(next(one for one in cls.__mro__ if "__init__" in vars(one)))["__init__"])
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 def check_fp32(name: str, value: Any) -> float:

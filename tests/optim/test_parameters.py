@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,3 +328,33 @@ def test_a_member_that_is_a_part_of_a_tensor_has_the_noise_of_its_place() -> Non
     )
     ops.run(weights.plans, Pass(5, [3], [1e-2]))
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (zk.MeZOStep, {"lr_": 1.0}, "MeZOStep has no argument 'lr_': did you mean lr?"),
+        (zk.ZOAdam, {"lr": 1.0, "beta": (0.9, 0.99)}, "ZOAdam has no argument 'beta': did you mean betas?"),
+        (zk.ZOStep, {"lr": 1.0, "peturbation": "auto"}, "ZOStep has no argument 'peturbation': did you mean perturbation?"),
+        (
+            zk.LOZO,
+            {"lr": 1.0, "qqq": 2},
+            "LOZO has no argument 'qqq': there are model_or_params, lr, eps, rank, every, momentum, seed",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_that_there_are_not(cls: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        cls(nn.Linear(2, 2), **options)
+
+
+def test_what_a_class_of_a_users_takes_is_its_own() -> None:
+    class Mine(zk.MeZOStep):
+        def __init__(self, model: nn.Module, **options: Any) -> None:
+            self.mine = options.pop("mine")
+            super().__init__(model, **options)
+
+    assert Mine(nn.Linear(2, 2), lr=1e-3, mine=3).mine == 3
+    assert list(inspect.signature(Mine).parameters) == ["model", "options"]
+    assert list(inspect.signature(zk.MeZOStep).parameters) == ["model_or_params", "lr", "eps", "queries", "one_sided", "more"]

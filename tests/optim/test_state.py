@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,44 @@ def test_a_state_goes_on_in_its_direction() -> None:
     go_on(up, step, 4)
     go_on(other, loaded, 4)
     assert same(up, other)
+
+
+@pytest.mark.parametrize(
+    ("mine", "differs"),
+    [
+        ({"lr": 2e-3}, r"lr 0.001 \(made with 0.002\)\. "),
+        ({"eps": 0.3}, rf"eps {EPS:g} \(made with 0.3\)\. "),
+        ({"seed": 7}, r"seed 3 \(made with 7\)\. "),
+        ({"maximize": True, "seed": 7}, r"seed 3 \(made with 7\), maximize of group 0 False, maximize of group 1 False\. "),
+        ({"weight_decay": 0.2}, r"weight_decay of group 0 0.1 \(made with 0.2\)\. "),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_numbers_counts_and_is_told(mine: dict[str, Any], differs: str) -> None:
+    """As torch's optimizers take them."""
+    decay = 0.1 if {"weight_decay", "maximize"} & set(mine) else 0.0
+    made = {"lr": 1e-3, "eps": EPS, "seed": 3, "weight_decay": decay}
+    model, other = Tiny(), Tiny()
+    step, loading = zk.MeZOStep(model, **made), zk.MeZOStep(other, **{**made, **mine})
+    with pytest.warns(zk.ZOWarning, match=differs) as told:
+        loading.load_state_dict(saved(step.state_dict()))
+    assert told[0].filename == __file__
+    go_on(model, step, 3)
+    go_on(other, loading, 3)
+    assert same(model, other)
+
+
+def test_a_state_of_the_same_numbers_and_a_scheduler_is_no_news() -> None:
+    model, other = Tiny(), Tiny()
+    step, loading = zk.MeZOStep(model, 1e-3, EPS), zk.MeZOStep(other, 1e-3, EPS)
+    scheduler = torch.optim.lr_scheduler.StepLR(step, 1)
+    go_on(model, step, 2)
+    scheduler.step()
+    assert step.param_groups[0]["lr"] < 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", zk.ZOWarning)
+        loading.load_state_dict(saved(step.state_dict()))
+    assert loading.param_groups[0]["lr"] == step.param_groups[0]["lr"]
 
 
 # ---- states that do not fit ---------------------------------------------------------------------------------------------

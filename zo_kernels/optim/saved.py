@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import parameters, shards
+from zo_kernels.optim.findings import ZOWarning
 from zo_kernels.optim.groups import check_group
 from zo_kernels.optim.method import describe
 from zo_kernels.optim.refresh import trained
@@ -153,15 +155,34 @@ def _alike(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def tell(run: Run, mine: Groups, loaded: Loaded) -> None:
+    """Warn where a state has other numbers than the optimizer that loads it: those are the run's. A rate is the one before any scheduler."""
+    found = [f"seed {loaded.run.seed} (made with {run.seed})"] if loaded.run.seed != run.seed else []
+    for k, groups in enumerate(zip(mine, loaded.groups, strict=True)):
+        where = f" of group {k}" if len(mine) > 1 else ""
+        for what in ("lr", "eps", "weight_decay", "maximize"):
+            own, theirs = ({**g, "lr": g.get("initial_lr", g["lr"])}[what] for g in groups)
+            if float(own) != float(theirs):
+                values = f"{theirs}" if what == "maximize" else f"{float(theirs):g} (made with {float(own):g})"
+                found.append(f"{what}{where} {values}")
+    if found:
+        warnings.warn(
+            f"load_state_dict(): the state's numbers count from here on, as in torch's optimizers, and are others than this optimizer has: {', '.join(found)}. "
+            "Numbers that are set in param_groups afterwards stay; the noise of a run has one seed",
+            ZOWarning,
+            stacklevel=3,
+        )
+
+
 # ---- back -------------------------------------------------------------------------------------------------------------
 
 
-class _Refused(ValueError):
-    """A refusal that says what is wrong, beside those of what a damaged state makes fail."""
+class StateError(ValueError):
+    """A state that an optimizer cannot go on from: the text says why, and what to do."""
 
 
-def _refuse(why: str) -> _Refused:
-    return _Refused(f"state_dict {why}")
+def _refuse(why: str) -> StateError:
+    return StateError(f"state_dict {why}")
 
 
 def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
@@ -202,7 +223,7 @@ def read(run: Run, param_groups: Groups, state_dict: Any) -> Loaded:
         if found.unit is not None:
             found.unit.load(contents["scale_free"])
         found.past.extend(torch.tensor(float(g), dtype=torch.float64, device="cpu") for g in contents["past"])
-    except _Refused:
+    except StateError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         raise _refuse(f"is damaged, or of a version that this one does not know: {type(error).__name__}: {error}") from error

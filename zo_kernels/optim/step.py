@@ -16,7 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,10 @@ class ZOStep(torch.optim.Optimizer):
         TypeError, ValueError: an argument is wrong, or parts make no sense together; names it, its value and the remedy.
     """
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        checks.check_options(cls, options)
+        return super().__new__(cls)
+
     def __init__(
         self,
         model_or_params: Any,
@@ -210,6 +214,7 @@ class ZOStep(torch.optim.Optimizer):
     # -- the step --
 
     profile_hook_step = staticmethod(hooks.around)
+    __signature__ = checks.InitSignature()
 
     def _begin(self, run: Run) -> None:
         """What belongs to a run, and to this object alone."""
@@ -525,6 +530,7 @@ class ZOStep(torch.optim.Optimizer):
                 "the journal"
             )
         check_signs(loaded.groups, self._run.method, self._first_order)
+        saved.tell(self._run, self.param_groups, loaded)
         self.flush()
         with interrupts.uninterrupted():
             self.param_groups, self.state = loaded.groups, defaultdict(dict, loaded.state)
@@ -581,9 +587,7 @@ class ZOStep(torch.optim.Optimizer):
         self._guard()
 
     def __copy__(self) -> ZOStep:
-        raise TypeError(
-            "a shallow copy would step the same weights with the same noise: copy.deepcopy((model, optimizer)) copies both"
-        )
+        raise TypeError("a shallow copy would step the same weights with the same noise: give copy.deepcopy((model, optimizer))")
 
 
 _NO_RECORD = "journal with first_order: gradients by backpropagation are no record of scalars; save checkpoints of both optimizers"
