@@ -510,10 +510,26 @@ claim(
 claim(S, "in parentheses 5 to 95 % of the simulated steps", "benchmarks/cluster.py: [0.05, 0.95]")
 claim(
     S,
-    "a step of the 7B shape takes {:.1f} s with one worker, {:.2f} s with 128 in one room, {:.1f} s with 16 that are scattered, and {:.1f} s with 128 of those",
+    "A step of the 7B shape takes {:.1f} s with one worker, {:.2f} s with 128 in one room, and {:.2f} s with 128 that are far apart",
     f"{PLAN}: workers",
-    lambda: [a_step("llama-2-7b", *way) for way in (("one room", 1), ("one room", 128), ("everywhere", 16), ("everywhere", 128))],
+    lambda: [a_step("llama-2-7b", *way) for way in (("one room", 1), ("one room", 128), ("far apart", 128))],
 )
+claim(
+    S,
+    "would cross all links but one: {:.1f} s with those 128. A tree would cross one more than it has levels: {:.2f} s",
+    f"{PLAN}: workers",
+    lambda: [a_step("llama-2-7b", f"far apart, by a {kind}", 128) for kind in ("ring", "tree")],
+)
+claim(
+    S,
+    "Sending to each costs software for each: {:.1f} ms a round of 128, beside {:.0f} ms of one forward",
+    f"{PLAN}: input, cell",
+    lambda: [
+        1e3 * (127 * plan("software of a message, losses", "input") + plan("software of a round, losses", "input")),
+        1e3 * plan("a forward", "cell", shape="llama-2-7b"),
+    ],
+)
+claim(S, "in a network of its own, with 40 ms from any one to any other", "benchmarks/ranks.py: LINK = 0.04")
 claim(
     S,
     "comes out at {:.0f} % of what was measured, forwards run at {:.0f} % of the data sheet's peak",

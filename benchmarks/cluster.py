@@ -25,7 +25,7 @@ import harness
 import numpy as np
 import torch
 import transformers
-from cluster_model import Delays, forwards, frame, ring, rounds, run, slowest, visits
+from cluster_model import EXCHANGES, Delays, exchange, forwards, frame, links, messages, rounds, run, slowest, visits
 from zo_finetune import away, shapes
 
 from zo_kernels.offload import SMALL, split
@@ -70,12 +70,6 @@ def inputs(results: Path) -> dict[str, Input]:
     write, of_write = of("gpu_pass", **big, feature="out of place")
     plain, stochastic, several = (of("gpu_pass", **big, feature=f)[0] for f in ("K=1", "stochastic", "K=8"))
     update = float(several["median_s"]) + float(stochastic["median_s"]) - float(plain["median_s"])
-    exchanges = [r for r in harness.read_csv(results / "ranks.csv") if r["question"] == "round"]
-    rounds_of = {int(r["ranks"]): float(r["cpu_median_s"]) / int(r["ranks"]) for r in exchanges}
-    of_rounds = (
-        f"ranks.csv, commit {exchanges[0]['commit']}: round, {', '.join(map(str, rounds_of))} processes: processor time of one"
-    )
-    link, once = np.polyfit([ranks - 1 for ranks in rounds_of], list(rounds_of.values()), 1)
     return {
         "operations of forwards": Input(
             2 * 2 * int(forwards["weights"]) * tokens / float(forwards["median_s"]), "1/s", "measured",
@@ -89,8 +83,7 @@ def inputs(results: Path) -> dict[str, Input]:
         "a step of opt-1.3b": Input(float(step["median_s"]), "s", "measured", of_step),
         "two forwards of opt-1.3b": Input(float(forwards["median_s"]), "s", "measured", of_forwards),
         "weights of opt-1.3b": Input(float(forwards["weights"]), "", "counted", of_forwards),
-        "software of a link": Input(float(link), "s", "measured", f"{of_rounds}, by links"),
-        "software of a round": Input(float(once), "s", "measured", "the same, what does not grow with them"),
+        **of_exchanges(harness.read_csv(results / "ranks.csv")),
         "memory": Input(80e9, "bytes", "published", "NVIDIA H100 SXM, data sheet"),
         "peak of forwards": Input(989.4e12, "1/s", "published", "NVIDIA H100 SXM, data sheet: bf16, dense"),
         HOST: Input(64e9, "bytes/s", "published", "PCIe 5.0 x16, one direction: half of the data sheet's 128 GB/s"),
@@ -108,6 +101,33 @@ def inputs(results: Path) -> dict[str, Input]:
         "pauses": Input(1e-4, "", "assumed", "of a worker and step"),
         "a pause": Input(5.0, "s", "assumed", ""),
     }  # fmt: skip
+
+
+def of_exchanges(rows: Sequence[dict[str, str]]) -> dict[str, Input]:
+    """What software adds to each kind of exchange: a line through the processor times of one process, which does not fall."""
+    found = {}
+    for kind in EXCHANGES:
+        mine = [row for row in rows if (row["question"], row["contender"]) == ("round", kind)]
+        counts = [int(row["ranks"]) for row in mine]
+        times = [float(row["cpu_median_s"]) / count for row, count in zip(mine, counts, strict=True)]
+        sends = [messages(kind, count) for count in counts]
+        each = max(0.0, float(np.polyfit(sends, times, 1)[0]))
+        once = max(0.0, statistics.mean(times) - each * statistics.mean(sends))
+        source = (
+            f"ranks.csv, commit {mine[0]['commit']}: round, {kind}, {', '.join(map(str, counts))} processes: processor time of one"
+        )
+        found[f"software of a message, {kind}"] = Input(each, "s", "measured", f"{source}, by messages")
+        found[f"software of a round, {kind}"] = Input(once, "s", "measured", "the same, what does not grow with them")
+    return found
+
+
+def far_rounds(rows: Sequence[dict[str, str]]) -> list[tuple[str, int, float, float, str]]:
+    """Kind, processes, seconds of a link, the least seconds measured and source of each round between processes that are far from each other."""
+    mine = [row for row in rows if row["question"] == "far round"]
+    return [
+        (row["contender"], int(row["ranks"]), float(row["link_s"]), float(row["min_s"]), f"ranks.csv, commit {row['commit']}")
+        for row in mine
+    ]
 
 
 @dataclass(frozen=True)
@@ -141,11 +161,19 @@ class Shape:
 class Plan:
     """The rows."""
 
-    def __init__(self, known: dict[str, Input], models: Sequence[Shape], workers: Sequence[int], drawn: int, runs: int) -> None:
-        self.known, self.models, self.workers, self.drawn, self.runs = known, models, workers, drawn, runs
+    def __init__(
+        self, known: dict[str, Input], far: Sequence[tuple[str, int, float, float, str]], models: Sequence[Shape], workers: Sequence[int], drawn: int,
+        runs: int,
+    ) -> None:  # fmt: skip
+        self.known, self.far, self.models, self.workers, self.drawn, self.runs = known, far, models, workers, drawn, runs
         self.v = {name: one.value for name, one in known.items()}
         self.delays = Delays(self.v["jitter"], self.v["pauses"], self.v["a pause"])
-        self.rings = {"one room": 0, "ten places": 10, "everywhere": 1 << 62}
+        self.ways = {
+            "one room": ("losses", "a near link"),
+            "far apart": ("losses", "a far link"),
+            "far apart, by a tree": ("a tree", "a far link"),
+            "far apart, by a ring": ("a ring", "a far link"),
+        }
 
     def row(
         self, question: str, quantity: str, value: float, unit: str, kind: str = "computed", shape: str = "", where: str = "", workers: int | str = "",
@@ -222,6 +250,14 @@ class Plan:
             source="two forwards, and three passes at the rate of the first",
         )
         yield self.row("check", "of what was measured", 100 * made / self.v["a step of opt-1.3b"], "%")
+        for kind, count, link, measured, source in self.far:
+            made = self.exchange(kind, count, link)
+            where = {"where": kind, "workers": count}
+            yield self.row("check", "a far round", measured, "s", "measured", source=source, **where)
+            yield self.row("check", "links of a far round", measured / link, "", source="seconds / seconds of a link", **where)
+            yield self.row(
+                "check", "a far round, by the model", made, "s", source=f"{links(kind, count)} links, and software", **where
+            )
         yield self.row("check", "of the peak", 100 * self.v["operations of forwards"] / self.v["peak of forwards"], "%")
 
     def device(self, shape: Shape) -> Iterator[dict[str, Any]]:
@@ -277,47 +313,34 @@ class Plan:
                 source="rate of forwards / rate of the link",
             )
 
-    def step(self, shape: Shape, workers: int, parallel: str, delays: Delays, far: int, journal: bool = True) -> Any:
+    def step(self, shape: Shape, workers: int, parallel: str, delays: Delays, way: str, journal: bool = True) -> Any:
         """Seconds of `drawn` steps."""
         shares = self.shares(shape, parallel, workers)
         most = max(map(len, shares))
+        kind, link = self.ways[way]
         found = {share: self.cells(shape, share) for share in map(tuple, shares)}
-        gather = self.ring(workers, far)
         seed = [SEED, workers, ("auto", "directions", "data", "both").index(parallel)]
         made = slowest([found[tuple(share)][0] for share in shares], delays, self.drawn, np.random.default_rng(seed))
-        return made + (rounds(most, journal) * gather if workers > 1 else 0.0) + max(found.values())[1]
+        return made + rounds(most, journal) * self.exchange(kind, workers, self.v[link]) + max(found.values())[1]
 
-    def ring(self, workers: int, far: int) -> float:
-        return ring(
-            workers, far, *(self.v[name] for name in ("a near link", "a far link", "software of a link", "software of a round"))
-        )
+    def exchange(self, kind: str, workers: int, link: float) -> float:
+        return exchange(kind, workers, link, self.v[f"software of a message, {kind}"], self.v[f"software of a round, {kind}"])
 
     def shared(self, shape: Shape) -> Iterator[dict[str, Any]]:
-        """Workers, and how far they are from each other."""
-        for where, far in self.rings.items():
+        """Workers, how far they are from each other, and what other exchanges would make of it."""
+        for way in self.ways:
             for workers in self.workers:
-                yield self.seconds(shape, where, workers, "auto", self.delays, far)
-        for workers in self.workers:
-            hops = math.ceil(math.log2(workers)) if workers > 1 else 0
-            gather = hops * (self.v["a far link"] + self.v["software of a link"]) + (self.v["software of a round"] if hops else 0.0)
-            shares = self.shares(shape, "auto", workers)
-            here = statistics.mean(self.step(shape, workers, "auto", self.delays, 0))
-            here -= rounds(max(map(len, shares))) * self.ring(workers, 0)
-            value = here + rounds(max(map(len, shares))) * gather
-            source = "if a round crossed log2(workers) links, which gloo's does not"
-            yield self.row(
-                "workers", "a step", value, "s", "simulated", shape.name, "everywhere, by a tree", workers, "auto", source=source
-            )
+                yield self.seconds(shape, way, workers, "auto", self.delays, way)
 
     def cuts(self, shape: Shape) -> Iterator[dict[str, Any]]:
         """How the table is cut, with and without delays."""
         for where, delays in (("no delays", Delays()), ("one room", self.delays)):
             for parallel in ("directions", "data", "both") if where == "one room" else ("auto", "directions", "data", "both"):
                 for workers in self.workers:
-                    yield self.seconds(shape, where, workers, parallel, delays, 0)
+                    yield self.seconds(shape, where, workers, parallel, delays, "one room")
 
-    def seconds(self, shape: Shape, where: str, workers: int, parallel: str, delays: Delays, far: int) -> dict[str, Any]:
-        found = self.step(shape, workers, parallel, delays, far)
+    def seconds(self, shape: Shape, where: str, workers: int, parallel: str, delays: Delays, way: str) -> dict[str, Any]:
+        found = self.step(shape, workers, parallel, delays, way)
         low, high = np.quantile(found, [0.05, 0.95])
         more: dict[str, Any] = {"low": float(low), "high": float(high)}
         return self.row("workers", "a step", float(np.mean(found)), "s", "simulated", shape.name, where, workers, parallel, **more)
@@ -328,7 +351,7 @@ class Plan:
             said = (frame(most) + 8 * FRAME) if workers > 1 else 0
             yield self.row(
                 "wire",
-                "says",
+                "to each other one",
                 said,
                 "bytes",
                 "counted",
@@ -338,13 +361,13 @@ class Plan:
             )
             yield self.row(
                 "wire",
-                "sends",
+                "to all",
                 said * (workers - 1),
                 "bytes",
                 "counted",
                 workers=workers,
                 parallel="auto",
-                source="passed on around the ring too",
+                source="what optimizer.workers.sent counts",
             )
         for shape in self.models:
             value = 2 * shape.bytes
@@ -369,7 +392,7 @@ class Plan:
             source="an update, pass by pass; as one sequence: not yet measured on a GPU",
         )
         for workers in [w for w in (8, 128) if w in self.workers]:
-            step = statistics.mean(self.step(shape, workers, "auto", self.delays, 0))
+            step = statistics.mean(self.step(shape, workers, "auto", self.delays, "one room"))
             quiet = STEPS * step
             yield self.row("restart", "a run without losses", quiet / 3600, "h", "simulated", shape.name, "", workers, "auto")
             for kind in ("a cluster", "lent machines"):
@@ -462,6 +485,14 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         {**row, "parallel": f"{row['parallel']}, with delays"} for row in of("workers", shape=by_shape[0], where="one room")
     ]
     found["plan_cuts"] = grid([{**row, "low": ""} for row in cut_rows], "workers", "parallel", "workers")
+    rounds_of = [{**row, "quantity": row["quantity"].removeprefix("a far round, ")} for row in of("check") if row["workers"]]
+    lines = dict.fromkeys((row["where"], row["workers"]) for row in rounds_of)
+    cells = {(row["where"], row["workers"], row["quantity"]): number(row["value"]) for row in rounds_of}
+    quantities = ("a far round", "links of a far round", "by the model")
+    found["plan_far"] = markdown(
+        ["exchange", "processes", "least seconds", "links", "by the model"],
+        [[*line, *(cells[(*line, name)] for name in quantities)] for line in lines],
+    )
     found["plan_wire"] = grid([row for row in of("wire") if row["workers"]], "workers", "quantity", "workers")
     restarts = of("restart", quantity="a run without losses") + of("restart", quantity="time over a run without losses")
     named = [
@@ -491,7 +522,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
     args = parser.parse_args(arguments)
     models = [Shape.of("llama-2-7b", num_hidden_layers=2)] if args.quick else [Shape.of(name) for name in SHAPES]
-    made = Plan(inputs(args.results), models, WORKERS[:3] if args.quick else WORKERS, *((20, 2) if args.quick else (1000, 20)))
+    made = Plan(
+        inputs(args.results),
+        far_rounds(harness.read_csv(args.results / "ranks.csv")),
+        models,
+        WORKERS[:3] if args.quick else WORKERS,
+        *((20, 2) if args.quick else (1000, 20)),
+    )
     harness.write_csv(args.out, COLUMNS, made.rows())
     if args.page:
         for name, table in tables(harness.read_csv(args.out)).items():

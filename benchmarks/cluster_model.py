@@ -3,9 +3,11 @@
 Belongs here: the model of cluster.py, as functions of numbers. Does not belong here: the numbers, and what follows.
 
 A worker makes its cells of the table of losses one after another; its time in a step is theirs times 1 + X, X exponential, plus, rarely, a pause. The step
-takes the slowest of all workers' times. An all-gather is gloo's ring, in which what a worker says crosses all links but one, one after another. Blocks of
-weights come over one link into two slots: the next one comes while one is used, into the slot that the one before it has left. A worker that dies stops all:
-they start again, replay the journal, and go on with the step that was under way; what dies meanwhile begins that anew.
+takes the slowest of all workers' times. In an exchange each worker sends its losses to all others at once; a ring and a tree, which the library does not make,
+are here beside it. A message of gloo's crosses a link twice: who receives says that it is ready, then the numbers come.
+
+Blocks of weights come over one link into two slots: the next one comes while one is used, into the slot that the one before it has left. A worker that dies
+stops all: they start again, replay the journal, and go on with the step that was under way; what dies meanwhile begins that anew.
 """
 
 from __future__ import annotations
@@ -43,15 +45,29 @@ def slowest(each: Sequence[float], delays: Delays, steps: int, draw: np.random.G
     return worst
 
 
-def ring(workers: int, far: int, near_link: float, far_link: float, software: float, once: float) -> float:
-    """Seconds of an all-gather of a few numbers: the way of what one worker says to the last of the others.
+EXCHANGES = ("losses", "a ring", "a tree")  # as in ranks.csv; the first is the library's
+
+
+def links(kind: str, workers: int) -> int:
+    """How many links an exchange crosses, one after another. In a tree all receivers are ready from the start, in a ring each for its next two messages, which
+    are halves of one worker's losses."""
+    if workers == 1:
+        return 0
+    return {"losses": 2, "a ring": 2 * (workers - 1), "a tree": 1 + math.ceil(math.log2(workers))}[kind]
+
+
+def messages(kind: str, workers: int) -> int:
+    """How many others a worker sends to, or how often."""
+    return math.ceil(math.log2(workers)) if kind == "a tree" else workers - 1
+
+
+def exchange(kind: str, workers: int, link: float, software: float, once: float) -> float:
+    """Seconds of an exchange of a few numbers.
 
     Args:
-        far: of the ring's links, as many as workers, those that are long. software: seconds of each link beside its own; once: of a round.
+        link: seconds of the longest one. software: seconds of each message beside it; once: of an exchange.
     """
-    links = 0 if workers == 1 else workers - 1
-    far = min(far, links)
-    return far * far_link + (links - far) * near_link + links * software + (once if links else 0.0)
+    return links(kind, workers) * link + (messages(kind, workers) * software + once if workers > 1 else 0.0)
 
 
 def forwards(share: Sequence[int], batches: int) -> tuple[int, ...]:
@@ -61,12 +77,12 @@ def forwards(share: Sequence[int], batches: int) -> tuple[int, ...]:
 
 
 def frame(share: int) -> int:
-    """Bytes that a worker says in a round of losses."""
+    """Bytes that a worker says to each other one in a round of losses."""
     return 8 * (HEAD + max(FRAME - HEAD, share))
 
 
 def rounds(share: int, journal: bool = True) -> int:
-    """All-gathers of a step with one table of losses."""
+    """Exchanges of a step with one table of losses."""
     return 1 + (share > FRAME - HEAD) + journal
 
 

@@ -1,20 +1,23 @@
 """What does a step cost that processes share, beside one process that makes all of its forwards? What a round of losses, and what going on from a journal?
 
-    python benchmarks/ranks.py --out ranks.csv [--rounds N] [--quick]
+    python benchmarks/ranks.py --out ranks.csv [--rounds N] [--questions round "far round" step] [--append] [--quick]
 
-Belongs here: real processes of this machine, with gloo. Does not belong here: more of them than it has cores (cluster.py computes those), and whether the
-bits are right (tests/test_distributed.py), but that the contenders' weights are the same is a column.
+Belongs here: real processes of this machine, with gloo. Does not belong here: steps of more of them than it has cores (cluster.py computes those), and whether
+the bits are right (tests/test_distributed.py), but that the contenders' weights are the same is a column.
 
 `step`: two processes that live all the while take the contenders in turn, each with a model of its own: one process without a process group, one with a
 group of itself, two that share the points or the micro-batches, with a journal or without. The table of losses is the same for all. Wall time is the slower
 one's of those that take part; `cpu` is the processor time of all of them, `busiest` that of the one with most: what the wall time would be where every process
 has a core to itself, and waiting costs nothing. Ratios are medians over the rounds, each over the first contender of its round.
-`round`: one exchange of losses, between so many processes. `replay`: a step from a journal, onto the base weights.
+`round`: one exchange of losses, between so many processes, as the library makes it ("losses"), and as gloo's all-gather or a tree would: those that it might
+make instead. Where there are more processes than cores, what counts is the processor time. `far round`: the same between networks that packets need `link_s`
+seconds to cross (apart.py; left out where the machine makes none). `replay`: a step from a journal, onto the base weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import statistics
@@ -22,11 +25,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import apart
 import harness
 import step as steps
 import torch
@@ -53,12 +57,16 @@ COLUMNS = (
         "batches",
         "batch",
         "sequence",
+        "link_s",
     ),
     *(*harness.TIMING_COLUMNS, "cpu_median_s", "cpu_min_s", "cpu_max_s", "busiest_median_s", "ratio", "cpu_ratio", "busiest_ratio"),
     *("sent_bytes", "same_bits"),
 )
 QUERIES, BATCHES, LR = 2, 4, 1e-4
 MANY = 100  # exchanges that make one timing
+MANY_FAR = 5
+LINK = 0.04  # seconds
+QUESTIONS = ("round", "far round", "step")
 
 
 @dataclass(frozen=True)
@@ -90,17 +98,27 @@ def batches_of(vocabulary: int, batch: int, sequence: int) -> list[Tensor]:
     return [torch.randint(vocabulary, (batch, sequence), generator=draw) for _ in range(BATCHES)]
 
 
-def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function(rank, *arguments)` returns in the first of so many processes, forks of this one, of one process group."""
-    with tempfile.TemporaryDirectory() as folder:
+def in_processes(count: int, link: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(rank, *arguments)` returns in the first of so many processes, forks of this one, of one process group, and so many seconds apart."""
+    with tempfile.TemporaryDirectory() as folder, apart.Networks(count, link) if link else contextlib.nullcontext() as networks:
         told = processes.get_context("fork").SimpleQueue()
-        processes.start_processes(_begin, (count, folder, told, function, arguments), nprocs=count, start_method="fork")
+        begin = (count, folder, told, networks, function, arguments)
+        running = processes.start_processes(_begin, begin, nprocs=count, join=False, start_method="fork")
+        if networks is None:
+            while not running.join():
+                pass
+        else:
+            networks.carry(until=lambda: running.join(timeout=0))
         return told.get()
 
 
-def _begin(rank: int, count: int, folder: str, told: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _begin(
+    rank: int, count: int, folder: str, told: Any, networks: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # one contender has no process group where there are processes
+    if networks is not None:
+        networks.enter(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     found = function(rank, *arguments)
     if rank == 0:
@@ -175,7 +193,7 @@ def of_steps(shape: str, dtype: str, batch: int, sequence: int, rounds: int, war
     base = steps.make_model(shape, torch.device("cpu"), harness.DTYPES[dtype])
     weights = sum(p.numel() for p in base.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        found = in_processes(2, shared, base, batch, sequence, rounds, warm, folder)
+        found = in_processes(2, 0.0, shared, base, batch, sequence, rounds, warm, folder)
     common = {
         "model": shape, "weights": weights, "dtype": dtype, "points": 2 * QUERIES, "batches": BATCHES, "batch": batch, "sequence": sequence,
     }  # fmt: skip
@@ -208,26 +226,64 @@ def ratio(values: Any) -> float:
 # ---- rounds ------------------------------------------------------------------------------------------------------------------
 
 
-def exchanged(rank: int, rounds: int, many: int) -> list[tuple[float, float]]:
-    """(seconds, processor seconds of all processes) of one exchange of a few losses, so many times."""
-    team = zk.Workers(dist.group.WORLD)
-    found = []
-    for _ in range(1 + rounds):
-        dist.barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(many):
-            team.round("a table", common={"lr": 1.0}, values=[1.0, 2.0])
-        taken = (time.perf_counter() - wall) / many, (time.process_time() - cpu) / many
-        all_of: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_of, taken)
-        found.append((max(wall for wall, _ in all_of), sum(cpu for _, cpu in all_of)))
-    return found[1:]
+class Ring(zk.Workers):
+    """Each sends to the next one what came from the one before it: gloo's all-gather."""
+
+    def _exchange(self, mine: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+        found = mine.new_empty(sum(lengths)).split([*lengths])
+        dist.all_gather([*found], mine, group=self._group)
+        return found
 
 
-def of_rounds(counts: tuple[int, ...], rounds: int, many: int) -> Iterator[dict[str, Any]]:
+class Tree(zk.Workers):
+    """Each sends all that it has, first to the one before it, then to the one two before it, then four, and so on (Bruck et al., 1997)."""
+
+    def _exchange(self, mine: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+        found = torch.cat([mine, mine.new_empty(sum(lengths) - len(mine))]).view(self.size, -1)
+        waits, has = [], 1
+        while has < self.size:  # who says at once that it is ready is sent to at once
+            more = min(has, self.size - has)
+            waits.append(dist.irecv(found[has : has + more], group=self._group, group_src=(self.rank + has) % self.size, tag=has))
+            has += more
+        sent, has = [], 1
+        for wait in waits:
+            more = min(has, self.size - has)
+            sent.append(dist.isend(found[:more], group=self._group, group_dst=(self.rank - has) % self.size, tag=has))
+            wait.wait()
+            has += more
+        for one in sent:
+            one.wait()
+        return found.roll(self.rank, 0).unbind()
+
+
+EXCHANGES: dict[str, type[zk.Workers]] = {"losses": zk.Workers, "a ring": Ring, "a tree": Tree}
+
+
+def exchanged(rank: int, rounds: int, many: int) -> dict[str, tuple[list[tuple[float, float]], int]]:
+    """(seconds, processor seconds of all processes) of one exchange of a few losses, so many times; and the bytes that each sent."""
+    teams = {name: kind(dist.group.WORLD) for name, kind in EXCHANGES.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in teams}
+    for number in range(1 + rounds):
+        for name, team in teams.items():
+            dist.barrier()
+            team.sent, wall, cpu = 0, time.perf_counter(), time.process_time()
+            for _ in range(many):
+                losses, _ = team.round("a table", common={"lr": 1.0}, values=[1.0, float(rank)], counts=[2] * team.size)
+            taken = (time.perf_counter() - wall) / many, (time.process_time() - cpu) / many
+            assert losses == [[1.0, float(k)] for k in range(team.size)], (name, losses)
+            all_of: list[Any] = [None] * team.size
+            dist.all_gather_object(all_of, taken)
+            if number:
+                found[name].append((max(wall for wall, _ in all_of), sum(cpu for _, cpu in all_of)))
+    return {name: (times, teams[name].sent // many) for name, times in found.items()}
+
+
+def of_rounds(counts: tuple[int, ...], rounds: int, many: int, link: float = 0.0) -> Iterator[dict[str, Any]]:
     for count in counts:
-        walls, cpus = zip(*in_processes(count, exchanged, rounds, many), strict=True)
-        yield row("round", "losses", walls, cpus, ranks=count, sent_bytes=8 * zk.optim.workers.FRAME)
+        for name, (times, sent) in in_processes(count, link, exchanged, rounds, many).items():
+            walls, cpus = zip(*times, strict=True)
+            question = "far round" if link else "round"
+            yield row(question, name, walls, cpus, ranks=count, link_s=link or "", sent_bytes=sent if name == "losses" else "")
 
 
 def row(question: str, contender: str, walls: Any, cpus: Any, **more: Any) -> dict[str, Any]:
@@ -242,23 +298,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the CSV file")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
+    parser.add_argument("--append", action="store_true", help="add rows to the file")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; the figures mean nothing")
     args = parser.parse_args(arguments)
     shape, sequence = ("llama-tiny", 8) if args.quick else ("llama-15m", 16)
     rounds = 1 if args.quick else args.rounds
-    table = harness.Table(args.out, COLUMNS)
-    for made in (
-        of_rounds((2, 3) if args.quick else (2, 4, 8), rounds, 3 if args.quick else MANY),
-        *(
+    table = harness.Table(args.out, COLUMNS, args.append)
+    made: list[Iterator[dict[str, Any]]] = []
+    if "round" in args.questions:
+        made.append(of_rounds((2, 3) if args.quick else (2, 4, 8, 16, 32), rounds, 3 if args.quick else MANY))
+    if "far round" in args.questions:
+        if why := apart.refused():
+            print(f"far round: left out: {why}", flush=True)
+        else:
+            made.append(of_rounds((3,) if args.quick else (2, 4, 8), rounds, 1 if args.quick else MANY_FAR, LINK))
+    if "step" in args.questions:
+        made += [
             of_steps(shape, dtype, 4, sequence, rounds, 1 if args.quick else FIRST)
             for dtype in args.dtype[: 1 if args.quick else None]
-        ),
-    ):
-        for one in made:
+        ]
+    for rows in made:
+        for one in rows:
             table.add(one)
             print(
-                f"{one['question']:6} {one['contender']:26} {one['dtype']:9} {one['ranks']} {1e3 * one['median_s']:.4g} ms",
+                f"{one['question']:9} {one['contender']:26} {one['dtype']:9} {one['ranks']} {1e3 * one['median_s']:.4g} ms",
                 flush=True,
             )
     return 0

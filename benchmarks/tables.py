@@ -423,7 +423,7 @@ def ranks(rows: list[Row]) -> str:
             "yes" if row["same_bits"] == "1" else "no",
         ]
         for row in rows
-        if row["question"] != "round"
+        if row["question"] in ("step", "replay")
     ]
     one = next(row for row in rows if row["question"] == "step")
     sizes = f"{one['points']} points, {one['batches']} micro-batches of {one['batch']}x{one['sequence']} tokens"
@@ -442,14 +442,16 @@ def ranks(rows: list[Row]) -> str:
     ]
     exchanges = [
         [
+            row["contender"],
             row["ranks"],
+            f"{1e3 * float(row['link_s']):g}" if row["link_s"] else "",
             *(short(1e3 * float(row[name])) for name in ("median_s", "min_s")),
             short(1e3 * float(row["cpu_median_s"]) / int(row["ranks"])),
         ]
         for row in rows
-        if row["question"] == "round"
+        if row["question"] in ("round", "far round")
     ]
-    second = markdown(["processes", "a round, wall, ms", "least", "CPU of each, ms"], exchanges)
+    second = markdown(["exchange", "processes", "a link, ms", "a round, wall, ms", "least", "CPU of each, ms"], exchanges)
     return f"{note}\n\n{markdown(header, body)}\n\n{second}"
 
 

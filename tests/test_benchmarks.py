@@ -682,11 +682,14 @@ def test_ranks_and_cluster(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "ranks.csv")
     steps = [row for row in found if row["question"] == "step"]
-    assert len(steps) == 5 and {row["same_bits"] for row in found if row["question"] != "round"} == {"1"}
+    assert len(steps) == 5 and {row["same_bits"] for row in found if row["question"] in ("step", "replay")} == {"1"}
+    exchanges = {(row["question"], row["contender"]) for row in found} - {(row["question"], row["contender"]) for row in steps}
+    assert {("round", kind) for kind in ("losses", "a ring", "a tree")} < exchanges
+    assert [row["sent_bytes"] for row in found if (row["question"], row["contender"]) == ("round", "losses")] == ["128", "256"]
     assert [row["sent_bytes"] for row in steps] == ["", "0", "128", "128", "256"]
     for name in ("gpu_step", "gpu_pass"):
         shutil.copy(BENCHMARKS / "results" / f"{name}.csv", tmp_path)
-    page, names = tmp_path / "page.md", ("device", "offload", "llama_2_7b", "cuts", "wire", "inputs", "restarts")
+    page, names = tmp_path / "page.md", ("device", "offload", "llama_2_7b", "cuts", "far", "wire", "inputs", "restarts")
     page.write_text("".join(f"<!-- table plan_{name} -->\n<!-- end -->\n" for name in names))
     done = run("cluster", "--quick", "--results", str(tmp_path), "--out", str(tmp_path / "cluster.csv"), "--page", str(page))
     assert done.returncode == 0, done.stderr
@@ -749,13 +752,25 @@ class TestCluster:
             shares = cut(parallel, 6, 4, workers, visited)
             assert model.forwards(shares[0], 4) == served and sum(served) == len(shares[0])
 
-    def test_a_ring(self) -> None:
+    def test_exchanges(self) -> None:
         import cluster_model as model
 
-        assert model.ring(1, 5, 1.0, 10.0, 0.1, 7.0) == 0
-        assert model.ring(5, 0, 1.0, 10.0, 0.5, 7.0) == 4 * 1.5 + 7
-        assert model.ring(5, 3, 1.0, 10.0, 0.0, 0.0) == 3 * 10 + 1
-        assert model.ring(5, 99, 1.0, 10.0, 0.0, 0.0) == 4 * 10
+        for kind in model.EXCHANGES:
+            assert model.exchange(kind, 1, 10.0, 0.5, 7.0) == 0
+        assert model.exchange("losses", 5, 10.0, 0.5, 7.0) == 2 * 10 + 4 * 0.5 + 7
+        assert model.exchange("a ring", 5, 10.0, 0.5, 7.0) == 8 * 10 + 4 * 0.5 + 7
+        assert model.exchange("a tree", 5, 10.0, 0.5, 7.0) == 4 * 10 + 3 * 0.5 + 7
+        assert [model.links(kind, 2) for kind in model.EXCHANGES] == [2, 2, 2]
+
+    def test_the_links_of_a_round_are_those_that_were_measured(self) -> None:
+        import cluster_model as model
+
+        far = [row for row in rows(BENCHMARKS / "results" / "ranks.csv") if row["question"] == "far round"]
+        assert {row["contender"] for row in far} == set(model.EXCHANGES)
+        for row in far:
+            crossed = float(row["min_s"]) / float(row["link_s"])
+            least = model.links(row["contender"], int(row["ranks"]))
+            assert least <= crossed < 1.25 * least + 0.5, row  # what hands the packets on shares the cores
 
     def test_visits(self) -> None:
         """The first upload, then whatever takes longer for each further block, then the last use."""

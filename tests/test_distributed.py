@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import os
 import re
+import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 import zo_kernels as zk
 from tests.cluster import Death, End, Form, Model, batches_of, bits_of, cluster, deaths, matrix, survived
 from zo_kernels.optim import record
-from zo_kernels.optim.workers import FRAME, HEAD, cut, parts_batches
+from zo_kernels.optim import workers as sharing
+from zo_kernels.optim.workers import FRAME, GRACE, HEAD, cut, parts_batches
 
 F32, B16 = torch.float32, torch.bfloat16
 BASE = bits_of(Model())
@@ -118,7 +122,7 @@ def test_forwards_that_draw_random_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parallel", "most"), [("directions", 16), ("data", 16), ("both", 11)])
 def test_bytes_on_the_wire(tmp_path: Path, parallel: str, most: int) -> None:
-    """8 for each loss of the largest share, and 32: of two rounds the first has room for twelve."""
+    """To each other worker 8 for each loss of the largest share, and 32: of two rounds the first has room for twelve."""
     size = 2 if parallel != "both" else 3
 
     def work(rank: int) -> list[int]:
@@ -133,7 +137,36 @@ def test_bytes_on_the_wire(tmp_path: Path, parallel: str, most: int) -> None:
 
     a_step = 8 * (HEAD + max(most, FRAME - HEAD))
     for sent in results(cluster(size, work, tmp_path)):
-        assert sent == [8 * FRAME + (k + 1) * a_step for k in range(3)]  # the first round compares the workers
+        assert sent == [(size - 1) * (8 * FRAME + (k + 1) * a_step) for k in range(3)]  # the first round compares the workers
+
+
+NUMBERS = [
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    5e-324,
+    1 / 3,
+    *struct.unpack("<3d", struct.pack("<3Q", 0x7FF8 << 48, 0xFFF8 << 48 | 7, 0x7FF9 << 48 | 5)),
+]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_worker_has_the_same_table_to_the_bit(tmp_path: Path, size: int) -> None:
+    """In the order of their ranks, whatever the numbers are and however many; and objects of any length."""
+    counts = [k % 2 + 11 * (k % 3) for k in range(size)]
+
+    def of(rank: int) -> list[float]:
+        return [NUMBERS[(rank + k) % len(NUMBERS)] for k in range(counts[rank])]
+
+    def work(rank: int) -> tuple[list[bytes], list[Any]]:
+        team = zk.Workers(dist.group.WORLD, timeout=20)
+        found, _ = team.round("a table", values=of(rank), counts=counts)
+        return [struct.pack(f"<{len(row)}d", *row) for row in found], team.tell(None if rank == 1 else "x" * 1000 * rank)
+
+    want = [struct.pack(f"<{n}d", *of(rank)) for rank, n in enumerate(counts)]
+    objects = [None if rank == 1 else "x" * 1000 * rank for rank in range(size)]
+    assert results(cluster(size, work, tmp_path)) == [(want, objects)] * size
 
 
 # ---- a worker that fails -------------------------------------------------------------------------------------------------------
@@ -207,10 +240,46 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path, place: str) -> None:
     assert ends[2].killed and survived(ends, death) == ""
 
 
-def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["before", "tell"])
+def test_all_others_learn_at_once_of_one_that_is_killed(tmp_path: Path, place: str) -> None:
+    """Each waits for it itself; in a ring its neighbours alone do, then theirs: the last of eight is the fourth."""
+
+    def work(rank: int) -> tuple[float, str, str]:
+        team = zk.Workers(dist.group.WORLD, timeout=20)
+        team.round("the first")
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin = time.monotonic()
+        name, text = raised(lambda: team.round("the second") if place == "before" else team.tell("the second"))
+        return time.monotonic() - begin, name, text
+
+    ends = cluster(8, work, tmp_path)
+    assert ends[2].killed
+    for seconds, name, text in results([end for end in ends if not end.killed]):
+        assert name == "WorkerError" and "worker 2 of 8 is gone" in text, text
+        assert seconds < 3 * GRACE / 5, seconds
+
+
+def test_who_comes_late_to_those_that_gave_up_names_whom_they_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "GRACE", 2.0)
+
+    def work(rank: int) -> tuple[str, str]:
+        team = zk.Workers(dist.group.WORLD, timeout=2)
+        team.round("the first")
+        time.sleep({1: 6.0, 2: 3.0}.get(rank, 0.0))
+        return ("", "") if rank == 1 else raised(lambda: team.round("the second"))
+
+    for rank, found in enumerate(results(cluster(4, work, tmp_path))):
+        if rank != 1:
+            assert found[0] == "WorkerError" and re.search(r"worker 1(, 2)? of 4 did not come within 2 s", found[1]), (rank, found)
+
+
+def test_a_worker_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "GRACE", 2.0)
+
     def work(rank: int) -> tuple[str, str, bool, str]:
         model = Model()
-        optimizer = shared(model, timeout=1.5)
+        optimizer = shared(model, timeout=3)
         optimizer.step(model, batches_of(0, F32))
         before = bits_of(model)
         if rank == 1:
@@ -225,7 +294,7 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
         if rank == 1:
             assert "worker 1 of 3 did not come" in again
         else:
-            assert name == "WorkerError" and same and re.search(r"worker 1 of 3 (did not come within 1.5 s|is gone)", text), text
+            assert name == "WorkerError" and same and re.search(r"worker 1 of 3 (did not come within 3 s|is gone)", text), text
             assert re.search(
                 r"make a new one.*worker 1 of 3 did not come within 1 s to make optimizer number 2 of",
                 again,

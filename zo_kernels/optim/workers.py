@@ -3,9 +3,13 @@
 Belongs here: the cut of a table of points x micro-batches, one round of numbers between the workers of a process group, what they compare, who is named.
 Does not belong here: forwards (evaluate.py), what follows from losses (decide.py), files (record.py).
 
-A round is one all-gather of `FRAME` float64 numbers from each worker: what it is about, whether this worker failed, a digest of what all must have in
-common, and losses; those that do not fit follow in a second one, once the workers have agreed on how many there are. Only torch.distributed carries them,
-in a gloo group of their own: the losses of a GPU are read by its host, and the user's own collectives are never mixed with ours.
+A round is one exchange of `FRAME` float64 numbers of each worker: what it is about, whether this worker failed, a digest of what all must have in common,
+and losses; those that do not fit follow in a second one, once the workers have agreed on how many there are. Only torch.distributed carries them, in a gloo
+group of their own: the losses of a GPU are read by its host, and the user's own collectives are never mixed with ours.
+
+Each worker says its numbers to each of the others, at once (an all-to-all): they cross one link, however many workers there are, and each waits itself for each
+of the others, so that it learns itself that one is gone. gloo's all-gather is a ring, whose numbers cross all links but one, one after another, and where a
+dead worker's neighbours alone learn of it; by a tree they would cross log2 of the workers' number, and its partners learn.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import pickle
 import time
 import warnings
 from collections import Counter
@@ -153,7 +158,7 @@ class Workers:
         made_of: lists of texts by what they are of: what must be the same on all for an optimizer to be made. visited: see `cut`; of one, then of all.
 
     Attributes:
-        rank, size: of this worker and of all, in the group. sent: bytes that this worker has put on the wire, but for what tells a failure.
+        rank, size: of this worker and of all, in the group. sent: bytes that this worker has sent to all others, but for what tells a failure.
         common: what a step has in common, in words that an error may use.
         met: the workers have compared what they begin with.
 
@@ -299,32 +304,37 @@ class Workers:
 
     def _gather(self, values: Sequence[float], size: int) -> list[list[float]]:
         """`size` numbers of each worker, in the order of their ranks."""
-        if self.lost is not None:
-            raise WorkerError(f"{self.lost} This optimizer shares no further step: make a new one", self.lost.ranks)
         mine = torch.zeros(size, dtype=torch.float64)
         mine[: len(values)] = torch.tensor(values, dtype=torch.float64)
-        if self.size == 1:
-            return [mine.tolist()]
-        table = torch.empty(self.size, size, dtype=torch.float64)
-        try:
-            dist.all_gather(list(table.unbind()), mine, group=self._group)
-        except RuntimeError as error:
-            self.lost = self._missing(error)
-            raise self.lost from error
-        self.sent += 8 * size
-        found: list[list[float]] = table.tolist()
+        found = [row.tolist() for row in self._exchange(mine, [size] * self.size)]
+        self.sent += 8 * size * (self.size - 1)
         return found
 
     def tell(self, value: T) -> list[T]:
         """An object of each worker, in the order of their ranks. A step needs it only where something is wrong."""
-        found: list[Any] = [value] * self.size
-        if self.size > 1:
-            try:
-                dist.all_gather_object(found, value, group=self._group)
-            except RuntimeError as error:
-                self.lost = self._missing(error)
-                raise self.lost from error
-        return found
+        if self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = [int(one) for one in self._exchange(torch.tensor([len(mine)]), [1] * self.size)]
+        return [pickle.loads(one.numpy().tobytes()) for one in self._exchange(mine, lengths)]
+
+    def _exchange(self, mine: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+        """A vector of each worker, in the order of their ranks; of one dtype, and of these lengths.
+
+        Raises:
+            WorkerError: a worker does not answer, now or before; names it.
+        """
+        if self.lost is not None:
+            raise WorkerError(f"{self.lost} This optimizer shares no further step: make a new one", self.lost.ranks)
+        if self.size == 1:
+            return [mine]
+        found = mine.new_empty(sum(lengths))
+        try:
+            dist.all_to_all_single(found, mine.repeat(self.size), [*lengths], [len(mine)] * self.size, group=self._group)
+        except RuntimeError as error:
+            self.lost = self._missing(error)
+            raise self.lost from error
+        return found.split([*lengths])
 
     def _stop(self, text: str, ranks: Sequence[int]) -> None:
         self.met = False
@@ -357,11 +367,12 @@ class Workers:
             while silent and time.monotonic() < end:
                 silent -= {rank for rank in silent if store.check([f"{key}{rank}"])}
                 time.sleep(0.05)
-            if not silent:  # others were late, and know for whom they waited
-                silent = set(json.loads(store.get(f"{key}missing"))) if store.check([f"{key}missing"]) else silent
+            if not silent:  # others were late, and know for whom they waited, or soon will
+                store.wait([f"{key}missing"], datetime.timedelta(seconds=2 * GRACE))
+                ranks, late = json.loads(store.get(f"{key}missing"))
+                silent = set(ranks)
             elif not store.check([f"{key}missing"]):
-                store.set(f"{key}missing", json.dumps(sorted(silent)))
-        # Connections are closed as this worker leaves: whoever waits for it alone learns of it at once.
+                store.set(f"{key}missing", json.dumps([sorted(silent), late]))
         dist.destroy_process_group(self._group)
         self._group = None
         names = f"worker {_names(sorted(silent))}" if silent else "a worker"
