@@ -209,6 +209,20 @@ def test_a_block_comes_once_a_step(prefetch: bool) -> None:
         assert same(bits(model), bits(resident))
 
 
+def test_no_block_goes_for_the_next_one_while_a_forward_waits_for_it() -> None:
+    """The middle one of three stays, so that nobody waits there."""
+    model, resident = model_of(), model_of()
+    offloaded = zk.offload(model, blocks=[f"layers.{k}" for k in range(3)], together=True)
+    offloaded._away.thread = AtOnce()  # type: ignore[assignment]
+    a, b = (METHODS["queries"](m, lr=1e-2, seed=9) for m in (model, resident))
+    for step in range(3):
+        before = offloaded.traffic.visits
+        for m, optimizer in ((model, a), (resident, b)):
+            optimizer.step(lambda k, m=m: closure_of(m, k)(), [step, step + 1, step + 2])
+        assert step == 0 or offloaded.traffic.visits - before == 3 * 2
+    assert same(bits(model), bits(resident))
+
+
 @pytest.mark.parametrize("name", ["fzoo", "conservative"])
 def test_resident_weights_are_read_at_theta_beside_other_points(name: str) -> None:
     model, resident = model_of(), model_of()

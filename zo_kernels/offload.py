@@ -92,9 +92,10 @@ def offload(
             blocks, that is gone with the process. 0: never; a block then makes all steps so far at each visit. None: 8, and 0 for files without a folder.
         folder: for what is written back of files.
         prefetch: the next block comes in a thread of its own while one is used.
-        together: a block that comes serves all forwards of a step before the next one does: it comes once a step (and micro-batch) and not once a forward.
-            Their activations are there at once, and a closure is called in several threads, of which one runs at a time and is left in the middle of a
-            forward for another: give it where closure and model have nothing in common between forwards but weights, and buffers that no forward writes.
+        together: a block that comes serves all forwards of a step before the next one does: it comes once a step (and micro-batch) and not once a forward; to
+            a worker (`process_group`) once for each micro-batch of its share. Their activations are there at once, and a closure is called in several threads,
+            of which one runs at a time and is left in the middle of a forward for another: give it where closure and model have nothing in common between
+            forwards but weights, and buffers that no forward writes.
 
     Returns:
         What counts the traffic and gives the values.

@@ -63,7 +63,7 @@ class Lockstep:
         ]
         for thread in threads:
             thread.start()
-        self.away.gate = self._gate
+        self.away.gate, self.away.awaited = self._gate, self._awaited
         try:
             self._do(first, job)
             while not self.abandoned and not all(one.done for one in self.forwards):
@@ -81,7 +81,7 @@ class Lockstep:
                     one.turn.release()
                 for thread in threads:
                     thread.join()
-                self.away.gate, self.away.gated = None, set()
+                self.away.gate, self.away.awaited, self.away.gated = None, lambda: (), set()
         if self.error is not None:
             raise self.error
         return [one.result for one in self.forwards]
@@ -121,6 +121,10 @@ class Lockstep:
             if one is not self.now and (not one.begun or (one.wants is not None and self.away.present(one.wants))):
                 return one
         return self.now if self.now in left else left[0] if left else None
+
+    def _awaited(self) -> list[Block]:
+        """What is there, and not only used by whose turn it is: it must not go for a block that is fetched in advance."""
+        return [b for one in self.forwards if one.wants is not None and self.away.present(one.wants) for b in one.wants]
 
     def _give(self, to: Forward) -> None:
         self.now = to

@@ -127,6 +127,7 @@ class Away:
         self.using: tuple[Block, ...] = ()  # by the function that is under way
         self.inside: set[int] = set()  # threads in which our own reads are under way
         self.gate: Callable[[tuple[Block, ...]], None] | None = None  # is asked before blocks are brought in (optim/lockstep.py)
+        self.awaited: Callable[[], Iterable[Block]] = lambda: ()  # the blocks that are there for a forward whose turn is to come
         self.gated: set[int] = set()  # the threads that have turns of their own there
         self.refuses: Callable[[Tensor], None] = lambda p: None  # is asked before a parameter is read as it stands
         self.process = os.getpid()
@@ -227,7 +228,7 @@ class Away:
             or self.pending is not None
             or following is None
             or self.slots[following.slot].holds is following
-            or any(b.slot == following.slot for b in self.using)
+            or any(b.slot == following.slot for b in (*self.using, *self.awaited()))
             or os.getpid() != self.process  # threads stay with a fork's parent
         ):
             return
