@@ -673,6 +673,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
     ("zo_kernels/optim/saved.py", "a rate that a scheduler has changed is news", 'g.get("initial_lr", g["lr"])}', 'g["lr"]}', ("tests/optim/test_state.py",)),
     ("zo_kernels/checks.py", "arguments of a user's class are not its own", "    if not cls.__module__.startswith(", "    if cls.__module__.startswith(",
      ("tests/optim/test_parameters.py",)),
+    ("zo_kernels/views/base.py", "parts in host memory have their forwards there", " | {shards.forwards_on(m.param) for m in self.parts}", "",
+     ("tests/test_shards.py::test_generators_are_those_of_the_forwards",)),
     ("zo_kernels/optim/workers.py", "batches that are objects are not compared", "if isinstance(one, (Tensor, np.ndarray)):", "if False:",
      (f"{D}::test_a_worker_with_another_run_is_named_before_the_first_step",)),
     ("zo_kernels/optim/workers.py", "who gave up for another's sake is missing too",

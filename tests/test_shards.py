@@ -237,6 +237,15 @@ def test_places(shape: tuple[int, ...], box: tuple[tuple[int, int], ...], monkey
     assert part.reshape(-1).tolist() == [first + e // width * pitch + e % width for e in range(part.numel())]
 
 
+def test_forwards_are_where_the_mesh_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose generators a step sets back: a part may lie in host memory."""
+    part = SimpleNamespace(device_mesh=SimpleNamespace(device_type="cuda"), _local_tensor=torch.ones(1))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: {"cuda": SimpleNamespace(current_device=lambda: 3)}[kind])
+    assert shards.forwards_on(part) == torch.device("cuda", 3)
+    part.device_mesh.device_type = "cpu"
+    assert shards.forwards_on(part) == torch.device("cpu")
+
+
 def test_what_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(shape: tuple[int, ...], mine: tuple[int, ...]) -> None:
         monkeypatch.setattr(_utils, "compute_local_shape_and_global_offset", lambda *_: ((2, 2, 2), (0, 0, 0)))
@@ -362,6 +371,16 @@ def checkpoint(folder: Path, model: nn.Module, optimizer: zk.ZOStep, save: bool)
     set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
 
 
+def devices(line: DeviceMesh) -> Any:
+    """Of a view on a mesh that is said to be of another device than the parts."""
+    model = shard(Model(), line)
+    optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20)
+    of, shards.forwards_on = shards.forwards_on, lambda p: torch.device("meta")
+    view = optimizer.view_of(optimizer._weights())
+    shards.forwards_on = of
+    return view.devices, optimizer._views.now.devices  # type: ignore[union-attr]
+
+
 def forms(line: DeviceMesh, grid: DeviceMesh) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for form, (name, make, wrap) in FORMS.items():
@@ -393,6 +412,7 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
     run("moments", model, mode="scratch", journal=folder / "moments.zoj").close_journal()
     found["moments"] = weights_of(model)
     found["forms"] = forms(line, grid)
+    found["devices"] = devices(line)
     model = shard(Model(), grid)
     optimizer = run("MeZO", model, upto=1, mode="scratch")
     if rank > 1:
@@ -572,6 +592,12 @@ def test_what_fsdp_can_be_told_changes_no_bit(ends: Ends, form: str) -> None:
         want, movement = few(name, make, mode)
         assert same(weights, want) and moved == movement > 0
         assert re.match(r"WorkerError: worker 2, 3 differs from worker 0 in parameter a.weight: ", found["a copy"])
+
+
+def test_generators_are_those_of_the_forwards(ends: Ends) -> None:
+    """Also where parts lie in host memory."""
+    for found in ends[1]:
+        assert found["devices"] == ({torch.device("meta"), torch.device("cpu")}, {torch.device("cpu")})
 
 
 def test_checkpoints_and_journals_go_on_over_another_mesh(ends: Ends) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,6 +23,12 @@ def is_part(p: Any) -> bool:
 def memory_of(p: Tensor) -> Tensor:
     """The tensor that passes read and write: of a DTensor this process's part, and the parameter itself otherwise."""
     return p._local_tensor if is_part(p) else p  # type: ignore[attr-defined,no-any-return]
+
+
+def forwards_on(p: Any) -> torch.device:
+    """Where forwards have what is gathered of a DTensor: this process's part may lie in host memory (CPUOffloadPolicy)."""
+    kind = p.device_mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def whole(p: Tensor) -> Tensor:

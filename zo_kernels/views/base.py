@@ -89,7 +89,7 @@ class View(abc.ABC):
         pairs = [(m.tensor, e.src) for w in groups for m, e in w.entries()]
         self.trained, self.memories = [p for p, _ in pairs], [memory for _, memory in pairs]
         self.lie_at = looks.ADDRESSES.at(self.memories)
-        self.devices = {memory.device for memory in self.memories}
+        self.devices = {memory.device for memory in self.memories} | {shards.forwards_on(m.param) for m in self.parts}
 
     def another(self) -> View:
         """A view of the same weights, which stand where they are, that has learned nothing of the forwards."""
