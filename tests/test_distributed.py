@@ -388,6 +388,56 @@ def test_a_worker_with_another_run_is_named_before_the_first_step(tmp_path: Path
             )
 
 
+class Words(nn.Module):
+    """Of integers, as a language model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.model = nn.Embedding(11, 13), Model()
+        nn.init.ones_(self.words.weight)
+
+    def forward(self, ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        loss: Tensor = self.model(self.words(ids) if scale is None else self.words(ids) * scale)
+        return loss
+
+
+@pytest.mark.parametrize("mode", ["scratch", "inplace"])
+def test_a_closure_that_gives_the_model_another_batch_is_named(tmp_path: Path, mode: str) -> None:
+    """A loader of each worker's own, read past `batches`: by position, by keyword, in a mapping, behind `batches` that are the same; not numbers that a part of
+    a larger model is given, nor where each worker begins with a micro-batch of its own."""
+
+    def work(rank: int) -> list[Any]:
+        model, found = Words(), list[Any]()
+        optimizer = shared(model, perturbation=mode)
+        ours, mine = torch.arange(6).reshape(2, 3), torch.arange(6).reshape(2, 3) + rank
+        calls: list[tuple[Callable[..., Any], Any]] = [
+            (lambda: model(mine), None),
+            (lambda: model(ids=mine), None),
+            (lambda: model(**{"ids": torch.zeros(2, 3 + rank, dtype=torch.long)}), None),
+            (lambda batch: model(mine), [ours]),
+            (lambda: model(ours) if rank == 0 else model.model(torch.ones(2, 13)), None),
+        ]
+        for closure, batches in calls:
+            before = bits_of(model)
+            found.append(
+                (*raised(lambda c=closure, b=batches: optimizer.step(c, b)), bits_of(model) == before or mode == "inplace")
+            )
+        hooks = len(model._forward_pre_hooks)
+        optimizer.step(lambda: model(ours, torch.tensor(1.0 + 1e-3 * rank)))  # as hidden states that come from elsewhere
+        optimizer.step(lambda: model(ours))
+        data = shared(model, perturbation=mode, parallel="data")
+        data.step(lambda batch: model(batch), [ours, ours + 1])
+        return [found, hooks, optimizer.steps, bits_of(model)]
+
+    both = results(cluster(2, work, tmp_path))
+    assert both[0][3] == both[1][3]
+    for found, hooks, steps, _ in both:
+        assert hooks == 0 and steps == 2
+        for name, text, same in found:
+            assert name == "WorkerError" and same and "in what the closure gives the model: " in text, text
+            assert "no DistributedSampler" in text
+
+
 def test_weights_that_are_written_to_between_steps(tmp_path: Path) -> None:
     """On one worker: told before its step. On all: they compare the weights, once, and go on where these are the same."""
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from zo_kernels import interrupts, views
 from zo_kernels.optim import findings, generators, lockstep
+from zo_kernels.optim.digests import print_of, watched
 from zo_kernels.optim.points import Losses, Point
-from zo_kernels.optim.workers import Workers, parts_batches, print_of
+from zo_kernels.optim.workers import GIVEN, Workers, parts_batches
 from zo_kernels.views import tangents
 
 Loss = Tensor | float
@@ -201,34 +202,13 @@ class Evaluation:
         away: views.Away | None,
     ) -> list[Any]:
         """The losses [points][micro-batches] of all workers, on the host; this one makes its own forwards. What any worker's forward raises ends the step
-        on all of them, each behind all passes of such points as round the weights."""
+        on all of them."""
         batches = len(self.calls)
         shares = workers.shares(len(points), batches)
-        heard, drawn, error = len(self.warner.heard), "", None
-        mine: list[Tensor | float] = []
+        heard, drawn, parted = len(self.warner.heard), "", parts_batches(shares, batches)
         own = [[self.calls[c % batches] for c in shares[workers.rank] if c // batches == p] for p in range(len(points))]
-        work = [(point, calls) for point, calls in zip(points, own, strict=True) if calls]
-        if away is not None and self._beside(len(work)):
-            try:
-                mine = [loss for rows in self._side_by_side(work, one, away) for loss in rows]
-            except BaseException as raised:
-                error = raised
-        else:
-            for point, calls in zip(points, own, strict=True):
-                try:
-                    if point.rounds or (calls and error is None):
-                        point.see()
-                    if not calls or error is not None:
-                        continue
-                    if self.rng is not None:
-                        self.rng.set(self.before)
-                    mine += [one(arguments) for arguments in calls]
-                    point.check()
-                    if self.rng is not None and not self.after:
-                        self.after = self.rng.get()
-                except BaseException as raised:
-                    error = error or raised
-        parted = parts_batches(shares, batches)
+        with watched(None if parted else self.warner.model) as given:
+            mine, error = self._own(points, own, one, away)
         if error is None and self.draws():
             states = generators.Generators.drawn(self.before, self.after)
             drawn = print_of([before for before, _ in states] if parted else states)
@@ -237,7 +217,8 @@ class Evaluation:
         found, drew = workers.round(
             "the losses of a step",
             error,
-            workers.common | {"decisions before": workers.chain, "table of losses": f"{len(points)} x {batches} x {width}"},
+            workers.common
+            | {"decisions before": workers.chain, "table of losses": f"{len(points)} x {batches} x {width}", GIVEN: "".join(given)},
             drawn,
             numbers,
             [len(share) * width for share in shares],
@@ -261,6 +242,39 @@ class Evaluation:
                 table[c // batches][c % batches] = torch.tensor(values, dtype=torch.float64) if width > 1 else values[0]
         self.warner.heard_of_all(heard, [cell for cells in table for cell in cells])
         return table
+
+    def _own(
+        self,
+        points: Sequence[Point],
+        own: Sequence[Sequence[tuple[Any, ...]]],
+        one: Callable[[tuple[Any, ...]], Tensor | float],
+        away: views.Away | None,
+    ) -> tuple[list[Tensor | float], BaseException | None]:
+        """The losses of this worker's calls at each point, and what a forward raised, behind all passes of such points as round the weights."""
+        error: BaseException | None = None
+        mine: list[Tensor | float] = []
+        work = [(point, calls) for point, calls in zip(points, own, strict=True) if calls]
+        if away is not None and self._beside(len(work)):
+            try:
+                mine = [loss for rows in self._side_by_side(work, one, away) for loss in rows]
+            except BaseException as raised:
+                error = raised
+        else:
+            for point, calls in zip(points, own, strict=True):
+                try:
+                    if point.rounds or (calls and error is None):
+                        point.see()
+                    if not calls or error is not None:
+                        continue
+                    if self.rng is not None:
+                        self.rng.set(self.before)
+                    mine += [one(arguments) for arguments in calls]
+                    point.check()
+                    if self.rng is not None and not self.after:
+                        self.after = self.rng.get()
+                except BaseException as raised:
+                    error = error or raised
+        return mine, error
 
     def finish(self, keep: bool) -> None:
         """The random state after the step: as after one forward, or, `keep`, as before it."""

@@ -18,12 +18,13 @@ from zo_kernels import views
 from zo_kernels.optim import findings, graph
 from zo_kernels.optim.decide import Decided, Numbers, choose, decide
 from zo_kernels.optim.decision import Decision
+from zo_kernels.optim.digests import SAMPLED, print_of
 from zo_kernels.optim.evaluate import Evaluation
 from zo_kernels.optim.points import Point
 from zo_kernels.optim.record import Recording
 from zo_kernels.optim.refresh import Groups, Left, active, trained
 from zo_kernels.optim.run import Run
-from zo_kernels.optim.workers import SAMPLED, Workers, print_of
+from zo_kernels.optim.workers import Workers
 from zo_kernels.plan import written
 
 

@@ -47,11 +47,11 @@ from zo_kernels.optim import (
 )
 from zo_kernels.optim.decide import Numbers
 from zo_kernels.optim.decision import Decision
+from zo_kernels.optim.digests import print_of
 from zo_kernels.optim.evaluate import Loss
 from zo_kernels.optim.groups import Accepted, check_group, check_signs, joining
 from zo_kernels.optim.run import Run
 from zo_kernels.optim.schedule import Outcome, Paused, Schedule
-from zo_kernels.optim.workers import print_of
 
 
 class ZOStep(torch.optim.Optimizer):

@@ -1,7 +1,7 @@
 """Workers that share a step: who evaluates which losses, how the losses travel, and what is said when one fails, is missing or is another.
 
-Belongs here: the cut of a table of points x micro-batches, one round of numbers between the workers of a process group, what they compare, who is named.
-Does not belong here: forwards (evaluate.py), what follows from losses (decide.py), files (record.py).
+Belongs here: the cut of a table of points x micro-batches, one round of numbers between the workers of a process group, who is named.
+Does not belong here: what stands for what they compare (digests.py), forwards (evaluate.py), what follows from losses (decide.py), files (record.py).
 
 A round is one exchange of `FRAME` float64 numbers of each worker: what it is about, whether this worker failed, a digest of what all must have in common,
 and losses; those that do not fit follow in a second one, once the workers have agreed on how many there are. Only torch.distributed carries them, in a gloo
@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import pickle
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,14 +29,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zo_kernels import checks, shards
+from zo_kernels import checks
+from zo_kernels.optim.digests import number_of, print_of
 from zo_kernels.optim.findings import ZOWarning
 
 PARALLEL = ("auto", "directions", "data", "both")
 FRAME = 16  # numbers of a round
 HEAD = 4  # of them: what it is about, failure, what is in common, random numbers
-SAMPLED = 1 << 16  # bytes of each tensor of a micro-batch that are compared
 AGAIN = "the comparison of weights that were written to between steps"
+GIVEN = "what the closure gives the model"
+REMEDIES = dict.fromkeys(  # what to do where workers differ in this
+    ("micro-batches", GIVEN),
+    "all of them take the same batches, and share the forwards (no DistributedSampler, the same shuffling)",
+)
 GRACE = 5.0  # seconds in which who still waits says so, when a round has come to no end; a connection that is closed needs a fifth
 
 T = TypeVar("T")
@@ -95,56 +98,6 @@ def visits(share: Sequence[int], batches: int) -> int:
 def parts_batches(shares: Sequence[Sequence[int]], batches: int) -> bool:
     """Whether the micro-batches of a point are not all of one worker."""
     return any(len({c // batches for c in share}) * batches != len(share) for share in shares)
-
-
-# ---- what workers compare -------------------------------------------------------------------------------------------------
-
-
-def print_of(value: Any, most: int | None = None) -> str:
-    """A digest of tensors, numbers and texts in whatever holds them. Of other objects the class counts, and tensors that are attributes.
-
-    Args:
-        most: bytes of each tensor that count, from its start, beside its shape; None: all.
-    """
-    found = hashlib.blake2b(digest_size=16)
-    _feed(found, value, most)
-    return found.hexdigest()
-
-
-def _feed(found: Any, value: Any, most: int | None) -> None:
-    if isinstance(value, Tensor):
-        value = shards.whole(value)
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if not value.is_meta and value.layout == torch.strided:
-            flat = value.detach().reshape(-1)
-            flat = flat if most is None else flat[: most // max(1, value.element_size())]
-            found.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key in value:
-            found.update(f"|{key!r:.200}:".encode())
-            _feed(found, value[key], most)
-    elif isinstance(value, np.ndarray):
-        found.update(f"{value.dtype}{value.shape}".encode() + value.tobytes()[:most])
-    elif isinstance(value, (list, tuple)):
-        found.update(f"[{len(value)}".encode())
-        for one in value:
-            _feed(found, one, most)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            found.update(f".{field.name}".encode())
-            _feed(found, getattr(value, field.name), most)
-    else:
-        plain = value is None or isinstance(value, (bool, int, float, str, bytes))
-        found.update((repr(value) if plain else type(value).__name__).encode())
-        for name, one in getattr(value, "__dict__", {}).items():
-            if isinstance(one, (Tensor, np.ndarray)):
-                found.update(f".{name}".encode())
-                _feed(found, one, most)
-
-
-def number_of(text: str) -> float:
-    """A float64 number that stands for a text: 52 bits of its digest, never 0."""
-    return float((int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 12) | 1)
 
 
 # ---- the workers ------------------------------------------------------------------------------------------------------------
@@ -342,7 +295,10 @@ class Workers:
 
     def _differ(self, what: str, found: Sequence[Any]) -> None:
         odd = [rank for rank, one in enumerate(found) if one != found[0]]
-        self._stop(f"worker {_names(odd)} differs from worker 0 in {what}: {found[odd[0]]} there, {found[0]} on worker 0", odd)
+        remedy = f": {REMEDIES[what]}" if what in REMEDIES else ""
+        self._stop(
+            f"worker {_names(odd)} differs from worker 0 in {what}: {found[odd[0]]} there, {found[0]} on worker 0{remedy}", odd
+        )
 
     def _compare(self, found: Sequence[Mapping[str, str]]) -> None:
         """Name the first thing in which a worker differs from the first one."""
