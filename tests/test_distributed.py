@@ -322,6 +322,7 @@ LIES: dict[str, tuple[str, dict[str, Any], Callable[[nn.Module], nn.Module]]] = 
     "rule": ("rule: {'name': 'sign'", {"rule": zk.Sign()}, lambda m: m),
     "mode": ("perturbation: inplace there, scratch on", {"perturbation": "inplace"}, lambda m: m),
     "cut": ("parallel: data there, auto on", {"parallel": "data"}, lambda m: m),
+    "decay": ("number 2 of 1, 2: weight_decay=0.0 there, nothing on worker 0", {"weight_decay": 0.1}, lambda m: m),
     "names": ("parameters, number 3 of 6, 5: norm.bias torch.float32 (37,) there, norm.weight", {}, frozen),
     "kind": ("kind: 'rademacher' there", {"kind": "rademacher"}, lambda m: m),
     "rounding": ("rounding: 'nearest' there", {"rounding": "nearest"}, lambda m: m),
@@ -436,6 +437,17 @@ def test_a_closure_that_gives_the_model_another_batch_is_named(tmp_path: Path, m
         for name, text, same in found:
             assert name == "WorkerError" and same and "in what the closure gives the model: " in text, text
             assert "no DistributedSampler" in text
+
+
+def test_a_store_that_is_gone_is_said() -> None:
+    workers = object.__new__(sharing.Workers)
+    workers.rank = 1
+
+    def gone(*_: Any) -> int:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    with pytest.raises(zk.WorkerError, match="the first one, has ended, or raised"):
+        workers._introduce(SimpleNamespace(add=gone), {})
 
 
 def test_weights_that_are_written_to_between_steps(tmp_path: Path) -> None:

@@ -257,6 +257,21 @@ def test_what_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
         of((2, 4, 4), (2, 4, 2))
 
 
+def test_a_closure_that_raises_before_the_first_forward(tmp_path: Path) -> None:
+    """What it raised is told, and nothing of FSDP's."""
+
+    def work(rank: int) -> list[Any]:
+        model = shard(Model(), init_device_mesh("cpu", (1,)))
+        optimizer = optimizer_of("MeZO", model, process_group=dist.group.WORLD, timeout=20)
+        return [
+            raised(lambda: optimizer.step(lambda batch: {}["labels"], batches_of(0, F32))),
+            raised(lambda: steps(optimizer, model, 2)),
+        ]
+
+    ((failed, after),) = results(cluster(1, work, tmp_path))
+    assert "labels" in failed and "KeyError" in failed and after == ""
+
+
 def test_workers_that_are_alike_agree() -> None:
     workers = object.__new__(sharing.Workers)
     workers.alike = workers.met = True

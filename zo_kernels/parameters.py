@@ -160,6 +160,21 @@ def _listed(where: str, members: Any) -> list[Any]:
     return [members] if isinstance(members, Tensor) else list(members)
 
 
+def taken_by(first_order: torch.optim.Optimizer | None) -> set[int]:
+    """The ids of the parameters that backpropagation trains.
+
+    Raises:
+        TypeError: it is no optimizer.
+    """
+    if first_order is None:
+        return set()
+    if not isinstance(first_order, torch.optim.Optimizer):
+        raise TypeError(
+            f"first_order is a {type(first_order).__name__}: give a torch optimizer of the parameters that backpropagation trains"
+        )
+    return {id(p) for group in first_order.param_groups for p in group["params"]}
+
+
 def read_params(
     source: Any, model: nn.Module | None, weight_decay: float, without: Collection[int] = (), positions: bool = True
 ) -> Named:

@@ -7,6 +7,7 @@ of torch.distributed before a DTensor is there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -120,7 +121,8 @@ def recover(model: nn.Module | None) -> None:
     within: set[int] = set()
     for module in gathering(model):
         if id(module) not in within and hasattr(module, "reset_iter_state"):  # of torch 2.13
-            module.reset_iter_state()
+            with contextlib.suppress(AttributeError):  # torch looks for what the first forward makes
+                module.reset_iter_state()
         within.update(map(id, module.modules()))
     settle(model)
 

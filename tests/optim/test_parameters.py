@@ -358,3 +358,9 @@ def test_what_a_class_of_a_users_takes_is_its_own() -> None:
     assert Mine(nn.Linear(2, 2), lr=1e-3, mine=3).mine == 3
     assert list(inspect.signature(Mine).parameters) == ["model", "options"]
     assert list(inspect.signature(zk.MeZOStep).parameters) == ["model_or_params", "lr", "eps", "queries", "one_sided", "more"]
+
+
+def test_a_list_is_no_first_order_optimizer() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="first_order is a list: give a torch optimizer"):
+        zk.MeZOStep(model, lr=1e-3, first_order=[model.bias])

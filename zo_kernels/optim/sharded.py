@@ -25,7 +25,9 @@ def made_of(named: Named, mode: str, recorded: bool) -> dict[str, list[str]]:
     pairs = [pair for group in named.groups for pair in group["params"]]
     mine = {id(p) for _, p in pairs}
     frozen = [(name, p) for name, p in (named.model.named_parameters() if named.model is not None else ()) if id(p) not in mine]
+    own = [[f"{key}={group[key]!r}" for key in ("lr", "eps", "weight_decay", "maximize") if key in group] for group in named.groups]
     words = {"perturbation": [mode], "journal": ["one" if recorded else "none"]}
+    words["parameter groups (a weight_decay makes one more)"] = [", ".join(one) or "one without numbers of its own" for one in own]
     return words | {
         what: [shards.said(*pair) for pair in some] for what, some in (("parameters", pairs), ("frozen parameters", frozen))
     }

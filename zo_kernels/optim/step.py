@@ -162,7 +162,7 @@ class ZOStep(torch.optim.Optimizer):
         checks.check_word("seed", seed, 64)
         if first_order is not None and journal is not None:
             raise ValueError(_NO_RECORD)
-        theirs = {id(p) for g in first_order.param_groups for p in g["params"]} if first_order is not None else set()
+        theirs = parameters.taken_by(first_order)
         named = parameters.read_params(model_or_params, model, weight_decay, theirs)
         scratch = views.can_serve(named.model, perturbation)
         if lazy and perturbation != "inplace":

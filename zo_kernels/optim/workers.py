@@ -100,6 +100,17 @@ def parts_batches(shares: Sequence[Sequence[int]], batches: int) -> bool:
     return any(len({c // batches for c in share}) * batches != len(share) for share in shares)
 
 
+@contextlib.contextmanager
+def _reaching_the_store() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise WorkerError(
+            "the store of process_group cannot be reached: the process that keeps it, as a rule the first one, has ended, or raised before all had made the "
+            "optimizer, and its own output says why. Nothing was made"
+        ) from error
+
+
 # ---- the workers ------------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +171,7 @@ class Workers:
                 use_local_synchronization=True,
             )
 
+    @_reaching_the_store()
     def _introduce(self, store: Any, made_of: Mapping[str, Sequence[str]]) -> None:
         """Compare, by the processes' store, what torch would wait for in vain where it differs: a new group is named by how many there are, and whole tensors
         are gathered one after another."""
