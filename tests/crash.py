@@ -38,11 +38,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from zo_finetune.away import write_tensors
 
 import zo_kernels as zk
 from zo_kernels import checks, journal, ops, update
 from zo_kernels.plan import Plan
+from zo_kernels.views.files import write_tensors
 
 MODES: dict[str, dict[str, Any]] = {
     "scratch": {"perturbation": "scratch"},
@@ -465,7 +465,8 @@ def main(arguments: list[str] | None = None) -> int:
         if form not in known:
             file = form.file(folder)
             if not file.exists():
-                write_tensors(file, list(form.base().named_parameters()))
+                named = dict(form.base().named_parameters())
+                write_tensors(file, named, named.__getitem__)
                 given[file] = file.read_bytes()
             known[form] = undisturbed(form, folder / f"undisturbed.{len(known)}.zoj")
         path = folder / f"{number}.zoj"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import zo_kernels as zk
-from zo_kernels.views.files import tensors_of
+from zo_kernels.views.files import tensors_of, write_tensors
 
 WIDTH, WORDS, LAYERS = 16, 29, 4
 SIXTEEN = pytest.mark.filterwarnings("ignore::zo_kernels.ZOWarning")
@@ -567,6 +567,74 @@ def test_refusals(tmp_path: Path) -> None:
         zk.MeZOStep(model, 1e-2).step(lambda: captured.square().sum())
     with pytest.raises(RuntimeError, match="of which two are there"):
         torch.cat([layer.norm.weight for layer in model.layers])
+
+
+class Kept(Tied):
+    """With buffers that a checkpoint has, and one that it has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_has_every_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Those of no block and buffers too, a tied one once: byte for byte what safetensors writes of a resident run, onto the file that is read, too."""
+    torch.manual_seed(3)
+    resident = Kept().to(dtype)
+    with torch.no_grad():
+        resident.mean.fill_(7)
+    own = resident.state_dict()
+    named = {name: t for name, t in own.items() if name != "head.weight"}
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, named, named.__getitem__)
+    model = Kept().to(dtype)
+    offloaded = zk.offload(model, file)  # embeddings, norm and places are too small for blocks
+    assert torch.equal(model.mean, resident.mean)
+    train(resident, zk.MeZOStep, steps=3)
+    train(model, zk.MeZOStep, steps=3)
+    there = {name: values.clone() for name, values in offloaded.parameters()}
+    assert there.keys() == dict(resident.named_parameters()).keys()
+    assert all(torch.equal(values, own[name]) for name, values in there.items())
+    from safetensors import torch as library
+
+    offloaded.save(file)
+    library.save_file(named, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    assert file.read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["library.safetensors", "model.safetensors"]
+    train(model, zk.MeZOStep, steps=1)  # from the file that was there
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    file = write(model_of(), tmp_path / "model.safetensors")
+    offloaded = zk.offload(model_of(), file)
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    os.truncate(file, 999)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        offloaded.save(tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_file_and_a_model_lack_of_each_other(tmp_path: Path) -> None:
+    """Tensors that the model has no place for, once in words; buffers without values; no such file."""
+    file = write(Tied(6), tmp_path / "deeper.safetensors")
+    with pytest.warns(UserWarning, match=r"has 12 tensors that the model has no place for, .*: layers\.4\..*this model's\?"):
+        zk.offload(model_of(), file)
+    with pytest.raises(FileNotFoundError, match="snapshot_download"):
+        zk.offload(model_of(), "facebook/opt-1.3b")
+    with torch.device("meta"):
+        empty = Kept()
+    own = {name: t for name, t in Kept().state_dict().items() if name != "head.weight"}
+    write_tensors(tmp_path / "own.safetensors", own, own.__getitem__)
+    with pytest.raises(ValueError, match=r"buffer 'count' is on the meta device .*init_empty_weights"):
+        zk.offload(empty, tmp_path / "own.safetensors")
+    assert empty.mean.is_meta and empty.norm.weight.is_meta
+    del empty.count
+    empty.table = torch.ones(3)
+    zk.offload(empty, tmp_path / "own.safetensors")
+    assert torch.equal(empty.mean, own["mean"])
 
 
 def test_nothing_is_left_of_a_model_that_goes(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ how a step perturbs and updates it (views/visiting.py).
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from zo_kernels import parameters
 from zo_kernels.views.away import Away, Block, Traffic
-from zo_kernels.views.files import DTYPES, Held, Kept, tensors_of
+from zo_kernels.views.files import DTYPES, KINDS, Held, Kept, tensors_of, write_tensors
 from zo_kernels.views.memory import aligned
 
 SMALL = 1 << 20  # bytes of a module outside of the lists of layers that is not worth a visit
@@ -29,8 +31,8 @@ class Offloaded:
         traffic: `bytes` that came in, `visits`, bytes `written` back, since it was made. write_back: steps between writes, 0: never.
     """
 
-    def __init__(self, away: Away, resident: int) -> None:
-        self._away, self._resident = away, resident
+    def __init__(self, away: Away, resident: int, named: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> None:
+        self._away, self._resident, self._named, self._buffers = away, resident, named, buffers
         self.write_back = away.every or 0
 
     @property
@@ -48,11 +50,20 @@ class Offloaded:
         return sum(slot.memory.numel() for slot in self._away.slots) + self._resident
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The blocks' parameters by name, with the values of the steps so far: each tensor is good until the next one is asked for."""
-        for block in self._away.blocks:
-            for name, (p, _) in block.members.items():
-                self._away.need([block])
-                yield name, p.data
+        """The parameters that the model had when it was offloaded by name, those of no block too, with the values of the steps so far: each tensor is good
+        until the next one is asked for. A tied one comes once."""
+        for name, p in self._named.items():
+            yield name, p.data  # who asks gets its block
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write these, and the persistent buffers that there were, one after another, to a safetensors file, as transformers' `save_pretrained` does of a
+        resident model. `path` may be the file that they are read from: it is replaced when all is written.
+
+        Raises:
+            OSError: there is no room, or a file cannot be read; what was at `path` stays.
+        """
+        tensors: dict[str, Tensor] = {**self._named, **self._buffers}
+        write_tensors(path, tensors, lambda name: tensors[name].data)
 
     def __repr__(self) -> str:
         sizes = self.blocks.values()
@@ -83,7 +94,7 @@ def offload(
         model: any module in plain Python. Its parameters keep names, shapes and dtypes. Those on the meta device are replaced by new ones.
         source: "cpu": host memory, where the values that the model has now go; or the path of a safetensors file, or of a folder of such files, which has a
             tensor for each parameter by its name, of any floating-point dtype. Files are read, never mapped and never written, and processes may share
-            them; the values that the model has now are dropped.
+            them; the values that the model has now are dropped, and those of persistent buffers that the files have.
         blocks: names of modules, each of which is a block with all that is in it; weights of no block are resident. None: every module of an
             `nn.ModuleList` that lies in no other one is a block, and so is any other module by its own weights of at least `small` bytes. A tied weight is of
             the first block that has it.
@@ -101,7 +112,8 @@ def offload(
         What counts the traffic and gives the values.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, a module is in two blocks, a file lacks a parameter or has it in another shape; the model is as it was.
+        TypeError, ValueError: an argument is wrong, a module is in two blocks, a file lacks a parameter or has it in another shape, a buffer has no values; the
+            model is as it was.
         OSError: a file cannot be read, or `folder` has no room.
     """
     if not isinstance(model, nn.Module):
@@ -136,7 +148,10 @@ def offload(
     if host:
         for members in parts.values():
             kept |= {name: _held(p, place) for name, p in members.items()}
+    stored = _buffers(model, there, source)
     made = _real(model, place)
+    for module, name, value in stored:
+        module._buffers[name] = value
     for name, p in others.items():
         q = made.get(id(p), p)
         if not host:
@@ -154,7 +169,15 @@ def offload(
     away.settle()
     model.__dict__["_zo_away"] = away  # lives as long as the model
     resident = sum(p.numel() * p.element_size() for p in (made.get(id(p), p) for p in others.values()))
-    return Offloaded(away, resident)
+    if there:
+        _left_over(model, set(there), source)
+    buffers = {
+        f"{name}.{n}" if name else n: b
+        for name, module in model.named_modules()
+        for n, b in module._buffers.items()
+        if b is not None and n not in module._non_persistent_buffers_set and b.dtype in KINDS
+    }
+    return Offloaded(away, resident, dict(model.named_parameters()), buffers)
 
 
 def split(model: nn.Module, blocks: Sequence[str] | None, small: int) -> dict[str, dict[str, nn.Parameter]]:
@@ -198,11 +221,9 @@ def split(model: nn.Module, blocks: Sequence[str] | None, small: int) -> dict[st
 
 
 def _found(there: Mapping[str, Any], names: Sequence[str], p: Tensor, model: nn.Module, source: Any) -> Kept:
-    """Where a file has a parameter of these names: as they are, without wrappers' prefixes, or with or without transformers' prefix of the bare model."""
-    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    """Where a file has a parameter of these names."""
     for name in names:
-        bare = parameters.canonical_name(name)
-        for one in (name, bare, bare.removeprefix(prefix), prefix + bare):
+        for one in _names_of(name, model):
             if one in there:
                 if there[one].shape != tuple(p.shape):
                     raise ValueError(f"{source}: {one} has the shape {list(there[one].shape)}, the model's {list(p.shape)}")
@@ -210,7 +231,58 @@ def _found(there: Mapping[str, Any], names: Sequence[str], p: Tensor, model: nn.
                     raise ValueError(f"model: parameter {name!r} is {p.dtype}, which does not come from a file: give source='cpu'")
                 found: Kept = there[one]
                 return found
-    raise ValueError(f"{source} has no tensor for parameter {names[0]!r}; it has {', '.join(sorted(there)[:3])}, ...")
+    raise ValueError(
+        f"{source} has no tensor for parameter {names[0]!r}; it has {', '.join(sorted(there)[:3])}, ... An adapter, or a head, that is new is added to the "
+        "model behind zk.offload; weights that are tied are tied before (model.tie_weights())"
+    )
+
+
+def _names_of(name: str, model: nn.Module) -> tuple[str, ...]:
+    """By which a file may have this tensor: as it is, without wrappers' prefixes, or with or without transformers' prefix of the bare model."""
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+    bare = parameters.canonical_name(name)
+    return name, bare, bare.removeprefix(prefix), prefix + bare
+
+
+def _buffers(model: nn.Module, there: Mapping[str, Any], source: Any) -> list[tuple[nn.Module, str, Tensor]]:
+    """The buffers that the files have, with their values.
+
+    Raises:
+        ValueError: one has no values, or another shape.
+    """
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    for prefix, module in model.named_modules():
+        for n, b in module._buffers.items():
+            if b is None:
+                continue
+            name = f"{prefix}.{n}" if prefix else n
+            kept = next((there[one] for one in _names_of(name, model) if one in there), None)
+            if kept is not None and n not in module._non_persistent_buffers_set and b.dtype in DTYPES.values():
+                if kept.shape != tuple(b.shape):
+                    raise ValueError(f"{source}: {name} has the shape {list(kept.shape)}, the model's {list(b.shape)}")
+                value = torch.empty(kept.nbytes, dtype=torch.uint8)
+                kept.read(value, 0)
+                value = value.view(kept.dtype).view(b.shape)
+                found.append((module, n, value.to("cpu" if b.is_meta else b.device, b.dtype)))
+            elif b.is_meta:
+                raise ValueError(
+                    f"model: buffer {name!r} is on the meta device and has no values, and {source} has none for it: make the model with its parameters alone "
+                    "there (accelerate.init_empty_weights() in place of torch.device('meta'), and model.tie_weights() behind it)"
+                )
+    return found
+
+
+def _left_over(model: nn.Module, there: set[str], source: Any) -> None:
+    """Say which tensors of the files the model has no place for: another model's, perhaps."""
+    for name in (n for pairs in (model.named_parameters(remove_duplicate=False), model.named_buffers()) for n, _ in pairs):
+        there.difference_update(_names_of(name, model))
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if left := sorted(name for name in there if not any(re.search(pattern, name) for pattern in ignored)):
+        warnings.warn(
+            f"{source} has {len(left)} tensors that the model has no place for, and that are left out: {', '.join(left[:3])}"
+            f"{', ...' if len(left) > 3 else ''}. Is it this model's?",
+            stacklevel=3,
+        )
 
 
 def _held(p: Tensor, device: torch.device) -> Held:

@@ -7,8 +7,6 @@ must have (folders.py), a model that is loaded as a whole (model.py).
 from __future__ import annotations
 
 import contextlib
-import json
-import struct
 import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +18,6 @@ from torch import nn
 import zo_kernels as zk
 from zo_finetune.errors import UserError, one_line
 from zo_kernels import Offloaded
-
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 @contextlib.contextmanager
@@ -68,26 +64,10 @@ def offload(spec: str, model: Any, where: str, place: Any, write_back: int, room
         raise UserError(f"--offload {where}: {one_line(error)}") from error
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, offloaded: Offloaded, folder: Path) -> None:
     """The model as transformers saves it, its weights written one after another; a tied one once."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", [(name, p) for name, p in model.named_parameters()])
-
-
-def write_tensors(path: Path, named: list[tuple[str, torch.Tensor]]) -> None:
-    """A safetensors file of these tensors, read one after another."""
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, t in named:
-        size = t.numel() * t.element_size()
-        head[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, t in named:
-            file.write(t.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    offloaded.save(folder / "model.safetensors")

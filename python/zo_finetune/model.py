@@ -84,7 +84,7 @@ class LanguageModel:
             # peft looks for a config.json beside the base model, which a GGUF file does without; the vocabulary is never changed here
             warnings.filterwarnings("ignore", "Could not find a config file")
             if self.offloaded is not None and self.peft == "none":
-                away.save(self.model, target)
+                away.save(self.model, self.offloaded, target)
             else:
                 # What was loaded packed is written as it lies: transformers cannot undo torchao's packing.
                 self.model.save_pretrained(target, save_original_format=self.packed is None)

@@ -1,4 +1,4 @@
-"""Weights in files: safetensors that are read and never written, and a file without a name for what is written back.
+"""Weights in files: safetensors that are read and never written, a file without a name for what is written back, and a new one of what came of them.
 
 Belongs here: where a tensor's bytes lie in a file, and how they come into memory. Does not belong here: when they come (away.py).
 
@@ -7,13 +7,14 @@ Bytes are read into memory that is there already, and no file is mapped: pages o
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KINDS = {  # of what is written, those that are aligned to more bytes first
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 MOST = 100_000_000  # bytes of a file's header, as safetensors' own library has it
 CHUNK = 1 << 22  # bytes that are converted at a time, or go to a device
 
@@ -121,6 +126,12 @@ def tensors_of(path: str | os.PathLike[str]) -> dict[str, Stretch]:
     """
     found: dict[str, Stretch] = {}
     folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no such file or folder (of a model of the hub: its folder, as huggingface_hub.snapshot_download gives it)",
+            str(path),
+        )
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files:
         raise ValueError(f"{folder} holds no safetensors files: give a folder of a model that has its weights in that format")
@@ -137,6 +148,35 @@ def tensors_of(path: str | os.PathLike[str]) -> dict[str, Stretch]:
             raise ValueError(f"{folder}: {twice[0]!r:.80} is in {one.name} and in another of its files")
         found |= there
     return found
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """A safetensors file of these, byte for byte as transformers writes it from memory. It takes its place when it is whole, so that one that is read may be
+    its own successor.
+
+    Args:
+        tensors: their shapes and dtypes by name. read: the values of one, good until the next is asked for.
+    """
+    rank = list(KINDS)
+    names = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        t = tensors[name]
+        size = t.numel() * t.element_size()
+        head[name] = {"dtype": KINDS[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    part = Path(f"{os.fspath(path)}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                file.write(read(name).detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _header(file: File, size: int) -> dict[str, Stretch]:
