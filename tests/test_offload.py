@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import zo_kernels as zk
+from zo_kernels.views import reads as views_reads
 from zo_kernels.views.files import tensors_of, write_tensors
 
 WIDTH, WORDS, LAYERS = 16, 29, 4
@@ -663,3 +664,81 @@ def test_headers_of_files_are_read_or_refused(tmp_path: Path) -> None:
         else:
             assert all(one.start + one.nbytes <= len(data) for one in found.values())
     assert len(refused) > 150 and all("broken.safetensors is no safetensors file" in words for words in refused)
+
+
+class Doubling(Tensor):
+    """Whose products are twice as large."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result if result is NotImplemented else result * 2 if func in PRODUCTS else result
+
+
+PRODUCTS = (functional.linear, Tensor.__matmul__, Tensor.matmul, torch.matmul)
+
+
+@pytest.mark.parametrize("product", [functional.linear, lambda x, w, b: (w @ x.t()).t() + b])
+def test_activations_of_a_class_of_the_users(product: Callable[..., Tensor]) -> None:
+    """Its own functions are asked, whichever argument comes first, in evaluation and in steps."""
+
+    def losses(away: bool) -> list[Any]:
+        torch.manual_seed(4)
+        model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+
+        def forward() -> Tensor:
+            x: Tensor = torch.ones(3, WIDTH).as_subclass(Doubling)
+            for layer in model:
+                x = product(x, layer.weight, layer.bias)
+            assert type(x) is Doubling
+            return x.square().mean()
+
+        if away:
+            zk.offload(model, small=0)
+        optimizer = zk.MeZOStep(model, lr=1e-4, seed=9)
+        with torch.no_grad():
+            return [float(forward()) if k % 2 else float(optimizer.step(forward)) for k in range(6)]
+
+    assert losses(True) == losses(False)
+
+
+def test_a_thread_in_the_middle_of_a_function_when_forwards_begin_to_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads stays until it is done."""
+    model, other, found, inside = model_of(), model_of(), list[Any](), threading.Event()
+    away = zk.offload(model, small=0, together=True)._away
+    ours, theirs = (zk.MeZOStep(m, lr=1e-2, seed=9) for m in (model, other))
+    ours.step(closure_of(model, 0)), theirs.step(closure_of(other, 0))
+    truth = other.layers[0].up.weight.detach().clone()
+
+    def slow(p: Tensor) -> None:
+        if threading.current_thread() is reader:
+            inside.set()
+            time.sleep(0.2)
+
+    def look() -> None:
+        found.append(torch.clone(model.layers[0].up.weight))
+
+    reader = threading.Thread(target=look)
+    monkeypatch.setattr(away.reads, "read", slow)
+    reader.start()
+    inside.wait()
+    ours.step(closure_of(model, 1)), theirs.step(closure_of(other, 1))
+    reader.join()
+    assert torch.equal(found[0], truth) and same(bits(model), bits(other))
+
+
+@pytest.mark.parametrize("function", [len, lambda t: 1 - t, lambda t: t.norm(), lambda t: t.unique(), lambda t: t.split(4)])
+def test_no_thread_sees_a_parameter_unwatched(function: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a function of another thread reads is read while its class is that which asks."""
+    model, seen = model_of(), list[type]()
+    reads, p = zk.offload(model, small=0)._away.reads, model.layers[1].up.weight
+    watched, unwatched = type(p), views_reads._unwatched
+
+    def look(*arguments: Any) -> Any:
+        seen.append(type(p))
+        return unwatched(*arguments)
+
+    monkeypatch.setattr(views_reads, "_unwatched", look)
+    monkeypatch.setattr(reads, "read", lambda t: seen.append(type(p)))
+    function(p)
+    assert seen and set(seen) == {watched}

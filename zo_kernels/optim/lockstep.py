@@ -63,7 +63,8 @@ class Lockstep:
         ]
         for thread in threads:
             thread.start()
-        self.away.gate, self.away.awaited = self._gate, self._awaited
+        with self.away.turn:  # another thread's function reads to its end
+            self.away.gate, self.away.awaited = self._gate, self._awaited
         try:
             self._do(first, job)
             while not self.abandoned and not all(one.done for one in self.forwards):

@@ -166,20 +166,23 @@ class Away:
             if first:
                 self.inside.discard(me)
 
-    def reading(self, name: str) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
         """While a function reads a parameter of this name: no other thread brings a block in its place.
 
         Raises:
             RuntimeError: forwards of a step take turns, and this is none of their threads.
         """
-        if self.gate is None:
-            return self.turn
-        if threading.get_ident() not in self.gated:
-            raise RuntimeError(
-                f"parameter {name} of an offloaded model is read in another thread while the forwards of a step take turns: run the model between steps, "
-                "or a resident copy of it, copy.deepcopy(model)"
-            )
-        return contextlib.nullcontext()
+        if threading.get_ident() in self.gated:
+            yield
+            return
+        with self.turn:
+            if self.gate is not None:
+                raise RuntimeError(
+                    f"parameter {name} of an offloaded model is read in another thread while the forwards of a step take turns: run the model between "
+                    "steps, or a resident copy of it, copy.deepcopy(model)"
+                )
+            yield
 
     # -- who is there --
 
@@ -397,10 +400,10 @@ class Watched(Reads):
             f"parameter {self.names[id(p)]} of an offloaded model was written to: its values come and go with its block, and steps alone change them"
         )
 
-    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor], others: tuple[type, ...]) -> Any:
         away = self.away()
         if away is None or func in self.quiet or threading.get_ident() in away.inside:
-            return self.serve(func, args, kwargs, found)
+            return self.serve(func, args, kwargs, found, others)
         if func is copied:
             found = [args[0]]  # and not those in its memo
         own = [self.of[id(t)] for t in found]
@@ -413,7 +416,7 @@ class Watched(Reads):
             away.refuses(p)
         with away.reading(self.names[id(own[0])]):
             away.need(self.blocks[id(p)] for p in own)
-            result = self.serve(func, args, kwargs, found)
+            result = self.serve(func, args, kwargs, found, others)
             for one in walk(result):
                 if type(one) is Tensor and one.layout == torch.strided and one.untyped_storage().data_ptr() in self.slots:
                     self._alias(one, found[0])  # a view, which may be read when another block is there

@@ -67,11 +67,21 @@ def _noticed(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = Non
     if torch.compiler.is_dynamo_compiling():  # False where the compiler itself asks, as it does for shapes
         return untraced(func, *args, **kwargs)
     found = list({id(t): t for t in walk((args, kwargs)) if type(t) in _own}.values())
+    others = tuple(t for t in types if t not in _own)
     for reads in reversed(_under_way):
         if mine := [t for t in found if id(t) in reads.of]:  # the others ask again when it calls the function
-            return reads.call(func, args, kwargs, mine)
+            return reads.call(func, args, kwargs, mine, others)
     with torch._C.DisableTorchFunctionSubclass():
+        return _unwatched(func, args, kwargs, others)
+
+
+def _unwatched(func: Any, args: Any, kwargs: Any, others: tuple[type, ...]) -> Any:
+    """The function, where nobody notices it. `others`: classes of its arguments that are a user's, and are asked as they would be if we were none."""
+    if not others:
         return func(*args, **kwargs)
+    with torch._C._EnableTorchFunction():
+        answers = (other.__torch_function__(func, others, args, kwargs) for other in others)  # type: ignore[attr-defined]
+        return next((answer for answer in answers if answer is not NotImplemented), NotImplemented)
 
 
 def _deepcopy(self: Any, memo: Any) -> Any:
@@ -102,7 +112,7 @@ class _OfTheirOwn:
 
 def _as_they_are(func: Any, found: list[Tensor]) -> Any:
     """What a function builds of the type of a tensor is of its own class. Most ask for no class, and need no more than not to be noticed again."""
-    if getattr(func, "__module__", "") != torch._tensor.__name__ and all(_own[type(t)] in _PLAIN for t in found):
+    if func not in _BY_CLASS and all(_own[type(t)] in _PLAIN for t in found):
         return torch._C.DisableTorchFunctionSubclass()
     return _OfTheirOwn(found)
 
@@ -161,27 +171,27 @@ class Reads:
         _under_way.remove(self)
         self.thread = None
 
-    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
-        """The function on the parameters as they are, in the thread that began."""
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor], others: tuple[type, ...]) -> Any:
+        """The function on the parameters as they are, in the thread that began. `others`: the other classes that ask, in torch's order."""
         if threading.get_ident() == self.thread:
-            return self.serve(func, args, kwargs, found)
+            return self.serve(func, args, kwargs, found, others)
         if func not in self.quiet:
             self.other(self.of[id(found[0])])
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return _unwatched(func, args, kwargs, others)
 
-    def serve(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor]) -> Any:
+    def serve(self, func: Callable[..., Any], args: Any, kwargs: Any, found: list[Tensor], others: tuple[type, ...]) -> Any:
         """The same, in whichever thread."""
         with _as_they_are(func, found):
             if func in self.quiet:
-                result = func(*args, **kwargs)
+                result = _unwatched(func, args, kwargs, others)
                 if func is Tensor.detach or func == _DATA:
                     self._alias(result, found[0])
                 return result
             for t in found:
                 self.read(self.of[id(t)])
             versions = [version(t) for t in found]
-            result = func(*args, **kwargs)
+            result = _unwatched(func, args, kwargs, others)
             for t, before in zip(found, versions, strict=True):
                 if version(t) != before:
                     self.written(self.of[id(t)])
@@ -215,6 +225,7 @@ class Reads:
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _PLAIN = (Tensor, torch.nn.Parameter)  # of which functions that know no classes give tensors
+_BY_CLASS = {Tensor.__reduce_ex__, Tensor.__repr__}  # what they give has the name of the class
 
 
 def version(t: Tensor) -> int:
