@@ -260,6 +260,32 @@ def test_all_others_learn_at_once_of_one_that_is_killed(tmp_path: Path, place: s
         assert seconds < 3 * GRACE / 5, seconds
 
 
+def test_a_closure_that_raises_where_nobody_hears_of_it(tmp_path: Path) -> None:
+    """Another worker hangs, as in a collective of a forward that this one left: what was raised here is told, with a note."""
+
+    def work(rank: int) -> Any:
+        model = Model()
+        optimizer = shared(model, timeout=2)
+        optimizer.step(model, batches_of(0, F32))
+        if rank == 1:
+            time.sleep(6)
+            return None
+
+        def closure() -> Tensor:
+            raise ValueError("mine")
+
+        try:
+            optimizer.step(closure)
+        except ValueError as error:
+            return str(error), error.__notes__, raised(lambda: optimizer.step(closure))
+        return None
+
+    told = results(cluster(2, work, tmp_path))[0]
+    assert told is not None and told[0] == "mine"
+    assert "not heard of it: worker 1 of 2 did not come within 2 s" in told[1][0]
+    assert told[2][0] == "WorkerError" and "make a new one" in told[2][1]
+
+
 def test_who_comes_late_to_those_that_gave_up_names_whom_they_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "GRACE", 2.0)
 

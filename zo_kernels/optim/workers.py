@@ -230,16 +230,24 @@ class Workers:
             The values of each worker, and the numbers that stand for what each has drawn.
 
         Raises:
-            WorkerError: a worker failed, differs or is missing; names it. KeyboardInterrupt: one was interrupted. Where this worker failed itself, nothing
-            but what keeps the others from knowing it: its error is the caller's to raise.
+            WorkerError: a worker failed, differs or is missing; names it. KeyboardInterrupt: one was interrupted. Where this worker failed itself, nothing:
+            its error is the caller's to raise, with a note where the others could not be told.
         """
         failure = 0.0 if error is None else 2.0 if isinstance(error, KeyboardInterrupt) else 1.0
         text = "" if common is None else print_of(common)
         head = [number_of(what), failure, number_of(text), number_of(drawn) if drawn else 0.0]
         room = FRAME - HEAD
-        rows = self._gather([*head, *values[:room]], FRAME)
-        if any(row[1] for row in rows):
-            reasons = self.tell(None if error is None else f"{type(error).__name__}: {error}"[:300])
+        try:
+            rows = self._gather([*head, *values[:room]], FRAME)
+            failing = any(row[1] for row in rows)
+            reasons = self.tell(None if error is None else f"{type(error).__name__}: {error}"[:300]) if failing else []
+        except WorkerError as missing:
+            if error is None:
+                raise
+            self.met = False
+            error.add_note(f"The others have not heard of it: {missing}")
+            return [], []
+        if failing:
             self.met = False
             if error is None:
                 failed = [rank for rank, reason in enumerate(reasons) if reason is not None]
