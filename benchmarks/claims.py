@@ -507,6 +507,12 @@ claim(
         plan("tokens x forwards of a visit", "hidden", shape="opt-175b", where=f"from {link}") for link in ("host memory", "an SSD")
     ],
 )
+claim(
+    S,
+    '`parallel` left at `"auto"`), a step takes {:.1f} s',
+    f"{PLAN}: workers",
+    lambda: [a_step("llama-2-70b", "one room", 16)],
+)
 claim(S, "in parentheses 5 to 95 % of the simulated steps", "benchmarks/cluster.py: [0.05, 0.95]")
 claim(
     S,
