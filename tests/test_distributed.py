@@ -559,6 +559,44 @@ def test_weights_that_are_written_to_between_steps(tmp_path: Path) -> None:
     assert first[1][0] == "WorkerError" and "worker 1 of 2 failed in the comparison" in first[1][1]
 
 
+def test_looks_of_one_worker_between_steps_are_no_writes(tmp_path: Path) -> None:
+    """`zk.perturbed` and `zk.check` in place put the weights back to the bit. What is written beside them is told."""
+
+    def run(looks: bool, **more: Any) -> tuple[Any, zk.ZOStep, str]:
+        model: Any = Model()
+        model.norm.weight.requires_grad_(False)
+        optimizer = zk.MeZOStep(model, lr=1e-3, queries=4, perturbation="inplace", **more)
+        for k in range(4):
+            optimizer.step(model, batches_of(k, F32))
+            if looks and k:
+                with zk.perturbed(optimizer, 7):
+                    model(batches_of(0, F32)[0])
+                zk.check(optimizer, model, batches_of(0, F32))
+        return model, optimizer, bits_of(model)
+
+    def work(rank: int) -> list[Any]:
+        model, optimizer, found = run(rank == 0, process_group=dist.group.WORLD, timeout=20)
+        said: list[Any] = [found]
+        for outside in (True, False):
+            before = {n: t.clone() for n, t in model.state_dict().items()}
+            if rank == 0:
+                with torch.no_grad():
+                    (model.a.weight if outside else torch.ones(1)).add_(1)
+                    with zk.perturbed(optimizer, 7):
+                        (torch.ones(1) if outside else model.norm.weight).add_(1)
+            said.append(raised(lambda: optimizer.step(model, batches_of(4, F32))))
+            model.load_state_dict(before)
+            optimizer.step(model, batches_of(4, F32))
+        return said
+
+    for found, *said in results(cluster(2, work, tmp_path)):
+        assert found == run(False)[2]
+        assert [kind for kind, _ in said] == ["WorkerError"] * 2
+        assert all(
+            f"written to between steps ({name}" in text for (_, text), name in zip(said, ("a.weight", "norm.weight"), strict=True)
+        )
+
+
 # ---- the journal -----------------------------------------------------------------------------------------------------------------
 
 

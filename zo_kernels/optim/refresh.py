@@ -6,7 +6,8 @@ Belongs here: from parameter groups to a view, and whether it is still true; who
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +92,19 @@ class Left:
         if found:
             self.view = None
         return found
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[list[Tensor]]:
+        """Of the weights that are put in the list, what is written within comes back to the bit, and counts as no write."""
+        back: list[Tensor] = []
+        view, first = self.view, looks.WRITES.at(self._memories())
+        try:
+            yield back
+        finally:
+            if view is not None and view is self.view:
+                ids = set(map(id, back))
+                for left, was, now in zip(self.before, first, looks.WRITES.at(self._memories()), strict=True):
+                    left[:] = [n if id(p) in ids and w == k else k for p, k, w, n in zip(self.params, left, was, now, strict=True)]
 
     def _written(self, groups: Groups) -> str:
         if (k := looks.WRITES.first_change(self._memories(), self.before)) >= 0:

@@ -276,13 +276,18 @@ class ZOStep(torch.optim.Optimizer):
         if not self._busy.acquire(blocking=False):
             raise under_way(what)
 
+        flushed = self._recording.flushed
+
         def view() -> views.View:
             found = self._refresh()
             self._inside = True
+            if self._recording.flushed == flushed:
+                back.extend(found.params.values())
             return found
 
         try:
-            yield Paused(self._run, self._warner, view)
+            with self._schedule.left.untouched() as back:
+                yield Paused(self._run, self._warner, view)
         finally:
             self._inside = False
             self._busy.release()

@@ -180,8 +180,7 @@ class Buffer:
         entries = [(shadows[i].group, replace(shadows[i].entry, dst=value)) for i, value in free.items()]
         # Leaves that require a gradient, like the parameters they stand for: at::matmul folds a batch into one matrix product only then,
         # even under no_grad. Otherwise a head over the last position is computed, and its weight copied, once for each row.
-        with torch.inference_mode(False):  # whose writes are counted, whatever mode the closure is in
-            leaves = {i: value.detach().requires_grad_(shadows[i].param.requires_grad) for i, value in free.items()}
+        leaves = {i: value.detach().requires_grad_(shadows[i].param.requires_grad) for i, value in free.items()}
         values = {tuple(map(id, call)): [leaves.get(id(s), s.param) for s in call] for call in calls}
         return Fill(launches_of(entries, self.backend), values, list(leaves.values()))
 
@@ -206,7 +205,7 @@ class Buffer:
                 start = -whole.data_ptr() % ALIGNMENT
                 self.memory[device] = whole[start : start + size]
             self.storages = {b.untyped_storage().data_ptr() for b in self.memory.values()}
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # whose writes are counted, whatever mode the closure is in
             return [
                 self.memory[device][start : start + size].view(dtype).view(shape)
                 for (device, dtype, shape), start, size in zip(wanted, starts, sizes, strict=True)
