@@ -920,16 +920,16 @@ def test_surroundings_change_no_bit(mode: str, where: str, surroundings: str) ->
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_a_view_of_a_weight_in_any_mode_of_the_closure(mode: Callable[[], Any]) -> None:
     """What shares the memory of a perturbed weight is right, and a write to it told, where torch counts no writes to what a mode makes."""
-    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    model, other = nn.Linear(64, 64), nn.Linear(64, 64)
     other.load_state_dict(model.state_dict())
-    step, plain = zk.MeZOStep(model, lr=1e-2), zk.MeZOStep(other, lr=1e-2)
+    step, plain = (zk.MeZOStep(m, lr=1e-2, scratch_bytes=1 << 14) for m in (model, other))
 
     def closure() -> Tensor:
         with mode():
-            return (model.weight[:2] * model.bias.view(1, 4)).sum()
+            return (model.weight[:2] * model.bias.view(1, 64)).sum()
 
     for _ in range(3):
-        assert step.step(closure) == plain.step(lambda: (other.weight[:2] * other.bias.view(1, 4)).sum())
+        assert step.step(closure) == plain.step(lambda: (other.weight[:2] * other.bias.view(1, 64)).sum())
     assert all(same_bits(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
     def write() -> Tensor:
