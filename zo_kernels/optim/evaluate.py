@@ -21,7 +21,7 @@ from zo_kernels import interrupts, views
 from zo_kernels.optim import findings, generators, lockstep
 from zo_kernels.optim.digests import print_of, watched
 from zo_kernels.optim.points import Losses, Point
-from zo_kernels.optim.workers import GIVEN, Workers, parts_batches
+from zo_kernels.optim.workers import GIVEN, UNSEEN, Workers, parts_batches
 from zo_kernels.views import tangents
 
 Loss = Tensor | float
@@ -218,7 +218,11 @@ class Evaluation:
             "the losses of a step",
             error,
             workers.common
-            | {"decisions before": workers.chain, "table of losses": f"{len(points)} x {batches} x {width}", GIVEN: "".join(given)},
+            | {
+                "decisions before": workers.chain,
+                "table of losses": f"{len(points)} x {batches} x {width}",
+                GIVEN: "".join(given) or UNSEEN,
+            },
             drawn,
             numbers,
             [len(share) * width for share in shares],

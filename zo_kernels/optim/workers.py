@@ -38,6 +38,7 @@ FRAME = 16  # numbers of a round
 HEAD = 4  # of them: what it is about, failure, what is in common, random numbers
 AGAIN = "the comparison of weights that were written to between steps"
 GIVEN = "what the closure gives the model"
+UNSEEN = "nothing that a look sees, as in a compiled model"
 REMEDIES = dict.fromkeys(  # what to do where workers differ in this
     ("micro-batches", GIVEN),
     "all of them take the same batches, and share the forwards (no DistributedSampler, the same shuffling)",
@@ -48,7 +49,8 @@ T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
-    """Another worker failed, does not answer, or has another run than this one: the text names it. Nothing of the step was done here, nor is anywhere else.
+    """Another worker failed, does not answer, or has another run than this one: the text names it. Nothing of the step was done here; whoever had heard of all
+    others before one was lost may have done it, and its record, which only the first worker's journal has, is what a run goes on from.
 
     Attributes:
         ranks: of the workers that it is about, in the process group.
