@@ -275,14 +275,12 @@ class ZOStep(torch.optim.Optimizer):
         sharded.refuse(what, self.workers)
         if not self._busy.acquire(blocking=False):
             raise under_way(what)
-
         flushed = self._recording.flushed
 
         def view() -> views.View:
             found = self._refresh()
             self._inside = True
-            if self._recording.flushed == flushed:
-                back.extend(found.params.values())
+            back.extend(found.params.values() if self._recording.flushed == flushed else ())
             return found
 
         try:
@@ -312,19 +310,17 @@ class ZOStep(torch.optim.Optimizer):
         """One step.
 
         Args:
-            closure: evaluates the model and returns the loss: a tensor with one element, or anything float() takes (accuracy, F1, a
-                reward): it is never differentiated. Called twice, both times from the same random state (dropout masks agree);
-                after the step the random state is as after one call. Keep the loss in float32: in 16 bits it is quantised more
-                coarsely than the difference that the step needs.
+            closure: evaluates the model and returns the loss: a tensor with one element, or anything float() takes (accuracy, F1, a reward): it is never
+                differentiated. Called twice, both times from the same random state (dropout masks agree); after the step the random state is as after
+                one call. Keep the loss in float32: in 16 bits it is quantised more coarsely than the difference that the step needs.
             batches: gradient accumulation: the closure is called with each of these micro-batches, and the losses are averaged.
 
         Returns:
             The mean of the losses at theta + eps z and theta - eps z, a 0-d float32 tensor on the loss's device.
 
         Raises:
-            Whatever the closure raises: the weights, the random state and the module are then as before the step (in place: to
-            within the rounding of the passes). TypeError if the closure returns no loss. RuntimeError if it changes the weights, or steps
-            this optimizer, or if the module lost a parameter since it was given; docs/faults.md has every case.
+            Whatever the closure raises: weights, random state and module are then as before the step (in place: to within the rounding of the passes).
+            TypeError: it returns no loss. RuntimeError: it changes weights or steps this optimizer, or the module lost a parameter; see docs/faults.md.
         """
         if closure is None and saved.asked_for(self.param_groups):
             self._complete = True
@@ -566,8 +562,7 @@ class ZOStep(torch.optim.Optimizer):
             raise under_way(what)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: everything, the module too, but hooks and what the next step makes anew. A lazy optimizer is not
-        flushed: a module copied beside it stands where the original stands."""
+        """For deepcopy and pickle: everything but hooks and what the next step makes anew. No lazy one is flushed: a module copied beside it stands alike."""
         self._refuse_inside("a copy")
         state = {k: v for k, v in self.__dict__.items() if k not in _MADE_ANEW and not k.startswith("_optimizer_")}
         state["_at"] = self._views.now.standing() if self._views.now is not None else []
