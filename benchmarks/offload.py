@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from zo_finetune import away, shapes
 
 import zo_kernels as zk
+from zo_kernels.views.files import write_tensors
 
 COLUMNS = (
     *("shape", "dtype", "source", "together", "write_back", "weights", "weight_bytes", "blocks", "batch", "sequence", "threads"),
@@ -81,21 +82,10 @@ def without_weights(config: Any, dtype: torch.dtype) -> Any:
     return away.empty(transformers.AutoModelForCausalLM, config, dtype)
 
 
-class Random:
-    """Tensors of a file that is written: their shapes, and values when they are asked for."""
-
-    def __init__(self, p: Tensor) -> None:
-        self.p = p
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.p, name)
-
-    def detach(self) -> Tensor:
-        return torch.randn(self.p.shape, dtype=torch.float32).mul_(0.02).to(self.p.dtype)
-
-
 def write_random(model: nn.Module, path: Path) -> None:
-    away.write_tensors(path, [(name, Random(p)) for name, p in model.named_parameters()])  # type: ignore[misc]
+    """Of the shapes of a model without values."""
+    named = dict(model.named_parameters())
+    write_tensors(path, named, lambda name: torch.randn(named[name].shape).mul_(0.02).to(named[name].dtype))
 
 
 def closure_of(model: Any, vocabulary: int, batch: int, sequence: int, device: str = "cpu") -> Callable[[], Tensor]:
