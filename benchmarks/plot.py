@@ -172,8 +172,13 @@ def draw_terms(axes: Any, rows: list[dict[str, str]]) -> None:
 
 
 def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
-    """Seconds of a step over those of two bare forwards, by mode, one group a model and number of tokens."""
-    groups = list(dict.fromkeys((row["model"], f"{row['batch']}×{row['sequence']}") for row in rows))
+    """Seconds of a step over those of two bare forwards, by mode, one group a model, dtype, number of tokens and of threads."""
+
+    def group_of(row: dict[str, str]) -> tuple[str, ...]:
+        threads = () if row["gpu"] else (f"({row['threads']})",)
+        return (row["model"], row["dtype"], f"{row['batch']}×{row['sequence']}", *threads)
+
+    groups = list(dict.fromkeys(map(group_of, rows)))
     modes = [mode for mode in dict.fromkeys(row["mode"] for row in rows) if mode != "forwards"]
     ours = ["#1b7f5c", "#d98c1f", "#2f6fb0", "#7a5ba6", "#4d4d4d"]
     colours = {mode: "#b03a48" if mode == "mezo" else ours[k % len(ours)] for k, mode in enumerate(modes)}
@@ -181,9 +186,7 @@ def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
     for k, mode in enumerate(modes):
         at, values = [], []
         for g, group in enumerate(groups):
-            mine = {
-                row["mode"]: float(row["median_s"]) for row in rows if (row["model"], f"{row['batch']}×{row['sequence']}") == group
-            }
+            mine = {row["mode"]: float(row["median_s"]) for row in rows if group_of(row) == group}
             if mode in mine:
                 at.append(g + (k - (len(modes) - 1) / 2) * height)
                 values.append(mine[mode] / mine["forwards"])
@@ -194,7 +197,7 @@ def draw_step(axes: Any, rows: list[dict[str, str]]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("seconds of a step / seconds of two bare forwards")
-    axes.set_title(f"A whole step, {rows[0]['dtype']}, {rows[0]['gpu'] or rows[0]['threads'] + ' CPU threads'}", fontsize=10)
+    axes.set_title(f"A whole step, {rows[0]['gpu'] or rows[0]['cpu'] + ' (threads)'}", fontsize=10)
     axes.legend(fontsize=7, frameon=False, loc="lower right")
 
 
@@ -290,7 +293,8 @@ def figures(results: Path) -> dict[str, list[Panel]]:
         shapes = list(dict.fromkeys(row["shape"] for row in rows if row["question"] == "workers"))
         panels["cluster.png"] = [(draw_cluster, (rows, shape)) for shape in (shapes[0], shapes[-1])]
     ranking = [row for row in read("ranking") if row["model"] == "smollm2"]
-    memory, speed = read("memory"), [row for row in read("step") if (row["model"], row["dtype"]) == ("llama-110m", "float32")]
+    memory, steps = read("memory"), ("llama-110m", "float32", "32")
+    speed = [row for row in read("step") if (row["model"], row["dtype"], row["sequence"]) == steps]
     if ranking and memory and speed:
         panels["overview.png"] = [
             (draw_learned, (ranking, "fzoo", "pairs")),
