@@ -588,6 +588,8 @@ MUTANTS = tuple(Mutant(*m) for m in [
      "with self._reading(found):\n            self._bring(found, walk",
      "with contextlib.nullcontext():\n            self._bring(found, walk",
      ("tests/test_offload.py::test_a_step_and_another_thread_take_turns",)),
+    ("zo_kernels/optim/workers.py", "who brings nothing is not told", "return 0 if self.alike else", "return 0 if not self.alike else",
+     ("tests/test_distributed.py::test_workers_that_bring_nothing_are_told",)),
     ("zo_kernels/views/away.py", "an array is the slot's memory", "return result.copy() if isinstance", "return result if isinstance",
      ("tests/test_offload.py::test_checks_and_looks_see_the_weights",)),
     ("zo_kernels/views/away.py", "a block that was written to stays there", "away.slots[block.slot].holds = None  # it comes", "pass  # it comes",

@@ -13,6 +13,7 @@ import re
 import signal
 import struct
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,25 @@ def test_forwards_that_draw_random_numbers(tmp_path: Path) -> None:
         assert directions == auto == steps()
         assert data[0] == "RuntimeError" and "take parallel='directions'" in data[1]
         assert seeds[0] == "WorkerError" and "the forwards of worker 1 drew other random numbers" in seeds[1]
+
+
+def test_workers_that_bring_nothing_are_told(tmp_path: Path) -> None:
+    def work(rank: int) -> list[list[str]]:
+        found = []
+        for queries, batches, parallel in ((1, 1, "data"), (1, 1, "directions"), (2, 1, "both"), (2, 2, "auto")):
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                model = Model()
+                optimizer = shared(model, parallel=parallel, queries=queries)
+                for k in range(2):
+                    optimizer.step(model, batches_of(k, F32)[:batches])
+            found.append([str(w.message) for w in heard if "bring nothing" in str(w.message)])
+        return found
+
+    for data, directions, both, auto in results(cluster(3, work, tmp_path)):
+        assert len(data) == len(directions) == 1 and not both and not auto
+        assert "2 of 3 workers make forwards of others again, and bring nothing: a table of 2 points x 1 micro-batches" in data[0]
+        assert "1 of 3 workers" in directions[0] and "(parallel='directions')" in directions[0]
 
 
 # ---- what travels ------------------------------------------------------------------------------------------------------------

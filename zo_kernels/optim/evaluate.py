@@ -206,6 +206,9 @@ class Evaluation:
         batches = len(self.calls)
         shares = workers.shares(len(points), batches)
         heard, drawn, parted = len(self.warner.heard), "", parts_batches(shares, batches)
+        if count := workers.idle(shares):
+            how = "whole points, since forwards draw random numbers" if workers.whole else f"parallel={workers.parallel!r}"
+            self.warner.say("idle", findings.idle(count, workers.size, f"{len(points)} points x {batches} micro-batches", how))
         own = [[self.calls[c % batches] for c in shares[workers.rank] if c // batches == p] for p in range(len(points))]
         with watched(None if parted else self.warner.model) as given:
             mine, error = self._own(points, own, one, away)

@@ -52,6 +52,13 @@ class Words(NamedTuple):
         return f"{self.what}. {self.remedy}"
 
 
+def idle(count: int, size: int, table: str, how: str) -> Words:
+    return Words(
+        f"{count} of {size} workers make forwards of others again, and bring nothing: a table of {table} has no more parts for them ({how})",
+        "Take fewer workers, more queries or micro-batches, or another cut (docs/parallel.md)",
+    )
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -418,7 +418,11 @@ class Workers:
 
     @property
     def _why(self) -> str:
-        return f" ({self.written}: all workers are to write the same; the next step compares all weights)" if self.written else ""
+        return (
+            f" ({self.written}: all workers are to write the same, flush() of lazy steps too; the next step compares all weights)"
+            if self.written
+            else ""
+        )
 
     def hand_out(self, value: T) -> T:
         """The first worker's, on all."""
@@ -458,6 +462,10 @@ class Workers:
                 )
             return [list(range(points * batches))] * self.size
         return cut("directions" if self.whole else self.parallel, points, batches, self.size, self.visited)
+
+    def idle(self, shares: Sequence[Sequence[int]]) -> int:
+        """How many make forwards of others again, where shards leave them a choice."""
+        return 0 if self.alike else self.size - len({tuple(share) for share in shares})
 
 
 def _groups() -> int:
