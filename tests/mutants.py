@@ -572,7 +572,7 @@ MUTANTS = tuple(Mutant(*m) for m in [
      ("tests/test_offload.py::test_threads_that_read_one_model_take_turns",)),
     ("zo_kernels/views/reads.py", "a parameter that one thread reads is not seen in another",
      "if func not in _BY_CLASS and", "if False and",
-     ("tests/test_offload.py::test_threads_that_read_one_model_take_turns",)),
+     ("tests/test_offload.py::test_no_thread_sees_a_parameter_unwatched",)),
     ("zo_kernels/views/reads.py", "another thread sees a parameter unwatched while a function has it",
      "if func not in _BY_CLASS and", "if getattr(func, \"__module__\", \"\") != torch._tensor.__name__ and",
      ("tests/test_offload.py::test_no_thread_sees_a_parameter_unwatched[len]",)),
