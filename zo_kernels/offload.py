@@ -171,12 +171,7 @@ def offload(
     resident = sum(p.numel() * p.element_size() for p in (made.get(id(p), p) for p in others.values()))
     if there:
         _left_over(model, set(there), source)
-    buffers = {
-        f"{name}.{n}" if name else n: b
-        for name, module in model.named_modules()
-        for n, b in module._buffers.items()
-        if b is not None and n not in module._non_persistent_buffers_set and b.dtype in KINDS
-    }
+    buffers = {name: b for name, _, _, b, saved in _held_buffers(model) if saved and b.dtype in KINDS}
     return Offloaded(away, resident, dict(model.named_parameters()), buffers)
 
 
@@ -251,25 +246,29 @@ def _buffers(model: nn.Module, there: Mapping[str, Any], source: Any) -> list[tu
         ValueError: one has no values, or another shape.
     """
     found: list[tuple[nn.Module, str, Tensor]] = []
+    for name, module, n, b, saved in _held_buffers(model):
+        kept = next((there[one] for one in _names_of(name, model) if one in there), None)
+        if kept is not None and saved and b.dtype in DTYPES.values():
+            if kept.shape != tuple(b.shape):
+                raise ValueError(f"{source}: {name} has the shape {list(kept.shape)}, the model's {list(b.shape)}")
+            value = torch.empty(kept.nbytes, dtype=torch.uint8)
+            kept.read(value, 0)
+            value = value.view(kept.dtype).view(b.shape)
+            found.append((module, n, value.to("cpu" if b.is_meta else b.device, b.dtype)))
+        elif b.is_meta:
+            raise ValueError(
+                f"model: buffer {name!r} is on the meta device and has no values, and {source} has none for it: make the model with its parameters alone "
+                "there (accelerate.init_empty_weights() in place of torch.device('meta'), and model.tie_weights() behind it)"
+            )
+    return found
+
+
+def _held_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
+    """Each buffer of each module: its name, the module, the attribute, the buffer, whether it is saved with the model."""
     for prefix, module in model.named_modules():
         for n, b in module._buffers.items():
-            if b is None:
-                continue
-            name = f"{prefix}.{n}" if prefix else n
-            kept = next((there[one] for one in _names_of(name, model) if one in there), None)
-            if kept is not None and n not in module._non_persistent_buffers_set and b.dtype in DTYPES.values():
-                if kept.shape != tuple(b.shape):
-                    raise ValueError(f"{source}: {name} has the shape {list(kept.shape)}, the model's {list(b.shape)}")
-                value = torch.empty(kept.nbytes, dtype=torch.uint8)
-                kept.read(value, 0)
-                value = value.view(kept.dtype).view(b.shape)
-                found.append((module, n, value.to("cpu" if b.is_meta else b.device, b.dtype)))
-            elif b.is_meta:
-                raise ValueError(
-                    f"model: buffer {name!r} is on the meta device and has no values, and {source} has none for it: make the model with its parameters alone "
-                    "there (accelerate.init_empty_weights() in place of torch.device('meta'), and model.tie_weights() behind it)"
-                )
-    return found
+            if b is not None:
+                yield f"{prefix}.{n}" if prefix else n, module, n, b, n not in module._non_persistent_buffers_set
 
 
 def _left_over(model: nn.Module, there: set[str], source: Any) -> None:

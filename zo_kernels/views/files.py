@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KINDS = {  # of what is written, those that are aligned to more bytes first
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {kind: dtype for dtype, kind in KINDS.items() if dtype.is_floating_point}  # of what is read
 MOST = 100_000_000  # bytes of a file's header, as safetensors' own library has it
 CHUNK = 1 << 22  # bytes that are converted at a time, or go to a device
 
