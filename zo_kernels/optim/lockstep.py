@@ -119,13 +119,17 @@ class Lockstep:
         """Who has not begun, or whose blocks are there; else the one whose turn it was, if it is not done; else whoever waits."""
         left = [one for one in self.forwards if not one.done]
         for one in left:
-            if one is not self.now and (not one.begun or (one.wants is not None and self.away.present(one.wants))):
+            if one is not self.now and (not one.begun or self._served(one)):
                 return one
         return self.now if self.now in left else left[0] if left else None
 
+    def _served(self, one: Forward) -> bool:
+        """It waits, and what it waits for is there."""
+        return one.wants is not None and self.away.present(one.wants)
+
     def _awaited(self) -> list[Block]:
         """What is there, and not only used by whose turn it is: it must not go for a block that is fetched in advance."""
-        return [b for one in self.forwards if one.wants is not None and self.away.present(one.wants) for b in one.wants]
+        return [b for one in self.forwards if self._served(one) for b in one.wants or ()]
 
     def _give(self, to: Forward) -> None:
         self.now = to
